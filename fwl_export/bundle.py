@@ -1,0 +1,253 @@
+"""The bundle: a folder that `export` writes and everything else reads and adds to.
+
+    manifest.json                   what is in it, with the sha256 of every file
+    model.onnx, model.onnx.data     the streaming model
+    tokenizer.json
+    checkpoint/                     the PyTorch weights, for the torch backend and `check`
+    engines/                        <flavour>-<version>-sm<NN>-<precision>.engine and .json
+    reports/                        parity reports (not hashed: they are results)
+
+The manifest is the only contract between exporter, runtimes, parity tool and server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fwl_export.errors import BundleError
+from fwl_export.files import replaced_file
+from fwl_export.model.config import ModelConfig
+from fwl_export.state import TensorSpec
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+MODEL_DATA_FILE = "model.onnx.data"
+TOKENIZER_FILE = "tokenizer.json"
+CHECKPOINT_FOLDER = "checkpoint"
+ENGINES_FOLDER = "engines"
+REPORTS_FOLDER = "reports"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds.
+
+    Attributes:
+      config: of the model.
+      precision: "fp32" or "fp16", the type of the activations.
+      max_tokens: largest T of a call.
+      opset: of the ONNX file.
+      op: domain, name, version and number of the fast-weight update's nodes.
+      state: the recurrent state, in the order of the model's inputs and outputs.
+      model_id: sha256 over config, weights and precision; tells whose state a file is.
+      versions: of the tools that wrote it.
+      files: sha256 and size in bytes of every file, by its path inside the bundle.
+    """
+
+    config: ModelConfig
+    precision: str
+    max_tokens: int
+    opset: int
+    op: Mapping[str, Any]
+    state: Sequence[TensorSpec]
+    model_id: str
+    versions: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model_id": self.model_id,
+            "precision": self.precision,
+            "max_tokens": self.max_tokens,
+            "opset": self.opset,
+            "op": dict(self.op),
+            "config": self.config.to_dict(),
+            "state": [spec.to_dict() for spec in self.state],
+            "versions": dict(self.versions),
+            "files": {name: dict(entry) for name, entry in sorted(self.files.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str) -> Manifest:
+        """Read what `to_dict` wrote.
+
+        Raises:
+          BundleError: the schema is another one, or a part is missing or malformed.
+        """
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            remedy = "update fwl-export" if newer else "export the model again"
+            raise BundleError(
+                f"{source}: schema_version is {version!r}, but this fwl-export reads "
+                f"{SCHEMA_VERSION}; {remedy}"
+            )
+        try:
+            return cls(
+                config=ModelConfig.from_dict(data["config"], f"{source}: config"),
+                precision=str(data["precision"]),
+                max_tokens=int(data["max_tokens"]),
+                opset=int(data["opset"]),
+                op=dict(data["op"]),
+                state=[TensorSpec.from_dict(spec) for spec in data["state"]],
+                model_id=str(data["model_id"]),
+                versions=dict(data["versions"]),
+                files={
+                    str(name): {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])}
+                    for name, e in data["files"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"{source} is malformed ({type(error).__name__}: {error}); export the model again"
+            ) from None
+
+
+class Bundle:
+    """A bundle folder that was read and whose manifest was checked."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of the bundle's files, after checking its hash.
+
+        Raises:
+          BundleError: it is not in the manifest, missing, or not what the manifest says.
+        """
+        path = inside(self.folder, name)
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"bundle '{self.folder}' has no '{name}' in its manifest")
+        if not path.is_file():
+            raise BundleError(
+                f"bundle '{self.folder}' lacks the file '{name}'; copy it again or export again"
+            )
+        found = describe_file(path)
+        if found != entry:
+            raise BundleError(
+                f"'{name}' in bundle '{self.folder}' has sha256 {found['sha256'][:12]}… and "
+                f"{found['bytes']} bytes, but the manifest says {entry['sha256'][:12]}… and "
+                f"{entry['bytes']} bytes; it was changed or cut off: copy it again or export again"
+            )
+        return path
+
+    def model_files(self) -> Path:
+        """Return the path of the ONNX file, after checking it and its external data."""
+        path = self.file(MODEL_FILE)
+        for location in external_data_locations(path):
+            self.file(location)
+        return path
+
+    def verify(self) -> None:
+        """Check the hash of every file.
+
+        Raises:
+          BundleError: see `file`.
+        """
+        for name in self.manifest.files:
+            self.file(name)
+
+    def add_files(self, names: Sequence[str]) -> Bundle:
+        """Record files that were written into the folder; returns the bundle as it is now.
+
+        The manifest on disk is read again first, so that what others added meanwhile stays.
+        """
+        latest = read_bundle(self.folder).manifest
+        entries = {name: describe_file(inside(self.folder, name)) for name in names}
+        data = {**latest.to_dict(), "files": {**latest.files, **entries}}
+        write_manifest(self.folder, data)
+        return read_bundle(self.folder)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Return whether a folder looks like a bundle."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read a bundle's manifest; its files are checked when they are used.
+
+    Raises:
+      BundleError: no bundle is there, or its manifest is malformed, of another schema, or
+        names a path outside the folder.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise BundleError(
+            f"'{folder}' is not a bundle: it has no {MANIFEST_FILE}; `fwl-export export` writes one"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not JSON ({error}); was it cut off?") from None
+    manifest = Manifest.from_dict(data, str(path))
+    for name in manifest.files:
+        inside(folder, name)
+    return Bundle(folder, manifest)
+
+
+def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write manifest.json, beside and then renamed."""
+    with replaced_file(folder / MANIFEST_FILE) as path:
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of `name` in the folder.
+
+    Raises:
+      BundleError: the name is absolute, climbs out, or leads out through a link.
+    """
+    parts = PurePosixPath(name)
+    path = folder / parts
+    leaves = parts.is_absolute() or ".." in parts.parts or "\\" in name or not name
+    if leaves or not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"bundle '{folder}' names the path '{name}', which leaves the bundle's folder; "
+            "do not use this bundle"
+        )
+    return path
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a manifest entry: sha256 and size in bytes."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
+        if digest is None:  # Python 3.10
+            digest = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def external_data_locations(model_path: Path) -> set[str]:
+    """Return the file names that an ONNX file's tensors point to, without reading them.
+
+    Raises:
+      BundleError: the file is no ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(model_path), load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"'{model_path}' is not an ONNX file ({error}); export again") from None
+    graphs = [model.graph]
+    tensors = [t for graph in graphs for t in graph.initializer]
+    nodes = [*model.graph.node, *(n for f in model.functions for n in f.node)]
+    tensors += [a.t for node in nodes for a in node.attribute if a.HasField("t")]
+    return {
+        entry.value for t in tensors for entry in t.external_data if entry.key == "location"
+    }

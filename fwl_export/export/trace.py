@@ -1,0 +1,187 @@
+"""PyTorch to ONNX: the streaming model as a graph with `fwl::LinearAttentionUpdate` nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from fwl_export.errors import ExportError
+from fwl_export.export.precision import in_precision
+from fwl_export.model.language_model import FWLModel
+from fwl_export.model.streaming import INPUTS, OUTPUTS, StreamingModel
+from fwl_export.op.onnx_function import append_function
+from fwl_export.op.spec import DOMAIN, NAME, NODE_ATTRIBUTES, VERSION
+from fwl_export.state import PAST, PRESENT, TensorSpec
+
+# One per dense layer.
+UPDATES_PER_MODEL = 2
+
+# 21 and 22 are untried; from 23 on torch emits the Attention op, which TensorRT-RTX refuses
+# for some head sizes; 26 and 27 silently declare opset 18.
+SUPPORTED_OPSETS = (20,)
+
+_ACTIVATION_TYPES = {"fp32": "float32", "fp16": "float16"}
+
+# What the exporter notes about its own run: source paths of this machine among it.
+_PRIVATE_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
+
+
+def export_onnx(
+    model: FWLModel, path: Path, precision: str, max_tokens: int, opset: int
+) -> list[TensorSpec]:
+    """Write the streaming model as an ONNX file with its weights beside it.
+
+    Args:
+      model: float32.
+      path: of the .onnx file; the weights go to the same name plus ".data".
+      precision: "fp32" or "fp16".
+      max_tokens: largest T of a call.
+      opset: of the standard operators.
+
+    Returns:
+      The state, in the order of inputs and outputs.
+
+    Raises:
+      ExportError: the opset is not supported, or the file fails a check.
+    """
+    if opset not in SUPPORTED_OPSETS:
+        raise ExportError(
+            f"opset {opset} is not supported; expected {', '.join(map(str, SUPPORTED_OPSETS))}"
+        )
+    streaming = StreamingModel(in_precision(model, precision), max_tokens, _symbolic_update)
+    proto = _trace(streaming.eval(), opset)
+    append_function(proto, _ACTIVATION_TYPES[precision])
+    for node in [*proto.graph.node, *(n for f in proto.functions for n in f.node)]:
+        kept = [p for p in node.metadata_props if p.key not in _PRIVATE_METADATA]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    onnx.save(
+        proto, str(path), save_as_external_data=True, location=path.name + ".data",
+        size_threshold=1024,
+    )
+    check_onnx(path, streaming.specs, opset)
+    return streaming.specs
+
+
+def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
+    """Check a written file: valid, of the declared opset, with its nodes and state pairs.
+
+    Raises:
+      ExportError: it is not.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{path.name} is not a valid ONNX model: {error}") from None
+    proto = onnx.load(str(path), load_external_data=False)
+    declared = {o.domain: o.version for o in proto.opset_import}
+    if declared.get("", declared.get("ai.onnx")) != opset or declared.get(DOMAIN) != VERSION:
+        raise ExportError(f"{path.name} declares {declared}; expected opset {opset}")
+    found = count_updates(proto)
+    if found != UPDATES_PER_MODEL:
+        raise ExportError(
+            f"{path.name} has {found} {DOMAIN}::{NAME} nodes; expected {UPDATES_PER_MODEL}"
+        )
+    inputs = {i.name: _shape_and_type(i) for i in proto.graph.input}
+    outputs = {o.name: _shape_and_type(o) for o in proto.graph.output}
+    for spec in specs:
+        past, present = inputs.get(PAST + spec.name), outputs.get(PRESENT + spec.name)
+        if past is None or past != present:
+            raise ExportError(
+                f"{path.name}: state '{spec.name}' goes in as {past} and comes out as {present}"
+            )
+
+
+def count_updates(proto: onnx.ModelProto) -> int:
+    """Return the number of `fwl::LinearAttentionUpdate` nodes of a model."""
+    return sum(n.domain == DOMAIN and n.op_type == NAME for n in proto.graph.node)
+
+
+def _trace(streaming: StreamingModel, opset: int) -> onnx.ModelProto:
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    # The upper bound is that of T in a call; the ring buffers are sized by it.
+    capacity = next(s.shape[1] for s in streaming.specs if s.name.startswith("cache."))
+    window = streaming.model.config.backbone.window
+    tokens = torch.export.Dim("tokens", min=1, max=max(capacity - window + 1, 2))
+    # Two rows and two tokens: sizes of 1 would be taken for constants.
+    arguments = (*example_inputs(2, 2), *_example_state(streaming.specs, 2))
+    names = [spec.name for spec in streaming.specs]
+    dynamic = (
+        {0: batch, 1: tokens},
+        {0: batch, 1: tokens},
+        {0: batch},
+        tuple({0: batch} for _ in names),
+    )
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            streaming,
+            arguments,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=dynamic,
+            input_names=[*INPUTS, *(PAST + n for n in names)],
+            output_names=[*OUTPUTS, *(PRESENT + n for n in names)],
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def example_inputs(batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return input_ids, label_weights and lengths of a call that reads token 0."""
+    return (
+        torch.zeros(batch, length, dtype=torch.int64),
+        torch.ones(batch, length),
+        torch.full((batch,), length),
+    )
+
+
+def _example_state(specs: Sequence[TensorSpec], batch: int) -> list[Tensor]:
+    return [
+        torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype)) for spec in specs
+    ]
+
+
+def _symbolic_update(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Stand for the op while tracing: an opaque node, where a translation would be inlined."""
+    emit: Callable[..., Sequence[Tensor]] = torch.onnx.ops.symbolic_multi_out
+    output, present_state = emit(
+        f"{DOMAIN}::{NAME}",
+        (query, key, value, decay, past_state),
+        NODE_ATTRIBUTES,
+        dtypes=(value.dtype, past_state.dtype),
+        shapes=(value.shape, past_state.shape),
+        version=VERSION,
+    )
+    return output, present_state
+
+
+def _shape_and_type(value: onnx.ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    sizes = [d.dim_param or str(d.dim_value) for d in tensor.shape.dim]
+    kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+    return f"{kind} [{', '.join(sizes)}]"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the exporter says about packages and axis names that do not matter here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,172 @@
+"""Write a bundle from a checkpoint: trace, check, run once, hash, rename into place."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fwl_export import bundle as bundles
+from fwl_export.bundle import Bundle, Manifest, describe_file, is_bundle, read_bundle
+from fwl_export.errors import ExportError, MissingDependencyError, OutputExistsError
+from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
+from fwl_export.files import replaced_folder
+from fwl_export.model.checkpoint import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    load_checkpoint,
+)
+from fwl_export.model.streaming import INPUTS
+from fwl_export.op.spec import DOMAIN, NAME, VERSION
+from fwl_export.state import PAST, PRESENT, TensorSpec, zeros
+
+DEFAULT_OPSET = 20
+DEFAULT_MAX_TOKENS = 256
+
+_TOOLS = ("fwl-export", "torch", "onnx", "onnxscript", "onnxruntime")
+
+
+def export_bundle(
+    checkpoint: Path,
+    output: Path,
+    precision: str = "fp32",
+    opset: int = DEFAULT_OPSET,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    force: bool = False,
+    include_checkpoint: bool = True,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Bundle:
+    """Export a checkpoint folder to a bundle folder, all of it or nothing.
+
+    Args:
+      checkpoint: folder with config.json, model.safetensors and tokenizer.json.
+      output: the bundle; must not exist unless `force`.
+      precision: "fp32" or "fp16".
+      opset: of the ONNX file.
+      max_tokens: largest number of tokens per call; longer reads are split.
+      force: replace what is at `output`.
+      include_checkpoint: put the PyTorch weights in, which the torch backend and `check` read.
+      progress: called with what is being done.
+
+    Raises:
+      OutputExistsError: `output` exists and `force` is off, or holds something too precious.
+      ExportError: the written file fails a check.
+      CheckpointError, ConfigError: see `load_checkpoint`.
+    """
+    if max_tokens < 1:
+        raise ExportError(f"max_tokens is {max_tokens}; expected 1 or more")
+    check_output(output, force)
+    progress("reading the checkpoint")
+    loaded = load_checkpoint(checkpoint)
+    with replaced_folder(output) as folder:
+        progress("tracing the model (10 to 30 s)")
+        model_path = folder / bundles.MODEL_FILE
+        specs = export_onnx(loaded.model, model_path, precision, max_tokens, opset)
+        progress("running it once in ONNX Runtime")
+        run_once(model_path, specs)
+        progress("writing the manifest")
+        shutil.copyfile(checkpoint / TOKENIZER_FILE, folder / bundles.TOKENIZER_FILE)
+        if include_checkpoint:
+            (folder / bundles.CHECKPOINT_FOLDER).mkdir()
+            for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+                shutil.copyfile(checkpoint / name, folder / bundles.CHECKPOINT_FOLDER / name)
+        manifest = Manifest(
+            config=loaded.config,
+            precision=precision,
+            max_tokens=max_tokens,
+            opset=opset,
+            op={
+                "domain": DOMAIN,
+                "name": NAME,
+                "version": VERSION,
+                "nodes": UPDATES_PER_MODEL,
+            },
+            state=specs,
+            model_id=_model_id(checkpoint, precision),
+            versions=tool_versions(_TOOLS),
+            files={
+                path.relative_to(folder).as_posix(): describe_file(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            },
+        )
+        bundles.write_manifest(folder, manifest.to_dict())
+    return read_bundle(output)
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse an output folder that exists, unless it may be replaced.
+
+    Raises:
+      OutputExistsError: it exists and `force` is off, or it is a folder nobody means to lose.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not force:
+        kind = "is a bundle" if is_bundle(output) else "exists and is not a bundle"
+        raise OutputExistsError(
+            f"output '{output}' {kind}; choose another name or pass --force to replace it"
+        )
+    resolved, precious = output.resolve(), (Path.cwd().resolve(), Path.home().resolve())
+    if not is_bundle(output) and any(p.is_relative_to(resolved) for p in precious):
+        raise OutputExistsError(
+            f"output '{output}' holds the current or your home folder; --force will not replace it"
+        )
+
+
+def run_once(model_path: Path, specs: list[TensorSpec]) -> None:
+    """Run one call in ONNX Runtime: two rows, two tokens, fresh state.
+
+    Raises:
+      ExportError: it does not load or run, or something comes out NaN or with another shape.
+      MissingDependencyError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError(
+            "export runs the file once in ONNX Runtime, which is not installed; "
+            "pip install 'fwl-export[cpu]'"
+        ) from None
+    feeds = dict(zip(INPUTS, (t.numpy() for t in example_inputs(2, 2)), strict=True))
+    feeds |= {PAST + name: array for name, array in zeros(specs, 2).items()}
+    try:
+        session = onnxruntime.InferenceSession(
+            str(model_path), providers=["CPUExecutionProvider"]
+        )
+        names = [output.name for output in session.get_outputs()]
+        results = dict(zip(names, session.run(names, feeds), strict=True))
+    except Exception as error:  # onnxruntime's own exceptions share no narrower base
+        raise ExportError(f"ONNX Runtime cannot run {model_path.name}: {error}") from None
+    for spec in specs:
+        found = results[PRESENT + spec.name]
+        if found.shape != (2, *spec.shape) or not np.isfinite(found).all():
+            raise ExportError(
+                f"{model_path.name}: state '{spec.name}' came out as {list(found.shape)}, "
+                f"finite: {bool(np.isfinite(found).all())}; expected {[2, *spec.shape]}"
+            )
+
+
+def tool_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the version of each installed distribution of the names."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _model_id(checkpoint: Path, precision: str) -> str:
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        digest.update(describe_file(checkpoint / name)["sha256"].encode())
+    digest.update(json.dumps(precision).encode())
+    return digest.hexdigest()

@@ -1,0 +1,229 @@
+"""A small decoder-only transformer: pre-norm, rotary positions, sliding attention window.
+
+It reads a whole text at once for training, or streams: keys and values live in ring buffers
+of fixed capacity with a position per row, so a session reads without end at constant memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fwl_export.model.config import BackboneConfig
+from fwl_export.model.numerics import wide
+
+# Rotary frequencies are whole multiples of 2 pi / ROTARY_PERIOD. The phase of a position is
+# then an integer product modulo the period: exact at any position, where a float32 angle
+# would have lost 0.06 rad after a million tokens.
+ROTARY_PERIOD = 1 << 20
+
+# A finite mask: with -inf, rows that see no key would become NaN. float16 ends at 65504.
+_MASKED = {torch.float16: -3e4}
+_MASKED_DEFAULT = -1e9
+
+
+class Decoder(nn.Module):
+    """Token embedding, `layers` blocks, and a norm: ids [B, T] -> hidden states [B, T, width]."""
+
+    def __init__(self, config: BackboneConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.norm = _Norm(config)
+        half = config.width // config.heads // 2
+        exponent = torch.arange(half, dtype=torch.float64) / half
+        cycles = config.rotary_base**-exponent * ROTARY_PERIOD / (2 * math.pi)
+        self.register_buffer("rotary_cycles", cycles.round().long(), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Read whole texts from their beginning.
+
+        Args:
+          input_ids: [B, T] int64.
+
+        Returns:
+          Hidden states [B, T, width].
+        """
+        length = input_ids.shape[1]
+        window = self.config.window
+        x = self.embedding(F.pad(input_ids, (0, -length % window)))
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        rotary = self._rotary(positions, x.dtype)
+        mask = self._block_mask(x)
+        for block in self.blocks:
+            query, key, value = block.attention.project(block.norm_1(x), rotary)
+            x = block.rest(x, _windowed_attention(query, key, value, mask, window))
+        return self.norm(x)[:, :length]
+
+    def stream(
+        self, input_ids: Tensor, position: Tensor, lengths: Tensor, caches: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Read the next tokens of every row.
+
+        Args:
+          input_ids: [B, T] int64; row b brings `lengths[b]` tokens and then padding.
+          position: [B] int64, tokens read before.
+          lengths: [B] int64 in 0..T.
+          caches: in the order of `cache_specs`, [B, heads, capacity, head size] each.
+
+        Returns:
+          Hidden states [B, T, width] (those of padding mean nothing) and the next caches.
+          A row of length 0 keeps its caches bit for bit.
+        """
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.embedding(input_ids)
+        positions = position[:, None] + steps
+        rotary = self._rotary(positions, x.dtype)
+        ring = _Ring(position, lengths, steps, caches[0].shape[2])
+        mask = ring.mask(positions, self.config.window, x.dtype)
+        present = []
+        for index, block in enumerate(self.blocks):
+            query, key, value = block.attention.project(block.norm_1(x), rotary)
+            keys = ring.write(caches[2 * index], key)
+            values = ring.write(caches[2 * index + 1], value)
+            present += [keys, values]
+            x = block.rest(x, _attention(query, keys, values, mask))
+        return self.norm(x), present
+
+    def cache_specs(self, capacity: int) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape without batch of the caches for calls of at most
+        `capacity - window + 1` tokens."""
+        head_size = self.config.width // self.config.heads
+        shape = (self.config.heads, capacity, head_size)
+        return [
+            (f"cache.{layer}.{kind}", shape)
+            for layer in range(self.config.layers)
+            for kind in ("key", "value")
+        ]
+
+    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine [B, 1, T, head size / 2] of the positions [B, T]."""
+        phase = torch.remainder(positions[..., None] * self.rotary_cycles, ROTARY_PERIOD)
+        angle_type = torch.float64 if dtype == torch.float64 else torch.float32
+        angle = phase.to(angle_type) * (2 * math.pi / ROTARY_PERIOD)
+        return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
+
+    def _block_mask(self, x: Tensor) -> Tensor:
+        """Return the mask [1, 1, blocks, window, 2 * window]: a block of queries meets the keys
+        of its own block and of the one before; the first block has none before."""
+        window = self.config.window
+        query = torch.arange(window, device=x.device)[:, None] + window
+        key = torch.arange(2 * window, device=x.device)
+        allowed = (key <= query) & (key > query - window)
+        allowed = allowed.repeat(x.shape[1] // window, 1, 1)
+        allowed[0, :, :window] = False
+        return _float_mask(allowed, x.dtype)[None, None]
+
+
+class _Block(nn.Module):
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        width, inner = config.width, config.mlp_ratio * config.width
+        self.norm_1 = _Norm(config)
+        self.attention = _Attention(config)
+        self.norm_2 = _Norm(config)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+        nn.init.normal_(self.up.weight, std=width**-0.5)
+        nn.init.zeros_(self.down.weight)
+
+    def rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the attention's result [B, heads, T, head size] and then the MLP to x."""
+        merged = attended.transpose(1, 2).flatten(2)
+        x = x + self.attention.out(merged)
+        return x + self.down(torch.relu(self.up(self.norm_2(x))).square())
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        nn.init.normal_(self.qkv.weight, std=config.width**-0.5)
+        nn.init.zeros_(self.out.weight)
+
+    def project(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key, value [B, heads, T, head size]; query and key normed and rotated."""
+        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return _rotate(_rms(query, 1e-6), rotary), _rotate(_rms(key, 1e-6), rotary), value
+
+
+class _Norm(nn.Module):
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.center = config.norm == "layer"
+        self.epsilon = config.norm_epsilon
+        self.weight = nn.Parameter(torch.ones(config.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.center:
+            x = x - x.mean(-1, keepdim=True)
+        return _rms(x, self.epsilon) * self.weight
+
+
+class _Ring:
+    """Where the tokens of one call go in the ring buffers, and what each may see there.
+
+    Token t of a row goes to slot `(position + t) % capacity`. After the write, a row whose last
+    token is at `last` holds position `last - (last - slot) % capacity` in each slot; negative
+    means empty. Padding writes back what was there.
+    """
+
+    def __init__(self, position: Tensor, lengths: Tensor, steps: Tensor, capacity: int) -> None:
+        self._slot = torch.remainder(position[:, None] + steps, capacity)[:, None]  # [B, 1, T]
+        self._valid = (steps < lengths[:, None])[:, None, :, None]
+        last = (position + lengths - 1)[:, None]
+        slots = torch.arange(capacity, device=position.device)
+        self._held = last - torch.remainder(last - slots, capacity)  # [B, capacity]
+
+    def mask(self, positions: Tensor, window: int, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask [B, 1, T, capacity] of queries at `positions` [B, T]."""
+        held, query = self._held[:, None], positions[..., None]
+        allowed = (held >= 0) & (held <= query) & (held > query - window)
+        return _float_mask(allowed, dtype)[:, None]
+
+    def write(self, cache: Tensor, new: Tensor) -> Tensor:
+        """Return the cache [B, heads, capacity, size] with `new` [B, heads, T, size] written."""
+        row = torch.arange(cache.shape[0], device=cache.device)[:, None, None]
+        head = torch.arange(cache.shape[1], device=cache.device)[None, :, None]
+        index = (row, head, self._slot)
+        return cache.index_put(index, torch.where(self._valid, new, cache[index]))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return torch.softmax(wide(scores + mask), -1).to(value.dtype) @ value
+
+
+def _windowed_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, window: int
+) -> Tensor:
+    """Attend within a sliding window, in blocks: [B, heads, T, size] with T a multiple."""
+    blocks = (query.shape[2] // window, window)
+    q, k, v = (x.unflatten(2, blocks) for x in (query, key, value))
+    k, v = (torch.cat((F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), 3) for x in (k, v))
+    return _attention(q, k, v, mask).flatten(2, 3)
+
+
+def _float_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(allowed, 0.0, _MASKED.get(dtype, _MASKED_DEFAULT)).to(dtype)
+
+
+def _rms(x: Tensor, epsilon: float) -> Tensor:
+    # In half precision the sum of squares would overflow.
+    mean_square = wide(x).square().mean(-1, keepdim=True)
+    return (wide(x) * torch.rsqrt(mean_square + epsilon)).to(x.dtype)
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rotary
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

@@ -1,0 +1,182 @@
+"""Configuration of a Fast Weight Layer language model, as stored in a checkpoint's config.json.
+
+Both published variants can be written down: the TensorFlow code (dense biases are updated,
+six step sizes, no epsilon in the norm) and the JAX code (dense biases left alone, one step
+size per layer, the framework's epsilon).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fwl_export.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+_Dataclass = typing.TypeVar("_Dataclass")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A small decoder-only transformer with rotary positions and a sliding attention window.
+
+    Attributes:
+      type: which backbone class builds it (see `fwl_export.model.backbones`).
+      width: size of the hidden state.
+      layers: number of transformer blocks.
+      heads: attention heads; `width / heads` must be even (rotary pairs).
+      window: a token attends to itself and the `window - 1` tokens before it.
+      mlp_ratio: size of a block's MLP relative to `width`.
+      norm: "rms" or "layer"; the norm before each sublayer and after the last block.
+      norm_epsilon: added to the mean square (or variance) inside that norm.
+      rotary_base: base of the geometric series of rotary frequencies.
+    """
+
+    type: Literal["decoder"] = "decoder"
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    window: int = 128
+    mlp_ratio: int = 4
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-6
+    rotary_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", "layers", "heads", "window", "mlp_ratio", "rotary_base")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ConfigError(
+                f"backbone.width {self.width} over {self.heads} heads is "
+                f"{self.width / self.heads:g}; expected an even whole number"
+            )
+
+
+@dataclass(frozen=True)
+class FastWeightsConfig:
+    """The Fast Weight Layer (Clark et al., EMNLP 2022, section 3).
+
+    Attributes:
+      input_size: size of the backbone's hidden state h.
+      hidden_size: columns of W1, rows of W2.
+      output_size: size of z, the input of the unembedding.
+      update_dense_bias: whether b1 and b2 have a fast part (TensorFlow: yes, JAX: no).
+      step_sizes: "per_tensor" (six) or "per_layer" (three: up, down, norm).
+      step_size_shape: "scalar", or "input": the kernels' step sizes have one value per
+        input feature (an extension of the paper; it scales the query and costs nothing).
+      norm_epsilon: epsilon inside the layer norm's square root (TensorFlow: 0, JAX: 1e-6).
+      loss_normalizer: the constant N of the loss; step sizes are divided by it.
+      decay: "learned": sums decay by exp(-weight / horizon) per token, with the learned
+        horizon in the checkpoint; "none": sums only grow, as in the paper.
+    """
+
+    input_size: int = 192
+    hidden_size: int = 768
+    output_size: int = 192
+    update_dense_bias: bool = True
+    step_sizes: Literal["per_tensor", "per_layer"] = "per_tensor"
+    step_size_shape: Literal["scalar", "input"] = "scalar"
+    norm_epsilon: float = 1e-6
+    loss_normalizer: float = 1.0
+    decay: Literal["learned", "none"] = "learned"
+
+    def __post_init__(self) -> None:
+        _positive(self, "input_size", "hidden_size", "output_size", "loss_normalizer")
+        if not 0 <= self.norm_epsilon < math.inf:
+            raise ConfigError(
+                f"fast_weights.norm_epsilon is {self.norm_epsilon}; expected 0 or more"
+            )
+        if self.step_size_shape == "input" and self.step_sizes == "per_layer":
+            raise ConfigError(
+                "fast_weights.step_size_shape 'input' needs step_sizes 'per_tensor': a kernel and "
+                "a bias cannot share one step size per input feature"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A backbone, a Fast Weight Layer on top of it, and the size of the vocabulary."""
+
+    vocab_size: int = 2048
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    fast_weights: FastWeightsConfig = field(default_factory=FastWeightsConfig)
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size")
+        if self.fast_weights.input_size != self.backbone.width:
+            raise ConfigError(
+                f"fast_weights.input_size is {self.fast_weights.input_size}, but the backbone's "
+                f"width is {self.backbone.width}; they must be equal"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as JSON-ready data, with its schema version."""
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "config") -> ModelConfig:
+        """Read what `to_dict` wrote.
+
+        Args:
+          data: parsed JSON.
+          source: named in error messages, e.g. the file's name.
+
+        Raises:
+          ConfigError: a key is unknown or missing, a value has the wrong type or is out of
+            range, or the schema is newer than this version of fwl-export.
+        """
+        if not isinstance(data, dict):
+            raise ConfigError(f"{source}: expected a JSON object, got {type(data).__name__}")
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{source}: schema_version is {version!r}, but this fwl-export reads "
+                f"{SCHEMA_VERSION}; write the file again or update fwl-export"
+            )
+        values = {key: value for key, value in data.items() if key != "schema_version"}
+        return _build(cls, values, source, "")
+
+
+def _build(cls: type[_Dataclass], data: Any, source: str, prefix: str) -> _Dataclass:
+    """Build a config dataclass from JSON data, checking every key and type."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: '{prefix.rstrip('.')}' must be an object, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ConfigError(
+                f"{source}: unknown key '{prefix}{key}'; known keys: {', '.join(sorted(hints))}"
+            )
+    values = {}
+    for key, hint in hints.items():
+        if key not in data:
+            raise ConfigError(f"{source}: key '{prefix}{key}' is missing")
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(typing.cast(type, hint), data[key], source, f"{prefix}{key}.")
+        else:
+            values[key] = _checked(data[key], hint, f"{source}: '{prefix}{key}'")
+    return cls(**values)
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            choices = " or ".join(repr(a) for a in typing.get_args(hint))
+            raise ConfigError(f"{where} is {value!r}; expected {choices}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where} is {value!r}; expected {hint.__name__}")
+    return value
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            section = type(config).__name__.removesuffix("Config")
+            raise ConfigError(f"{section}.{name} is {value}; expected more than 0")

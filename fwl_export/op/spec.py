@@ -1,0 +1,89 @@
+"""The one definition of the op `fwl::LinearAttentionUpdate`, version 1.
+
+Update, then read, token by token:
+
+    S_i = d_i S_{i-1} + k_i (outer) v_i        o_i = q_i^T S_i        i = 1 ... T
+
+PyTorch op, ONNX function body, kernels and plugins take names, order, types and attributes
+from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fwl_export.errors import ShapeError
+
+DOMAIN = "fwl"
+NAME = "LinearAttentionUpdate"
+VERSION = 1
+
+# Attributes of the ONNX node. TensorRT's parser looks a plugin up under this namespace and
+# version; without them it never finds ours.
+NODE_ATTRIBUTES = {"plugin_namespace": "fwl", "plugin_version": "1"}
+
+ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One input or output of the op.
+
+    Attributes:
+      name: the name in every implementation.
+      shape: one symbol per axis; equal symbols are equal sizes.
+      dtype: "T" (one of ACTIVATION_TYPES, the same for all) or "float32".
+      doc: what it is.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+    doc: str
+
+
+INPUTS = (
+    Argument("query", ("B", "T", "Dk"), "T", "read vectors"),
+    Argument("key", ("B", "T", "Dk"), "T", "write keys"),
+    Argument("value", ("B", "T", "Dv"), "T", "write values, unnormalised"),
+    Argument("decay", ("B", "T"), "float32", "in [0, 1]; applied before the token's own write"),
+    Argument("past_state", ("B", "Dk", "Dv"), "float32", "the state before the first token"),
+)
+OUTPUTS = (
+    Argument("output", ("B", "T", "Dv"), "T", "accumulated in float32"),
+    Argument("present_state", ("B", "Dk", "Dv"), "float32", "the state after the last token"),
+)
+
+
+def check_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Check the inputs' shapes against the spec.
+
+    Args:
+      shapes: shape of every input by name.
+
+    Returns:
+      The size of each symbol: B, T, Dk, Dv.
+
+    Raises:
+      ShapeError: a rank or a size does not fit, or B or T is 0.
+    """
+    sizes: dict[str, int] = {}
+    for argument in INPUTS:
+        shape = tuple(shapes[argument.name])
+        expected = [sizes.get(symbol, symbol) for symbol in argument.shape]
+        fits = len(shape) == len(expected) and all(
+            symbol not in sizes or sizes[symbol] == size
+            for symbol, size in zip(argument.shape, shape, strict=True)
+        )
+        if not fits:
+            raise ShapeError(
+                f"{DOMAIN}::{NAME}: '{argument.name}' has shape {list(shape)}; expected "
+                f"[{', '.join(map(str, expected))}]"
+            )
+        sizes.update(zip(argument.shape, shape, strict=True))
+    for symbol, meaning in (("B", "rows"), ("T", "tokens")):
+        if sizes[symbol] < 1:
+            raise ShapeError(
+                f"{DOMAIN}::{NAME}: {symbol} ({meaning}) is {sizes[symbol]}; expected 1 or more"
+            )
+    return sizes

@@ -1,0 +1,112 @@
+"""The op in PyTorch: `torch.ops.fwl.linear_attention_update`, usable under torch.export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fwl_export.errors import ShapeError
+from fwl_export.op.spec import ACTIVATION_TYPES, DOMAIN, INPUTS, NAME, check_shapes
+
+# A chunk's masked product is quadratic in its length; 128 keeps it small beside the update.
+_CHUNK = 128
+
+
+def linear_attention_update(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Update the state token by token with `key (outer) value`, then read it with `query`.
+
+    Args:
+      query: [B, T, Dk] read vectors; float32, float16 or bfloat16 (float64 for checking).
+      key: [B, T, Dk] write keys, of query's type.
+      value: [B, T, Dv] write values, unnormalised, of query's type.
+      decay: [B, T] in [0, 1], float32, applied before the token's own write.
+      past_state: [B, Dk, Dv] float32.
+
+    Returns:
+      output [B, T, Dv] of query's type, accumulated in the state's type, and present_state
+      [B, Dk, Dv] float32. With float64 inputs everything is float64.
+
+    Raises:
+      ShapeError: shapes or types disagree, or B or T is 0.
+    """
+    _check(query, key, value, decay, past_state)
+    return torch.ops.fwl.linear_attention_update(query, key, value, decay, past_state)
+
+
+@torch.library.custom_op(f"{DOMAIN}::linear_attention_update", mutates_args=())
+def _op(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, value, decay, past_state)
+    state = past_state.clone()
+    wide = state.dtype
+    outputs = []
+    for start in range(0, query.shape[1], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        q, k, v = (x[:, part].to(wide) for x in (query, key, value))
+        fade = decay_products(decay[:, part])
+        within = (q @ k.transpose(1, 2)) * fade[:, :, 1:]
+        outputs.append(within @ v + (q @ state) * fade[:, :, :1])
+        kept = k * fade[:, -1, 1:, None]
+        state = state * fade[:, -1, 0, None, None] + kept.transpose(1, 2) @ v
+    return torch.cat(outputs, 1).to(query.dtype), state
+
+
+@_op.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(value), torch.empty_like(past_state)
+
+
+def decay_products(decay: Tensor) -> Tensor:
+    """Return how much of each earlier write is left at each token.
+
+    Summed in log space along each column, never as a difference of two sums, so it is exact
+    where the decay is 0 or 1 and precise everywhere else.
+
+    Args:
+      decay: [B, T].
+
+    Returns:
+      [B, T, T + 1]: entry (i, 0) is the product of d_1 ... d_i, what is left of the past
+      state at token i; entry (i, j) that of d_{j+1} ... d_i, what is left of write j at
+      token i; 0 where j > i.
+    """
+    length = decay.shape[1]
+    log = torch.log(decay).clamp_min(_LOG_ZERO)
+    token = torch.arange(1, length + 1, device=decay.device)
+    write = torch.arange(length + 1, device=decay.device)
+    later = token[:, None] > write
+    total = torch.cumsum(torch.where(later, log[:, :, None], 0.0), 1)
+    return torch.where(token[:, None] >= write, torch.exp(total), 0.0)
+
+
+# Stands for log 0: finite, so that 0 * log 0 is no NaN, and exp of it is exactly 0.
+_LOG_ZERO = -1e4
+
+
+# float64 is for checking only; no exported model has it.
+_TYPES = (*(getattr(torch, name) for name in ACTIVATION_TYPES), torch.float64)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor) -> None:
+    tensors = dict(
+        zip((a.name for a in INPUTS), (query, key, value, decay, past_state), strict=True)
+    )
+    check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if query.dtype not in _TYPES:
+        raise ShapeError(
+            f"{DOMAIN}::{NAME}: 'query' is {query.dtype}; expected one of "
+            f"{', '.join(map(str, _TYPES))}"
+        )
+    state_type = torch.float64 if query.dtype == torch.float64 else torch.float32
+    for argument in INPUTS:
+        expected = query.dtype if argument.dtype == "T" else state_type
+        if tensors[argument.name].dtype != expected:
+            raise ShapeError(
+                f"{DOMAIN}::{NAME}: '{argument.name}' is {tensors[argument.name].dtype}; "
+                f"expected {expected}"
+            )

@@ -1,0 +1,59 @@
+"""Runtimes: open a bundle and feed it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from fwl_export.bundle import Bundle, read_bundle
+from fwl_export.errors import ConfigError
+from fwl_export.runtimes.base import Runner, Session
+from fwl_export.state import TensorSpec
+
+BACKENDS = ("onnxruntime", "torch")
+
+
+def open_session(
+    bundle: str | Path | Bundle,
+    backend: str = "onnxruntime",
+    batch: int = 1,
+    precision: Literal["fp32", "fp16", "fp64"] | None = None,
+    threads: int | None = None,
+) -> Session:
+    """Open a bundle for reading text.
+
+    Args:
+      bundle: its folder, or a bundle that was read.
+      backend: "onnxruntime" or "torch".
+      batch: rows, each a session of its own.
+      precision: backend "torch" only: compute in this precision instead of the bundle's.
+      threads: backend "onnxruntime" only: threads inside one operator.
+
+    Raises:
+      BundleError: the bundle is missing, changed or cannot be loaded.
+      MissingDependencyError: the backend's package is not installed.
+      ConfigError: there is no such backend, or an argument is for another one.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))
+    manifest = opened.manifest
+    specs: list[TensorSpec] = list(manifest.state)
+    runner: Runner
+    if backend == "onnxruntime":
+        if precision is not None:
+            raise ConfigError("precision can be chosen for backend 'torch' only")
+        from fwl_export.runtimes.onnxruntime import OnnxRuntimeRunner
+
+        runner = OnnxRuntimeRunner(opened, threads)
+    elif backend == "torch":
+        if threads is not None:
+            raise ConfigError("threads can be chosen for backend 'onnxruntime' only")
+        from fwl_export.runtimes.torch import TorchRunner
+
+        runner = torch_runner = TorchRunner(opened, precision)
+        specs = torch_runner.specs
+    else:
+        raise ConfigError(f"backend '{backend}' is unknown; expected {' or '.join(BACKENDS)}")
+    return Session(runner, specs, manifest.config.vocab_size, manifest.max_tokens, batch)
+
+
+__all__ = ["BACKENDS", "Session", "open_session"]

@@ -1,0 +1,127 @@
+"""Text through a session: scoring and generating."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from fwl_export.bundle import TOKENIZER_FILE, Bundle
+from fwl_export.errors import TokenError
+from fwl_export.runtimes.base import Session
+from fwl_export.text import load_tokenizer
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a text was predicted.
+
+    Attributes:
+      tokens: predicted tokens (all but the first).
+      loss: mean negative log probability per token, in nats.
+      seconds: time spent in the session.
+    """
+
+    tokens: int
+    loss: float
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read per second."""
+        return self.tokens / self.seconds
+
+
+def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
+    """Return the bundle's tokenizer, after checking its file."""
+    return load_tokenizer(bundle.file(TOKENIZER_FILE), bundle.manifest.config.vocab_size)
+
+
+def score_ids(
+    session: Session,
+    ids: Array,
+    label_weight: float = 1.0,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Score:
+    """Read ids [N] into row 0 of a session of one row and score the prediction of each.
+
+    Args:
+      session: of one row; goes on from where it stands.
+      ids: [N] int64, N of 2 or more.
+      label_weight: how much to learn from each token; 0 = adaptation off.
+      advance: called with the number of tokens read, for a progress bar.
+    """
+    total, seconds = 0.0, 0.0
+    inputs, labels = ids[:-1], ids[1:]
+    for start in range(0, len(inputs), session.max_tokens):
+        part = slice(start, start + session.max_tokens)
+        began = time.perf_counter()
+        logits = session.feed(inputs[part], np.full(len(inputs[part]), label_weight))
+        seconds += time.perf_counter() - began
+        total += float(token_losses(logits[0], labels[part]).sum())
+        advance(len(inputs[part]))
+    return Score(len(labels), total / len(labels), seconds)
+
+
+def token_losses(logits: Array, labels: Array) -> npt.NDArray[np.float64]:
+    """Return -log softmax(logits)[label] per position: [T, V] and [T] -> [T] float64, nats."""
+    wide = logits.astype(np.float64)
+    top = wide.max(-1, keepdims=True)
+    log_sum = np.log(np.exp(wide - top).sum(-1)) + top[:, 0]
+    chosen: npt.NDArray[np.float64] = log_sum - wide[np.arange(len(labels)), labels]
+    return chosen
+
+
+def prompt_ids(prompt: str, tokenizer: Tokenizer) -> Array:
+    """Return the ids [N] of a prompt.
+
+    Raises:
+      TokenError: the prompt has no token.
+    """
+    ids = np.array(tokenizer.encode(prompt).ids, dtype=np.int64)
+    if not len(ids):
+        raise TokenError("the prompt is empty; expected at least one token")
+    return ids
+
+
+def generate_ids(
+    session: Session, prompt: Array, count: int, temperature: float, seed: int, learn: bool
+) -> Iterator[int]:
+    """Yield `count` tokens that continue the prompt, in a session of one row.
+
+    Args:
+      session: goes on from where it stands.
+      prompt: [N] int64, N of 1 or more.
+      count: tokens to yield.
+      temperature: 0 always takes the likeliest.
+      seed: of the random choice.
+      learn: whether the session learns from prompt and own output.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = prompt
+    for _ in range(count):
+        logits = session.feed(tokens, np.full(len(tokens), float(learn)))[0, -1]
+        token = _choose(logits, temperature, rng)
+        yield token
+        tokens = np.array([token], dtype=np.int64)
+
+
+def _choose(logits: Array, temperature: float, rng: np.random.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    return int(rng.choice(len(weights), p=weights / weights.sum()))

@@ -1,0 +1,46 @@
+"""Text to token ids: the tokenizer file of a checkpoint or bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from fwl_export.errors import CheckpointError, TokenError
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+      CheckpointError: it cannot be read, or has another number of entries than the model.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer file ({error})") from None
+    found = tokenizer.get_vocab_size()
+    if found != vocab_size:
+        raise CheckpointError(
+            f"{path} has {found} entries, but the model's vocab_size is {vocab_size}; "
+            "is the tokenizer of another model?"
+        )
+    return tokenizer
+
+
+def read_ids(path: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """Return the token ids [N] of a text file.
+
+    Raises:
+      TokenError: the file is not UTF-8 text, or has fewer than 2 tokens.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenError(f"cannot read '{path}' as text: {error}") from None
+    ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
+    if len(ids) < 2:
+        raise TokenError(f"'{path}' has {len(ids)} tokens; expected 2 or more")
+    return ids

@@ -15,7 +15,6 @@ from typing import Annotated
 
 import torch
 import typer
-from demo_data import encode, load_plays, train_tokenizer, training_texts
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
@@ -23,6 +22,7 @@ from fwl_export.model.checkpoint import save_checkpoint
 from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
+from tools.demo_data import encode, load_plays, train_tokenizer, training_texts
 
 MODEL = ModelConfig(
     vocab_size=2048,

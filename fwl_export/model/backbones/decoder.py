@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         window = self.config.window
         x = self.embedding(F.pad(input_ids, (0, -length % window)))
         positions = torch.arange(x.shape[1], device=x.device)[None]
-        rotary = self._rotary(positions, x.dtype)
+        rotary = self.rotary(positions, x.dtype)
         mask = self._block_mask(x)
         for block in self.blocks:
             query, key, value = block.attention.project(block.norm_1(x), rotary)
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.embedding(input_ids)
         positions = position[:, None] + steps
-        rotary = self._rotary(positions, x.dtype)
+        rotary = self.rotary(positions, x.dtype)
         ring = _Ring(position, lengths, steps, caches[0].shape[2])
         mask = ring.mask(positions, self.config.window, x.dtype)
         present = []
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
             for kind in ("key", "value")
         ]
 
-    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosine and sine [B, 1, T, head size / 2] of the positions [B, T]."""
         phase = torch.remainder(positions[..., None] * self.rotary_cycles, ROTARY_PERIOD)
         angle_type = torch.float64 if dtype == torch.float64 else torch.float32
@@ -153,7 +153,7 @@ class _Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key, value [B, heads, T, head size]; query and key normed and rotated."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return _rotate(_rms(query, 1e-6), rotary), _rotate(_rms(key, 1e-6), rotary), value
+        return rotate(_rms(query, 1e-6), rotary), rotate(_rms(key, 1e-6), rotary), value
 
 
 class _Norm(nn.Module):
@@ -223,7 +223,8 @@ def _rms(x: Tensor, epsilon: float) -> Tensor:
     return (wide(x) * torch.rsqrt(mean_square + epsilon)).to(x.dtype)
 
 
-def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + size / 2) of x [B, heads, T, size] by the angles of `rotary`."""
     cos, sin = rotary
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

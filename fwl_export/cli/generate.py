@@ -1,0 +1,53 @@
+"""`fwl-export generate`: continue a prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fwl_export.cli.terminal import BackendOption, BundleArgument
+
+
+def generate(
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    read: Annotated[
+        Path | None, typer.Option(help="Text file to read, and learn from, before the prompt.")
+    ] = None,
+    max_new: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0 = always the likeliest.", min=0)] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
+    no_learn: Annotated[
+        bool, typer.Option("--no-learn", help="Do not learn from prompt and own output.")
+    ] = False,
+    backend: BackendOption = "onnxruntime",
+) -> None:
+    """Continue a prompt, token by token.
+
+    Example: fwl-export generate demo-bundle --prompt "LEONTES." --seed 1
+    """
+    from fwl_export.bundle import read_bundle
+    from fwl_export.runtimes import open_session
+    from fwl_export.runtimes.text import bundle_tokenizer, generate_ids, prompt_ids
+    from fwl_export.text import read_ids
+
+    opened = read_bundle(bundle)
+    tokenizer = bundle_tokenizer(opened)
+    session = open_session(opened, backend)
+    if read is not None:
+        session.feed(read_ids(read, tokenizer))
+    ids = prompt_ids(prompt, tokenizer)
+    written: list[int] = []
+    shown = ""
+    sys.stdout.write(prompt)
+    for token in generate_ids(session, ids, max_new, temperature, seed, learn=not no_learn):
+        written.append(token)
+        text = tokenizer.decode(written)
+        if not text.endswith("\ufffd"):  # in the middle of a character
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    print()

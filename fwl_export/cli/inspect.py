@@ -1,0 +1,74 @@
+"""`fwl-export inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+import json as json_module
+
+from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, size, table
+
+
+def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
+    """Print a bundle's config, state with bytes per session, ops, files and engines.
+
+    Every file's hash is checked.
+
+    Example: fwl-export inspect demo-bundle
+    """
+    from fwl_export.bundle import ENGINES_FOLDER, MODEL_FILE, read_bundle
+    from fwl_export.export.ops import count_ops
+
+    opened = read_bundle(bundle)
+    opened.verify()
+    manifest = opened.manifest
+    ops = count_ops(opened.file(MODEL_FILE))
+    engines = [
+        json_module.loads(opened.file(name).read_text(encoding="utf-8"))
+        for name in manifest.files
+        if name.startswith(ENGINES_FOLDER + "/") and name.endswith(".json")
+    ]
+    if json:
+        print_json({**manifest.to_dict(), "ops": ops, "engines": engines})
+        return
+    config = manifest.config
+    print(
+        f"bundle    {bundle}  (model {manifest.model_id[:12]}, {manifest.precision}, "
+        f"opset {manifest.opset}, up to {manifest.max_tokens} tokens per call)"
+    )
+    b, f = config.backbone, config.fast_weights
+    print(
+        f"backbone  {b.type}, width {b.width}, {b.layers} layers, {b.heads} heads, "
+        f"window {b.window}, vocabulary {config.vocab_size}"
+    )
+    print(
+        f"FWL       {f.input_size} -> {f.hidden_size} -> {f.output_size}, dense biases "
+        f"{'learn' if f.update_dense_bias else 'fixed'}, steps {f.step_sizes}, decay {f.decay}, "
+        f"N = {f.loss_normalizer:g}"
+    )
+    print("\nState of one session\n")
+    rows = [
+        (s.name, s.dtype, "x".join(map(str, s.shape)) or "1", size(s.bytes_per_row))
+        for s in manifest.state
+    ]
+    total = sum(s.bytes_per_row for s in manifest.state)
+    print(table(("tensor", "type", "shape", "size"), [*rows, ("total", "", "", size(total))]))
+    print("\nOps: " + ", ".join(f"{name} {count}" for name, count in ops.items()))
+    print("\nFiles (all hashes match)\n")
+    files = [(name, size(e["bytes"]), e["sha256"][:12]) for name, e in manifest.files.items()]
+    print(table(("file", "size", "sha256"), files))
+    if engines:
+        print("\nEngines\n")
+        print(
+            table(
+                ("engine", "path built", "layers", "plugins", "build"),
+                [
+                    (
+                        e["name"],
+                        e["update_path"],
+                        str(e["layers"]),
+                        str(e["plugin_layers"]),
+                        f"{e['build_seconds']:.1f} s",
+                    )
+                    for e in engines
+                ],
+            )
+        )

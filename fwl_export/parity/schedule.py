@@ -1,0 +1,166 @@
+"""The calls of a parity check: held-out text in uneven chunks, the same for every runtime.
+
+A schedule is replayable from its seed. Its calls together hold what goes wrong in streaming
+models: T of 1 and the largest T; odd sizes that leave the ring buffers at every offset; rows at
+different positions, a row that starts late, rows that bring fewer tokens than others or none;
+tokens that are read without learning, one by one and whole calls of them; a reset in mid-stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fwl_export.errors import TokenError
+
+Array = npt.NDArray[Any]
+
+# Row 0 reads all the time, row 1 starts late, row 2 is reset in mid-stream.
+ROWS = 3
+_STARTS = (0.0, 0.25, 0.0)  # of the first row's way
+_RESET_AT = 0.55
+_RESET_ROW = 2
+
+# Where the state is compared, in shares of the first row's way: dense where drift starts.
+_DEPTHS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
+
+_RAGGED = 0.5  # share of calls in which rows bring different numbers of tokens
+_WEIGHTED = 0.4  # share of calls in which some tokens have weight 0 or 0.5
+_SILENT = 0.06  # share of calls in which all tokens have weight 0
+_DECODE_RUN = 8  # calls of one token come in runs, as they do when text is generated
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model on all rows.
+
+    Attributes:
+      step: number of the call, from 0.
+      ids: [B, T] int64, padding 0.
+      weights: [B, T] float32, how much to learn from each token.
+      lengths: [B] int64, real tokens of each row.
+      labels: [B, T] int64, the token after each; padding 0.
+      positions: [B] int64, tokens that each row has read before (not set back by a reset).
+      reset: rows that start afresh before this call.
+      depth: tokens the deepest row has read after this call.
+      compare_state: whether the state is compared after this call.
+    """
+
+    step: int
+    ids: Array
+    weights: Array
+    lengths: Array
+    labels: Array
+    positions: Array
+    reset: tuple[int, ...]
+    depth: int
+    compare_state: bool
+
+
+@dataclass
+class Schedule:
+    """Seeded calls over a text; iterate it for the calls, as often as needed.
+
+    Attributes:
+      ids: [N] int64, the text; rows start at different places and go round at its end.
+      tokens: how many the deepest row reads.
+      max_tokens: largest T.
+      seed: of everything random.
+    """
+
+    ids: Array
+    tokens: int
+    max_tokens: int
+    seed: int = 0
+    rows: int = field(default=ROWS, init=False)
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise TokenError(f"tokens is {self.tokens}; expected 1 or more")
+        if len(self.ids) < self.tokens + 1:
+            raise TokenError(
+                f"the text has {len(self.ids)} tokens; reading {self.tokens} and predicting the "
+                f"next takes {self.tokens + 1}: give a longer text or fewer tokens"
+            )
+
+    def __iter__(self) -> Iterator[Call]:
+        rng = np.random.default_rng(self.seed)
+        sizes = _sizes(rng, self.max_tokens)
+        marks = sorted({max(1, round(share * self.tokens)) for share in _DEPTHS})
+        positions = np.zeros(self.rows, np.int64)
+        step, pending_reset = 0, True
+        while positions[0] < self.tokens:
+            size = min(next(sizes), int(self.tokens - positions[0]))
+            due = bool(marks) and positions[0] + size >= marks[0]
+            lengths = self._lengths(rng, size, positions, force_ragged=due)
+            depth = int(positions[0] + lengths[0])
+            compare = due and depth >= marks[0]
+            while marks and depth >= marks[0]:
+                marks.pop(0)
+            reset = pending_reset and positions[0] >= _RESET_AT * self.tokens
+            pending_reset = pending_reset and not reset
+            yield self._call(rng, step, lengths, positions.copy(), reset, depth, compare)
+            positions += lengths
+            step += 1
+
+    def _lengths(
+        self, rng: np.random.Generator, size: int, positions: Array, force_ragged: bool
+    ) -> Array:
+        """Return how many tokens each row brings; at least one row brings `size`."""
+        lengths = np.full(self.rows, size, np.int64)
+        if rng.random() < _RAGGED or force_ragged:
+            fewer = rng.integers(0, size + 1, self.rows)
+            lengths = np.where(rng.random(self.rows) < 0.25, 0, fewer)
+            lengths[rng.integers(self.rows)] = size
+        begun = positions[0] >= np.array(_STARTS) * self.tokens
+        lengths = np.where(begun, lengths, 0)
+        if force_ragged or not lengths.any():
+            lengths[0] = size
+        return lengths
+
+    def _call(
+        self,
+        rng: np.random.Generator,
+        step: int,
+        lengths: Array,
+        positions: Array,
+        reset: bool,
+        depth: int,
+        compare: bool,
+    ) -> Call:
+        size = int(lengths.max())
+        real = np.arange(size) < lengths[:, None]
+        starts = np.arange(self.rows)[:, None] * (len(self.ids) // self.rows)
+        places = starts + positions[:, None] + np.arange(size)
+        ids, labels = (self.ids[(places + shift) % len(self.ids)] for shift in (0, 1))
+        weights = np.ones((self.rows, size), np.float32)
+        kind = rng.random()
+        if kind < _SILENT:
+            weights[:] = 0
+        elif kind < _SILENT + _WEIGHTED:
+            weights = rng.choice(np.array([0, 0.5, 1], np.float32), weights.shape, p=(0.2, 0.1, 0.7))
+        return Call(
+            step,
+            np.where(real, ids, 0),
+            np.where(real, weights, np.float32(0)),
+            lengths,
+            np.where(real, labels, 0),
+            positions,
+            (_RESET_ROW,) if reset else (),
+            depth,
+            compare,
+        )
+
+
+def _sizes(rng: np.random.Generator, max_tokens: int) -> Iterator[int]:
+    """Yield T of one call after the other: all kinds in every round, in a new order."""
+    odd = {2, 3, 5, 7, 13, 17, 31, 61, max_tokens // 2 + 1, max_tokens - 1, max_tokens}
+    blocks = [[size] for size in sorted(odd) if 1 <= size <= max_tokens]
+    blocks += [[1] * _DECODE_RUN] * 3
+    while True:
+        for index in rng.permutation(len(blocks)):
+            yield from blocks[index]

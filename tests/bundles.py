@@ -1,0 +1,55 @@
+"""Tiny checkpoints and bundles for tests, made without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fwl_export.export import export_bundle
+from fwl_export.model.checkpoint import save_checkpoint
+from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
+from fwl_export.model.language_model import FWLModel
+
+VOCABULARY = 64
+MAX_TOKENS = 16
+
+TINY = ModelConfig(
+    VOCABULARY,
+    BackboneConfig(width=16, layers=2, heads=2, window=8),
+    FastWeightsConfig(input_size=16, hidden_size=32, output_size=16),
+)
+
+
+def tiny_tokenizer(size: int = VOCABULARY) -> Tokenizer:
+    """Return a tokenizer of single characters, from the space on."""
+    vocabulary = {chr(32 + i): i for i in range(size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return tokenizer
+
+
+def tiny_model(seed: int = 0) -> FWLModel:
+    """Return a random model whose fast weights change its logits visibly."""
+    torch.manual_seed(seed)
+    model = FWLModel(TINY).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.copy_(torch.randn_like(parameter) * 0.25)
+    for step in model.fast_weights.steps.values():
+        step.fill_(0.05)
+    model.fast_weights.horizon.fill_(30.0)
+    return model
+
+
+def write_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """Write a tiny checkpoint; returns its folder."""
+    save_checkpoint(folder, tiny_model(seed), tiny_tokenizer())
+    return folder
+
+
+def write_bundle(folder: Path, checkpoint: Path, precision: str = "fp32") -> Path:
+    """Write a tiny bundle of a checkpoint; returns its folder. Takes some seconds."""
+    export_bundle(checkpoint, folder, precision=precision, max_tokens=MAX_TOKENS)
+    return folder

@@ -1,0 +1,50 @@
+"""Every test starts from the same seeds, on one thread; those marked gpu skip without a device."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# The same examples in every run; `pytest --hypothesis-profile=explore` looks for new ones.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_configure() -> None:
+    # More threads change the order of sums, and fight over the cores of the other workers.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - for libraries that draw from the global generator
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items) and (reason := _no_gpu()):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@functools.cache
+def _no_gpu() -> str:
+    """Return why there is no CUDA device, or "". Asks the driver: torch may be a CPU build."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return f"no CUDA device: the driver's library is not here ({error})"
+    count = ctypes.c_int(0)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if status:
+        return f"no CUDA device: the driver answers with error {status}"
+    return "" if count.value else "no CUDA device: the driver finds none"

@@ -1,0 +1,185 @@
+"""The project's central identity: any split of a text gives what the parallel form gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fwl_export.export.precision import in_precision
+from fwl_export.model.backbones.decoder import rotate
+from fwl_export.model.language_model import FWLModel
+from fwl_export.model.streaming import StreamingModel
+from tests.model.models import VARIANTS, VOCABULARY, small_model
+from tests.tolerances import assert_close
+
+MAX_TOKENS = 9
+
+
+def fresh(streaming: StreamingModel, rows: int) -> list[Tensor]:
+    return [
+        torch.zeros(rows, *spec.shape, dtype=getattr(torch, spec.dtype))
+        for spec in streaming.specs
+    ]
+
+
+def read(
+    streaming: StreamingModel,
+    ids: Tensor,
+    weights: Tensor,
+    calls: list[list[int]],
+    state: list[Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Read ids [B, T] in calls that bring `calls[i][row]` tokens; garbage pads shorter rows."""
+    rows = len(ids)
+    state = state or fresh(streaming, rows)
+    position, outputs = [0] * rows, [[] for _ in range(rows)]
+    for lengths in calls:
+        size = max([*lengths, 1])
+        tokens = torch.randint(0, VOCABULARY, (rows, size))
+        label_weights = torch.rand(rows, size, dtype=weights.dtype)
+        for row, length in enumerate(lengths):
+            part = slice(position[row], position[row] + length)
+            tokens[row, :length] = ids[row, part]
+            label_weights[row, :length] = weights[row, part]
+        logits, *present = streaming(tokens, label_weights, torch.tensor(lengths), *state)
+        for row, length in enumerate(lengths):
+            outputs[row].append(logits[row, :length])
+            position[row] += length
+            if length == 0:
+                for spec, old, new in zip(streaming.specs, state, present, strict=True):
+                    assert torch.equal(old[row], new[row]), f"{spec.name} of an idle row changed"
+        state = list(present)
+    return torch.stack([torch.cat(parts) for parts in outputs]), state
+
+
+def parallel(model: FWLModel, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return the logits of the parallel form; a label's weight is that of its token."""
+    return model.fast_weights.parallel(
+        model.backbone(ids[:, :-1]), ids[:, 1:], weights[:, 1:], chunk=16
+    )[0]
+
+
+@st.composite
+def splits(draw: st.DrawFn, length: int, rows: int) -> list[list[int]]:
+    """Draw calls that bring `length` tokens to each row, at most MAX_TOKENS at a time."""
+    left, calls = [length] * rows, []
+    while any(left):
+        call = [draw(st.integers(0, min(MAX_TOKENS, rest))) for rest in left]
+        if not any(call):  # at least one row moves, so that it ends
+            row = next(i for i, rest in enumerate(left) if rest)
+            call[row] = 1
+        calls.append(call)
+        left = [rest - now for rest, now in zip(left, call, strict=True)]
+    return calls
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_split_gives_the_parallel_result(variant: str, data: st.DataObject) -> None:
+    model = small_model(variant)
+    rows, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    ids = torch.randint(0, VOCABULARY, (rows, length + 1))
+    weights = torch.rand(rows, length + 1, dtype=torch.float64).round(decimals=1)
+    expected = parallel(model, ids, weights)
+    streaming = StreamingModel(model, MAX_TOKENS)
+    calls = data.draw(splits(length, rows))
+    logits, _ = read(streaming, ids[:, :-1], weights[:, :-1], calls)
+    assert_close("model.float64", logits, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_final_state_does_not_depend_on_the_split(variant: str) -> None:
+    model = small_model(variant)
+    streaming = StreamingModel(model, MAX_TOKENS)
+    ids = torch.randint(0, VOCABULARY, (1, 45))
+    weights = torch.ones(1, 45, dtype=torch.float64)
+    _, one_by_one = read(streaming, ids, weights, [[1]] * 45)
+    _, in_blocks = read(streaming, ids, weights, [[9]] * 5)
+    _, uneven = read(streaming, ids, weights, [[2], [9], [1], [9], [9], [6], [9]])
+    for spec, a, b, c in zip(streaming.specs, one_by_one, in_blocks, uneven, strict=True):
+        assert_close("model.float64", b, a, spec.name)
+        assert_close("model.float64", c, a, spec.name)
+    assert max(float(tensor.abs().max()) for tensor in one_by_one[5:]) > 0.1
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_the_backbone_streams_far_beyond_its_ring_buffer(norm: str) -> None:
+    model = small_model(norm=norm)
+    ids = torch.randint(0, VOCABULARY, (2, 301))
+    weights = torch.ones(2, 301, dtype=torch.float64)
+    calls = [[7, 7]] * 42 + [[6, 6]]
+    logits, _ = read(StreamingModel(model, 7), ids[:, :-1], weights[:, :-1], calls)
+    assert_close("model.float64", logits, parallel(model, ids, weights))
+
+
+def test_rows_do_not_see_each_other() -> None:
+    streaming = StreamingModel(small_model(), MAX_TOKENS)
+    ids = torch.randint(0, VOCABULARY, (3, 20))
+    weights = torch.ones(3, 20, dtype=torch.float64)
+    together, _ = read(streaming, ids, weights, [[9, 2, 5], [9, 9, 6], [2, 9, 9]])
+    for row in range(3):
+        alone, _ = read(streaming, ids[row : row + 1], weights[:1], [[9], [9], [2]])
+        assert_close("model.float64", together[row], alone[0])
+
+
+def test_reading_without_learning_keeps_the_fast_weights() -> None:
+    streaming = StreamingModel(small_model(), MAX_TOKENS)
+    ids = torch.randint(0, VOCABULARY, (1, 18))
+    _, learned = read(streaming, ids, torch.ones(1, 18, dtype=torch.float64), [[9], [9]])
+    silent = torch.zeros(1, 18, dtype=torch.float64)
+    _, after = read(streaming, ids, silent, [[9], [9]], state=learned)
+    for spec, before, now in zip(streaming.specs, learned, after, strict=True):
+        if spec.name.startswith("fast."):
+            assert torch.equal(before, now), spec.name
+            assert before.abs().max() > 0
+
+
+def test_float32_stays_near_float64_over_2000_tokens() -> None:
+    double = small_model()
+    single = in_precision(double.float(), "fp32")
+    double = small_model()
+    ids = torch.randint(0, VOCABULARY, (1, 2000))
+    calls = [[8]] * 250
+    exact, _ = read(
+        StreamingModel(double, 8), ids, torch.ones(1, 2000, dtype=torch.float64), calls
+    )
+    near, _ = read(StreamingModel(single, 8), ids, torch.ones(1, 2000), calls)
+    assert near.dtype == torch.float32
+    assert_close("model.float32_stream", near, exact)
+
+
+def test_half_precision_keeps_sums_in_float32() -> None:
+    half = in_precision(small_model().float(), "fp16")
+    streaming = StreamingModel(half, MAX_TOKENS)
+    types = {spec.name: spec.dtype for spec in streaming.specs}
+    assert types["cache.0.key"] == types["pending.hidden"] == "float16"
+    assert all(types[name] == "float32" for name in types if name.startswith("fast."))
+    ids = torch.randint(0, VOCABULARY, (1, 36))
+    logits, state = read(streaming, ids, torch.ones(1, 36), [[9]] * 4)
+    assert logits.dtype == torch.float32
+    for spec, tensor in zip(streaming.specs, state, strict=True):
+        assert str(tensor.dtype) == f"torch.{spec.dtype}", spec.name
+    exact, _ = read(
+        StreamingModel(small_model(), MAX_TOKENS),
+        ids,
+        torch.ones(1, 36, dtype=torch.float64),
+        [[9]] * 4,
+    )
+    assert_close("model.float16_stream", logits, exact)
+
+
+def test_rotary_phases_are_exact_after_a_billion_tokens() -> None:
+    backbone = small_model().float().backbone
+    query, key = torch.randn(2, 1, 1, 1, 8)
+
+    def score(position: int) -> Tensor:
+        """Return query . key for a key at the position and a query 3 tokens later."""
+        rotary = [backbone.rotary(torch.tensor([[position + i]]), torch.float32) for i in (3, 0)]
+        return (rotate(query, rotary[0]) * rotate(key, rotary[1])).sum()
+
+    assert_close("model.rotary", score(10**9), score(0))

@@ -1,0 +1,90 @@
+"""How far two results may lie apart, and why: the one table of all tests.
+
+A test names its row: `assert_close("op.output.float16", actual, expected)` passes where
+`|actual - expected| <= atol + rtol * |expected|` everywhere. To add a row, derive its size
+(machine epsilon times what is summed), then measure; a bound much wider than the measured error
+hides bugs, and one that must be widened has found one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Bounds of an elementwise comparison.
+
+    Attributes:
+      atol: absolute part, in the unit of the compared values.
+      rtol: relative to the expected value.
+      reason: why this size.
+    """
+
+    atol: float
+    rtol: float
+    reason: str
+
+
+# Over the op's CASES an output is at most 200 and comes from two sums, of 96 and of 257 terms;
+# a state is at most 19, from one. Rounding errors of such sums grow like the root of their
+# length: about 5 roundings of the largest value, half of which was measured.
+_OUTPUT = 5 * 200
+_STATE = 5 * 19
+_EPS_64 = 2.0**-52
+_EPS_32 = 2.0**-23
+
+TOLERANCES = {
+    "op.output.float64": Tolerance(_OUTPUT * _EPS_64, 0.0, "5 roundings of 200 in float64"),
+    "op.output.float32": Tolerance(_OUTPUT * _EPS_32, 0.0, "5 roundings of 200 in float32"),
+    "op.output.float16": Tolerance(
+        _OUTPUT * _EPS_32, 2.0**-11, "summed in float32, then rounded once to 11 bits"
+    ),
+    "op.output.bfloat16": Tolerance(
+        _OUTPUT * _EPS_32, 2.0**-8, "summed in float32, then rounded once to 8 bits"
+    ),
+    "op.state.float64": Tolerance(_STATE * _EPS_64, 0.0, "5 roundings of 19 in float64"),
+    "op.state.float32": Tolerance(
+        _STATE * _EPS_32, 0.0, "5 roundings of 19 in float32, whatever the activations' type"
+    ),
+    "op.decay_products.float32": Tolerance(
+        0.0, 20 * _EPS_32, "exp of a sum of logs of size 20 or less: its absolute error is relative"
+    ),
+    "model.paper_code": Tolerance(
+        1e-10, 0.0, "another order of sums in float64; 2e-15 was measured on logits of size 5"
+    ),
+    "model.float64": Tolerance(
+        1e-12, 1e-12, "the same sums in another order, a few hundred roundings of 2e-16"
+    ),
+    "model.float32_stream": Tolerance(
+        5e-6, 0.0, "roundings of 6e-8 through two layers, on logits of size 1.5; 9e-7 was measured"
+    ),
+    "model.float16_stream": Tolerance(
+        0.01, 0.0, "float16 rounds logits of size 1.2 by 5e-4, a few times; 3e-3 was measured"
+    ),
+    "model.rotary": Tolerance(
+        1e-5, 0.0, "a product of two rotated vectors of size 3 in float32, 20 roundings of 1e-7"
+    ),
+    "model.central_difference": Tolerance(
+        1e-8, 1e-5, "a central difference of step 1e-6 in float64 is good to about 1e-9"
+    ),
+}
+
+
+def assert_close(
+    name: str, actual: npt.ArrayLike, expected: npt.ArrayLike, message: str = ""
+) -> None:
+    """Compare in float64 with the row `name` of the table; shapes must be equal too."""
+    tolerance = TOLERANCES[name]
+    np.testing.assert_allclose(
+        np.asarray(actual, dtype=np.float64),
+        np.asarray(expected, dtype=np.float64),
+        rtol=tolerance.rtol,
+        atol=tolerance.atol,
+        equal_nan=False,
+        err_msg=f"{message} [{name}: {tolerance.reason}]",
+        strict=True,
+    )

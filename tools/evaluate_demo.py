@@ -1,0 +1,505 @@
+"""Measures what adapting while reading is worth, on held-out plays read as one long stream.
+
+Two checkpoints of one size are compared: `plain`, trained on the slow logits, and `fwl`, the
+same network trained while adapting. The rows:
+
+    a   plain, standard inference
+    b   fwl with adaptation off: its slow weights
+    c   fwl adapting with its learned decay, never reset
+    c'  the weights of c in the paper's form (sums only grow), at the best reset interval
+    d   plain with dynamic evaluation: an SGD step on all weights after each segment
+
+Reset interval, segment and learning rate are chosen on the validation play. Perplexity is per
+BPE token, over all tokens of the test stream but the first; time and operations are relative
+to (a) on the same blocks of text. Run it alone on the machine: it times on one thread.
+
+    python tools/evaluate_demo.py --plain runs/plain --fwl runs/fwl --data runs/data -o runs/eval
+
+An interrupted run goes on where it stopped: what is done lies in OUT/partial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from fwl_export.errors import CheckpointError, FwlError, OutputExistsError
+from fwl_export.model.checkpoint import Checkpoint, load_checkpoint
+from fwl_export.model.language_model import FWLModel
+from tools import demo_data
+from tools.evaluation_report import growth, mean_difference, plot_perplexity, results_markdown
+from tools.stream_readers import (
+    CHUNK,
+    AdaptingReader,
+    DynamicReader,
+    Losses,
+    PlainReader,
+    Reader,
+    count_flops,
+    iterate_losses,
+    minimize_on_grid,
+    paper_form,
+    perplexity,
+    seconds_per_block,
+)
+
+ROWS = ("a", "b", "c", "c'", "d")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure.
+
+    Attributes:
+      play_tokens: read of each test play; None means all.
+      validation_tokens: read of the validation text; None means all.
+      tuning_tokens: of the validation text, for the choice of (d)'s segment.
+      segments: tried for (d).
+      reset_intervals: tried for (c'); None means never.
+      bin_tokens: tokens per point of the curves.
+      timing_blocks: blocks of 256 tokens, timed; decode blocks have 32 and are half as many.
+    """
+
+    play_tokens: int | None = None
+    validation_tokens: int | None = None
+    tuning_tokens: int = 15_000
+    segments: tuple[int, ...] = (128, 64, 32)
+    reset_intervals: tuple[int | None, ...] = (256, 512, 1024, 2048, 4096, None)
+    bin_tokens: int = 4000
+    timing_blocks: int = 32
+
+
+QUICK = Plan(2000, 1500, 600, (128, 64), (256, None), 500, 4)
+
+# (d): first guess of the learning rate, and the ratios of the coarse and of the fine grid.
+FIRST_LEARNING_RATE = 0.3
+COARSE, FINE = 10**0.5, 10**0.25
+DECODE_BLOCK = 32
+WARM_UP = 2
+
+
+@dataclass
+class Workspace:
+    """Where finished parts are kept, and where progress is shown.
+
+    Attributes:
+      folder: of the parts.
+      settings: what the parts depend on; a folder with other settings is refused.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    console: Console = field(default_factory=Console)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.part("settings", lambda: self.settings) != json.loads(json.dumps(self.settings)):
+            raise OutputExistsError(
+                f"'{self.folder}' holds parts of an evaluation of other checkpoints, text or "
+                "settings; remove it, or choose another output folder"
+            )
+
+    def part(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the JSON part of that name, computed if it is not there yet."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_json(path, compute())
+        return json.loads(path.read_text())
+
+    def losses(self, name: str, title: str, reader: Reader, tokens: Tensor, chunk: int) -> Losses:
+        """Return the losses of a stream, [N - 1] nats, read if they are not there yet."""
+        path = self.folder / f"losses-{name}.npy"
+        if not path.exists():
+            with self.watched(title, len(tokens) - 1) as advance:
+                losses = _collect(iterate_losses(reader, tokens, chunk), advance)
+            beside = path.with_suffix(".unfinished.npy")
+            np.save(beside, losses)
+            beside.replace(path)
+        found: Losses = np.load(path)
+        self.console.print(f"{title}: perplexity {perplexity(found):.2f}")
+        return found
+
+    @contextmanager
+    def watched(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar while something reads `total` tokens; yields the function that moves it."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        # In a log file the lines printed at the end of each pass are enough.
+        silent = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=silent) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda tokens: progress.advance(task, tokens)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, all of it or nothing; numbers that are not finite become null."""
+    beside = path.with_suffix(".unfinished")
+    beside.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    beside.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _collect(chunks: Iterable[Losses], advance: Callable[[int], None]) -> Losses:
+    parts = []
+    for losses in chunks:
+        parts.append(losses)
+        advance(len(losses))
+    return np.concatenate(parts)
+
+
+def evaluate(
+    plain: FWLModel,
+    fwl: FWLModel,
+    plays: Mapping[str, Tensor],
+    validation: Tensor,
+    plan: Plan,
+    work: Workspace,
+) -> dict[str, Any]:
+    """Measure all rows.
+
+    Args:
+      plain: trained on the slow logits.
+      fwl: trained while adapting.
+      plays: name -> [N] int64, the test plays in the order they are read.
+      validation: [N] int64, the text on which (c') and (d) are tuned.
+      plan: how much to measure.
+      work: keeps finished parts.
+
+    Returns:
+      Results; write_json makes JSON of them.
+    """
+    stream = torch.cat(list(plays.values()))
+    losses = {
+        "a": work.losses("a", "(a) plain", PlainReader(plain), stream, CHUNK),
+        "b": work.losses("b", "(b) adaptation off", PlainReader(fwl), stream, CHUNK),
+        "c": work.losses("c", "(c) adapting", AdaptingReader(fwl), stream, CHUNK),
+    }
+    resets = work.part("reset-tuning", lambda: tune_reset(fwl, validation, plan, work))
+    reset_every = resets["chosen"]
+    pure = AdaptingReader(paper_form(fwl), reset_every)
+    losses["c'"] = work.losses("c-paper", "(c') paper's form", pure, stream, CHUNK)
+    dynamic = work.part("dynamic-tuning", lambda: tune_dynamic(plain, validation, plan, work))
+    segment, rate = dynamic["segment"], dynamic["learning_rate"]
+    reader = DynamicReader(plain, segment, rate)
+    losses["d"] = work.losses("d", "(d) dynamic evaluation", reader, stream, segment)
+    cost = work.part("cost", lambda: measure_cost(plain, fwl, stream, segment, rate, plan, work))
+    return {
+        "tokens": {
+            "test": {name: len(play) for name, play in plays.items()},
+            "predicted": len(stream) - 1,
+            "validation": len(validation),
+        },
+        "rows": {row: _row(losses[row], plays) for row in ROWS},
+        "tuning": {"reset": resets, "dynamic": dynamic},
+        "cost": cost,
+        "position": _over_position(losses, plan.bin_tokens),
+    }
+
+
+def _row(losses: Losses, plays: Mapping[str, Tensor]) -> dict[str, Any]:
+    per_play = {}
+    end = -1  # the first token is not predicted
+    for name, play in plays.items():
+        start, end = max(end, 0), end + len(play)
+        per_play[name] = perplexity(losses[start:end])
+    return {"perplexity": perplexity(losses), "plays": per_play}
+
+
+def _over_position(losses: Mapping[str, Losses], size: int) -> dict[str, Any]:
+    """Return the curves, and whether (c) loses ground against (a) as the stream goes on."""
+    bins = {row: _bin_means(row_losses, size) for row, row_losses in losses.items()}
+    return {
+        "bin_tokens": size,
+        "mean_loss": {row: means.tolist() for row, means in bins.items()},
+        "growth_c_against_a": growth(losses["c"] - losses["a"], size),
+        "log_perplexity_difference": {
+            f"{row} - {other}": mean_difference(bins[row] - bins[other])
+            for row, other in (("b", "a"), ("c", "a"), ("c'", "a"), ("d", "a"), ("c", "d"))
+        },
+    }
+
+
+def _bin_means(losses: Losses, size: int) -> npt.NDArray[np.float64]:
+    whole = len(losses) // size * size
+    means: npt.NDArray[np.float64] = losses[:whole].astype(np.float64).reshape(-1, size).mean(1)
+    return means
+
+
+def tune_reset(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> dict[str, Any]:
+    """Choose the reset interval of the paper's form on the validation text."""
+    pure = paper_form(model)
+    trials: list[dict[str, Any]] = []
+    for every in plan.reset_intervals:
+        name = f"reset {every or 'never'}"
+        reader = AdaptingReader(pure, every)
+        losses = work.losses(f"validation-{name.replace(' ', '-')}", name, reader, text, CHUNK)
+        trials.append({"reset_every": every, "perplexity": perplexity(losses)})
+    chosen = min(trials, key=lambda trial: trial["perplexity"])["reset_every"]
+    return {"tokens": len(text), "chosen": chosen, "trials": trials}
+
+
+def tune_dynamic(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> dict[str, Any]:
+    """Choose segment and learning rate of dynamic evaluation on the validation text.
+
+    For every segment the best learning rate of a coarse grid on the text's beginning; for the
+    best segment then the best of a finer grid on the whole text.
+    """
+    trials: list[dict[str, Any]] = []
+
+    def trial(segment: int, tokens: Tensor, rate: float) -> float:
+        name = f"dynamic-{segment}-{rate:g}-{len(tokens)}"
+        result = work.part(name, lambda: _dynamic_trial(model, segment, rate, tokens, work))
+        trials.append(result)
+        return _or_infinity(result["perplexity"])
+
+    beginning = text[: plan.tuning_tokens]
+    coarse = {}
+    rate = FIRST_LEARNING_RATE
+    for segment in plan.segments:
+        rate, _ = minimize_on_grid(partial(trial, segment, beginning), rate, COARSE)
+        found = [t for t in trials if t["segment"] == segment]
+        coarse[segment] = (min(_or_infinity(t["perplexity"]) for t in found), rate)
+    segment = min(coarse, key=lambda s: coarse[s][0])
+    rate, interior = minimize_on_grid(partial(trial, segment, text), coarse[segment][1], FINE)
+    return {
+        "segment": segment,
+        "learning_rate": rate,
+        "learning_rate_is_interior": interior,
+        "segment_is_smallest_tried": segment == min(plan.segments),
+        "trials": trials,
+    }
+
+
+def _dynamic_trial(
+    model: FWLModel, segment: int, rate: float, tokens: Tensor, work: Workspace
+) -> dict[str, Any]:
+    """Return the perplexity of one setting; one that diverges is given up early."""
+    title = f"segment {segment}, learning rate {rate:g}"
+    give_up = 1.5 * math.log(model.config.vocab_size)
+    total, count, diverged = 0.0, 0, False
+    with work.watched(title, len(tokens) - 1) as advance:
+        for losses in iterate_losses(DynamicReader(model, segment, rate), tokens, segment):
+            total, count = total + float(losses.sum(dtype=np.float64)), count + len(losses)
+            advance(len(losses))
+            # "not <" is also true of a NaN.
+            diverged = count >= 4 * segment and not total / count < give_up
+            if diverged:
+                break
+    found = math.inf if diverged else perplexity(np.array(total / count))
+    work.console.print(f"{title}, {len(tokens)} tokens: perplexity {found:.2f}")
+    return {
+        "segment": segment,
+        "learning_rate": rate,
+        "tokens": len(tokens),
+        "perplexity": found,
+    }
+
+
+def _or_infinity(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def measure_cost(
+    plain: FWLModel,
+    fwl: FWLModel,
+    stream: Tensor,
+    segment: int,
+    rate: float,
+    plan: Plan,
+    work: Workspace,
+) -> dict[str, Any]:
+    """Measure seconds and count operations of the rows on the same blocks of text."""
+    work.console.print("cost: timing on one thread, blocks of (a) (b) (c) (d) in turn")
+    block = math.lcm(CHUNK, segment)
+    chunked: dict[str, tuple[Reader, int]] = {
+        "a": (PlainReader(plain), CHUNK),
+        "b": (PlainReader(fwl), CHUNK),
+        "c": (AdaptingReader(fwl), CHUNK),
+        "d": (DynamicReader(plain, segment, rate), segment),
+    }
+    decode: dict[str, tuple[Reader, int]] = {
+        "a": (PlainReader(plain), 1),
+        "c": (AdaptingReader(fwl), 1),
+    }
+    decode_blocks = max(2, plan.timing_blocks // 2)
+    return {
+        "load_average_before": os.getloadavg()[0],
+        "chunk": _paired_cost(chunked, stream, block, plan.timing_blocks),
+        "decode": _paired_cost(decode, stream, DECODE_BLOCK, decode_blocks),
+    }
+
+
+def _paired_cost(
+    readers: Mapping[str, tuple[Reader, int]], stream: Tensor, block: int, blocks: int
+) -> dict[str, Any]:
+    """Return cost per reader, relative to "a": medians over blocks of the ratios per block."""
+    tokens = stream[: (WARM_UP + blocks) * block + 1]
+    seconds = seconds_per_block(readers, tokens, block, WARM_UP)
+    base = np.array(seconds["a"])
+    flops = {
+        name: count_flops(reader, chunk, tokens[: block + 1])
+        for name, (reader, chunk) in readers.items()
+    }
+    rows = {}
+    for name, (_, chunk) in readers.items():
+        ratios = np.array(seconds[name]) / base
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        rows[name] = {
+            "tokens_per_call": chunk,
+            "milliseconds_per_token": float(np.median(seconds[name])) / block * 1e3,
+            "time_ratio": float(middle),
+            "time_ratio_quartiles": [float(low), float(high)],
+            "flops_per_token": flops[name] / block,
+            "flops_ratio": flops[name] / flops["a"],
+        }
+    return {"block_tokens": block, "blocks": len(base), "rows": rows}
+
+
+def machine() -> dict[str, Any]:
+    """Describe what this runs on."""
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text().splitlines() if names.exists() else []
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": found[0] if found else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def load_pair(plain: Path, fwl: Path) -> tuple[Checkpoint, Checkpoint]:
+    """Load both checkpoints and check that they can be compared.
+
+    Raises:
+      CheckpointError: a folder is unusable, or the two differ in size or in tokenizer.
+    """
+    first, second = load_checkpoint(plain), load_checkpoint(fwl)
+    sizes = [sum(p.numel() for p in c.model.backbone.parameters()) for c in (first, second)]
+    layers = [
+        (c.config.vocab_size, c.config.fast_weights.hidden_size, c.config.fast_weights.output_size)
+        for c in (first, second)
+    ]
+    if sizes[0] != sizes[1] or layers[0] != layers[1]:
+        raise CheckpointError(
+            f"'{plain}' and '{fwl}' are networks of different sizes: backbones of {sizes[0]} and "
+            f"{sizes[1]} parameters, vocabulary and layer {layers[0]} and {layers[1]}; compare "
+            "two trainings of one configuration"
+        )
+    if first.tokenizer.to_str() != second.tokenizer.to_str():
+        raise CheckpointError(
+            f"'{plain}' and '{fwl}' have different tokenizers, so their perplexities cannot be "
+            "compared; train both with one tokenizer"
+        )
+    return first, second
+
+
+def load_texts(checkpoint: Checkpoint, data: Path, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the tokens of the test plays by name, and those of the validation text."""
+    plays = demo_data.load_plays(data)
+
+    def tokens(names: Iterable[str], limit: int | None) -> Tensor:
+        texts = [plays[name] for name in names]
+        return torch.from_numpy(demo_data.encode(checkpoint.tokenizer, texts))[:limit]
+
+    test = {name: tokens([name], plan.play_tokens) for name in demo_data.TEST_PLAYS}
+    return test, tokens(demo_data.VALIDATION_PLAYS, plan.validation_tokens)
+
+
+def _sha256(*chunks: bytes) -> str:
+    return hashlib.sha256(b"".join(chunks)).hexdigest()
+
+
+def run(plain: Path, fwl: Path, data: Path, output: Path, plan: Plan) -> None:
+    """Evaluate two checkpoint folders and write results.json, results.md and the plot."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    first, second = load_pair(plain, fwl)
+    plays, validation = load_texts(first, data, plan)
+    files = {"plain": plain / "model.safetensors", "fwl": fwl / "model.safetensors"}
+    settings = {
+        "plan": dataclasses.asdict(plan),
+        **{name: _sha256(path.read_bytes()) for name, path in files.items()},
+        "text": _sha256(*(play.numpy().tobytes() for play in [*plays.values(), validation])),
+    }
+    work = Workspace(output / "partial", settings)
+    results = evaluate(first.model, second.model, plays, validation, plan, work)
+    layer = second.model.fast_weights
+    results |= {
+        "parameters": sum(p.numel() for p in first.model.parameters()),
+        "fwl": {
+            "steps": {name: step.mean().item() for name, step in layer.steps.items()},
+            "horizon": layer.horizon.item() if layer.config.decay == "learned" else None,
+            "loss_normalizer": layer.config.loss_normalizer,
+        },
+        "config": second.config.to_dict(),
+        "settings": settings,
+        "machine": machine(),
+        "command": shlex.join(["python", *sys.argv]),
+        "seconds_of_this_run": time.perf_counter() - began,
+    }
+    write_json(output / "results.json", results)
+    results = json.loads((output / "results.json").read_text())
+    (output / "results.md").write_text(results_markdown(results))
+    plot_perplexity(results, output)
+    work.console.print(f"wrote {output / 'results.json'}, results.md, perplexity.png and .svg")
+
+
+def main(
+    plain: Annotated[Path, typer.Option(help="Checkpoint trained on the slow logits.")],
+    fwl: Annotated[Path, typer.Option(help="Checkpoint trained while adapting.")],
+    data: Annotated[Path, typer.Option(help="Folder of the plays; downloaded if missing.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write into.")],
+    quick: Annotated[bool, typer.Option(help="A few thousand tokens: does it run?")] = False,
+) -> None:
+    """Compare an adapting model with a plain one and with dynamic evaluation."""
+    try:
+        run(plain, fwl, data, output, QUICK if quick else Plan())
+    except FwlError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,9 +1,9 @@
 """fwl-export: take Fast Weight Layer models, which learn while they read, to production.
 
-    from fwl_export import open_session
+from fwl_export import open_session
 
-    session = open_session("bundle")
-    logits = session.feed(token_ids)        # reads, learns, predicts
+session = open_session("bundle")
+logits = session.feed(token_ids)        # reads, learns, predicts
 """
 
 from __future__ import annotations

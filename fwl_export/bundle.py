@@ -248,6 +248,4 @@ def external_data_locations(model_path: Path) -> set[str]:
     tensors = [t for graph in graphs for t in graph.initializer]
     nodes = [*model.graph.node, *(n for f in model.functions for n in f.node)]
     tensors += [a.t for node in nodes for a in node.attribute if a.HasField("t")]
-    return {
-        entry.value for t in tensors for entry in t.external_data if entry.key == "location"
-    }
+    return {entry.value for t in tensors for entry in t.external_data if entry.key == "location"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fwl_export.export import export_bundle
@@ -52,4 +53,14 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
 def write_bundle(folder: Path, checkpoint: Path, precision: str = "fp32") -> Path:
     """Write a tiny bundle of a checkpoint; returns its folder. Takes some seconds."""
     export_bundle(checkpoint, folder, precision=precision, max_tokens=MAX_TOKENS)
+    return folder
+
+
+def shared_bundle(base: Path, precision: str) -> Path:
+    """Return a tiny bundle in `base`, which test processes share; the first one writes it."""
+    folder = base / f"tiny-{precision}"
+    with FileLock(base / f"tiny-{precision}.lock"):
+        if not folder.exists():
+            checkpoint = write_checkpoint(base / f"checkpoint-{precision}")
+            write_bundle(folder, checkpoint, precision)
     return folder

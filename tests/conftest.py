@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import random
+import shutil
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from tests.bundles import shared_bundle
 
 # The same examples in every run; `pytest --hypothesis-profile=explore` looks for new ones.
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
@@ -27,6 +32,31 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - for libraries that draw from the global generator
     torch.manual_seed(0)
+
+
+def _shared(factory: pytest.TempPathFactory, precision: str) -> Path:
+    base = factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        base = base.parent  # of this worker: all workers share the folder above
+    return shared_bundle(base, precision)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a tiny random model, float32. Do not change it: see `own_bundle`."""
+    return _shared(tmp_path_factory, "fp32")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with float16 activations."""
+    return _shared(tmp_path_factory, "fp16")
+
+
+@pytest.fixture
+def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_bundle` that the test may change."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -64,7 +64,10 @@ def export_onnx(
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
     onnx.save(
-        proto, str(path), save_as_external_data=True, location=path.name + ".data",
+        proto,
+        str(path),
+        save_as_external_data=True,
+        location=path.name + ".data",
         size_threshold=1024,
     )
     check_onnx(path, streaming.specs, opset)
@@ -145,9 +148,7 @@ def example_inputs(batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _example_state(specs: Sequence[TensorSpec], batch: int) -> list[Tensor]:
-    return [
-        torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype)) for spec in specs
-    ]
+    return [torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype)) for spec in specs]
 
 
 def _symbolic_update(

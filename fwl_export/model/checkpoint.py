@@ -52,7 +52,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
       ConfigError: config.json has an unknown key or a value out of range.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint '{folder}' is not a folder; expected one with config.json")
+        raise CheckpointError(
+            f"checkpoint '{folder}' is not a folder; expected one with config.json"
+        )
     for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(

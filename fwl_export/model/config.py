@@ -150,7 +150,7 @@ def _build(cls: type[_Dataclass], data: Any, source: str, prefix: str) -> _Datac
             raise ConfigError(
                 f"{source}: unknown key '{prefix}{key}'; known keys: {', '.join(sorted(hints))}"
             )
-    values = {}
+    values: dict[str, Any] = {}
     for key, hint in hints.items():
         if key not in data:
             raise ConfigError(f"{source}: key '{prefix}{key}' is missing")

@@ -246,7 +246,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 def step_name(config: FastWeightsConfig, tensor: str) -> str:
     """Return the key in `FastWeights.steps` of one of FAST_TENSORS."""
-    name = tensor if config.step_sizes == "per_tensor" else tensor.split(".")[0]
+    name = tensor if config.step_sizes == "per_tensor" else tensor.partition(".")[0]
     return name.replace(".", "_")  # a dot is not allowed in a parameter's name
 
 

@@ -124,7 +124,9 @@ class StreamingModel(nn.Module):
         gradients = layer.gradients(
             before, _shift(past["pending.expected"], expected), input_ids, weights * started
         )
-        output, sums = self._fast(slow, before, gradients, torch.exp(layer.log_decay(weights)), past)
+        output, sums = self._fast(
+            slow, before, gradients, torch.exp(layer.log_decay(weights)), past
+        )
         logits = layer.logits(output)
 
         present = {
@@ -133,10 +135,10 @@ class StreamingModel(nn.Module):
             **sums,
         }
         pending = {**slow._asdict(), "expected": expected, "valid": torch.ones_like(weights)}
-        for name in past:
+        for name, tensor in past.items():
             if name.startswith("pending."):
                 now = pending[name.removeprefix("pending.")]
-                present[name] = _at_last_token(now, past[name], lengths)
+                present[name] = _at_last_token(now, tensor, lengths)
         return logits.to(weights.dtype), *(present[s.name] for s in self.specs)
 
     def _fast(
@@ -148,7 +150,8 @@ class StreamingModel(nn.Module):
         past: dict[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Update the fast weights and run the layer with them: output z [B, T, output] and the
-        present sums."""
+        present sums.
+        """
         layer = self.model.fast_weights
         kind = slow.hidden.dtype
         sums: dict[str, Tensor] = {}
@@ -175,9 +178,7 @@ class StreamingModel(nn.Module):
         up = wide(slow.up) - matrix("up.kernel", slow.hidden, before.hidden, gradients.up)
         activated = squared_relu(up - vector("up.bias", gradients.up)).to(kind)
         down = wide(activated @ layer.down_kernel + layer.down_bias)
-        down = down - matrix(
-            "down.kernel", activated, squared_relu(before.up), gradients.down
-        )
+        down = down - matrix("down.kernel", activated, squared_relu(before.up), gradients.down)
         normed, _ = layer.normalize(down - vector("down.bias", gradients.down))
         scale = layer.norm_scale - vector("norm.scale", gradients.norm_scale)
         bias = layer.norm_bias - vector("norm.bias", gradients.norm_bias)

@@ -85,6 +85,7 @@ def train(
       resume_file: written every `save_every` updates; where it exists, training goes on from
         it and ends with the same weights as an uninterrupted run.
       report: called after every update with step, losses and seconds.
+      save_every: updates between two writes of `resume_file`.
     """
     with _log_space(model):
         optimizers = _optimizers(model, config)
@@ -123,9 +124,7 @@ def initialize_steps(model: FWLModel) -> None:
             step.fill_(INITIAL_STEPS[name])
 
 
-def _losses(
-    model: FWLModel, inputs: Tensor, labels: Tensor, adapt: bool
-) -> tuple[Tensor, Tensor]:
+def _losses(model: FWLModel, inputs: Tensor, labels: Tensor, adapt: bool) -> tuple[Tensor, Tensor]:
     target = labels.flatten()
     if not adapt:
         loss = F.cross_entropy(model.plain(inputs).flatten(0, 1), target)
@@ -195,7 +194,7 @@ class _Exp(nn.Module):
 def _log_space(model: FWLModel) -> Iterator[None]:
     """Train step sizes and horizon as logs; afterwards they are plain parameters again."""
     layer = model.fast_weights
-    places = [(layer.steps, name) for name in layer.steps]
+    places: list[tuple[nn.Module, str]] = [(layer.steps, name) for name in layer.steps]
     if layer.config.decay == "learned":
         places.append((layer, "horizon"))
     for module, name in places:

@@ -9,16 +9,13 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fwl_export.op.spec import DOMAIN, INPUTS, NAME, NODE_ATTRIBUTES, OUTPUTS
+from fwl_export.op.spec import DOMAIN, INPUTS, LOG_ZERO, NAME, NODE_ATTRIBUTES, OUTPUTS
 
 _ONNX_TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
 }
-
-# Stands for log 0: finite, so that sums stay finite, and exp of it is exactly 0.
-_LOG_ZERO = -1e4
 
 
 def function_body(activation_type: str, opset: int) -> onnx.FunctionProto:
@@ -83,7 +80,7 @@ def _decay_products(body: _Body) -> str:
     token = body("Unsqueeze", body("Range", one, stop, one), body.ints(1))  # [T, 1]
     write = body("Unsqueeze", body("Range", zero, stop, one), body.ints(0))  # [1, T + 1]
     nothing = body.constant(np.array(0, np.float32))
-    log = body("Max", body("Log", "decay"), body.constant(np.array(_LOG_ZERO, np.float32)))
+    log = body("Max", body("Log", "decay"), body.constant(np.array(LOG_ZERO, np.float32)))
     column = body("Unsqueeze", log, body.ints(2))  # [B, T, 1]
     masked = body("Where", body("Greater", token, write), column, nothing)
     total = body("CumSum", masked, one)

@@ -22,6 +22,10 @@ VERSION = 1
 # version; without them it never finds ours.
 NODE_ATTRIBUTES = {"plugin_namespace": "fwl", "plugin_version": "1"}
 
+# Stands for log 0 where decays are multiplied as sums of logs: finite, so that 0 * log 0 is no
+# NaN, and exp of it is exactly 0.
+LOG_ZERO = -1e4
+
 ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fwl_export.errors import ShapeError
-from fwl_export.op.spec import ACTIVATION_TYPES, DOMAIN, INPUTS, NAME, check_shapes
+from fwl_export.op.spec import ACTIVATION_TYPES, DOMAIN, INPUTS, LOG_ZERO, NAME, check_shapes
 
 # A chunk's masked product is quadratic in its length; 128 keeps it small beside the update.
 _CHUNK = 128
@@ -76,16 +76,12 @@ def decay_products(decay: Tensor) -> Tensor:
       token i; 0 where j > i.
     """
     length = decay.shape[1]
-    log = torch.log(decay).clamp_min(_LOG_ZERO)
+    log = torch.log(decay).clamp_min(LOG_ZERO)
     token = torch.arange(1, length + 1, device=decay.device)
     write = torch.arange(length + 1, device=decay.device)
     later = token[:, None] > write
     total = torch.cumsum(torch.where(later, log[:, :, None], 0.0), 1)
     return torch.where(token[:, None] >= write, torch.exp(total), 0.0)
-
-
-# Stands for log 0: finite, so that 0 * log 0 is no NaN, and exp of it is exactly 0.
-_LOG_ZERO = -1e4
 
 
 # float64 is for checking only; no exported model has it.

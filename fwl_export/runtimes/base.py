@@ -33,7 +33,8 @@ class Runner(Protocol):
           input_ids: [B, T] int64.
           label_weights: [B, T] float32.
           lengths: [B] int64.
-          past, present: from `new_buffers`.
+          past: buffers to read.
+          present: buffers to write.
         """
 
     def read(self, buffers: Any) -> State:

@@ -142,7 +142,9 @@ def test_a_long_horizon_is_the_paper_without_decay() -> None:
     undecayed.load_state_dict(layer.state_dict())
     undecayed.horizon.fill_(1e16)
     layer.config = dataclasses.replace(layer.config, decay="none")
-    assert_close("model.float64", undecayed.parallel(hidden, labels)[0], layer.parallel(hidden, labels)[0])
+    assert_close(
+        "model.float64", undecayed.parallel(hidden, labels)[0], layer.parallel(hidden, labels)[0]
+    )
 
 
 def test_gradients_flow_through_the_gradient_step() -> None:

@@ -20,8 +20,7 @@ MAX_TOKENS = 9
 
 def fresh(streaming: StreamingModel, rows: int) -> list[Tensor]:
     return [
-        torch.zeros(rows, *spec.shape, dtype=getattr(torch, spec.dtype))
-        for spec in streaming.specs
+        torch.zeros(rows, *spec.shape, dtype=getattr(torch, spec.dtype)) for spec in streaming.specs
     ]
 
 
@@ -145,9 +144,7 @@ def test_float32_stays_near_float64_over_2000_tokens() -> None:
     double = small_model()
     ids = torch.randint(0, VOCABULARY, (1, 2000))
     calls = [[8]] * 250
-    exact, _ = read(
-        StreamingModel(double, 8), ids, torch.ones(1, 2000, dtype=torch.float64), calls
-    )
+    exact, _ = read(StreamingModel(double, 8), ids, torch.ones(1, 2000, dtype=torch.float64), calls)
     near, _ = read(StreamingModel(single, 8), ids, torch.ones(1, 2000), calls)
     assert near.dtype == torch.float32
     assert_close("model.float32_stream", near, exact)

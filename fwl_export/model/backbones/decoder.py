@@ -7,6 +7,8 @@ of fixed capacity with a position per row, so a session reads without end at con
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +30,14 @@ _MASKED_DEFAULT = -1e9
 class Decoder(nn.Module):
     """Token embedding, `layers` blocks, and a norm: ids [B, T] -> hidden states [B, T, width]."""
 
+    rotary_cycles: Tensor
+
     def __init__(self, config: BackboneConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.width)
         nn.init.normal_(self.embedding.weight, std=0.5)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = _Norm(config)
         half = config.width // config.heads // 2
         exponent = torch.arange(half, dtype=torch.float64) / half
@@ -55,7 +59,7 @@ class Decoder(nn.Module):
         positions = torch.arange(x.shape[1], device=x.device)[None]
         rotary = self.rotary(positions, x.dtype)
         mask = self._block_mask(x)
-        for block in self.blocks:
+        for block in self._blocks():
             query, key, value = block.attention.project(block.norm_1(x), rotary)
             x = block.rest(x, _windowed_attention(query, key, value, mask, window))
         return self.norm(x)[:, :length]
@@ -82,7 +86,7 @@ class Decoder(nn.Module):
         ring = _Ring(position, lengths, steps, caches[0].shape[2])
         mask = ring.mask(positions, self.config.window, x.dtype)
         present = []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._blocks()):
             query, key, value = block.attention.project(block.norm_1(x), rotary)
             keys = ring.write(caches[2 * index], key)
             values = ring.write(caches[2 * index + 1], value)
@@ -92,7 +96,8 @@ class Decoder(nn.Module):
 
     def cache_specs(self, capacity: int) -> list[tuple[str, tuple[int, ...]]]:
         """Return name and shape without batch of the caches for calls of at most
-        `capacity - window + 1` tokens."""
+        `capacity - window + 1` tokens.
+        """
         head_size = self.config.width // self.config.heads
         shape = (self.config.heads, capacity, head_size)
         return [
@@ -100,6 +105,9 @@ class Decoder(nn.Module):
             for layer in range(self.config.layers)
             for kind in ("key", "value")
         ]
+
+    def _blocks(self) -> Iterable[Block]:
+        return cast("Iterable[Block]", self.blocks)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosine and sine [B, 1, T, head size / 2] of the positions [B, T]."""
@@ -110,7 +118,8 @@ class Decoder(nn.Module):
 
     def _block_mask(self, x: Tensor) -> Tensor:
         """Return the mask [1, 1, blocks, window, 2 * window]: a block of queries meets the keys
-        of its own block and of the one before; the first block has none before."""
+        of its own block and of the one before; the first block has none before.
+        """
         window = self.config.window
         query = torch.arange(window, device=x.device)[:, None] + window
         key = torch.arange(2 * window, device=x.device)
@@ -120,7 +129,9 @@ class Decoder(nn.Module):
         return _float_mask(allowed, x.dtype)[None, None]
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """Attention and MLP, each after a norm and added to what came in."""
+
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         width, inner = config.width, config.mlp_ratio * config.width
@@ -148,9 +159,7 @@ class _Attention(nn.Module):
         nn.init.normal_(self.qkv.weight, std=config.width**-0.5)
         nn.init.zeros_(self.out.weight)
 
-    def project(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key, value [B, heads, T, head size]; query and key normed and rotated."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return rotate(_rms(query, 1e-6), rotary), rotate(_rms(key, 1e-6), rotary), value

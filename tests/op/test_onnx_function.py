@@ -1,0 +1,149 @@
+"""The ONNX function body against the reference, in ONNX Runtime and in onnx's own evaluator."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from fwl_export.op.cases import CASES, Case
+from fwl_export.op.onnx_function import append_function, function_body
+from fwl_export.op.spec import (
+    ACTIVATION_TYPES,
+    DOMAIN,
+    INPUTS,
+    NAME,
+    NODE_ATTRIBUTES,
+    OUTPUTS,
+    VERSION,
+    Argument,
+)
+from tests.op.helpers import assert_matches_reference, rounded_inputs
+
+OPSET = 20
+_ONNX_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
+
+
+@pytest.mark.parametrize("activation_type", ["float32", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_onnxruntime_matches_reference(case: Case, activation_type: str) -> None:
+    _assert_session_matches(_session(activation_type, OPSET), case, activation_type)
+
+
+@pytest.mark.parametrize("opset", [18, 21, 22])
+def test_body_takes_the_opset_of_the_model(opset: int) -> None:
+    model = _model("float32", opset)
+    assert [(o.domain, o.version) for o in model.functions[0].opset_import] == [("", opset)]
+    for case in CASES:
+        _assert_session_matches(_session("float32", opset), case, "float32")
+
+
+# The evaluator takes the logarithm of a decay of 0 with numpy, which warns.
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
+@pytest.mark.parametrize("activation_type", ACTIVATION_TYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_reference_evaluator_matches_reference(case: Case, activation_type: str) -> None:
+    inputs = rounded_inputs(case, activation_type)
+    output, state = ReferenceEvaluator(_model(activation_type, OPSET)).run(None, inputs)
+    assert output.dtype == inputs["query"].dtype
+    assert state.dtype == np.float32
+    assert_matches_reference(activation_type, inputs, output, state)
+
+
+@pytest.mark.parametrize("activation_type", ACTIVATION_TYPES)
+def test_body_is_strictly_typed(activation_type: str) -> None:
+    # Without declared outputs, types and shapes come from the body alone.
+    model = _model(activation_type, OPSET)
+    for output in model.graph.output:
+        output.type.Clear()
+    inferred = onnx.shape_inference.infer_shapes(
+        model, check_type=True, strict_mode=True, data_prop=True
+    )
+    types = {o.name: o.type.tensor_type.elem_type for o in inferred.graph.output}
+    assert types == {
+        "output": _ONNX_TYPES[activation_type],
+        "present_state": TensorProto.FLOAT,
+    }
+
+
+@pytest.mark.parametrize("activation_type", ACTIVATION_TYPES)
+def test_model_with_the_body_passes_the_full_check(activation_type: str) -> None:
+    onnx.checker.check_model(_model(activation_type, OPSET), full_check=True)
+
+
+def test_signature_is_the_specs() -> None:
+    body = function_body("float16", OPSET)
+    assert (body.domain, body.name) == (DOMAIN, NAME)
+    assert list(body.input) == [a.name for a in INPUTS]
+    assert list(body.output) == [a.name for a in OUTPUTS]
+    # Undeclared attributes of the node would be an error in strict runtimes.
+    assert set(body.attribute) == set(NODE_ATTRIBUTES)
+
+
+def test_body_uses_standard_operators_only() -> None:
+    assert {node.domain for node in function_body("float32", OPSET).node} == {""}
+
+
+def test_a_wrong_sign_in_the_body_is_found() -> None:
+    model = _model("float32", OPSET)
+    adds = [
+        n for n in model.functions[0].node if n.op_type == "Add" and "present_state" in n.output
+    ]
+    adds[0].op_type = "Sub"
+    case = next(c for c in CASES if c.name == "one_token")
+    inputs = rounded_inputs(case, "float32")
+    output, state = ReferenceEvaluator(model).run(None, inputs)
+    with pytest.raises(AssertionError, match="present_state"):
+        assert_matches_reference("float32", inputs, output, state)
+
+
+def _assert_session_matches(session, case: Case, activation_type: str) -> None:
+    inputs = rounded_inputs(case, activation_type)
+    output, state = session.run(None, inputs)
+    assert output.dtype == inputs["query"].dtype
+    assert state.dtype == np.float32
+    assert_matches_reference(activation_type, inputs, output, state)
+
+
+@functools.cache
+def _session(activation_type: str, opset: int):
+    """Return one session for all cases: every size is a symbol."""
+    ort = pytest.importorskip("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(
+        _model(activation_type, opset).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+
+
+def _model(activation_type: str, opset: int) -> onnx.ModelProto:
+    """Return a model of one node and the body."""
+
+    def value(argument: Argument) -> onnx.ValueInfoProto:
+        kind = _ONNX_TYPES[activation_type if argument.dtype == "T" else "float32"]
+        return helper.make_tensor_value_info(argument.name, kind, argument.shape)
+
+    node = helper.make_node(
+        NAME,
+        [a.name for a in INPUTS],
+        [a.name for a in OUTPUTS],
+        domain=DOMAIN,
+        **NODE_ATTRIBUTES,
+    )
+    graph = helper.make_graph(
+        [node], "one_update", [value(a) for a in INPUTS], [value(a) for a in OUTPUTS]
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    append_function(model, activation_type)
+    return model

@@ -1,0 +1,227 @@
+"""Sessions: the same for ONNX Runtime and PyTorch, atomic, and strict about their input."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fwl_export import open_session
+from fwl_export.errors import BundleError, ConfigError, ShapeError, StateError, TokenError
+from fwl_export.runtimes import Session
+from tests.bundles import MAX_TOKENS, VOCABULARY
+from tests.tolerances import assert_close
+
+BACKENDS = ("onnxruntime", "torch")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def ids(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, shape)
+
+
+def same_state(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_backends_agree_over_uneven_calls(tiny_bundle: Path) -> None:
+    sessions = [open_session(tiny_bundle, name, batch=3) for name in BACKENDS]
+    for call, lengths in enumerate(([5, 5, 5], [1, 0, 1], [16, 3, 0], [40, 40, 1], [1, 1, 1])):
+        tokens = ids(3, max(lengths), seed=call)
+        a, b = (session.feed(tokens, lengths=lengths) for session in sessions)
+        assert a.shape == b.shape == (3, max(lengths), VOCABULARY)
+        assert a.dtype == b.dtype == np.float32
+        assert_close("runtime.float32", a, b)
+    for name, array in sessions[0].state.items():
+        assert_close("runtime.float32", array, sessions[1].state[name], name)
+    assert sessions[0].state["position"].tolist() == [63, 49, 8]
+
+
+def test_half_precision_agrees_with_float32(tiny_bundle: Path, tiny_bundle_fp16: Path) -> None:
+    tokens = ids(2, 48)
+    exact = open_session(tiny_bundle, batch=2).feed(tokens)
+    half = open_session(tiny_bundle_fp16, batch=2).feed(tokens)
+    assert half.dtype == np.float32
+    assert not np.array_equal(half, exact)
+    assert_close("runtime.float16", half, exact)
+
+
+def test_a_session_learns(tiny_bundle: Path, backend: str) -> None:
+    tokens = np.tile(ids(12), 4)
+    learning = open_session(tiny_bundle, backend).feed(tokens)
+    not_learning = open_session(tiny_bundle, backend).feed(tokens, np.zeros(len(tokens)))
+    np.testing.assert_array_equal(learning[:, 0], not_learning[:, 0])
+    assert np.abs(learning - not_learning).max() > 0.05
+
+
+def test_reads_longer_than_a_call_are_split(tiny_bundle: Path, backend: str) -> None:
+    tokens = ids(2, 5 * MAX_TOKENS + 3)
+    whole, parts = (open_session(tiny_bundle, backend, batch=2) for _ in range(2))
+    logits = whole.feed(tokens)
+    pieces = [parts.feed(tokens[:, i : i + MAX_TOKENS]) for i in range(0, 83, MAX_TOKENS)]
+    np.testing.assert_array_equal(logits, np.concatenate(pieces, 1))
+    assert same_state(whole.state, parts.state)
+
+
+def test_padding_is_zero_and_its_content_does_not_matter(tiny_bundle: Path, backend: str) -> None:
+    tokens = ids(2, 6)
+    garbage = tokens.copy()
+    garbage[1, 2:] = -7
+    a, b = (open_session(tiny_bundle, backend, batch=2) for _ in range(2))
+    logits = a.feed(tokens, lengths=[6, 2])
+    np.testing.assert_array_equal(logits, b.feed(garbage, lengths=[6, 2]))
+    assert not logits[1, 2:].any()
+    assert same_state(a.state, b.state)
+
+
+def test_reset_makes_a_row_fresh(tiny_bundle: Path, backend: str) -> None:
+    session = open_session(tiny_bundle, backend, batch=2)
+    first = session.feed(ids(2, 7))
+    session.reset([0])
+    again = session.feed(ids(2, 7))
+    np.testing.assert_array_equal(again[0], first[0])
+    assert not np.array_equal(again[1], first[1])
+    session.reset()
+    np.testing.assert_array_equal(session.feed(ids(2, 7)), first)
+
+
+def test_state_moves_between_backends(tiny_bundle: Path) -> None:
+    a, b = (open_session(tiny_bundle, name) for name in BACKENDS)
+    a.feed(ids(30))
+    b.state = a.state
+    assert_close("runtime.float32", a.feed(ids(9, seed=1)), b.feed(ids(9, seed=1)))
+
+
+WRONG_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"tokens": ids(2, 0)}, ShapeError, "tokens have shape [2, 0]; expected [2, T] with T of 1"),
+    ({"tokens": ids(3, 4)}, ShapeError, "tokens have shape [3, 4]; expected [2, T]"),
+    ({"tokens": ids(4)}, ShapeError, "tokens have shape [4]; expected [2, T]"),
+    ({"tokens": np.zeros((2, 4))}, TokenError, "tokens are float64; expected whole numbers"),
+    (
+        {"tokens": [[1, 2], [3, VOCABULARY]]},
+        TokenError,
+        "token id 64 (row 1, position 1) is out of range; expected 0 to 63",
+    ),
+    ({"tokens": [[1, 2], [-1, 3]]}, TokenError, "token id -1 (row 1, position 0)"),
+    (
+        {"tokens": ids(2, 3), "label_weights": np.ones((2, 2))},
+        ShapeError,
+        "label_weights have shape [2, 2]; expected [2, 3]",
+    ),
+    (
+        {"tokens": ids(2, 2), "label_weights": [[1, np.nan], [1, 1]]},
+        TokenError,
+        "label_weights must be finite and 0 or more",
+    ),
+    (
+        {"tokens": ids(2, 2), "label_weights": [[1, -1], [1, 1]]},
+        TokenError,
+        "label_weights must be finite and 0 or more",
+    ),
+    ({"tokens": ids(2, 3), "lengths": [1, 4]}, TokenError, "lengths are [1, 4]; expected 0 to 3"),
+    ({"tokens": ids(2, 3), "lengths": [1]}, ShapeError, "expected 2 whole numbers"),
+    ({"tokens": ids(2, 3), "lengths": [1.0, 2.0]}, ShapeError, "expected 2 whole numbers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "kind", "message"), WRONG_INPUT)
+def test_wrong_input_moves_no_row(
+    tiny_bundle: Path, arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    session = open_session(tiny_bundle, batch=2)
+    session.feed(ids(2, 5))
+    before = session.state
+    with pytest.raises(kind, match=re.escape(message)):
+        session.feed(**arguments)
+    assert same_state(before, session.state)
+
+
+class Failing:
+    """A runner that fails at a given call, after it has overwritten the present buffers."""
+
+    def __init__(self, session: Session, fail_at: int, error: BaseException | None) -> None:
+        self._runner, self._left, self._error = session._runner, fail_at, error
+        session._runner = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def run(self, *arguments: Any) -> np.ndarray:
+        logits = self._runner.run(*arguments)
+        self._left -= 1
+        if self._left == 0:
+            if self._error is not None:
+                raise self._error
+            logits = np.full_like(logits, np.nan)
+        return logits
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), None])
+def test_a_call_that_fails_half_way_moves_no_row(
+    tiny_bundle: Path, backend: str, fail_at: int, error: BaseException | None
+) -> None:
+    session, undisturbed = (open_session(tiny_bundle, backend, batch=2) for _ in range(2))
+    for each in (session, undisturbed):
+        each.feed(ids(2, 5))
+    before = session.state
+    Failing(session, fail_at, error)
+    kind = TokenError if error is None else type(error)
+    with pytest.raises(kind, match="not finite" if error is None else None):
+        session.feed(ids(2, 3 * MAX_TOKENS))
+    assert same_state(before, session.state)
+    for seed in (1, 2):  # all buffers are in use again
+        tokens = ids(2, 3 * MAX_TOKENS, seed=seed)
+        np.testing.assert_array_equal(session.feed(tokens), undisturbed.feed(tokens))
+
+
+def test_a_foreign_state_is_refused(tiny_bundle: Path, backend: str) -> None:
+    session = open_session(tiny_bundle, backend)
+    state = session.state
+    with pytest.raises(StateError, match="lacks the tensor 'position'"):
+        session.state = {k: v for k, v in state.items() if k != "position"}
+    with pytest.raises(StateError, match="was it saved from another model"):
+        session.state = {**state, "fast.up.kernel": np.zeros((1, 16, 31), np.float32)}
+    poisoned = {**state, "fast.up.kernel": np.full((1, 16, 32), np.nan, np.float32)}
+    with pytest.raises(StateError, match="holds NaN or infinite values"):
+        session.state = poisoned
+    assert same_state(state, session.state)
+
+
+def test_arguments_of_open_session(tiny_bundle: Path, own_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="backend 'jax' is unknown; expected onnxruntime or to"):
+        open_session(tiny_bundle, "jax")
+    with pytest.raises(ConfigError, match="backend 'torch' only"):
+        open_session(tiny_bundle, precision="fp64")
+    with pytest.raises(ConfigError, match="backend 'onnxruntime' only"):
+        open_session(tiny_bundle, "torch", threads=1)
+    with pytest.raises(ShapeError, match="batch is 0"):
+        open_session(tiny_bundle, batch=0)
+    session = open_session(tiny_bundle, batch=2)
+    with pytest.raises(ShapeError, match="row 2 does not exist; expected 0 to 1"):
+        session.reset([2])
+
+
+def test_float64_is_the_reference(tiny_bundle: Path) -> None:
+    session = open_session(tiny_bundle, "torch", precision="fp64")
+    assert session.feed(ids(4)).dtype == np.float64
+    assert session.state["fast.up.kernel"].dtype == np.float64
+
+
+def test_a_bundle_without_checkpoint_says_so(own_bundle: Path) -> None:
+    import json
+
+    path = own_bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    data["files"] = {k: v for k, v in data["files"].items() if not k.startswith("checkpoint/")}
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="was exported without its checkpoint"):
+        open_session(own_bundle, "torch")
+    open_session(own_bundle).feed(ids(3))

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fwl_export.files import replaced_file, replaced_folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        with replaced_folder(tmp_path / "out") as beside:
+            (beside / "a").write_text(text)
+            assert (tmp_path / "out").exists() == (text == "two")
+    assert (tmp_path / "out" / "a").read_text() == "two"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_error_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
+    with replaced_folder(tmp_path / "out") as beside:
+        (beside / "a").write_text("old")
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)), replaced_folder(tmp_path / "out") as beside:
+        fail(beside / "a")
+    with pytest.raises(type(error)), replaced_file(tmp_path / "file") as path:
+        fail(path)
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_files_get_ordinary_permissions(tmp_path: Path) -> None:
+    with replaced_folder(tmp_path / "out") as beside:
+        (beside / "a").write_text("x")
+        (beside / "a").chmod(0o600)
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "out" / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode

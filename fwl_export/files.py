@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -16,10 +17,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
     On an error, an interrupt too, the folder beside is removed and `target` is as before.
     """
-    target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    beside.chmod(0o755)
+    target, beside = _folder_beside(target)
     try:
         yield beside
         _share(beside)
@@ -34,6 +32,33 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _folder_beside(target: Path) -> tuple[Path, Path]:
+    """Return the absolute target and a new folder beside it.
+
+    Its name holds this process's id: what a killed process left there is removed here.
+    """
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        owner = left.name.removeprefix(f".{target.name}.").partition(".")[0]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    prefix = f".{target.name}.{os.getpid()}."
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    folder.chmod(0o755)
+    return target, folder
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _share(folder: Path) -> None:
     """Give files the permissions of ordinary new files; some writers make theirs private."""
     mask = os.umask(0)
@@ -46,9 +71,7 @@ def _share(folder: Path) -> None:
 @contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target`; the file written there replaces it if the block succeeds."""
-    target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target, folder = _folder_beside(target)
     try:
         yield folder / target.name
         os.replace(folder / target.name, target)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,26 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, error: BaseException) ->
         fail(path)
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from fwl_export.files import replaced_file, replaced_folder\n"
+        "with replaced_folder(Path('out')) as a, replaced_file(Path('file')) as b:\n"
+        "    (a / 'half').write_text('x'); b.write_text('x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False)
+    left = names(tmp_path)
+    assert len(left) == 2
+    assert all(name.startswith((".out.", ".file.")) for name in left)
+    with replaced_folder(tmp_path / "out") as beside, replaced_file(tmp_path / "file") as path:
+        assert len(names(tmp_path)) == 2, "another running process's folder must stay"
+        (beside / "a").write_text("x")
+        path.write_text("x")
+    assert names(tmp_path) == ["file", "out"]
 
 
 def test_files_get_ordinary_permissions(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """How much the gain of adaptation varies: short trainings from several seeds, read alike.
 
-    python tools/seed_spread.py -o runs/seeds
+python tools/seed_spread.py -o runs/seeds
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ def demo(
         "80,86,89,120"
     ),
 ) -> None:
-    """Export the demo model, build engines, check parity, and score a play it never saw.
+    """Go the whole way on the model that ships.
+
+    Export it, build engines, check parity, and score a play it never saw.
 
     Example: fwl-export demo
     """

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json as json_module
+import textwrap
 
 from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, size, table
 
 
 def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
-    """Print a bundle's config, state with bytes per session, ops, files and engines.
+    """Print what is in a bundle, after checking every file.
 
-    Every file's hash is checked.
+    That is its config, the state with its size per session, operators, files with
+    their hashes, and engines.
 
     Example: fwl-export inspect demo-bundle
     """
@@ -31,8 +33,9 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
         return
     config = manifest.config
     print(
-        f"bundle    {bundle}  (model {manifest.model_id[:12]}, {manifest.precision}, "
-        f"opset {manifest.opset}, up to {manifest.max_tokens} tokens per call)"
+        f"bundle    {bundle}\n"
+        f"model     {manifest.model_id[:12]}, {manifest.precision}, opset {manifest.opset}, up to "
+        f"{manifest.max_tokens} tokens per call"
     )
     b, f = config.backbone, config.fast_weights
     print(
@@ -41,8 +44,8 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
     )
     print(
         f"FWL       {f.input_size} -> {f.hidden_size} -> {f.output_size}, dense biases "
-        f"{'learn' if f.update_dense_bias else 'fixed'}, steps {f.step_sizes}, decay {f.decay}, "
-        f"N = {f.loss_normalizer:g}"
+        f"{'learn' if f.update_dense_bias else 'fixed'},\n"
+        f"          steps {f.step_sizes}, decay {f.decay}, N = {f.loss_normalizer:g}"
     )
     print("\nState of one session\n")
     rows = [
@@ -51,7 +54,8 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
     ]
     total = sum(s.bytes_per_row for s in manifest.state)
     print(table(("tensor", "type", "shape", "size"), [*rows, ("total", "", "", size(total))]))
-    print("\nOps: " + ", ".join(f"{name} {count}" for name, count in ops.items()))
+    text = "Operators: " + ", ".join(f"{name}\u00a0{count}" for name, count in ops.items())
+    print("\n" + textwrap.fill(text, 80).replace("\u00a0", " "))
     print("\nFiles (all hashes match)\n")
     files = [(name, size(e["bytes"]), e["sha256"][:12]) for name, e in manifest.files.items()]
     print(table(("file", "size", "sha256"), files))

@@ -1,11 +1,12 @@
 """Entry point of `fwl-export`: verbs, and how errors end.
 
 Exit codes: 0 done; 1 the user's input cannot be used, or a check failed; 2 the command line
-itself is wrong; 130 interrupted. A bug shows its traceback.
+itself is wrong; 130 interrupted; 143 terminated. A bug shows its traceback.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -53,13 +54,12 @@ def app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; a user's mistake ends with its message and exit code 1."""
+    # Like Ctrl-C, so that what is half-written is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()()
     except FwlError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted; nothing was half-written", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

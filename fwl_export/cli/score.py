@@ -23,7 +23,7 @@ def score(
     tokens: Annotated[int, typer.Option(help="Read at most this many; 0 = all.", min=0)] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Read a text and print its perplexity, with and without adaptation, and the speed.
+    """Print a text's perplexity, with and without adapting.
 
     Example: fwl-export score demo-bundle play.txt
     """

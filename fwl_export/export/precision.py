@@ -9,6 +9,7 @@ import torch
 from fwl_export.model.language_model import FWLModel
 
 # Names used on the command line, in manifests and in file names.
+EXPORTED = ("fp32", "fp16")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from fwl_export import bundle as bundles
 from fwl_export.bundle import Bundle, Manifest, describe_file, is_bundle, read_bundle
 from fwl_export.errors import ExportError, MissingDependencyError, OutputExistsError
+from fwl_export.export.precision import EXPORTED
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import replaced_folder
 from fwl_export.model.checkpoint import (
@@ -59,6 +60,8 @@ def export_bundle(
       ExportError: the written file fails a check.
       CheckpointError, ConfigError: see `load_checkpoint`.
     """
+    if precision not in EXPORTED:
+        raise ExportError(f"precision is '{precision}'; expected {' or '.join(EXPORTED)}")
     if max_tokens < 1:
         raise ExportError(f"max_tokens is {max_tokens}; expected 1 or more")
     check_output(output, force)

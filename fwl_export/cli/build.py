@@ -1,0 +1,131 @@
+"""`fwl-export build`: TensorRT engines from a bundle."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fwl_export.cli.terminal import (
+    BundleArgument,
+    JsonOption,
+    print_json,
+    size,
+    spinner,
+    table,
+)
+
+if TYPE_CHECKING:
+    from fwl_export.engines import EngineFacts
+
+# Seconds between lines where progress cannot be drawn in place.
+_LINE_EVERY = 10
+
+
+def build(
+    bundle: BundleArgument,
+    flavour: Annotated[
+        str, typer.Option(help="rtx (needs no GPU) or tensorrt (for the GPU that is present).")
+    ] = "rtx",
+    sm: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU architectures, e.g. 80,89. Default: 80,86,89,120 for rtx; the GPU that is "
+            "present for tensorrt.",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32 or fp16; must be the bundle's.", show_default=False),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Largest number of tokens per call. Default: as exported.", show_default=False
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Largest number of rows per call.")] = 8,
+    json: JsonOption = False,
+) -> None:
+    """Build one TensorRT engine per GPU architecture into a bundle.
+
+    Example: fwl-export build demo-bundle --sm 86,89
+    """
+    from fwl_export.bundle import read_bundle
+    from fwl_export.engines import build_engines
+
+    sms = None if sm is None else parse_sms(sm)
+    with spinner("build") as say:
+        built = build_engines(
+            read_bundle(bundle), flavour, sms, precision, chunk, max_batch, _paced(say)
+        )
+    if json:
+        print_json([facts.to_dict() for facts in built])
+    else:
+        print(_report(built))
+
+
+def parse_sms(text: str) -> list[int]:
+    """Read a list of GPU architectures.
+
+    Args:
+      text: such as "80,86" or "sm80, 8.6".
+
+    Raises:
+      EngineError: a part of it is none.
+    """
+    from fwl_export.errors import EngineError
+
+    sms = []
+    for part in text.split(","):
+        digits = part.strip().lower().removeprefix("sm").removeprefix("_").replace(".", "", 1)
+        if not (digits.isascii() and digits.isdigit() and len(digits) in (2, 3)):
+            raise EngineError(
+                f"--sm '{text}': '{part.strip()}' is not a GPU architecture; expected numbers "
+                "such as 80,86,89,120"
+            )
+        sms.append(int(digits))
+    return sms
+
+
+def _paced(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Thin out the messages of every second where each one would become a line."""
+    if sys.stderr.isatty():
+        return say
+    shown = 0.0
+
+    def paced(message: str) -> None:
+        nonlocal shown
+        goes_on = ", " in message
+        if not goes_on or time.monotonic() - shown >= _LINE_EVERY:
+            say(message)
+            shown = time.monotonic()
+
+    return paced
+
+
+def _report(built: Sequence[EngineFacts]) -> str:
+    rows = [
+        (
+            facts.name,
+            facts.update_path,
+            size(facts.engine_bytes),
+            str(facts.layers),
+            str(facts.plugin_layers),
+            f"{facts.build_seconds:.1f} s",
+        )
+        for facts in built
+    ]
+    text = table(("engine", "path built", "size", "layers", "plugins", "build"), rows)
+    prefill = built[0].profiles[-1].inputs["input_ids"]["max"]
+    text += f"\n\nProfiles: decode, 1 token; prefill, 1 to {prefill[1]}; 1 to {prefill[0]} rows."
+    if any(facts.update_path == "function body" for facts in built):
+        text += (
+            "\nThe fast-weight updates run in standard operators, the op's function body;"
+            "\nthere is no plugin for them."
+        )
+    return text

@@ -1,0 +1,157 @@
+"""`fwl-export doctor`: what is installed here, and what each missing piece costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import typer
+
+from fwl_export.cli.terminal import JsonOption, print_json
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something that fwl-export uses.
+
+    Attributes:
+      name: of the piece.
+      found: whether it is here.
+      version: of it, or "".
+      note: what it brings, or what its absence costs and how to get it.
+      needed: whether export and run need it.
+    """
+
+    name: str
+    found: bool
+    version: str
+    note: str
+    needed: bool = False
+
+
+# Distribution, module, and what cannot be done without it.
+_PACKAGES = (
+    ("torch", "torch", "no export, no check, no backend 'torch'"),
+    ("onnx", "onnx", "no export, no inspection of models"),
+    ("onnxscript", "onnxscript", "no export"),
+    ("safetensors", "safetensors", "no checkpoints, no saved state"),
+    ("tokenizers", "tokenizers", "no text, only token ids"),
+)
+
+_FLAVOUR_COSTS = {
+    "rtx": "no engines from a machine without a GPU",
+    "tensorrt": "no engines for data-centre GPUs such as SM90",
+}
+
+_WIDTH = 80
+
+
+def doctor(json: JsonOption = False) -> None:
+    """Show which packages, drivers and plugins are here, and what each missing one costs.
+
+    Exit code 0 if everything that exporting and running a model needs is here, else 1.
+
+    Example: fwl-export doctor
+    """
+    pieces = examine()
+    healthy = all(piece.found for piece in pieces if piece.needed)
+    if json:
+        print_json({"healthy": healthy, "pieces": [asdict(piece) for piece in pieces]})
+    else:
+        print(_report(pieces, healthy))
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def examine() -> list[Piece]:
+    """Return what is here and what is not, without importing anything large."""
+    packages = [_package(*entry) for entry in _PACKAGES]
+    flavours = [_flavour(name, cost) for name, cost in _FLAVOUR_COSTS.items()]
+    return [*packages, _onnxruntime(), *flavours, _driver(), _plugins()]
+
+
+def _package(distribution: str, module: str, cost: str) -> Piece:
+    version = _version(distribution, module)
+    note = "" if version else f"{cost}; pip install fwl-export"
+    return Piece(distribution, bool(version), version, note, needed=True)
+
+
+def _onnxruntime() -> Piece:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
+        note = "" if missing else f"installed, but it cannot be loaded ({error}): "
+        note += "no export, no backend 'onnxruntime'; pip install 'fwl-export[cpu]'"
+        return Piece("ONNX Runtime", False, "", note, needed=True)
+    providers = onnxruntime.get_available_providers()
+    names = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
+    note = f"providers {names}; sessions use CPU"
+    return Piece("ONNX Runtime", True, onnxruntime.__version__, note, needed=True)
+
+
+def _flavour(name: str, cost: str) -> Piece:
+    from fwl_export.engines import FLAVOURS, probe_flavour
+
+    flavour, probe = FLAVOURS[name], probe_flavour(name)
+    if not probe.available:
+        return Piece(flavour.title, False, "", f"{cost}; {probe.reason}")
+    sms = ", ".join(map(str, probe.sms))
+    if not flavour.needs_device:
+        note = f"builds engines for SM {sms}, without a GPU"
+    elif sms:
+        note = f"builds engines for the GPU that is here, SM {sms}"
+    else:
+        note = "builds engines only for the GPU that is present, and there is none"
+    note += f"; Polygraphy {probe.versions['polygraphy']}"
+    return Piece(flavour.title, True, probe.version, note)
+
+
+def _driver() -> Piece:
+    from fwl_export.engines import query_driver
+
+    driver = query_driver()
+    if not driver.devices:
+        note = f"{driver.reason}: engines can be built here, but not run"
+        return Piece("CUDA driver", False, driver.version, note)
+    gpus = ", ".join(f"{device.name} (SM {device.sm})" for device in driver.devices)
+    return Piece("CUDA driver", True, driver.version, gpus)
+
+
+def _plugins() -> Piece:
+    note = (
+        "this version brings none: the fast-weight update runs in standard operators "
+        "(the op's function body); same results, but every call copies the state"
+    )
+    return Piece("plugin libraries", False, "", note)
+
+
+def _version(distribution: str, module: str) -> str:
+    """Return the version of an installed package whose module can be found, or ""."""
+    if importlib.util.find_spec(module) is None:
+        return ""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _report(pieces: Sequence[Piece], healthy: bool) -> str:
+    from fwl_export import __version__
+
+    lines = [
+        f"fwl-export {__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}",
+        "",
+    ]
+    for piece in pieces:
+        mark = "ok" if piece.found else ("MISSING" if piece.needed else "no")
+        text = f"{mark:7}  {piece.name} {piece.version}".rstrip()
+        text += f": {piece.note}" if piece.note else ""
+        lines += textwrap.wrap(text, _WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False)
+    verdict = "can" if healthy else "cannot"
+    return "\n".join([*lines, "", f"This machine {verdict} export models and run them."])

@@ -1,0 +1,177 @@
+"""ONNX file to engine, through Polygraphy's loaders; runs in the worker's process.
+
+Polygraphy is imported inside functions: it binds to a flavour when it is imported, so
+`load_flavour` must come first.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fwl_export.engines.facts import ProfileFacts, TensorFacts
+from fwl_export.engines.flavour import LoadedFlavour
+from fwl_export.errors import EngineError
+
+# Places in the builder's own source, in its messages.
+_NOISE = (
+    r"^\w+::\w+: Error Code \d+: ",  # IBuilder::buildSerializedNetwork: Error Code 1:
+    r"\[\w+\.\w+:\d+: \w+\] ?",  # [pass.cpp:337: check_turing_op_compatibility]
+    r"\.? In \w+ at /?[\w./]+:\d+",  # . In compileGraph at codeGenerator.cpp:2012
+)
+
+_PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes of the free axes of one optimisation profile, each as (min, opt, max).
+
+    Attributes:
+      name: "decode" or "prefill".
+      batch: of axis 0.
+      tokens: of axis 1 of what comes per token.
+    """
+
+    name: str
+    batch: Sequence[int]
+    tokens: Sequence[int]
+
+
+def compile_engine(
+    loaded: LoadedFlavour, model: Path, sm: int, ranges: Sequence[Range], output: Path
+) -> dict[str, Any]:
+    """Build an engine and write it to `output`.
+
+    Args:
+      loaded: the flavour of this process.
+      model: ONNX file, its external data beside it.
+      sm: compute capability to build for.
+      ranges: one for each optimisation profile.
+      output: file to write.
+
+    Returns:
+      The part of `EngineFacts` that is known here, JSON-ready.
+
+    Raises:
+      EngineError: the parser or the builder refuses; with its first error.
+    """
+    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
+
+    began = time.perf_counter()
+    # Where the flag is gone, every network is strongly typed.
+    typed = hasattr(loaded.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    with _first_error(f"{loaded.flavour.title} {loaded.version} cannot read '{model.name}'"):
+        builder, network, _parser = network_from_onnx_path(str(model), strongly_typed=typed)
+    inputs = [_tensor(network.get_input(i)) for i in range(network.num_inputs)]
+    profiles = [_profile(scope, inputs) for scope in ranges]
+    facts = {
+        "inputs": [asdict(tensor) for tensor in inputs],
+        "outputs": [asdict(_tensor(network.get_output(i))) for i in range(network.num_outputs)],
+        "profiles": [asdict(profile) for profile in profiles],
+        "layers": network.num_layers,
+        "plugin_layers": _count_plugins(network),
+    }
+    with _first_error(f"{loaded.flavour.title} {loaded.version} cannot build for SM{sm}"):
+        config = _config(loaded, builder, network, sm, profiles)
+        engine = engine_bytes_from_network((builder, network), config)
+    facts["tf32"] = bool(config.get_flag(loaded.trt.BuilderFlag.TF32))
+    facts["build_seconds"] = round(time.perf_counter() - began, 3)
+    with output.open("wb") as stream:
+        stream.write(engine)
+    return facts
+
+
+def _config(
+    loaded: LoadedFlavour, builder: Any, network: Any, sm: int, profiles: Sequence[ProfileFacts]
+) -> Any:
+    from polygraphy.backend.trt import Profile, create_config
+
+    shapes = []
+    for profile in profiles:
+        shapes.append(Profile())
+        for name, sizes in profile.inputs.items():
+            shapes[-1].add(name, **sizes)
+    if loaded.flavour.needs_device:
+        config = create_config(builder, network, profiles=shapes)
+    else:
+        from polygraphy.backend.tensorrt_rtx import create_config_rtx
+
+        config = create_config_rtx(
+            builder, network, profiles=shapes, compute_capabilities=[divmod(sm, 10)]
+        )
+    # On by default in RTX, and it rounds the factors of float32 products to 10 bits: half
+    # precision under the name of fp32, in the fast weights' sums too.
+    config.clear_flag(loaded.trt.BuilderFlag.TF32)
+    return config
+
+
+def _tensor(tensor: Any) -> TensorFacts:
+    from polygraphy.datatype import DataType
+
+    return TensorFacts(
+        tensor.name,
+        [int(size) for size in tensor.shape],
+        DataType.from_dtype(tensor.dtype, source_module="tensorrt").name,
+    )
+
+
+def _profile(scope: Range, inputs: Sequence[TensorFacts]) -> ProfileFacts:
+    """Put a range's sizes in the place of the inputs' free axes."""
+    shapes = {}
+    for tensor in inputs:
+        sizes = {}
+        for kind, batch, tokens in zip(
+            ("min", "opt", "max"), scope.batch, scope.tokens, strict=True
+        ):
+            free = (batch, tokens)
+            sizes[kind] = [n if n >= 0 else free[axis] for axis, n in enumerate(tensor.shape)]
+        shapes[tensor.name] = sizes
+    return ProfileFacts(scope.name, shapes)
+
+
+def _count_plugins(network: Any) -> int:
+    kinds = (network.get_layer(i).type.name for i in range(network.num_layers))
+    return sum(kind in _PLUGIN_LAYERS for kind in kinds)
+
+
+@contextmanager
+def _first_error(what: str) -> Iterator[None]:
+    """Turn a failure into an EngineError with the first error that was logged in the block.
+
+    Polygraphy's own exception only says that something failed.
+    """
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    errors: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]
+    G_LOGGER.use_python_logging_system = True
+    G_LOGGER.colors = G_LOGGER.letter = False
+    G_LOGGER.module_severity = G_LOGGER.WARNING
+    logger = G_LOGGER.python_logger
+    logger.addHandler(handler)
+    try:
+        yield
+    except PolygraphyException as error:
+        raise EngineError(f"{what}: {_sentence([*errors, str(error)])}") from None
+    finally:
+        logger.removeHandler(handler)
+
+
+def _sentence(errors: Sequence[str]) -> str:
+    """Return the first message that says what is wrong, on one line."""
+    # The parser quotes the node around its error, in messages that start with a place in its
+    # source; the error itself comes after them.
+    telling = [message for message in errors if not message.startswith("ModelImporter.cpp")]
+    text = " ".join((telling or errors)[0].split())
+    for noise in _NOISE:
+        text = re.sub(noise, "", text)
+    return text.rstrip(". ")

@@ -1,0 +1,88 @@
+"""What is known about an engine, as written beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+FUNCTION_BODY = "function body"
+PLUGIN = "plugin"
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """An input or output.
+
+    Attributes:
+      name: as in the ONNX file.
+      shape: -1 where it is free.
+      dtype: numpy's name, e.g. "float32".
+    """
+
+    name: str
+    shape: Sequence[int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ProfileFacts:
+    """An optimisation profile.
+
+    Attributes:
+      name: "decode" or "prefill"; the profile's index is its place in the list.
+      inputs: "min", "opt" and "max" shape of every input, by its name.
+    """
+
+    name: str
+    inputs: Mapping[str, Mapping[str, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """An engine.
+
+    Attributes:
+      name: of its file, without ".engine".
+      flavour: "rtx" or "tensorrt".
+      version: of the flavour; an engine runs in this version.
+      sm: compute capability that it was built for, without the dot.
+      precision: of the activations, "fp32" or "fp16"; sums are float32 always.
+      tf32: whether products of float32 matrices may round their factors to 10 bits.
+      inputs: in the network's order.
+      outputs: in the network's order.
+      profiles: by their index.
+      layers: of the network before the build. Without a GPU nothing can look into an engine.
+      plugin_layers: how many of them are plugins.
+      update_path: "plugin" if the fast-weight updates are computed by ours, "function body" if
+        by standard operators.
+      build_seconds: of parser and builder.
+      engine_bytes: size of the file.
+      sha256: of the file.
+      model_id: of the bundle's manifest.
+      versions: of the tools that built it.
+    """
+
+    name: str
+    flavour: str
+    version: str
+    sm: int
+    precision: str
+    tf32: bool
+    inputs: Sequence[TensorFacts]
+    outputs: Sequence[TensorFacts]
+    profiles: Sequence[ProfileFacts]
+    layers: int
+    plugin_layers: int
+    update_path: str
+    build_seconds: float
+    engine_bytes: int
+    sha256: str
+    model_id: str
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}

@@ -1,0 +1,130 @@
+"""TensorRT and TensorRT-RTX behind one layer: one API, but other modules and other targets.
+
+Only one flavour can live in a process: Polygraphy chooses its module once, when it is imported,
+and both bring libraries of the same symbols. So engines are built in a process of their own, see
+`fwl_export.engines.worker`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from fwl_export.engines.device import query_driver
+from fwl_export.errors import EngineError, MissingDependencyError
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of NVIDIA's two inference compilers.
+
+    Attributes:
+      name: on the command line and in the names of engines.
+      title: as NVIDIA calls it.
+      module: to import.
+      extra: of fwl-export, that installs it.
+      needs_device: it builds for the GPU that is present, and for no other.
+    """
+
+    name: str
+    title: str
+    module: str
+    extra: str
+    needs_device: bool
+
+    @property
+    def remedy(self) -> str:
+        """How to install it."""
+        return f"pip install 'fwl-export[{self.extra}]'"
+
+
+FLAVOURS = {
+    flavour.name: flavour
+    for flavour in (
+        Flavour("rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx", needs_device=False),
+        Flavour("tensorrt", "TensorRT", "tensorrt", "gpu", needs_device=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LoadedFlavour:
+    """A flavour whose module is in memory and which Polygraphy's loaders use.
+
+    Attributes:
+      flavour: which one.
+      trt: the module.
+      version: of the module, e.g. "1.7.1.116".
+      polygraphy_version: of Polygraphy.
+    """
+
+    flavour: Flavour
+    trt: Any
+    version: str
+    polygraphy_version: str
+
+
+def find_flavour(name: str) -> Flavour:
+    """Return a flavour by its name.
+
+    Raises:
+      EngineError: there is no such flavour.
+    """
+    if name not in FLAVOURS:
+        raise EngineError(f"flavour '{name}' is unknown; expected {' or '.join(FLAVOURS)}")
+    return FLAVOURS[name]
+
+
+def check_installed(flavour: Flavour) -> None:
+    """Check that the packages of a flavour can be found, without importing them.
+
+    Raises:
+      MissingDependencyError: they cannot.
+    """
+    for module in (flavour.module, "polygraphy"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(
+                f"{flavour.title} engines need the package {module}, which is not installed; "
+                f"{flavour.remedy}"
+            )
+
+
+def load_flavour(name: str) -> LoadedFlavour:
+    """Import a flavour's module and make Polygraphy use it, for the life of this process.
+
+    Raises:
+      EngineError: the name is unknown, or the process already uses the other flavour.
+      MissingDependencyError: a package is not installed, or its libraries cannot be loaded.
+    """
+    flavour = find_flavour(name)
+    check_installed(flavour)
+    for other in FLAVOURS.values():
+        if other != flavour and other.module in sys.modules:
+            raise EngineError(
+                f"this process already uses {other.title}; {flavour.title} needs a process of its "
+                "own"
+            )
+    try:
+        trt = importlib.import_module(flavour.module)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingDependencyError(
+            f"{flavour.title} is installed, but its libraries cannot be loaded ({error}); "
+            f"{flavour.remedy}"
+        ) from None
+    import polygraphy
+    from polygraphy import config
+
+    config.USE_TENSORRT_RTX = flavour.module == "tensorrt_rtx"
+    return LoadedFlavour(flavour, trt, str(trt.__version__), str(polygraphy.__version__))
+
+
+def buildable_sms(loaded: LoadedFlavour) -> list[int]:
+    """Return the SMs that a flavour can build engines for on this machine, ascending."""
+    if loaded.flavour.needs_device:
+        return sorted({device.sm for device in query_driver().devices})
+    names = (re.fullmatch(r"SM(\d+)", name) for name in loaded.trt.ComputeCapability.__members__)
+    return sorted(int(match[1]) for match in names if match)

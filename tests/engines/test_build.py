@@ -1,0 +1,326 @@
+"""Engines in a bundle: what is written, what is refused, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import pytest
+
+from fwl_export import __version__
+from fwl_export.bundle import MODEL_FILE, Bundle, read_bundle
+from fwl_export.engines import EngineFacts, build_engines
+from fwl_export.engines.build import _targets
+from fwl_export.engines.worker import Probe, describe_flavour
+from fwl_export.errors import BundleError, EngineError, MissingDependencyError
+from tests.bundles import MAX_TOKENS, VOCABULARY
+from tests.engines.conftest import QuickWorker
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def engine_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "engines").rglob("*"))
+
+
+def manifest_engines(folder: Path) -> list[str]:
+    files = read_bundle(folder).manifest.files
+    return sorted(name for name in files if name.startswith("engines/"))
+
+
+# The real builder.
+
+
+@pytest.fixture(scope="module")
+def built(
+    rtx: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, list[EngineFacts]]:
+    folder = tmp_path_factory.mktemp("built") / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    engines = build_engines(read_bundle(folder), "rtx", [80, 89], chunk=8, max_batch=4)
+    return read_bundle(folder), engines
+
+
+def test_one_engine_for_each_sm_is_in_the_bundle(built: tuple[Bundle, list[EngineFacts]]) -> None:
+    bundle, engines = built
+    version = describe_flavour("rtx").version
+    names = [f"rtx-{version}-sm{sm}-fp32" for sm in (80, 89)]
+    assert [facts.name for facts in engines] == names
+    expected = sorted(name + end for name in names for end in (".engine", ".json"))
+    assert engine_files(bundle.folder) == expected
+    assert manifest_engines(bundle.folder) == [f"engines/{name}" for name in expected]
+    bundle.verify()
+    for facts in engines:
+        path = bundle.file(f"engines/{facts.name}.json")
+        assert json.loads(path.read_text()) == facts.to_dict()
+        entry = bundle.manifest.files[f"engines/{facts.name}.engine"]
+        assert entry == {"sha256": facts.sha256, "bytes": facts.engine_bytes}
+        assert facts.engine_bytes > 1 << 20
+
+
+def test_facts_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> None:
+    bundle, (facts, _) = built
+    assert (facts.flavour, facts.sm, facts.precision, facts.tf32) == ("rtx", 80, "fp32", False)
+    assert (facts.plugin_layers, facts.update_path) == (0, "function body")
+    assert facts.layers > 100
+    assert facts.build_seconds > 0
+    assert facts.model_id == bundle.manifest.model_id
+    assert set(facts.versions) == {"fwl-export", "tensorrt_rtx", "polygraphy"}
+    assert facts.versions["fwl-export"] == __version__
+    assert facts.versions["tensorrt_rtx"] == facts.version
+
+    state = bundle.manifest.state
+    names = ["input_ids", "label_weights", "lengths", *(f"past.{s.name}" for s in state)]
+    assert [tensor.name for tensor in facts.inputs] == names
+    assert [tensor.name for tensor in facts.outputs] == [
+        "logits",
+        *(f"present.{spec.name}" for spec in state),
+    ]
+    for tensors in (facts.inputs[3:], facts.outputs[1:]):
+        for tensor, spec in zip(tensors, state, strict=True):
+            assert (tuple(tensor.shape), tensor.dtype) == ((-1, *spec.shape), spec.dtype)
+    assert (facts.outputs[0].shape, facts.outputs[0].dtype) == ([-1, -1, VOCABULARY], "float32")
+
+
+def test_profiles_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> None:
+    _, (facts, _) = built
+    decode, prefill = facts.profiles
+    assert (decode.name, prefill.name) == ("decode", "prefill")
+    for profile, ids in (
+        (decode, {"min": [1, 1], "opt": [1, 1], "max": [4, 1]}),
+        (prefill, {"min": [1, 1], "opt": [1, 8], "max": [4, 8]}),
+    ):
+        assert list(profile.inputs) == [tensor.name for tensor in facts.inputs]
+        assert profile.inputs["input_ids"] == profile.inputs["label_weights"] == ids
+        assert profile.inputs["lengths"] == {"min": [1], "opt": [1], "max": [4]}
+        assert profile.inputs["past.pending.hidden"] == {
+            "min": [1, 16],
+            "opt": [1, 16],
+            "max": [4, 16],
+        }
+
+
+def test_fp16_and_an_sm_that_the_builder_refuses(
+    rtx: None, tiny_bundle_fp16: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle_fp16, tmp_path / "bundle"))
+    with pytest.raises(EngineError) as caught:
+        build_engines(read_bundle(folder), "rtx", [86, 75], "fp16")
+    message = str(caught.value)
+    name = f"rtx-{describe_flavour('rtx').version}-sm86-fp16"
+    assert "cannot build for SM75" in message
+    assert "FP32 GEMM is not supported" in message
+    assert "the oldest GPU whose float32 products this builder knows is SM80" in message
+    assert message.endswith(f"; in the bundle stay {name}")
+    assert manifest_engines(folder) == [f"engines/{name}.engine", f"engines/{name}.json"]
+    read_bundle(folder).verify()
+    facts = json.loads((folder / "engines" / f"{name}.json").read_text())
+    dtypes = {tensor["name"]: tensor["dtype"] for tensor in facts["inputs"]}
+    assert dtypes["past.cache.0.key"] == "float16"
+    assert dtypes["past.fast.up.kernel"] == "float32"
+
+
+def test_an_operator_that_the_parser_does_not_know(rtx: None, own_bundle: Path) -> None:
+    model = onnx.load(str(own_bundle / MODEL_FILE), load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "MatMul")
+    node.op_type = "NoSuchOp"
+    (own_bundle / MODEL_FILE).write_bytes(model.SerializeToString())
+    bundle = read_bundle(own_bundle).add_files([MODEL_FILE])
+    with pytest.raises(EngineError, match=r"cannot read 'model\.onnx': In node .*NoSuchOp"):
+        build_engines(bundle, "rtx", [80])
+    assert engine_files(own_bundle) == []
+
+
+def test_ctrl_c_ends_the_worker_and_leaves_nothing(rtx: None, own_bundle: Path) -> None:
+    code = "from fwl_export.cli.main import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "build", str(own_bundle), "--sm", "80"],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, as a terminal gives it
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "engine 1 of 1" in line:
+                os.killpg(process.pid, signal.SIGINT)
+                break
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert engine_files(own_bundle) == []
+    assert manifest_engines(own_bundle) == []
+    read_bundle(own_bundle).verify()
+
+
+# What happens around it.
+
+
+def build_quickly(folder: Path, sms: Sequence[int] = (80, 86)) -> list[EngineFacts]:
+    return build_engines(read_bundle(folder), "rtx", sms)
+
+
+def test_a_rebuild_replaces_the_engine(quick_worker: QuickWorker, own_bundle: Path) -> None:
+    (first,) = build_quickly(own_bundle, [80])
+    quick_worker.content = b"another engine"
+    (second,) = build_quickly(own_bundle, [80])
+    assert (first.name, first.sha256 != second.sha256) == (second.name, True)
+    assert (own_bundle / "engines" / f"{second.name}.engine").read_bytes() == b"another engine"
+    assert engine_files(own_bundle) == ["rtx-1.2.3-sm80-fp32.engine", "rtx-1.2.3-sm80-fp32.json"]
+    read_bundle(own_bundle).verify()
+
+
+def test_an_interrupt_keeps_what_was_finished_and_nothing_else(
+    quick_worker: QuickWorker, own_bundle: Path
+) -> None:
+    quick_worker.error, quick_worker.fail_at = KeyboardInterrupt(), 1
+    with pytest.raises(KeyboardInterrupt):
+        build_quickly(own_bundle)
+    assert len(quick_worker.outputs) == 2
+    expected = ["rtx-1.2.3-sm80-fp32.engine", "rtx-1.2.3-sm80-fp32.json"]
+    assert engine_files(own_bundle) == expected
+    assert manifest_engines(own_bundle) == [f"engines/{name}" for name in expected]
+    read_bundle(own_bundle).verify()
+
+
+def test_an_interrupted_rebuild_keeps_the_old_engine(
+    quick_worker: QuickWorker, own_bundle: Path
+) -> None:
+    build_quickly(own_bundle, [80])
+    quick_worker.error, quick_worker.fail_at = KeyboardInterrupt(), 1
+    with pytest.raises(KeyboardInterrupt):
+        build_quickly(own_bundle, [80])
+    assert engine_files(own_bundle) == ["rtx-1.2.3-sm80-fp32.engine", "rtx-1.2.3-sm80-fp32.json"]
+    read_bundle(own_bundle).verify()
+
+
+def test_power_that_fails_between_files_and_manifest_leaves_a_bundle_that_verifies(
+    quick_worker: QuickWorker, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_quickly(own_bundle, [80])
+    quick_worker.content = b"another engine"
+
+    def fail(self: Bundle, names: Sequence[str]) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(Bundle, "add_files", fail)
+    with pytest.raises(SystemExit):
+        build_quickly(own_bundle, [80])
+    read_bundle(own_bundle).verify()
+
+
+def test_a_full_disk_is_told_with_the_engines_name(
+    quick_worker: QuickWorker, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(
+        flavour: str, model: Path, sm: int, ranges: object, output: Path, tick: object
+    ) -> None:
+        output.write_bytes(b"en")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output))
+
+    monkeypatch.setattr("fwl_export.engines.build.build_in_worker", fail)
+    with pytest.raises(OSError, match="No space") as caught:
+        build_quickly(own_bundle)
+    assert caught.value.errno == errno.ENOSPC
+    target = own_bundle / "engines" / "rtx-1.2.3-sm80-fp32.engine"
+    assert caught.value.filename == str(target)
+    assert engine_files(own_bundle) == []
+    read_bundle(own_bundle).verify()
+
+
+@pytest.mark.parametrize(("layers", "path"), [(0, "function body"), (2, "plugin")])
+def test_the_path_that_was_built(
+    quick_worker: QuickWorker, own_bundle: Path, layers: int, path: str
+) -> None:
+    quick_worker.plugin_layers = layers
+    (facts,) = build_quickly(own_bundle, [80])
+    assert (facts.plugin_layers, facts.update_path) == (layers, path)
+
+
+def test_half_the_updates_as_plugins_is_an_error(
+    quick_worker: QuickWorker, own_bundle: Path
+) -> None:
+    quick_worker.plugin_layers = 1
+    with pytest.raises(EngineError, match="1 of 2 fast-weight updates became plugin layers"):
+        build_quickly(own_bundle)
+    assert engine_files(own_bundle) == []
+
+
+def test_progress_says_which_engine_and_how_long(
+    quick_worker: QuickWorker, own_bundle: Path
+) -> None:
+    said: list[str] = []
+    build_engines(read_bundle(own_bundle), "rtx", [80, 86], progress=said.append)
+    assert said == [
+        "loading TensorRT-RTX",
+        "engine 1 of 2 for SM80",
+        "engine 1 of 2 for SM80, 1 s",
+        "engine 2 of 2 for SM86",
+        "engine 2 of 2 for SM86, 1 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "fp16"}, "is fp32 and engines take their types from the ONNX file; export"),
+        ({"chunk": 0}, f"chunk is 0; expected 1 to {MAX_TOKENS}"),
+        ({"chunk": MAX_TOKENS + 1}, f"chunk is 17; expected 1 to {MAX_TOKENS}"),
+        ({"max_batch": 0}, "max_batch is 0; expected 1 or more"),
+        ({"sms": []}, "no SM was given"),
+        ({"sms": [80, 90]}, "TensorRT-RTX 1.2.3 has no SM90; expected one of 80, 86, 89, 120"),
+        ({"flavour": "trt"}, "flavour 'trt' is unknown"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    quick_worker: QuickWorker, own_bundle: Path, arguments: dict, message: str
+) -> None:
+    with pytest.raises(EngineError, match=re.escape(message)):
+        build_engines(read_bundle(own_bundle), **arguments)
+    assert quick_worker.outputs == []
+
+
+def test_a_flavour_that_is_not_installed(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=re.escape("'fwl-export[rtx]'")):
+        build_engines(read_bundle(own_bundle))
+    assert not (own_bundle / "engines").exists()
+
+
+@pytest.mark.parametrize("content", [b"not a model", b""])
+def test_a_model_file_that_is_broken(
+    quick_worker: QuickWorker, own_bundle: Path, content: bytes
+) -> None:
+    (own_bundle / MODEL_FILE).write_bytes(content)
+    with pytest.raises(BundleError, match="it was changed or cut off"):
+        build_quickly(own_bundle)
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_present_only() -> None:
+    here, nowhere = Probe("10.9", (90,), {}, ""), Probe("10.9", (), {}, "")
+    assert _targets("tensorrt", None, here) == [90]
+    assert _targets("tensorrt", [90, 90], here) == [90]
+    with pytest.raises(EngineError, match="SM89 was asked for, but TensorRT builds only for the"):
+        _targets("tensorrt", [89], here)
+    with pytest.raises(EngineError, match="and there is none here; build on a machine with"):
+        _targets("tensorrt", None, nowhere)
+
+
+def test_rtx_builds_for_four_sms_unless_told() -> None:
+    assert _targets("rtx", None, Probe("1.7", (75, 80, 86, 89, 120, 121), {}, "")) == [
+        80,
+        86,
+        89,
+        120,
+    ]

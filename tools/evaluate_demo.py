@@ -90,7 +90,7 @@ class Plan:
     play_tokens: int | None = None
     validation_tokens: int | None = None
     tuning_tokens: int = 15_000
-    segments: tuple[int, ...] = (128, 64, 32)
+    segments: tuple[int, ...] = (128, 64, 32, 16)
     reset_intervals: tuple[int | None, ...] = (256, 512, 1024, 2048, 4096, None)
     bin_tokens: int = 4000
     timing_blocks: int = 32

@@ -47,6 +47,8 @@ def test_the_demo_goes_the_whole_way(
     monkeypatch.setattr(demo, "HELD_OUT_PLAY", play)
     result = run(capsys, "demo", "-o", tmp_path / "bundle", "--sm", "89")
     assert result.code == 0, result.err
-    assert [line for line in result.out.splitlines() if line.startswith("[")][-1].startswith("[5/5]")
+    assert [line for line in result.out.splitlines() if line.startswith("[")][-1].startswith(
+        "[5/5]"
+    )
     assert "within budget" in result.out
     assert len(list((tmp_path / "bundle" / "engines").glob("rtx-*-sm89-fp32.engine"))) == 1

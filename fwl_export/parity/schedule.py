@@ -9,7 +9,7 @@ tokens that are read without learning, one by one and whole calls of them; a res
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,12 @@ _RESET_ROW = 2
 
 # Where the state is compared, in shares of the first row's way: dense where drift starts.
 _DEPTHS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
+_FIRST_DEPTH = 16  # tokens; with fewer, errors are too few to say how large they usually are
 
 _RAGGED = 0.5  # share of calls in which rows bring different numbers of tokens
 _WEIGHTED = 0.4  # share of calls in which some tokens have weight 0 or 0.5
 _SILENT = 0.06  # share of calls in which all tokens have weight 0
-_DECODE_RUN = 8  # calls of one token come in runs, as they do when text is generated
+_DECODE_RUN = 16  # calls of one token come in runs, as they do when text is generated
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Call:
       labels: [B, T] int64, the token after each; padding 0.
       positions: [B] int64, tokens that each row has read before (not set back by a reset).
       reset: rows that start afresh before this call.
-      depth: tokens the deepest row has read after this call.
+      depth: tokens the first row has read after this call.
       compare_state: whether the state is compared after this call.
     """
 
@@ -61,13 +62,13 @@ class Call:
     compare_state: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
     """Seeded calls over a text; iterate it for the calls, as often as needed.
 
     Attributes:
       ids: [N] int64, the text; rows start at different places and go round at its end.
-      tokens: how many the deepest row reads.
+      tokens: how many the first row reads.
       max_tokens: largest T.
       seed: of everything random.
     """
@@ -76,7 +77,6 @@ class Schedule:
     tokens: int
     max_tokens: int
     seed: int = 0
-    rows: int = field(default=ROWS, init=False)
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -90,8 +90,9 @@ class Schedule:
     def __iter__(self) -> Iterator[Call]:
         rng = np.random.default_rng(self.seed)
         sizes = _sizes(rng, self.max_tokens)
-        marks = sorted({max(1, round(share * self.tokens)) for share in _DEPTHS})
-        positions = np.zeros(self.rows, np.int64)
+        marks = sorted({max(_FIRST_DEPTH, round(share * self.tokens)) for share in _DEPTHS})
+        marks = sorted({min(mark, self.tokens) for mark in marks})
+        positions = np.zeros(ROWS, np.int64)
         step, pending_reset = 0, True
         while positions[0] < self.tokens:
             size = min(next(sizes), int(self.tokens - positions[0]))
@@ -111,11 +112,11 @@ class Schedule:
         self, rng: np.random.Generator, size: int, positions: Array, force_ragged: bool
     ) -> Array:
         """Return how many tokens each row brings; at least one row brings `size`."""
-        lengths = np.full(self.rows, size, np.int64)
+        lengths: Array = np.full(ROWS, size, np.int64)
         if rng.random() < _RAGGED or force_ragged:
-            fewer = rng.integers(0, size + 1, self.rows)
-            lengths = np.where(rng.random(self.rows) < 0.25, 0, fewer)
-            lengths[rng.integers(self.rows)] = size
+            fewer = rng.integers(0, size + 1, ROWS)
+            lengths = np.where(rng.random(ROWS) < 0.25, 0, fewer)
+            lengths[rng.integers(ROWS)] = size
         begun = positions[0] >= np.array(_STARTS) * self.tokens
         lengths = np.where(begun, lengths, 0)
         if force_ragged or not lengths.any():
@@ -134,15 +135,17 @@ class Schedule:
     ) -> Call:
         size = int(lengths.max())
         real = np.arange(size) < lengths[:, None]
-        starts = np.arange(self.rows)[:, None] * (len(self.ids) // self.rows)
+        starts = np.arange(ROWS)[:, None] * (len(self.ids) // ROWS)
         places = starts + positions[:, None] + np.arange(size)
         ids, labels = (self.ids[(places + shift) % len(self.ids)] for shift in (0, 1))
-        weights = np.ones((self.rows, size), np.float32)
+        weights = np.ones((ROWS, size), np.float32)
         kind = rng.random()
         if kind < _SILENT:
             weights[:] = 0
         elif kind < _SILENT + _WEIGHTED:
-            weights = rng.choice(np.array([0, 0.5, 1], np.float32), weights.shape, p=(0.2, 0.1, 0.7))
+            weights = rng.choice(
+                np.array([0, 0.5, 1], np.float32), weights.shape, p=(0.2, 0.1, 0.7)
+            )
         return Call(
             step,
             np.where(real, ids, 0),
@@ -157,10 +160,18 @@ class Schedule:
 
 
 def _sizes(rng: np.random.Generator, max_tokens: int) -> Iterator[int]:
-    """Yield T of one call after the other: all kinds in every round, in a new order."""
+    """Yield T of one call after the other: all kinds in every round, in a new order.
+
+    The first round begins with its smaller half, so that early depths are seen.
+    """
     odd = {2, 3, 5, 7, 13, 17, 31, 61, max_tokens // 2 + 1, max_tokens - 1, max_tokens}
     blocks = [[size] for size in sorted(odd) if 1 <= size <= max_tokens]
-    blocks += [[1] * _DECODE_RUN] * 3
+    blocks = [[1] * _DECODE_RUN] * 3 + blocks
+    half = len(blocks) // 2
+    yield from (size for index in rng.permutation(half) for size in blocks[index])
+    yield from (
+        size for index in rng.permutation(len(blocks) - half) for size in blocks[half + index]
+    )
     while True:
         for index in rng.permutation(len(blocks)):
             yield from blocks[index]

@@ -1,0 +1,205 @@
+"""How far two results lie apart: statistics that are added up and never keep a tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One element that was compared.
+
+    Attributes:
+      step: number of the call.
+      depth: tokens the first row had read after that call.
+      index: of the element: its row, then its place in the tensor; of a logit its row, its
+        position in the row's text, and its token.
+      candidate: its value there.
+      reference: its value there.
+    """
+
+    step: int
+    depth: int
+    index: tuple[int, ...]
+    candidate: float
+    reference: float
+
+
+@dataclass(frozen=True)
+class Error:
+    """The distance of a tensor from its reference.
+
+    Attributes:
+      max_abs: largest absolute difference.
+      relative_rms: root of the mean square of the difference over that of the reference, of the
+        row in which it is largest: a row that has just begun is not hidden behind old ones.
+      scale: largest absolute value of the reference.
+      worst: where `max_abs` is; None where nothing was compared.
+    """
+
+    max_abs: float
+    relative_rms: float
+    scale: float
+    worst: Place | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The distance of predictions from those of the reference.
+
+    Attributes:
+      tokens: predictions compared.
+      kl: mean of KL(reference || candidate), in nats.
+      kl_max: its largest value.
+      agreement: share of predictions whose likeliest token is the same.
+      loss: mean negative log probability of the next token, of the candidate, in nats.
+      reference_loss: the same of the reference.
+    """
+
+    tokens: int
+    kl: float
+    kl_max: float
+    agreement: float
+    loss: float
+    reference_loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return _exp(self.loss)
+
+    @property
+    def reference_perplexity(self) -> float:
+        """exp(reference_loss)."""
+        return _exp(self.reference_loss)
+
+
+class TensorSum:
+    """Adds up the differences of one tensor, row by row."""
+
+    def __init__(self, rows: int) -> None:
+        self._squares = np.zeros(rows)
+        self._reference_squares = np.zeros(rows)
+        self._scale = 0.0
+        self._max_abs = 0.0
+        self._worst: Place | None = None
+
+    def add(
+        self,
+        row: int,
+        candidate: Array,
+        reference: Array,
+        step: int = 0,
+        depth: int = 0,
+        offset: int | None = None,
+    ) -> None:
+        """Compare some elements of one row.
+
+        Args:
+          row: which one.
+          candidate: any shape and type.
+          reference: of the same shape.
+          step: number of the call.
+          depth: tokens the first row has read.
+          offset: added to the first index in `Place.index`; None: there is none.
+        """
+        if candidate.size == 0:
+            return
+        expected = reference.astype(np.float64)
+        difference = np.abs(candidate.astype(np.float64) - expected)
+        flat = int(np.argmax(difference))  # of NaN if there is one
+        largest = _finite_or_inf(float(difference.reshape(-1)[flat]))
+        self._squares[row] += float(np.vdot(difference, difference))
+        self._reference_squares[row] += float(np.vdot(expected, expected))
+        self._scale = max(self._scale, float(np.abs(expected).max()))
+        if self._worst is None or largest > self._max_abs:
+            index = [int(i) for i in np.unravel_index(flat, difference.shape)]
+            if offset is not None:
+                index[0] += offset
+            self._max_abs = largest
+            self._worst = Place(
+                step,
+                depth,
+                (row, *index),
+                float(candidate.reshape(-1)[flat]),
+                float(expected.reshape(-1)[flat]),
+            )
+
+    def result(self) -> Error:
+        """Return what was added up; a value that is not finite counts as infinitely far."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.sqrt(self._squares / self._reference_squares)
+        ratios[self._squares == 0] = 0.0  # also where the reference is 0 everywhere
+        largest = float(ratios.max())
+        return Error(self._max_abs, _finite_or_inf(largest), self._scale, self._worst)
+
+
+@dataclass
+class PredictionSum:
+    """Adds up how predictions differ."""
+
+    _tokens: int = field(default=0, init=False)
+    _kl: float = field(default=0.0, init=False)
+    _kl_max: float = field(default=0.0, init=False)
+    _agreed: int = field(default=0, init=False)
+    _loss: float = field(default=0.0, init=False)
+    _reference_loss: float = field(default=0.0, init=False)
+
+    def add(self, candidate: Array, reference: Array, labels: Array) -> None:
+        """Compare some predictions.
+
+        Args:
+          candidate: [T, V] logits.
+          reference: [T, V] logits.
+          labels: [T] the tokens that followed.
+        """
+        if not len(labels):
+            return
+        found, expected = log_softmax(candidate), log_softmax(reference)
+        ratio = found - expected
+        # Both sum to 1, so this equals the sum of p log(p / q); but it has no terms that cancel
+        # between tokens, and stays exact where the two are equal but for roundings.
+        divergence = (np.exp(expected) * (np.expm1(ratio) - ratio)).sum(-1)
+        token = np.arange(len(labels))
+        self._tokens += len(labels)
+        self._kl += float(divergence.sum())
+        self._kl_max = max(self._kl_max, float(divergence.max()))
+        self._agreed += int((found.argmax(-1) == expected.argmax(-1)).sum())
+        self._loss -= float(found[token, labels].sum())
+        self._reference_loss -= float(expected[token, labels].sum())
+
+    def result(self) -> Prediction:
+        """Return what was added up."""
+        count = max(self._tokens, 1)
+        return Prediction(
+            self._tokens,
+            _finite_or_inf(self._kl / count),
+            _finite_or_inf(self._kl_max),
+            self._agreed / count,
+            _finite_or_inf(self._loss / count),
+            _finite_or_inf(self._reference_loss / count),
+        )
+
+
+def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
+    """Return log probabilities: [..., V] -> [..., V] float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def _exp(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
+
+
+def _finite_or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

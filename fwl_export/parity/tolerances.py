@@ -1,0 +1,175 @@
+"""How far a runtime may be from float64, and why: the one table of every verdict.
+
+A runtime computes in some precision, so it cannot agree with float64; how far it must be off
+depends on the model and on the text. The measure is PyTorch in the same precision, on the same
+text in the same calls: what it is off by is what the precision costs. The budget of a tensor is
+a factor times that distance, for the largest difference and for the relative root mean square
+(RMS) each; both must be kept. The distance is the largest up to the depth in question, because
+what it is at one depth of a small tensor is chance.
+
+PyTorch can be right by chance, so a budget never falls below a floor, which counts roundings:
+`floor` times what a value of the precision is off by after a sum of some hundred terms, plus
+`per_token` float32 roundings for every token that the sums remember. The second part is the
+decay: it is a float32 number close to 1 that is applied once per token, so its rounding, 2^-25
+at most, adds up over the tokens of the horizon. Floors are relative: to the RMS of the tensor,
+and, three times as wide because the largest of many roundings is, to its largest value.
+
+KL divergence, top-1 agreement and perplexity follow from the logits; they are reported for
+people and have no budget of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fwl_export.parity.compare import Error
+
+# Relative error of a sum of some hundred terms. In float32 every addition rounds: about four
+# times the machine epsilon was measured. A float16 model sums in float32 and rounds once; its
+# float32 sums inherit that.
+ROUNDING = {"fp32": 4 * 2.0**-23, "fp16": 2.0**-10}
+
+_MAX_OVER_RMS = 3  # the largest of thousands of normal deviations is three to four
+_DECAY_ROUNDING = 2.0**-25  # of a float32 number between 1/2 and 1
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the tensors of one kind may be from float64.
+
+    Attributes:
+      prefix: of the names of the tensors it is for; the first fitting row of the table counts.
+      rms_factor: times PyTorch's own relative RMS distance.
+      max_factor: times PyTorch's own largest difference; more than `rms_factor`, because the
+        largest of many roundings scatters more than their mean.
+      floor: times the rounding of a sum that are always allowed.
+      per_token: float32 roundings that are always allowed for every token remembered.
+      reason: why this size.
+    """
+
+    prefix: str
+    rms_factor: float
+    max_factor: float
+    floor: float
+    per_token: float
+    reason: str
+
+
+TABLE = (
+    Tolerance(
+        "position", 0, 0, 0, 0, "whole numbers: a difference is a wrong count, not a rounding"
+    ),
+    Tolerance("pending.valid", 0, 0, 0, 0, "0 or 1, copied: nothing is rounded"),
+    Tolerance(
+        "logits",
+        5,
+        6,
+        1,
+        1,
+        "the same roundings in another order: ONNX Runtime was 0.1 to 2.1 times as far off as "
+        "PyTorch; 5 leaves room for small models and other instruction sets",
+    ),
+    Tolerance(
+        "cache.",
+        5,
+        6,
+        1,
+        0,
+        "one layer after the other, thousands of elements, no drift: 0.3 to 1.9 times as far off "
+        "as PyTorch, more only in the first calls of a small model",
+    ),
+    Tolerance(
+        "fast.",
+        5,
+        6,
+        2,
+        2,
+        "sums over all tokens, in which systematic errors add up, those of the decay above all, "
+        "where PyTorch can be lucky; 0.2 to 1.4 times as far off, 3.4 after eight tokens",
+    ),
+    Tolerance(
+        "pending.inv_std",
+        5,
+        6,
+        3,
+        0,
+        "one number per row: too few to measure by, at single calls ONNX Runtime was 6 times as "
+        "far off as PyTorch",
+    ),
+    Tolerance(
+        "pending.",
+        5,
+        6,
+        1,
+        0,
+        "of one token per row and call, whose elements share their errors: 0.1 to 2.2 times as "
+        "far off as PyTorch",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far a tensor may be from the reference at one depth.
+
+    Attributes:
+      max_abs: largest absolute difference.
+      relative_rms: of the difference, in the unit of the reference's RMS.
+    """
+
+    max_abs: float
+    relative_rms: float
+
+    def use(self, error: Error) -> float:
+        """Return the share of the budget that an error uses; more than 1 is outside."""
+        return max(
+            _share(error.max_abs, self.max_abs), _share(error.relative_rms, self.relative_rms)
+        )
+
+
+def tolerance_for(name: str) -> Tolerance:
+    """Return the row of the table for a tensor: "logits" or the name of a state tensor."""
+    for row in TABLE:
+        if name.startswith(row.prefix):
+            return row
+    raise KeyError(f"no tolerance for '{name}': give it a row in {__name__}.TABLE")
+
+
+def budgets(
+    tolerance: Tolerance,
+    own: Sequence[Error],
+    depths: Sequence[int],
+    precision: str,
+    memory: float,
+) -> list[Budget]:
+    """Return the budget of a tensor at every depth.
+
+    Args:
+      tolerance: its row of the table.
+      own: PyTorch's own distance from float64, in the precision of the candidate.
+      depths: tokens read there by the first row.
+      precision: "fp32" or "fp16".
+      memory: tokens that the sums remember (the horizon); 0 if they forget nothing, for then
+        the decay is exactly 1.
+    """
+    result = []
+    max_abs = relative_rms = 0.0
+    for error, depth in zip(own, depths, strict=True):
+        max_abs = max(max_abs, error.max_abs)
+        relative_rms = max(relative_rms, error.relative_rms)
+        decay = tolerance.per_token * _DECAY_ROUNDING * min(depth, memory)
+        floor = tolerance.floor * ROUNDING[precision] + decay
+        result.append(
+            Budget(
+                max(tolerance.max_factor * max_abs, _MAX_OVER_RMS * floor * error.scale),
+                max(tolerance.rms_factor * relative_rms, floor),
+            )
+        )
+    return result
+
+
+def _share(value: float, budget: float) -> float:
+    if value == 0:
+        return 0.0
+    return value / budget if budget > 0 else float("inf")

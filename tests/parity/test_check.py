@@ -1,0 +1,244 @@
+"""Whole checks: an unbroken bundle passes with room to spare, and what is broken fails clearly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fwl_export.parity
+from fwl_export.bundle import CHECKPOINT_FOLDER, MANIFEST_FILE, read_bundle, write_manifest
+from fwl_export.errors import BundleError
+from fwl_export.parity import ROWS, Report, check_bundle
+from fwl_export.parity.verdict import CandidateVerdict
+from fwl_export.runtimes import Session, open_session
+from tests.bundles import MAX_TOKENS, TINY, VOCABULARY
+from tests.parity import faults
+from tests.parity.faults import Fault, broken_bundle
+
+TOKENS = 120
+TEXT = np.random.default_rng(0).integers(0, VOCABULARY, 600)
+
+UNBROKEN = "unbroken"
+# An unbroken bundle uses at most this share of a budget; a broken one at least so many times it.
+GOOD_USE = 0.6
+CLEAR = 10
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault, and how the check must see it.
+
+    Attributes:
+      fault: changes the ONNX file.
+      tensor: one that must be outside its budget.
+      untouched: prefix of tensors that it cannot reach and that must be within.
+    """
+
+    fault: Fault
+    tensor: str
+    untouched: str = "position"
+
+
+_QKV = (TINY.backbone.width, 3 * TINY.backbone.width)
+
+WEIGHTS = {
+    "embedding": Planted(
+        faults.weight("embedding.weight", (int(TEXT[3]), 3), added=1e-2), "cache.0.value"
+    ),
+    "attention": Planted(faults.unnamed_weight(_QKV, (5, 3), 1.01), "logits"),
+    "norm of a block": Planted(
+        faults.weight("blocks.0.norm_1.weight", (3,), added=1e-2), "cache.0.value"
+    ),
+    "up_kernel": Planted(
+        faults.weight("fast_weights.up_kernel", (2, 3), factor=1.01), "pending.up", "cache."
+    ),
+    "up_bias": Planted(
+        faults.weight("fast_weights.up_bias", (3,), added=1e-2), "pending.up", "cache."
+    ),
+    "down_kernel": Planted(
+        faults.weight("fast_weights.down_kernel", (2, 3), factor=1.01), "pending.normed", "cache."
+    ),
+    "unembed": Planted(
+        faults.weight("fast_weights.unembed", (5, 3), factor=1.01), "logits", "pending.normed"
+    ),
+    "unembed_bias": Planted(
+        faults.weight("fast_weights.unembed_bias", (5,), added=1e-2), "logits", "pending.normed"
+    ),
+    "horizon": Planted(
+        faults.weight("fast_weights.horizon", (), factor=1.01), "fast.up.kernel", "pending."
+    ),
+}
+
+GRAPH = {
+    "sign of the value, up": Planted(faults.negated_value(0), "fast.up.kernel", "pending."),
+    "sign of the value, down": Planted(faults.negated_value(1), "fast.down.kernel", "pending."),
+    "sign of the step, up": Planted(faults.added_instead(0), "logits", "fast."),
+    "sign of the step, down": Planted(faults.added_instead(1), "logits", "fast."),
+    "decay ignored, up": Planted(faults.ignored_decay(0), "fast.up.kernel", "pending."),
+    "decay ignored, down": Planted(faults.ignored_decay(1), "fast.down.kernel", "pending."),
+    "pending hidden of padding": Planted(
+        faults.pending_of_padding("pending.hidden"), "pending.hidden", "cache."
+    ),
+    "pending expected of padding": Planted(
+        faults.pending_of_padding("pending.expected"), "pending.expected", "cache."
+    ),
+    "pending norm of padding": Planted(
+        faults.pending_of_padding("pending.inv_std"), "pending.inv_std", "cache."
+    ),
+    "pending rows rolled": Planted(faults.rolled_rows("pending.up"), "pending.up", "cache."),
+    "labels shifted": Planted(faults.shifted_labels(), "fast.norm.bias", "pending."),
+    "row leaks, bias": Planted(
+        faults.rolled_rows("fast.up.bias", 1e-3), "fast.up.bias", "pending."
+    ),
+    "row leaks, kernel": Planted(
+        faults.rolled_rows("fast.down.kernel", 1e-3), "fast.down.kernel", "pending."
+    ),
+    "stale cache": Planted(faults.stale("cache.1.value"), "cache.1.value", "cache.0"),
+    "stale sum": Planted(faults.stale("fast.norm.scale"), "fast.norm.scale", "pending."),
+}
+
+ROUNDED = {
+    "sum in half precision": Planted(
+        faults.rounded_to_half("fast.up.kernel"), "fast.up.kernel", "pending."
+    ),
+    "bias in half precision": Planted(
+        faults.rounded_to_half("fast.up.bias"), "fast.up.bias", "pending."
+    ),
+}
+
+# Half precision hides what is smaller than its own roundings: a weight that is 1 % off, or a
+# sum that is rounded once more.
+FP32 = {**WEIGHTS, **GRAPH, **ROUNDED}
+FP16 = GRAPH
+
+
+def checked(bundle: Path, planted: dict[str, Planted], folder: Path) -> Report:
+    """Check a bundle and a broken copy for each fault, side by side."""
+    sessions = {UNBROKEN: session(bundle)}
+    for number, (name, entry) in enumerate(planted.items()):
+        broken = broken_bundle(bundle, folder / str(number), entry.fault)
+        sessions[name] = session(broken.folder)
+    return check_bundle(read_bundle(bundle), TEXT, TOKENS, candidates=sessions)
+
+
+def session(bundle: Path) -> Session:
+    return open_session(bundle, "onnxruntime", ROWS, threads=1)
+
+
+@pytest.fixture(scope="module")
+def fp32(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return checked(tiny_bundle, FP32, tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def fp16(tiny_bundle_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return checked(tiny_bundle_fp16, FP16, tmp_path_factory.mktemp("faults"))
+
+
+def verdict(report: Report, name: str) -> CandidateVerdict:
+    return next(candidate for candidate in report.candidates if candidate.name == name)
+
+
+def test_public_names() -> None:
+    names = {"ROWS", "TABLE", "Report", "Tolerance", "check_bundle"}
+    assert set(fwl_export.parity.__all__) == names
+    assert all(hasattr(fwl_export.parity, name) for name in names)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_unbroken_bundle_passes_with_room_to_spare(
+    precision: str, request: pytest.FixtureRequest
+) -> None:
+    report: Report = request.getfixturevalue(precision)
+    found = verdict(report, UNBROKEN)
+    assert found.passed
+    assert 0.05 < found.use < GOOD_USE, found.use
+    names = [tensor.name for tensor in found.tensors]
+    assert names == ["logits", *(spec.name for spec in session_specs(report, request))]
+    assert report.depths[-1] == TOKENS
+    assert len(report.depths) >= 6
+    assert report.memory == 30
+    assert report.own == f"PyTorch {precision}"
+
+
+def session_specs(report: Report, request: pytest.FixtureRequest) -> list[object]:
+    name = "tiny_bundle" if report.precision == "fp32" else "tiny_bundle_fp16"
+    return list(read_bundle(request.getfixturevalue(name)).manifest.state)
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_a_fault_in_fp32_is_caught(name: str, fp32: Report) -> None:
+    assert_caught(verdict(fp32, name), FP32[name])
+
+
+@pytest.mark.parametrize("name", FP16)
+def test_a_fault_in_fp16_is_caught(name: str, fp16: Report) -> None:
+    assert_caught(verdict(fp16, name), FP16[name])
+
+
+def assert_caught(found: CandidateVerdict, planted: Planted) -> None:
+    uses = {tensor.name: tensor.use for tensor in found.tensors}
+    assert not found.passed
+    assert found.failure is None
+    assert uses[planted.tensor] > CLEAR, uses
+    assert found.breach is not None
+    for name, use in uses.items():
+        if name.startswith(planted.untouched):
+            assert use < 1, (name, use)
+
+
+def test_what_went_wrong_is_told_with_tensor_and_depth(fp32: Report) -> None:
+    (problem,) = [p for p in fp32.problems() if p.startswith("stale cache ")]
+    assert "is outside its budget first in 'cache.1.value' at token 16: max abs " in problem
+    assert UNBROKEN not in "".join(fp32.problems())
+    assert len(fp32.problems()) == len(FP32)
+
+
+@pytest.mark.parametrize("state", ["fast.down.bias", "pending.normed"])
+def test_nan_is_a_failure_with_the_first_step(
+    state: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    broken = broken_bundle(tiny_bundle, tmp_path / "broken", faults.not_a_number(state, 30))
+    report = check_bundle(broken, TEXT, 60)
+    (found,) = report.candidates
+    assert not found.passed
+    assert found.failure is not None
+    assert found.failure.message.startswith(f"state '{state}' is nan in row ")
+    assert 31 <= found.failure.depth < 31 + MAX_TOKENS  # the call that read token 31
+    assert report.calls == found.failure.step
+    assert all(tensor.use < 1 for tensor in found.tensors)
+    assert "onnxruntime could not go on at call" in report.problems()[0]
+
+
+def test_a_bundle_without_its_checkpoint_cannot_be_checked(own_bundle: Path) -> None:
+    manifest = read_bundle(own_bundle).manifest.to_dict()
+    manifest["files"] = {
+        name: entry
+        for name, entry in manifest["files"].items()
+        if not name.startswith(CHECKPOINT_FOLDER)
+    }
+    write_manifest(own_bundle, manifest)
+    with pytest.raises(BundleError, match=r"without its checkpoint.*without --no-checkpoint"):
+        check_bundle(read_bundle(own_bundle), TEXT, 20)
+
+
+def test_a_file_that_was_changed_is_refused_before_anything_is_compared(own_bundle: Path) -> None:
+    data = own_bundle / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(BundleError, match=r"'model.onnx.data' in bundle"):
+        check_bundle(read_bundle(own_bundle), TEXT, 20)
+    assert (own_bundle / MANIFEST_FILE).is_file()
+
+
+def test_the_same_seed_gives_the_same_numbers(tiny_bundle: Path) -> None:
+    first, again, other = (
+        check_bundle(
+            read_bundle(tiny_bundle), TEXT, 30, seed, candidates={"x": session(tiny_bundle)}
+        ).to_dict()
+        for seed in (5, 5, 6)
+    )
+    assert first["candidates"] == again["candidates"]
+    assert first["candidates"] != other["candidates"]

@@ -18,9 +18,9 @@ from tools.stream_readers import CHUNK, AdaptingReader, PlainReader, iterate_los
 
 def test_the_checkpoint_is_small_and_has_a_card() -> None:
     files = {path.name: path.stat().st_size for path in demo.CHECKPOINT.iterdir()}
-    assert set(files) == {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert sum(files.values()) <= 16e6
-    assert 3_000_000 <= sum(p.numel() for p in load_checkpoint(demo.CHECKPOINT).model.parameters())
+    assert sum(p.numel() for p in load_checkpoint(demo.CHECKPOINT).model.parameters()) >= 3_000_000
 
 
 def test_the_model_learns_from_a_play_it_never_saw() -> None:

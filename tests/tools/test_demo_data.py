@@ -13,8 +13,8 @@ from tools.demo_data import (
 
 
 def test_clean_drops_the_header_and_repeated_blank_lines() -> None:
-    raw = "KING LEAR\r\n\r\nby William Shakespeare\r\n\r\n\r\n\r\nACT I.  \r\n\r\n\r\nLear.\r\nYes.\r\n\r\n"
-    assert clean(raw) == "ACT I.\n\nLear.\nYes.\n"
+    raw = "KING LEAR\n\nby William Shakespeare\n\n\n\nACT I.  \n\n\nLear.\nYes.\n\n"
+    assert clean(raw.replace("\n", "\r\n")) == "ACT I.\n\nLear.\nYes.\n"
 
 
 def test_clean_keeps_a_text_without_header() -> None:

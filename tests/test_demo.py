@@ -47,8 +47,9 @@ def test_the_demo_goes_the_whole_way(
     monkeypatch.setattr(demo, "HELD_OUT_PLAY", play)
     result = run(capsys, "demo", "-o", tmp_path / "bundle", "--sm", "89")
     assert result.code == 0, result.err
-    assert [line for line in result.out.splitlines() if line.startswith("[")][-1].startswith(
-        "[5/5]"
-    )
+    assert "[4/4] fwl-export score" in result.out
+    summary = result.out.partition("Summary")[2]
+    assert "engines   1 TensorRT-RTX" in summary
+    assert "adapting" in summary
     assert "within budget" in result.out
     assert len(list((tmp_path / "bundle" / "engines").glob("rtx-*-sm89-fp32.engine"))) == 1

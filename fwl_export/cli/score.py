@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,11 @@ from fwl_export.cli.terminal import (
     print_json,
     progress_bar,
 )
+
+if TYPE_CHECKING:
+    from fwl_export.runtimes.text import Score
+
+ADAPTING, OFF = "adapting", "adaptation off"
 
 
 def score(
@@ -27,20 +32,7 @@ def score(
 
     Example: fwl-export score demo-bundle play.txt
     """
-    from fwl_export.bundle import read_bundle
-    from fwl_export.runtimes import open_session
-    from fwl_export.runtimes.text import bundle_tokenizer, score_ids
-    from fwl_export.text import read_ids
-
-    opened = read_bundle(bundle)
-    ids = read_ids(file, bundle_tokenizer(opened))
-    ids = ids[: tokens or len(ids)]
-    results = {}
-    for name, weight in (("adapting", 1.0), ("adaptation off", 0.0)):
-        session = open_session(opened, backend)
-        with progress_bar(name, len(ids) - 1) as advance:
-            results[name] = score_ids(session, ids, weight, advance)
-    on, off = results["adapting"], results["adaptation off"]
+    on, off = score_both(bundle, file, backend, tokens)
     if json:
         print_json(
             {
@@ -56,9 +48,28 @@ def score(
         )
         return
     print(f"{file.name}: {on.tokens} tokens scored, {backend}")
-    for name, result in results.items():
+    for name, result in ((ADAPTING, on), (OFF, off)):
         print(
             f"  {name:15} perplexity {result.perplexity:7.2f}   "
             f"{result.tokens_per_second:7.0f} tokens/s"
         )
-    print(f"  adapting is {1 - on.perplexity / off.perplexity:+.1%} lower".replace("+", ""))
+    change = on.perplexity / off.perplexity - 1
+    print(f"  adapting is {abs(change):.1%} {'lower' if change < 0 else 'higher'}")
+
+
+def score_both(bundle: Path, file: Path, backend: str, tokens: int = 0) -> tuple[Score, Score]:
+    """Score a text with adaptation and without, see `score`."""
+    from fwl_export.bundle import read_bundle
+    from fwl_export.runtimes import open_session
+    from fwl_export.runtimes.text import bundle_tokenizer, score_ids
+    from fwl_export.text import read_ids
+
+    opened = read_bundle(bundle)
+    ids = read_ids(file, bundle_tokenizer(opened))
+    ids = ids[: tokens or len(ids)]
+    results = []
+    for name, weight in ((ADAPTING, 1.0), (OFF, 0.0)):
+        session = open_session(opened, backend)
+        with progress_bar(name, len(ids) - 1) as advance:
+            results.append(score_ids(session, ids, weight, advance))
+    return results[0], results[1]

@@ -37,7 +37,7 @@ _FOLDERS = "builds|data|etc|home|media|mnt|opt|private|root|scratch|srv|tmp|usr|
 _PRIVATE = (
     re.compile(rf"(?<![\w.$}}~/:-])/(?:{_FOLDERS})\b[^\s`'\")]*"),
     re.compile(r"\b[A-Z]:\\\S*"),
-    re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b"),
+    re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}\b"),  # not a version: rtx-1.7.1.116
     re.compile(r"\b[\w-]+(?:\.[\w-]+)*\.(?:corp|example|internal|intranet|lan|local)\b"),
 )
 _URL = re.compile(r"https?://[^\s)>\"'`\]]+")

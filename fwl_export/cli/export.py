@@ -52,5 +52,5 @@ def export(
     state = sum(spec.bytes_per_row for spec in manifest.state)
     print(
         f"wrote {output}: {precision}, opset {manifest.opset}, {manifest.op['nodes']} "
-        f"fast-weight updates, {size(total)}; state {size(state)} per session"
+        f"fast-weight updates,\n{size(total)}; state {size(state)} per session"
     )

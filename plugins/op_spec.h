@@ -9,7 +9,7 @@ constexpr char kDomain[] = "fwl";
 constexpr char kName[] = "LinearAttentionUpdate";
 constexpr int kVersion = 1;
 
-// Attributes of the ONNX node, all strings: what they are called, and what they must say.
+// Attributes of the ONNX node, all strings: their names and what they must say.
 constexpr char kPluginNamespaceAttribute[] = "plugin_namespace";
 constexpr char kPluginNamespace[] = "fwl";
 constexpr char kPluginVersionAttribute[] = "plugin_version";

@@ -1,7 +1,7 @@
 """Write `plugins/op_spec.h`, what the C++ sources need of `fwl_export/op/spec.py`.
 
-    python tools/generate_op_header.py            # write it
-    python tools/generate_op_header.py --check    # exit 1 if it is not what would be written
+python tools/generate_op_header.py            # write it
+python tools/generate_op_header.py --check    # exit 1 if it is not what would be written
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def header() -> str:
         f'constexpr char kName[] = "{spec.NAME}";',
         f"constexpr int kVersion = {spec.VERSION};",
         "",
-        "// Attributes of the ONNX node, all strings: what they are called, and what they must say.",
+        "// Attributes of the ONNX node, all strings: their names and what they must say.",
     ]
     for name, value in spec.NODE_ATTRIBUTES.items():
         constant = _constant(name)

@@ -11,6 +11,7 @@ from fwl_export.cli.terminal import (
     BackendOption,
     BundleArgument,
     JsonOption,
+    NoPluginOption,
     print_json,
     progress_bar,
 )
@@ -20,6 +21,7 @@ def score(
     bundle: BundleArgument,
     file: Annotated[Path, typer.Argument(help="Text file to read.", show_default=False)],
     backend: BackendOption = "onnxruntime",
+    no_plugin: NoPluginOption = False,
     tokens: Annotated[int, typer.Option(help="Read at most this many; 0 = all.", min=0)] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -37,7 +39,7 @@ def score(
     ids = ids[: tokens or len(ids)]
     results = {}
     for name, weight in (("adapting", 1.0), ("adaptation off", 0.0)):
-        session = open_session(opened, backend)
+        session = open_session(opened, backend, plugin="none" if no_plugin else "auto")
         with progress_bar(name, len(ids) - 1) as advance:
             results[name] = score_ids(session, ids, weight, advance)
     on, off = results["adapting"], results["adaptation off"]

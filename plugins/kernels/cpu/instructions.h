@@ -76,6 +76,14 @@ extern const Instructions kPortable;
 extern const Instructions kAvx2;
 extern const Instructions kAvx512;
 
+// As in linear_attention_update.h, with a table that need not be one of the three.
+size_t workspace_bytes(const Sizes& sizes, const Instructions& set);
+void linear_attention_update(const Sizes& sizes, const Tensors& tensors, const Instructions& set,
+                             void* workspace, const ParallelFor& parallel_for);
+
+// The table of an instruction set.
+const Instructions& instructions_of(InstructionSet set);
+
 inline size_t round_up(size_t value, size_t step) {
   return (value + step - 1) / step * step;
 }

@@ -33,19 +33,6 @@ size_t divide_up(size_t value, size_t by) {
   return (value + by - 1) / by;
 }
 
-const Instructions& instructions_of(InstructionSet set) {
-#ifdef FWL_HAVE_X86
-  if (set == InstructionSet::kAvx512) {
-    return kAvx512;
-  }
-  if (set == InstructionSet::kAvx2) {
-    return kAvx2;
-  }
-#endif
-  static_cast<void>(set);
-  return kPortable;
-}
-
 // Runs function(i) for i below count: in order on this thread where `serial`, else in parallel.
 template <class Function>
 void for_each(const ParallelFor& parallel_for, bool serial, size_t count,
@@ -128,7 +115,8 @@ struct PrefillPlan {
     panel_scratch = panel_scratch_floats(set, chunk, sizes.key_size, width);
     scratch_floats = std::max(pack_lanes * pack_scratch, panel_lanes * panel_scratch);
     slot_count = step_rows * step_chunks;
-    floats = slot_count * slot_floats + scratch_floats;
+    table_floats = round_up(slot_count * sizeof(PackedChunk) / sizeof(float), 16);
+    floats = table_floats + slot_count * slot_floats + scratch_floats;
   }
 
   PackedChunk slot(float* memory, size_t index) const {
@@ -145,9 +133,10 @@ struct PrefillPlan {
   size_t score_floats;
   size_t slot_floats; // of a packed chunk
   size_t slot_count;
-  size_t step_chunks; // packed at a time, of each row
-  size_t step_rows;   // of the batch, taken at a time
-  size_t width;       // columns of a panel
+  size_t table_floats; // that list the slots
+  size_t step_chunks;  // packed at a time, of each row
+  size_t step_rows;    // of the batch, taken at a time
+  size_t width;        // columns of a panel
   size_t panels;
   size_t parts; // tasks that pack one chunk
   size_t pack_lanes;
@@ -215,7 +204,7 @@ void run_step(const Sizes& sizes, const Tensors& tensors, const Instructions& se
   const size_t chunks = divide_up(tokens, plan.chunk);
   const bool serial = rows * tokens * sizes.key_size * sizes.value_size < kSerialWork;
   PackedChunk* slots = reinterpret_cast<PackedChunk*>(memory);
-  float* packed = memory + round_up(plan.slot_count * sizeof(PackedChunk) / sizeof(float), 16);
+  float* packed = memory + plan.table_floats;
   float* scratch = packed + plan.slot_count * plan.slot_floats;
   for (size_t slot = 0; slot < rows * chunks; ++slot) {
     slots[slot] = plan.slot(packed, slot);
@@ -267,6 +256,19 @@ void run_prefill(const Sizes& sizes, const Tensors& tensors, const Instructions&
 
 } // namespace
 
+const Instructions& instructions_of(InstructionSet set) {
+#ifdef FWL_HAVE_X86
+  if (set == InstructionSet::kAvx512) {
+    return kAvx512;
+  }
+  if (set == InstructionSet::kAvx2) {
+    return kAvx2;
+  }
+#endif
+  static_cast<void>(set);
+  return kPortable;
+}
+
 const char* name_of(InstructionSet set) {
   switch (set) {
   case InstructionSet::kAvx512:
@@ -302,26 +304,30 @@ InstructionSet best_instruction_set() {
   return best;
 }
 
-size_t workspace_bytes(const Sizes& sizes, InstructionSet set) {
-  size_t floats;
-  if (sizes.tokens == 1) {
-    floats = DecodePlan(sizes).floats;
-  } else {
-    const PrefillPlan plan(sizes, instructions_of(set));
-    floats = plan.floats + round_up(plan.slot_count * sizeof(PackedChunk) / sizeof(float), 16);
-  }
+size_t workspace_bytes(const Sizes& sizes, const Instructions& set) {
+  const size_t floats =
+      sizes.tokens == 1 ? DecodePlan(sizes).floats : PrefillPlan(sizes, set).floats;
   return floats * sizeof(float) + kAlignment;
 }
 
-void linear_attention_update(const Sizes& sizes, const Tensors& tensors, InstructionSet set,
+size_t workspace_bytes(const Sizes& sizes, InstructionSet set) {
+  return workspace_bytes(sizes, instructions_of(set));
+}
+
+void linear_attention_update(const Sizes& sizes, const Tensors& tensors, const Instructions& set,
                              void* workspace, const ParallelFor& parallel_for) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
   float* memory = reinterpret_cast<float*>((address + kAlignment - 1) / kAlignment * kAlignment);
   if (sizes.tokens == 1) {
-    run_decode(sizes, tensors, instructions_of(set), memory, parallel_for);
+    run_decode(sizes, tensors, set, memory, parallel_for);
   } else {
-    run_prefill(sizes, tensors, instructions_of(set), memory, parallel_for);
+    run_prefill(sizes, tensors, set, memory, parallel_for);
   }
+}
+
+void linear_attention_update(const Sizes& sizes, const Tensors& tensors, InstructionSet set,
+                             void* workspace, const ParallelFor& parallel_for) {
+  linear_attention_update(sizes, tensors, instructions_of(set), workspace, parallel_for);
 }
 
 } // namespace fwl::cpu

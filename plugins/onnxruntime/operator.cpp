@@ -306,22 +306,48 @@ private:
   Workspaces workspaces_;
 };
 
+// Returns text that may be anything in a form that a message can hold: callers expect UTF-8.
+std::string printable(const std::string& text) {
+  constexpr size_t kLongest = 40;
+  std::string safe = text.substr(0, kLongest);
+  for (char& character : safe) {
+    const bool plain = character >= ' ' && character <= '~';
+    character = plain ? character : '?';
+  }
+  return text.size() > kLongest ? safe + "..." : safe;
+}
+
+bool is_number(const OrtApi& api, const OrtKernelInfo* info, const char* name) {
+  int64_t whole = 0;
+  float real = 0;
+  OrtStatus* const as_whole = api.KernelInfoGetAttribute_int64(info, name, &whole);
+  OrtStatus* const as_real = api.KernelInfoGetAttribute_float(info, name, &real);
+  for (OrtStatus* const status : {as_whole, as_real}) {
+    if (status != nullptr) {
+      api.ReleaseStatus(status);
+    }
+  }
+  return as_whole == nullptr || as_real == nullptr;
+}
+
 // Checks an attribute that the node may carry; TensorRT finds its plugin by them.
 OrtStatus* check_attribute(const OrtApi& api, const OrtKernelInfo* info, const char* name,
                            const char* expected) {
+  const std::string prefix = std::string("attribute '") + name + "' is ";
   size_t size = 0;
-  OrtStatus* status = api.KernelInfoGetAttribute_string(info, name, nullptr, &size);
-  if (status != nullptr) { // absent, which is fine
+  if (OrtStatus* status = api.KernelInfoGetAttribute_string(info, name, nullptr, &size)) {
     api.ReleaseStatus(status);
-    return nullptr;
+    if (is_number(api, info, name)) {
+      return invalid(api, prefix + "a number; expected the string '" + expected + "'");
+    }
+    return nullptr; // it is absent, which is fine
   }
   std::string value(size, '\0');
   FWL_RETURN_IF_ERROR(api.KernelInfoGetAttribute_string(info, name, value.data(), &size));
-  value.resize(std::strlen(value.c_str()));
+  value.resize(size > 0 ? size - 1 : 0); // without the final zero
   if (value != expected) {
-    return invalid(api, std::string("attribute '") + name + "' is '" + value + "'; this library " +
-                            "has '" + expected + "'. Install the version that wrote the model, " +
-                            "or export it again");
+    return invalid(api, prefix + "'" + printable(value) + "'; this library has '" + expected +
+                            "'. Install the version that wrote the model, or export it again");
   }
   return nullptr;
 }

@@ -95,9 +95,9 @@ def test_our_kernel_runs_and_not_the_body(ort_library: Path) -> None:
         if "present_state" in node.output:
             node.op_type = "Sub"
     inputs = rounded_inputs(CASES[0], "float32")
-    output, state = _session(ort_library, "float32", model=model).run(None, inputs)
+    output, state = open_node(ort_library, model).run(None, inputs)
     assert_matches_reference("float32", inputs, output, state)
-    _, wrong = _session(None, "float32", model=model).run(None, inputs)
+    _, wrong = open_node(None, model).run(None, inputs)
     assert not np.allclose(wrong, state)
 
 
@@ -106,7 +106,7 @@ def test_a_node_without_attributes_or_body_runs(ort_library: Path) -> None:
     del model.functions[:]
     del model.graph.node[0].attribute[:]
     inputs = rounded_inputs(CASES[0], "float32")
-    output, state = _session(ort_library, "float32", model=model).run(None, inputs)
+    output, state = open_node(ort_library, model).run(None, inputs)
     assert_matches_reference("float32", inputs, output, state)
 
 
@@ -129,10 +129,7 @@ def test_a_node_without_attributes_or_body_runs(ort_library: Path) -> None:
     ],
 )
 def test_bad_shapes(ort_library: Path, changes: dict[str, tuple[int, ...]], message: str) -> None:
-    model = one_node_model("float32", OPSET)
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.ClearField("shape")
-    session = _session(ort_library, "float32", model=model)
+    session = open_node(ort_library, one_node_model("float32", OPSET), shapeless=True)
     shapes = {
         "query": (2, 5, 8),
         "key": (2, 5, 8),
@@ -187,7 +184,7 @@ def test_another_version_of_the_op(ort_library: Path, attribute: str) -> None:
         if found.name == attribute:
             found.s = b"99"
     with pytest.raises(Exception, match=f"attribute '{attribute}' is '99'; this library has"):
-        _session(ort_library, "float32", model=model)
+        open_node(ort_library, model)
 
 
 @pytest.mark.parametrize("name", ["key", "decay", "past_state"])
@@ -197,7 +194,7 @@ def test_wrong_type(ort_library: Path, name: str) -> None:
         if value.name == name:
             value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
     with pytest.raises(Exception, match=f"(?s){NAME}|{DOMAIN}"):
-        _session(ort_library, "float32", model=model)
+        open_node(ort_library, model)
 
 
 def test_a_runtime_that_is_too_old_gets_an_error_status(ort_library: Path) -> None:
@@ -236,21 +233,25 @@ def test_a_runtime_that_is_too_old_gets_an_error_status(ort_library: Path) -> No
     assert b"needs ONNX Runtime 1.17 or newer; this is 1.16.3" in message
 
 
-def _session(
-    library: Path | None,
-    activation_type: str,
-    threads: int = 2,
-    model: onnx.ModelProto | None = None,
+def open_node(
+    library: Path | None, model: onnx.ModelProto, threads: int = 2, shapeless: bool = False
 ) -> Any:
+    """Return a session of a one-node model; `shapeless` lets any shape reach the kernel."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if library is not None:
         options.register_custom_ops_library(str(library))
-    model = model or one_node_model(activation_type, OPSET)
+    if shapeless:
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.ClearField("shape")
     return ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def _session(library: Path | None, activation_type: str, threads: int = 2) -> Any:
+    return open_node(library, one_node_model(activation_type, OPSET), threads)
 
 
 def _run_bound(session: Any, inputs: dict[str, Array], in_place: bool) -> list[Array]:

@@ -39,12 +39,21 @@ template <class Function> OrtStatus* guarded(const OrtApi& api, const Function& 
   }
 }
 
-using Shape = std::vector<int64_t>;
+// A tensor's sizes, without the heap: a call of one token on a small state takes microseconds.
+struct Shape {
+  static constexpr size_t kMaxRank = 8;
+
+  const int64_t* begin() const { return sizes; }
+  const int64_t* end() const { return sizes + rank; }
+
+  int64_t sizes[kMaxRank] = {};
+  size_t rank = 0;
+};
 
 std::string text_of(const Shape& shape) {
   std::string text = "[";
-  for (size_t axis = 0; axis < shape.size(); ++axis) {
-    text += (axis ? ", " : "") + std::to_string(shape[axis]);
+  for (size_t axis = 0; axis < shape.rank; ++axis) {
+    text += (axis ? ", " : "") + std::to_string(shape.sizes[axis]);
   }
   return text + "]";
 }
@@ -60,18 +69,18 @@ class SymbolSizes {
 public:
   // Returns whether the shape fits the argument, and learns the sizes of new symbols.
   bool fits(const op::Argument& argument, const Shape& shape) {
-    if (shape.size() != argument.rank) {
+    if (shape.rank != argument.rank) {
       return false;
     }
     for (size_t axis = 0; axis < argument.rank; ++axis) {
       const int64_t* known = find(argument.axes[axis]);
-      if (known != nullptr && *known != shape[axis]) {
+      if (known != nullptr && *known != shape.sizes[axis]) {
         return false;
       }
     }
     for (size_t axis = 0; axis < argument.rank; ++axis) {
       if (find(argument.axes[axis]) == nullptr) {
-        sizes_.emplace_back(argument.axes[axis], shape[axis]);
+        symbols_[count_++] = {argument.axes[axis], shape.sizes[axis]};
       }
     }
     return true;
@@ -82,7 +91,7 @@ public:
   Shape shape_of(const op::Argument& argument) const {
     Shape shape;
     for (size_t axis = 0; axis < argument.rank; ++axis) {
-      shape.push_back(*find(argument.axes[axis]));
+      shape.sizes[shape.rank++] = *find(argument.axes[axis]);
     }
     return shape;
   }
@@ -99,15 +108,21 @@ public:
 
 private:
   const int64_t* find(const char* symbol) const {
-    for (const auto& [name, size] : sizes_) {
-      if (std::strcmp(name, symbol) == 0) {
-        return &size;
+    for (size_t i = 0; i < count_; ++i) {
+      if (std::strcmp(symbols_[i].name, symbol) == 0) {
+        return &symbols_[i].size;
       }
     }
     return nullptr;
   }
 
-  std::vector<std::pair<const char*, int64_t>> sizes_;
+  struct Symbol {
+    const char* name;
+    int64_t size;
+  };
+
+  Symbol symbols_[op::kInputCount * 3]; // more than all axes of all inputs
+  size_t count_ = 0;
 };
 
 struct Workspace {
@@ -246,10 +261,13 @@ private:
       api_.ReleaseTensorTypeAndShapeInfo(held);
     };
     const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owned(info, release);
-    size_t rank = 0;
-    FWL_RETURN_IF_ERROR(api_.GetDimensionsCount(info, &rank));
-    shape.resize(rank);
-    return api_.GetDimensions(info, shape.data(), rank);
+    FWL_RETURN_IF_ERROR(api_.GetDimensionsCount(info, &shape.rank));
+    if (shape.rank > Shape::kMaxRank) {
+      const std::string rank = std::to_string(shape.rank);
+      shape.rank = 0;
+      return invalid(api_, "an input has " + rank + " axes; expected 3 or fewer");
+    }
+    return api_.GetDimensions(info, shape.sizes, shape.rank);
   }
 
   OrtStatus* check_sizes(const SymbolSizes& sizes) const {
@@ -272,8 +290,8 @@ private:
     tensor.shape = sizes.shape_of(argument);
     tensor.bytes = bytes_of(argument, tensor.shape);
     OrtValue* value = nullptr;
-    FWL_RETURN_IF_ERROR(api_.KernelContext_GetOutput(context, index, tensor.shape.data(),
-                                                     tensor.shape.size(), &value));
+    FWL_RETURN_IF_ERROR(api_.KernelContext_GetOutput(context, index, tensor.shape.sizes,
+                                                     tensor.shape.rank, &value));
     if (value == nullptr) {
       return invalid(api_, std::string("output '") + argument.name + "' is left out; name it");
     }

@@ -443,16 +443,32 @@ void pack(const PackTask& task) {
   }
 }
 
+// Rows ahead that are asked for while a panel is copied: its rows lie a row of the whole matrix
+// apart, in pages of their own, where no hardware prefetcher follows.
+constexpr size_t kRowsAhead = 12;
+
+template <bool Write> inline void prefetch(const void* from, size_t bytes) {
+  constexpr size_t kLine = 64;
+  for (size_t at = 0; at < bytes; at += kLine) {
+    __builtin_prefetch(static_cast<const char*>(from) + at, Write ? 1 : 0);
+  }
+}
+
 // Copies `width` columns to [blocks of columns][rows][kTileColumns], zeros behind the last.
-template <class Load>
-void pack_columns(const Load& load_row, size_t rows, size_t width, float* to) {
-  for (size_t column = 0; column < width; column += kTileColumns) {
-    const size_t columns = smaller(kTileColumns, width - column);
-    for (size_t row = 0; row < rows; ++row, to += kTileColumns) {
-      load_row(row, column, columns, to);
+template <class Source>
+void pack_columns(const Source& source, size_t rows, size_t width, float* to) {
+  for (size_t row = 0; row < rows; ++row) {
+    if (row + kRowsAhead < rows) {
+      prefetch<false>(source.address(row + kRowsAhead), width * sizeof(*source.from));
+    }
+    float* block = to + row * kTileColumns;
+    for (size_t column = 0; column < width; column += kTileColumns) {
+      const size_t columns = smaller(kTileColumns, width - column);
+      source.load(row, column, columns, block);
       for (size_t x = columns; x < kTileColumns; ++x) {
-        to[x] = 0;
+        block[x] = 0;
       }
+      block += rows * kTileColumns;
     }
   }
 }
@@ -468,18 +484,22 @@ inline void copy(const float* from, float* to, size_t count) {
   }
 }
 
-struct LoadFloat {
+struct Floats {
   const float* from;
   size_t stride;
-  void operator()(size_t row, size_t column, size_t count, float* to) const {
+
+  const void* address(size_t row) const { return from + row * stride; }
+  void load(size_t row, size_t column, size_t count, float* to) const {
     copy(from + row * stride + column, to, count);
   }
 };
 
-struct LoadHalf {
+struct Halves {
   const uint16_t* from;
   size_t stride;
-  void operator()(size_t row, size_t column, size_t count, float* to) const {
+
+  const void* address(size_t row) const { return from + row * stride; }
+  void load(size_t row, size_t column, size_t count, float* to) const {
     widen(from + row * stride + column, to, count);
   }
 };
@@ -487,10 +507,10 @@ struct LoadHalf {
 void pack_values(const PanelTask& task, size_t token, size_t tokens, float* to) {
   const size_t offset = token * task.value_size + task.column_begin;
   if (task.activation == Activation::kFloat32) {
-    const LoadFloat from{static_cast<const float*>(task.value) + offset, task.value_size};
+    const Floats from{static_cast<const float*>(task.value) + offset, task.value_size};
     pack_columns(from, tokens, task.width, to);
   } else {
-    const LoadHalf from{static_cast<const uint16_t*>(task.value) + offset, task.value_size};
+    const Halves from{static_cast<const uint16_t*>(task.value) + offset, task.value_size};
     pack_columns(from, tokens, task.width, to);
   }
 }
@@ -543,7 +563,7 @@ void panel(const PanelTask& task) {
   float* values = state + task.key_size * padded;
   float* tile = values + task.chunk_tokens * padded;
 
-  const LoadFloat past{task.past_state + task.column_begin, task.value_size};
+  const Floats past{task.past_state + task.column_begin, task.value_size};
   pack_columns(past, task.key_size, task.width, state);
   for (size_t chunk = 0; chunk < task.chunk_count; ++chunk) {
     const size_t token = chunk * task.chunk_tokens;
@@ -552,12 +572,15 @@ void panel(const PanelTask& task) {
     read_panel(task, task.chunks[chunk], token, tokens, state, values, tile);
     write_panel(task, task.chunks[chunk], tokens, state, values);
   }
-  for (size_t column = 0; column < task.width; column += kTileColumns) {
-    const size_t columns = smaller(kTileColumns, task.width - column);
-    const float* from = state + column * task.key_size;
-    float* to = task.present_state + task.column_begin + column;
-    for (size_t row = 0; row < task.key_size; ++row) {
-      copy(from + row * kTileColumns, to + row * task.value_size, columns);
+  for (size_t row = 0; row < task.key_size; ++row) {
+    float* to = task.present_state + row * task.value_size + task.column_begin;
+    if (row + kRowsAhead < task.key_size) {
+      prefetch<true>(to + kRowsAhead * task.value_size, task.width * sizeof(float));
+    }
+    const float* from = state + row * kTileColumns;
+    for (size_t column = 0; column < task.width; column += kTileColumns) {
+      copy(from, to + column, smaller(kTileColumns, task.width - column));
+      from += task.key_size * kTileColumns;
     }
   }
 }

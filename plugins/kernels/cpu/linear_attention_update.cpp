@@ -19,6 +19,12 @@ constexpr size_t kDecodeBlockFloats = size_t{1} << 15;
 constexpr size_t kDecodeBlocks = 16;
 constexpr size_t kReduceColumns = 1024;
 
+// So few tokens take one after the other: as many passes over the state cost less than the copies
+// of its panels. More where the state fits a core's own cache.
+constexpr size_t kFewTokens = 4;
+constexpr size_t kFewTokensInCache = 16;
+constexpr size_t kCachedFloats = size_t{1} << 15;
+
 // Floats of a panel of the state, which shares a core's second-level cache with what it meets.
 constexpr size_t kPanelFloats = size_t{1} << 16;
 
@@ -60,7 +66,12 @@ void for_each_in_lane(const ParallelFor& parallel_for, bool serial, size_t count
   });
 }
 
-// How a call of one token is cut.
+bool is_decode(const Sizes& sizes) {
+  const bool cached = sizes.key_size * sizes.value_size <= kCachedFloats;
+  return sizes.tokens <= (cached ? kFewTokensInCache : kFewTokens);
+}
+
+// How a call of few tokens is cut.
 struct DecodePlan {
   explicit DecodePlan(const Sizes& sizes) {
     const size_t wanted = divide_up(sizes.key_size * sizes.value_size, kDecodeBlockFloats);
@@ -71,13 +82,13 @@ struct DecodePlan {
     widened = sizes.activation == Activation::kFloat16
                   ? round_up(2 * sizes.key_size + sizes.value_size, kAlignment / sizeof(float))
                   : 0;
-    floats = sizes.batch * (blocks * stride + widened);
+    floats = sizes.batch * (blocks * stride + sizes.tokens * widened);
   }
 
   size_t block_rows;
   size_t blocks;  // of rows of the state, per row of the batch
   size_t stride;  // between the outputs of blocks
-  size_t widened; // floats of a row's query, key and value, where they are half precision
+  size_t widened; // floats of a token's query, key and value, where they are half precision
   size_t floats;
 };
 
@@ -167,34 +178,41 @@ void run_decode(const Sizes& sizes, const Tensors& tensors, const Instructions& 
   const float* key = static_cast<const float*>(tensors.key);
   const float* value = static_cast<const float*>(tensors.value);
   if (sizes.activation == Activation::kFloat16) {
+    const size_t count = sizes.batch * sizes.tokens;
     float* query32 = widened;
-    float* key32 = query32 + sizes.batch * key_size;
-    float* value32 = key32 + sizes.batch * key_size;
-    set.widen(static_cast<const uint16_t*>(tensors.query), query32, sizes.batch * key_size);
-    set.widen(static_cast<const uint16_t*>(tensors.key), key32, sizes.batch * key_size);
-    set.widen(static_cast<const uint16_t*>(tensors.value), value32, sizes.batch * value_size);
+    float* key32 = query32 + count * key_size;
+    float* value32 = key32 + count * key_size;
+    set.widen(static_cast<const uint16_t*>(tensors.query), query32, count * key_size);
+    set.widen(static_cast<const uint16_t*>(tensors.key), key32, count * key_size);
+    set.widen(static_cast<const uint16_t*>(tensors.value), value32, count * value_size);
     query = query32;
     key = key32;
     value = value32;
   }
   const bool serial = sizes.batch * key_size * value_size < kSerialWork;
-  for_each(parallel_for, serial, sizes.batch * plan.blocks, [&](size_t task) {
-    const size_t row = task / plan.blocks;
-    const size_t begin = task % plan.blocks * plan.block_rows;
-    set.decode({query + row * key_size, key + row * key_size, value + row * value_size,
-                tensors.decay[row], tensors.past_state + row * key_size * value_size,
-                tensors.present_state + row * key_size * value_size, partials + task * plan.stride,
-                begin, std::min(begin + plan.block_rows, key_size), value_size});
-  });
+  const bool short_sums = sizes.batch * plan.blocks * value_size < kSerialWork;
   const size_t slabs = divide_up(value_size, kReduceColumns);
-  const bool few = sizes.batch * plan.blocks * value_size < kSerialWork;
-  for_each(parallel_for, few, sizes.batch * slabs, [&](size_t task) {
-    const size_t row = task / slabs;
-    const size_t begin = task % slabs * kReduceColumns;
-    set.reduce(partials + row * plan.blocks * plan.stride, plan.blocks, plan.stride, begin,
-               std::min(begin + kReduceColumns, value_size), sizes.activation,
-               offset(tensors.output, row * value_size, sizes.activation));
-  });
+  for (size_t token = 0; token < sizes.tokens; ++token) {
+    const float* past = token == 0 ? tensors.past_state : tensors.present_state;
+    for_each(parallel_for, serial, sizes.batch * plan.blocks, [&](size_t task) {
+      const size_t row = task / plan.blocks;
+      const size_t at = row * sizes.tokens + token;
+      const size_t state = row * key_size * value_size;
+      const size_t begin = task % plan.blocks * plan.block_rows;
+      set.decode({query + at * key_size, key + at * key_size, value + at * value_size,
+                  tensors.decay[at], past + state, tensors.present_state + state,
+                  partials + task * plan.stride, begin, std::min(begin + plan.block_rows, key_size),
+                  value_size});
+    });
+    for_each(parallel_for, short_sums, sizes.batch * slabs, [&](size_t task) {
+      const size_t row = task / slabs;
+      const size_t begin = task % slabs * kReduceColumns;
+      set.reduce(
+          partials + row * plan.blocks * plan.stride, plan.blocks, plan.stride, begin,
+          std::min(begin + kReduceColumns, value_size), sizes.activation,
+          offset(tensors.output, (row * sizes.tokens + token) * value_size, sizes.activation));
+    });
+  }
 }
 
 // Takes `rows` rows of the batch from `first_row` on through tokens [first, first + tokens).
@@ -306,7 +324,7 @@ InstructionSet best_instruction_set() {
 
 size_t workspace_bytes(const Sizes& sizes, const Instructions& set) {
   const size_t floats =
-      sizes.tokens == 1 ? DecodePlan(sizes).floats : PrefillPlan(sizes, set).floats;
+      is_decode(sizes) ? DecodePlan(sizes).floats : PrefillPlan(sizes, set).floats;
   return floats * sizeof(float) + kAlignment;
 }
 
@@ -318,7 +336,7 @@ void linear_attention_update(const Sizes& sizes, const Tensors& tensors, const I
                              void* workspace, const ParallelFor& parallel_for) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
   float* memory = reinterpret_cast<float*>((address + kAlignment - 1) / kAlignment * kAlignment);
-  if (sizes.tokens == 1) {
+  if (is_decode(sizes)) {
     run_decode(sizes, tensors, set, memory, parallel_for);
   } else {
     run_prefill(sizes, tensors, set, memory, parallel_for);

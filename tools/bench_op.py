@@ -48,6 +48,7 @@ from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin
 _OPSET = 20
 _DECAY = 0.97
 _COLD_BYTES = 256 << 20
+_REST_SECONDS = 0.02
 
 Run = Callable[[], object]
 
@@ -165,7 +166,7 @@ def _measure(runs: dict[str, Run], rounds: int, budget: float, cold: bool) -> di
         start = time.perf_counter()
         run()
         elapsed = time.perf_counter() - start
-        repeats[name] = 1 if cold else max(1, min(200, int(2e-3 / max(elapsed, 1e-6))))
+        repeats[name] = 1 if cold else max(1, min(200, int(5e-3 / max(elapsed, 1e-6))))
     flush = np.zeros(_COLD_BYTES // 4, np.float32) if cold else None
     order = list(runs)
     shuffle = random.Random(0).shuffle
@@ -173,10 +174,13 @@ def _measure(runs: dict[str, Run], rounds: int, budget: float, cold: bool) -> di
     for done in range(rounds):
         shuffle(order)
         for name in order:
+            # Until the threads of the one before have stopped waiting for work on a core that this
+            # one needs, and what it left in the caches is gone.
+            rested = time.perf_counter() + _REST_SECONDS
+            while time.perf_counter() < rested:
+                runs[name]()
             if flush is not None:
                 flush += 1
-            else:
-                runs[name]()  # what the one before left in the caches is not this one's fault
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 runs[name]()

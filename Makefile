@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test gpu-test lint format clean
+.PHONY: help install demo test gpu-test plugins lint format clean
 
 # Any of these can be given on the command line, e.g. make test WORKERS=8.
 PYTHON  ?= python3
@@ -13,6 +13,8 @@ PYTEST_ARGS ?=
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+
+CXX_FILES := $(wildcard $(foreach kind,h cpp inl,$(foreach depth,* */* */*/*,plugins/$(depth).$(kind))))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,14 +31,23 @@ test: $(INSTALLED) ## run the tests that need no GPU
 gpu-test: $(INSTALLED) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
+# The folder is where fwl_export/runtimes/plugins.py looks.
+plugins: $(INSTALLED) ## build the compiled libraries into the package; needs CMake and a compiler
+	cmake -S plugins -B build/plugins -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_LIBDIR=plugins_lib \
+	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake --build build/plugins --parallel
+	cmake --install build/plugins --prefix fwl_export
+
 lint: $(INSTALLED) ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(INSTALLED) ## format the code and repair what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean: ## remove what builds, tests and the demo left behind; .venv stays
 	rm -rf build dist demo-bundle .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -40,6 +40,10 @@ class EngineError(FwlError):
     """An engine could not be built or read."""
 
 
+class PluginError(FwlError):
+    """A plugin library is missing, or cannot be loaded."""
+
+
 class MissingDependencyError(FwlError):
     """An optional package is needed and not installed."""
 

@@ -122,11 +122,16 @@ def _driver() -> Piece:
 
 
 def _plugins() -> Piece:
-    note = (
-        "this version brings none: the fast-weight update runs in standard operators "
-        "(the op's function body); same results, but every call copies the state"
-    )
-    return Piece("plugin libraries", False, "", note)
+    from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin
+
+    path = find_plugin(ONNXRUNTIME)
+    if path is None:
+        note = (
+            f"no {ONNXRUNTIME}: the fast-weight update runs in standard operators (the op's "
+            "function body); same results, but slower; `make plugins` builds it"
+        )
+        return Piece("plugin libraries", False, "", note)
+    return Piece("plugin libraries", True, "", f"{path.name}, ONNX Runtime's kernel on the CPU")
 
 
 def _version(distribution: str, module: str) -> str:

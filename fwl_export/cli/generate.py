@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fwl_export.cli.terminal import BackendOption, BundleArgument
+from fwl_export.cli.terminal import BackendOption, BundleArgument, NoPluginOption
 
 
 def generate(
@@ -24,6 +24,7 @@ def generate(
         bool, typer.Option("--no-learn", help="Do not learn from prompt and own output.")
     ] = False,
     backend: BackendOption = "onnxruntime",
+    no_plugin: NoPluginOption = False,
 ) -> None:
     """Continue a prompt, token by token.
 
@@ -36,7 +37,7 @@ def generate(
 
     opened = read_bundle(bundle)
     tokenizer = bundle_tokenizer(opened)
-    session = open_session(opened, backend)
+    session = open_session(opened, backend, plugin="none" if no_plugin else "auto")
     if read is not None:
         session.feed(read_ids(read, tokenizer))
     ids = prompt_ids(prompt, tokenizer)

@@ -11,6 +11,7 @@ from fwl_export.cli.terminal import (
     BackendOption,
     BundleArgument,
     JsonOption,
+    NoPluginOption,
     print_json,
     progress_bar,
 )
@@ -25,6 +26,7 @@ def score(
     bundle: BundleArgument,
     file: Annotated[Path, typer.Argument(help="Text file to read.", show_default=False)],
     backend: BackendOption = "onnxruntime",
+    no_plugin: NoPluginOption = False,
     tokens: Annotated[int, typer.Option(help="Read at most this many; 0 = all.", min=0)] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -32,7 +34,8 @@ def score(
 
     Example: fwl-export score demo-bundle play.txt
     """
-    on, off = score_both(bundle, file, backend, tokens)
+    plugin = "none" if no_plugin else "auto"
+    on, off = score_both(bundle, file, backend, tokens, plugin)
     if json:
         print_json(
             {
@@ -57,7 +60,9 @@ def score(
     print(f"  adapting is {abs(change):.1%} {'lower' if change < 0 else 'higher'}")
 
 
-def score_both(bundle: Path, file: Path, backend: str, tokens: int = 0) -> tuple[Score, Score]:
+def score_both(
+    bundle: Path, file: Path, backend: str, tokens: int = 0, plugin: str = "auto"
+) -> tuple[Score, Score]:
     """Score a text with adaptation and without, see `score`."""
     from fwl_export.bundle import read_bundle
     from fwl_export.runtimes import open_session
@@ -69,7 +74,7 @@ def score_both(bundle: Path, file: Path, backend: str, tokens: int = 0) -> tuple
     ids = ids[: tokens or len(ids)]
     results = []
     for name, weight in ((ADAPTING, 1.0), (OFF, 0.0)):
-        session = open_session(opened, backend)
+        session = open_session(opened, backend, plugin=plugin)
         with progress_bar(name, len(ids) - 1) as advance:
             results.append(score_ids(session, ids, weight, advance))
     return results[0], results[1]

@@ -13,6 +13,10 @@ import typer
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+NoPluginOption = Annotated[
+    bool,
+    typer.Option("--no-plugin", help="Run the update in standard operators, without our kernel."),
+]
 BackendOption = Annotated[str, typer.Option(help="onnxruntime or torch.")]
 
 

@@ -19,6 +19,7 @@ def open_session(
     batch: int = 1,
     precision: Literal["fp32", "fp16", "fp64"] | None = None,
     threads: int | None = None,
+    plugin: str | Path = "auto",
 ) -> Session:
     """Open a bundle for reading text.
 
@@ -28,9 +29,13 @@ def open_session(
       batch: rows, each a session of its own.
       precision: backend "torch" only: compute in this precision instead of the bundle's.
       threads: backend "onnxruntime" only: threads inside one operator.
+      plugin: backend "onnxruntime" only: the library with our kernel for the fast-weight update.
+        "auto" takes the package's own where there is one, else the model's standard operators;
+        "none" takes those; "required" is an error without the library; or a library's path.
 
     Raises:
       BundleError: the bundle is missing, changed or cannot be loaded.
+      PluginError: the library is missing and was asked for, or cannot be loaded.
       MissingDependencyError: the backend's package is not installed.
       ConfigError: there is no such backend, or an argument is for another one.
     """
@@ -43,10 +48,12 @@ def open_session(
             raise ConfigError("precision can be chosen for backend 'torch' only")
         from fwl_export.runtimes.onnxruntime import OnnxRuntimeRunner
 
-        runner = OnnxRuntimeRunner(opened, threads)
+        runner = OnnxRuntimeRunner(opened, threads, plugin)
     elif backend == "torch":
         if threads is not None:
             raise ConfigError("threads can be chosen for backend 'onnxruntime' only")
+        if plugin not in ("auto", "none"):
+            raise ConfigError("a plugin can be chosen for backend 'onnxruntime' only")
         from fwl_export.runtimes.torch import TorchRunner
 
         runner = torch_runner = TorchRunner(opened, precision)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fwl_export.bundle import Bundle
-from fwl_export.errors import BundleError, MissingDependencyError
+from fwl_export.errors import BundleError, MissingDependencyError, PluginError
+from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.state import PAST, PRESENT, State, TensorSpec
 
 if TYPE_CHECKING:
@@ -26,17 +28,27 @@ class OnnxRuntimeRunner:
     wrong results for graphs that read the past after they have written the present.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, plugin: str | Path = "auto"
+    ) -> None:
         """Load the model.
 
         Args:
           bundle: its ONNX file and external data are checked first.
           threads: inside one operator; None lets ONNX Runtime choose.
+          plugin: see `open_session`.
+
+        Raises:
+          BundleError: ONNX Runtime cannot load the model.
+          PluginError: the library is missing and was asked for, or cannot be loaded.
         """
         self._ort = _import()
         options = self._ort.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
+        self.plugin = find_plugin(ONNXRUNTIME, plugin)
+        if self.plugin is not None:
+            _register(options, self.plugin)
         path = bundle.model_files()
         try:
             self._session = self._ort.InferenceSession(
@@ -84,6 +96,15 @@ class OnnxRuntimeRunner:
         """See `Runner.write`."""
         for name, value in buffers.items():
             value.update_inplace(np.ascontiguousarray(state[name]))
+
+
+def _register(options: onnxruntime.SessionOptions, plugin: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(plugin))
+    except Exception as error:  # onnxruntime's own exceptions share no narrower base
+        raise PluginError(
+            f"ONNX Runtime cannot load plugin '{plugin}': {error}; leave it out with plugin='none'"
+        ) from None
 
 
 def _import() -> Any:

@@ -58,7 +58,7 @@ def test_a_machine_that_can_export(doctor: Doctor) -> None:
         "ok TensorRT-RTX 1.2.3: builds engines for SM 80, 120, without a GPU; Polygraphy 0.5",
         "no TensorRT: no engines for data-centre GPUs such as SM90; TensorRT is not installed",
         "no CUDA driver: libcuda is not here: engines can be built here, but not run",
-        "no plugin libraries: this version brings none",
+        "no plugin libraries: no libfwl_ort",
         "This machine can export models and run them.",
     ):
         assert part in text

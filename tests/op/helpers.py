@@ -5,13 +5,22 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
 
 from fwl_export.op.cases import Case
+from fwl_export.op.onnx_function import append_function
 from fwl_export.op.reference import linear_attention_update
-from fwl_export.op.spec import INPUTS
+from fwl_export.op.spec import DOMAIN, INPUTS, NAME, NODE_ATTRIBUTES, OUTPUTS, VERSION, Argument
 from tests.tolerances import assert_close
 
 Array = npt.NDArray[np.generic]
+
+ONNX_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
 
 _NUMPY_TYPES = {
     "float64": np.float64,
@@ -34,12 +43,42 @@ def rounded_inputs(case: Case, activation_type: str) -> dict[str, Array]:
 
 
 def assert_matches_reference(
-    activation_type: str, inputs: dict[str, Array], output: npt.ArrayLike, state: npt.ArrayLike
+    activation_type: str,
+    inputs: dict[str, Array],
+    output: npt.ArrayLike,
+    state: npt.ArrayLike,
+    rows: str = "op",
 ) -> None:
-    """Compare output and state with the reference on the same, rounded inputs."""
+    """Compare output and state with the reference on the same, rounded inputs.
+
+    `rows` is the first word of the tolerances' names.
+    """
     expected_output, expected_state = linear_attention_update(
         *(np.asarray(a, dtype=np.float64) for a in inputs.values())
     )
     state_type = "float64" if activation_type == "float64" else "float32"
-    assert_close(f"op.output.{activation_type}", output, expected_output, "output")
-    assert_close(f"op.state.{state_type}", state, expected_state, "present_state")
+    assert_close(f"{rows}.output.{activation_type}", output, expected_output, "output")
+    assert_close(f"{rows}.state.{state_type}", state, expected_state, "present_state")
+
+
+def one_node_model(activation_type: str, opset: int) -> onnx.ModelProto:
+    """Return a model of one node and the body."""
+
+    def value(argument: Argument) -> onnx.ValueInfoProto:
+        kind = ONNX_TYPES[activation_type if argument.dtype == "T" else "float32"]
+        return helper.make_tensor_value_info(argument.name, kind, argument.shape)
+
+    node = helper.make_node(
+        NAME,
+        [a.name for a in INPUTS],
+        [a.name for a in OUTPUTS],
+        domain=DOMAIN,
+        **NODE_ATTRIBUTES,
+    )
+    graph = helper.make_graph(
+        [node], "one_update", [value(a) for a in INPUTS], [value(a) for a in OUTPUTS]
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    append_function(model, activation_type)
+    return model

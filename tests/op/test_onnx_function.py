@@ -7,11 +7,11 @@ import functools
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 from fwl_export.op.cases import CASES, Case
-from fwl_export.op.onnx_function import append_function, function_body
+from fwl_export.op.onnx_function import function_body
 from fwl_export.op.spec import (
     ACTIVATION_TYPES,
     DOMAIN,
@@ -19,17 +19,15 @@ from fwl_export.op.spec import (
     NAME,
     NODE_ATTRIBUTES,
     OUTPUTS,
-    VERSION,
-    Argument,
 )
-from tests.op.helpers import assert_matches_reference, rounded_inputs
+from tests.op.helpers import (
+    ONNX_TYPES,
+    assert_matches_reference,
+    one_node_model,
+    rounded_inputs,
+)
 
 OPSET = 20
-_ONNX_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-}
 
 
 @pytest.mark.parametrize("activation_type", ["float32", "float16"])
@@ -39,8 +37,8 @@ def test_onnxruntime_matches_reference(case: Case, activation_type: str) -> None
 
 
 @pytest.mark.parametrize("opset", [18, 21, 22])
-def test_body_takes_the_opset_of_the_model(opset: int) -> None:
-    model = _model("float32", opset)
+def test_body_takes_the_opset_of_theone_node_model(opset: int) -> None:
+    model = one_node_model("float32", opset)
     assert [(o.domain, o.version) for o in model.functions[0].opset_import] == [("", opset)]
     for case in CASES:
         _assert_session_matches(_session("float32", opset), case, "float32")
@@ -52,7 +50,7 @@ def test_body_takes_the_opset_of_the_model(opset: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_reference_evaluator_matches_reference(case: Case, activation_type: str) -> None:
     inputs = rounded_inputs(case, activation_type)
-    output, state = ReferenceEvaluator(_model(activation_type, OPSET)).run(None, inputs)
+    output, state = ReferenceEvaluator(one_node_model(activation_type, OPSET)).run(None, inputs)
     assert output.dtype == inputs["query"].dtype
     assert state.dtype == np.float32
     assert_matches_reference(activation_type, inputs, output, state)
@@ -61,7 +59,7 @@ def test_reference_evaluator_matches_reference(case: Case, activation_type: str)
 @pytest.mark.parametrize("activation_type", ACTIVATION_TYPES)
 def test_body_is_strictly_typed(activation_type: str) -> None:
     # Without declared outputs, types and shapes come from the body alone.
-    model = _model(activation_type, OPSET)
+    model = one_node_model(activation_type, OPSET)
     for output in model.graph.output:
         output.type.Clear()
     inferred = onnx.shape_inference.infer_shapes(
@@ -69,14 +67,14 @@ def test_body_is_strictly_typed(activation_type: str) -> None:
     )
     types = {o.name: o.type.tensor_type.elem_type for o in inferred.graph.output}
     assert types == {
-        "output": _ONNX_TYPES[activation_type],
+        "output": ONNX_TYPES[activation_type],
         "present_state": TensorProto.FLOAT,
     }
 
 
 @pytest.mark.parametrize("activation_type", ACTIVATION_TYPES)
 def test_model_with_the_body_passes_the_full_check(activation_type: str) -> None:
-    onnx.checker.check_model(_model(activation_type, OPSET), full_check=True)
+    onnx.checker.check_model(one_node_model(activation_type, OPSET), full_check=True)
 
 
 def test_signature_is_the_specs() -> None:
@@ -93,7 +91,7 @@ def test_body_uses_standard_operators_only() -> None:
 
 
 def test_a_wrong_sign_in_the_body_is_found() -> None:
-    model = _model("float32", OPSET)
+    model = one_node_model("float32", OPSET)
     adds = [
         n for n in model.functions[0].node if n.op_type == "Add" and "present_state" in n.output
     ]
@@ -120,30 +118,7 @@ def _session(activation_type: str, opset: int):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(
-        _model(activation_type, opset).SerializeToString(),
+        one_node_model(activation_type, opset).SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
     )
-
-
-def _model(activation_type: str, opset: int) -> onnx.ModelProto:
-    """Return a model of one node and the body."""
-
-    def value(argument: Argument) -> onnx.ValueInfoProto:
-        kind = _ONNX_TYPES[activation_type if argument.dtype == "T" else "float32"]
-        return helper.make_tensor_value_info(argument.name, kind, argument.shape)
-
-    node = helper.make_node(
-        NAME,
-        [a.name for a in INPUTS],
-        [a.name for a in OUTPUTS],
-        domain=DOMAIN,
-        **NODE_ATTRIBUTES,
-    )
-    graph = helper.make_graph(
-        [node], "one_update", [value(a) for a in INPUTS], [value(a) for a in OUTPUTS]
-    )
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    append_function(model, activation_type)
-    return model

@@ -1,0 +1,436 @@
+#include "onnxruntime/operator.h"
+
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/linear_attention_update.h"
+#include "op_spec.h"
+
+namespace fwl::ort {
+namespace {
+
+// Ends a function with the status of a call that failed.
+#define FWL_RETURN_IF_ERROR(call)                                                                  \
+  do {                                                                                             \
+    if (OrtStatus* status_ = (call)) {                                                             \
+      return status_;                                                                              \
+    }                                                                                              \
+  } while (false)
+
+OrtStatus* invalid(const OrtApi& api, const std::string& what) {
+  const std::string message = std::string(op::kDomain) + "::" + op::kName + ": " + what;
+  return api.CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
+}
+
+// No exception leaves the library: it would end the process that loaded it.
+template <class Function> OrtStatus* guarded(const OrtApi& api, const Function& function) {
+  try {
+    return function();
+  } catch (const std::bad_alloc&) {
+    return api.CreateStatus(ORT_FAIL, "fwl: out of memory");
+  } catch (const std::exception& error) {
+    return api.CreateStatus(ORT_FAIL, error.what());
+  } catch (...) {
+    return api.CreateStatus(ORT_FAIL, "fwl: unknown error");
+  }
+}
+
+// A tensor's sizes, without the heap: a call of one token on a small state takes microseconds.
+struct Shape {
+  static constexpr size_t kMaxRank = 8;
+
+  const int64_t* begin() const { return sizes; }
+  const int64_t* end() const { return sizes + rank; }
+
+  int64_t sizes[kMaxRank] = {};
+  size_t rank = 0;
+};
+
+std::string text_of(const Shape& shape) {
+  std::string text = "[";
+  for (size_t axis = 0; axis < shape.rank; ++axis) {
+    text += (axis ? ", " : "") + std::to_string(shape.sizes[axis]);
+  }
+  return text + "]";
+}
+
+struct Tensor {
+  Shape shape;
+  const void* data = nullptr;
+  size_t bytes = 0;
+};
+
+// The size each symbol of the spec stands for, as the inputs say.
+class SymbolSizes {
+public:
+  // Returns whether the shape fits the argument, and learns the sizes of new symbols.
+  bool fits(const op::Argument& argument, const Shape& shape) {
+    if (shape.rank != argument.rank) {
+      return false;
+    }
+    for (size_t axis = 0; axis < argument.rank; ++axis) {
+      const int64_t* known = find(argument.axes[axis]);
+      if (known != nullptr && *known != shape.sizes[axis]) {
+        return false;
+      }
+    }
+    for (size_t axis = 0; axis < argument.rank; ++axis) {
+      if (find(argument.axes[axis]) == nullptr) {
+        symbols_[count_++] = {argument.axes[axis], shape.sizes[axis]};
+      }
+    }
+    return true;
+  }
+
+  int64_t operator[](const char* symbol) const { return *find(symbol); }
+
+  Shape shape_of(const op::Argument& argument) const {
+    Shape shape;
+    for (size_t axis = 0; axis < argument.rank; ++axis) {
+      shape.sizes[shape.rank++] = *find(argument.axes[axis]);
+    }
+    return shape;
+  }
+
+  std::string expected(const op::Argument& argument) const {
+    std::string text = "[";
+    for (size_t axis = 0; axis < argument.rank; ++axis) {
+      const int64_t* known = find(argument.axes[axis]);
+      text += axis ? ", " : "";
+      text += known != nullptr ? std::to_string(*known) : argument.axes[axis];
+    }
+    return text + "]";
+  }
+
+private:
+  const int64_t* find(const char* symbol) const {
+    for (size_t i = 0; i < count_; ++i) {
+      if (std::strcmp(symbols_[i].name, symbol) == 0) {
+        return &symbols_[i].size;
+      }
+    }
+    return nullptr;
+  }
+
+  struct Symbol {
+    const char* name;
+    int64_t size;
+  };
+
+  Symbol symbols_[op::kInputCount * 3]; // more than all axes of all inputs
+  size_t count_ = 0;
+};
+
+struct Workspace {
+  std::unique_ptr<char[]> memory; // not initialised: what a run does not use is never touched
+  size_t bytes = 0;
+};
+
+// What runs work in, kept between them. Runs of one session may overlap.
+class Workspaces {
+public:
+  Workspace take(size_t bytes) {
+    Workspace workspace;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!free_.empty()) {
+        workspace = std::move(free_.back());
+        free_.pop_back();
+      }
+    }
+    if (workspace.bytes < bytes) {
+      workspace.memory.reset(); // first: both at once may not fit
+      workspace.memory.reset(new char[bytes]);
+      workspace.bytes = bytes;
+    }
+    return workspace;
+  }
+
+  void give_back(Workspace workspace) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(std::move(workspace));
+  }
+
+private:
+  std::mutex mutex_;
+  std::vector<Workspace> free_;
+};
+
+class Kernel {
+public:
+  Kernel(const OrtApi& api, cpu::Activation activation)
+      : api_(api), activation_(activation), instructions_(cpu::best_instruction_set()) {}
+
+  const OrtApi& api() const { return api_; }
+
+  OrtStatus* compute(OrtKernelContext* context) {
+    Tensor inputs[op::kInputCount];
+    SymbolSizes sizes;
+    for (size_t i = 0; i < op::kInputCount; ++i) {
+      FWL_RETURN_IF_ERROR(read_input(context, i, sizes, inputs[i]));
+    }
+    FWL_RETURN_IF_ERROR(check_sizes(sizes));
+
+    Tensor outputs[op::kOutputCount];
+    for (size_t i = 0; i < op::kOutputCount; ++i) {
+      FWL_RETURN_IF_ERROR(make_output(context, i, sizes, outputs[i]));
+    }
+    FWL_RETURN_IF_ERROR(check_overlap(inputs, outputs));
+
+    const cpu::Sizes kernel_sizes{static_cast<size_t>(sizes["B"]), static_cast<size_t>(sizes["T"]),
+                                  static_cast<size_t>(sizes["Dk"]),
+                                  static_cast<size_t>(sizes["Dv"]), activation_};
+    const cpu::Tensors tensors{
+        inputs[op::kQuery].data,
+        inputs[op::kKey].data,
+        inputs[op::kValue].data,
+        static_cast<const float*>(inputs[op::kDecay].data),
+        static_cast<const float*>(inputs[op::kPastState].data),
+        const_cast<void*>(outputs[op::kOutput].data),
+        static_cast<float*>(const_cast<void*>(outputs[op::kPresentState].data))};
+    Threads threads{api_, context, nullptr};
+    Workspace workspace = workspaces_.take(cpu::workspace_bytes(kernel_sizes, instructions_));
+    cpu::linear_attention_update(kernel_sizes, tensors, instructions_, workspace.memory.get(),
+                                 {Threads::run, &threads});
+    workspaces_.give_back(std::move(workspace));
+    return threads.status;
+  }
+
+private:
+  // ONNX Runtime's own threads, as the kernels call them.
+  struct Threads {
+    const OrtApi& api;
+    const OrtKernelContext* context;
+    OrtStatus* status; // of the first call that failed
+
+    static void run(void* self, void (*task)(void*, size_t), size_t count, void* task_context) {
+      Threads& threads = *static_cast<Threads*>(self);
+      OrtStatus* status =
+          threads.api.KernelContext_ParallelFor(threads.context, task, count, 0, task_context);
+      if (status == nullptr) {
+        return;
+      }
+      if (threads.status == nullptr) {
+        threads.status = status;
+      } else {
+        threads.api.ReleaseStatus(status);
+      }
+    }
+  };
+
+  size_t element_size(const op::Argument& argument) const {
+    return argument.activation && activation_ == cpu::Activation::kFloat16 ? 2 : 4;
+  }
+
+  size_t bytes_of(const op::Argument& argument, const Shape& shape) const {
+    size_t bytes = element_size(argument);
+    for (const int64_t size : shape) {
+      bytes *= static_cast<size_t>(size);
+    }
+    return bytes;
+  }
+
+  OrtStatus* read_input(const OrtKernelContext* context, size_t index, SymbolSizes& sizes,
+                        Tensor& tensor) const {
+    const op::Argument& argument = op::kInputs[index];
+    const OrtValue* value = nullptr;
+    FWL_RETURN_IF_ERROR(api_.KernelContext_GetInput(context, index, &value));
+    if (value == nullptr) {
+      return invalid(api_, std::string("'") + argument.name + "' is missing; it is required");
+    }
+    FWL_RETURN_IF_ERROR(read_shape(value, tensor.shape));
+    if (!sizes.fits(argument, tensor.shape)) {
+      return invalid(api_, std::string("'") + argument.name + "' has shape " +
+                               text_of(tensor.shape) + "; expected " + sizes.expected(argument));
+    }
+    tensor.bytes = bytes_of(argument, tensor.shape);
+    void* data = nullptr;
+    FWL_RETURN_IF_ERROR(api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+    tensor.data = data;
+    return nullptr;
+  }
+
+  OrtStatus* read_shape(const OrtValue* value, Shape& shape) const {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    FWL_RETURN_IF_ERROR(api_.GetTensorTypeAndShape(value, &info));
+    const auto release = [this](OrtTensorTypeAndShapeInfo* held) {
+      api_.ReleaseTensorTypeAndShapeInfo(held);
+    };
+    const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owned(info, release);
+    FWL_RETURN_IF_ERROR(api_.GetDimensionsCount(info, &shape.rank));
+    if (shape.rank > Shape::kMaxRank) {
+      const std::string rank = std::to_string(shape.rank);
+      shape.rank = 0;
+      return invalid(api_, "an input has " + rank + " axes; expected 3 or fewer");
+    }
+    return api_.GetDimensions(info, shape.sizes, shape.rank);
+  }
+
+  OrtStatus* check_sizes(const SymbolSizes& sizes) const {
+    constexpr struct {
+      const char* symbol;
+      const char* meaning;
+    } kNeeded[] = {{"B", "rows"}, {"T", "tokens"}, {"Dk", "key size"}, {"Dv", "value size"}};
+    for (const auto& [symbol, meaning] : kNeeded) {
+      if (sizes[symbol] < 1) {
+        return invalid(api_, std::string(symbol) + " (" + meaning + ") is " +
+                                 std::to_string(sizes[symbol]) + "; expected 1 or more");
+      }
+    }
+    return nullptr;
+  }
+
+  OrtStatus* make_output(OrtKernelContext* context, size_t index, const SymbolSizes& sizes,
+                         Tensor& tensor) const {
+    const op::Argument& argument = op::kOutputs[index];
+    tensor.shape = sizes.shape_of(argument);
+    tensor.bytes = bytes_of(argument, tensor.shape);
+    OrtValue* value = nullptr;
+    FWL_RETURN_IF_ERROR(api_.KernelContext_GetOutput(context, index, tensor.shape.sizes,
+                                                     tensor.shape.rank, &value));
+    if (value == nullptr) {
+      return invalid(api_, std::string("output '") + argument.name + "' is left out; name it");
+    }
+    void* data = nullptr;
+    FWL_RETURN_IF_ERROR(api_.GetTensorMutableData(value, &data));
+    tensor.data = data;
+    return nullptr;
+  }
+
+  // The state may be updated in place; any other overlap would silently compute something else.
+  OrtStatus* check_overlap(const Tensor* inputs, const Tensor* outputs) const {
+    for (size_t out = 0; out < op::kOutputCount; ++out) {
+      const char* begin = static_cast<const char*>(outputs[out].data);
+      for (size_t in = 0; in < op::kInputCount; ++in) {
+        const char* other = static_cast<const char*>(inputs[in].data);
+        const bool in_place = in == op::kPastState && out == op::kPresentState && begin == other;
+        if (!in_place && begin < other + inputs[in].bytes && other < begin + outputs[out].bytes) {
+          return invalid(api_, std::string("output '") + op::kOutputs[out].name +
+                                   "' overlaps with input '" + op::kInputs[in].name +
+                                   "'; only 'present_state' may be all of 'past_state'");
+        }
+      }
+    }
+    return nullptr;
+  }
+
+  const OrtApi& api_;
+  const cpu::Activation activation_;
+  const cpu::InstructionSet instructions_;
+  Workspaces workspaces_;
+};
+
+// Returns text that may be anything in a form that a message can hold: callers expect UTF-8.
+std::string printable(const std::string& text) {
+  constexpr size_t kLongest = 40;
+  std::string safe = text.substr(0, kLongest);
+  for (char& character : safe) {
+    const bool plain = character >= ' ' && character <= '~';
+    character = plain ? character : '?';
+  }
+  return text.size() > kLongest ? safe + "..." : safe;
+}
+
+bool is_number(const OrtApi& api, const OrtKernelInfo* info, const char* name) {
+  int64_t whole = 0;
+  float real = 0;
+  OrtStatus* const as_whole = api.KernelInfoGetAttribute_int64(info, name, &whole);
+  OrtStatus* const as_real = api.KernelInfoGetAttribute_float(info, name, &real);
+  for (OrtStatus* const status : {as_whole, as_real}) {
+    if (status != nullptr) {
+      api.ReleaseStatus(status);
+    }
+  }
+  return as_whole == nullptr || as_real == nullptr;
+}
+
+// Checks an attribute that the node may carry; TensorRT finds its plugin by them.
+OrtStatus* check_attribute(const OrtApi& api, const OrtKernelInfo* info, const char* name,
+                           const char* expected) {
+  const std::string prefix = std::string("attribute '") + name + "' is ";
+  size_t size = 0;
+  if (OrtStatus* status = api.KernelInfoGetAttribute_string(info, name, nullptr, &size)) {
+    api.ReleaseStatus(status);
+    if (is_number(api, info, name)) {
+      return invalid(api, prefix + "a number; expected the string '" + expected + "'");
+    }
+    return nullptr; // it is absent, which is fine
+  }
+  std::string value(size, '\0');
+  FWL_RETURN_IF_ERROR(api.KernelInfoGetAttribute_string(info, name, value.data(), &size));
+  value.resize(size > 0 ? size - 1 : 0); // without the final zero
+  if (value != expected) {
+    return invalid(api, prefix + "'" + printable(value) + "'; this library has '" + expected +
+                            "'. Install the version that wrote the model, or export it again");
+  }
+  return nullptr;
+}
+
+struct CustomOp : OrtCustomOp {
+  explicit CustomOp(ONNXTensorElementDataType activation_type) : OrtCustomOp{} {
+    type = activation_type;
+    version = kApiVersion;
+    GetName = [](const OrtCustomOp*) { return op::kName; };
+    GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+    GetInputTypeCount = [](const OrtCustomOp*) { return static_cast<size_t>(op::kInputCount); };
+    GetInputType = [](const OrtCustomOp* self, size_t index) {
+      return type_of(self, op::kInputs[index]);
+    };
+    GetOutputTypeCount = [](const OrtCustomOp*) { return static_cast<size_t>(op::kOutputCount); };
+    GetOutputType = [](const OrtCustomOp* self, size_t index) {
+      return type_of(self, op::kOutputs[index]);
+    };
+    GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+    GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
+    GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
+    GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
+    GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+    GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+    GetStartVersion = [](const OrtCustomOp*) { return op::kVersion; };
+    GetEndVersion = [](const OrtCustomOp*) { return op::kVersion; };
+    CreateKernelV2 = create_kernel;
+    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatusPtr {
+      Kernel& ours = *static_cast<Kernel*>(kernel);
+      return guarded(ours.api(), [&] { return ours.compute(context); });
+    };
+    KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  }
+
+  static ONNXTensorElementDataType type_of(const OrtCustomOp* self, const op::Argument& argument) {
+    return argument.activation ? static_cast<const CustomOp*>(self)->type
+                               : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+
+  static OrtStatusPtr create_kernel(const OrtCustomOp* self, const OrtApi* api,
+                                    const OrtKernelInfo* info, void** kernel) {
+    return guarded(*api, [&]() -> OrtStatus* {
+      *kernel = nullptr;
+      FWL_RETURN_IF_ERROR(
+          check_attribute(*api, info, op::kPluginNamespaceAttribute, op::kPluginNamespace));
+      FWL_RETURN_IF_ERROR(
+          check_attribute(*api, info, op::kPluginVersionAttribute, op::kPluginVersion));
+      const auto type = static_cast<const CustomOp*>(self)->type;
+      *kernel = new Kernel(*api, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
+                                     ? cpu::Activation::kFloat16
+                                     : cpu::Activation::kFloat32);
+      return nullptr;
+    });
+  }
+
+  ONNXTensorElementDataType type;
+};
+
+} // namespace
+
+const OrtCustomOp* custom_op(ONNXTensorElementDataType activation) {
+  static const CustomOp single(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+  static const CustomOp half(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
+  return activation == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? &half : &single;
+}
+
+} // namespace fwl::ort

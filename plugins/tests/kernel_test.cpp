@@ -1,0 +1,398 @@
+// The CPU kernels against a loop in float64: every instruction set of this machine, output and
+// state, in place and not, any number of threads. Memory is poisoned with NaN and exactly as large
+// as asked for, so that the sanitizers see every step outside.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpu/instructions.h"
+
+namespace fwl::cpu {
+#ifdef FWL_TEST_WIDE_TILES
+extern const Instructions kWideTiles;
+#endif
+} // namespace fwl::cpu
+
+namespace {
+
+using namespace fwl::cpu;
+
+int failures = 0;
+
+void expect(bool holds, const std::string& what) {
+  if (!holds) {
+    ++failures;
+    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  }
+}
+
+struct Table {
+  const char* name;
+  const Instructions* instructions;
+};
+
+std::vector<Table> tables() {
+  std::vector<Table> found;
+  for (const InstructionSet set : kInstructionSets) {
+    if (is_available(set)) {
+      found.push_back({name_of(set), &instructions_of(set)});
+    } else {
+      std::printf("not on this machine: %s\n", name_of(set));
+    }
+  }
+#ifdef FWL_TEST_WIDE_TILES
+  if (is_available(InstructionSet::kAvx2)) {
+    found.push_back({"wide tiles", &kWideTiles});
+  }
+#endif
+  return found;
+}
+
+uint16_t to_half(float value) {
+  uint16_t half = 0;
+  kPortable.reduce(&value, 1, 1, 0, 1, Activation::kFloat16, &half);
+  return half;
+}
+
+float to_float(uint16_t half) {
+  float wide = 0;
+  kPortable.widen(&half, &wide, 1);
+  return wide;
+}
+
+enum class Decay { kOne, kConstant, kMixed, kReset, kTiny, kZero };
+
+struct Problem {
+  Problem(const Sizes& problem_sizes, Decay kind, unsigned seed) : sizes(problem_sizes) {
+    std::mt19937 generator(seed);
+    const size_t tokens = sizes.batch * sizes.tokens;
+    query = random(generator, tokens * sizes.key_size);
+    key = random(generator, tokens * sizes.key_size);
+    value = random(generator, tokens * sizes.value_size);
+    state.resize(sizes.batch * sizes.key_size * sizes.value_size);
+    std::normal_distribution<float> normal;
+    for (float& x : state) {
+      x = normal(generator);
+    }
+    std::uniform_real_distribution<float> uniform;
+    for (size_t i = 0; i < tokens; ++i) {
+      const size_t t = i % sizes.tokens;
+      const bool early = t < sizes.tokens / 2;
+      switch (kind) {
+      case Decay::kOne:
+        decay.push_back(1);
+        break;
+      case Decay::kConstant:
+        decay.push_back(0.97f);
+        break;
+      case Decay::kMixed:
+        decay.push_back(uniform(generator));
+        break;
+      case Decay::kReset:
+        decay.push_back(t == sizes.tokens / 2 ? 0.0f : 1.0f);
+        break;
+      case Decay::kTiny:
+        decay.push_back(early ? 1e-30f : 0.9f);
+        break;
+      case Decay::kZero:
+        decay.push_back(0);
+        break;
+      }
+    }
+  }
+
+  std::vector<float> random(std::mt19937& generator, size_t count) const {
+    std::normal_distribution<float> normal;
+    std::vector<float> values(count);
+    for (float& x : values) {
+      x = normal(generator);
+      if (sizes.activation == Activation::kFloat16) {
+        x = to_float(to_half(x));
+      }
+    }
+    return values;
+  }
+
+  Sizes sizes;
+  std::vector<float> query, key, value, decay, state;
+};
+
+struct Result {
+  std::vector<double> output, state;
+};
+
+// Also returns through `scale` the sums of absolute terms, which bound the roundings.
+Result reference(const Problem& problem, Result& scale) {
+  const Sizes& n = problem.sizes;
+  Result result;
+  result.state.assign(problem.state.begin(), problem.state.end());
+  scale.state.resize(result.state.size());
+  for (size_t i = 0; i < result.state.size(); ++i) {
+    scale.state[i] = std::abs(result.state[i]);
+  }
+  result.output.assign(n.batch * n.tokens * n.value_size, 0);
+  scale.output.assign(result.output.size(), 0);
+  for (size_t token = 0; token < n.batch * n.tokens; ++token) {
+    const size_t at = token / n.tokens * n.key_size * n.value_size;
+    for (size_t i = 0; i < n.key_size; ++i) {
+      for (size_t j = 0; j < n.value_size; ++j) {
+        const double d = problem.decay[token];
+        const double q = problem.query[token * n.key_size + i];
+        const double written = static_cast<double>(problem.key[token * n.key_size + i]) *
+                               problem.value[token * n.value_size + j];
+        double& state = result.state[at + i * n.value_size + j];
+        double& of_state = scale.state[at + i * n.value_size + j];
+        state = d * state + written;
+        of_state = d * of_state + std::abs(written);
+        result.output[token * n.value_size + j] += q * state;
+        scale.output[token * n.value_size + j] += std::abs(q) * of_state;
+      }
+    }
+  }
+  return result;
+}
+
+// Runs tasks on threads of its own, whichever comes first.
+struct Threads {
+  explicit Threads(size_t thread_count) : count(thread_count) {}
+
+  static void run(void* self, void (*task)(void*, size_t), size_t tasks, void* context) {
+    std::atomic<size_t> next{0};
+    const auto work = [&] {
+      for (size_t i = next++; i < tasks; i = next++) {
+        task(context, i);
+      }
+    };
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < static_cast<Threads*>(self)->count; ++i) {
+      threads.emplace_back(work);
+    }
+    work();
+    for (std::thread& thread : threads) {
+      thread.join();
+    }
+  }
+
+  size_t count;
+};
+
+struct Run {
+  std::vector<float> output32, state;
+  std::vector<uint16_t> output16;
+
+  bool operator==(const Run& other) const {
+    return same(output32, other.output32) && same(output16, other.output16) &&
+           same(state, other.state);
+  }
+
+  template <class T> static bool same(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() &&
+           (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+  }
+};
+
+Run run(const Problem& problem, const Table& table, size_t thread_count, bool in_place,
+        size_t misalignment = 0) {
+  const Sizes& n = problem.sizes;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const bool half = n.activation == Activation::kFloat16;
+  std::vector<uint16_t> halves[3];
+  const std::vector<float>* wide[] = {&problem.query, &problem.key, &problem.value};
+  const void* inputs[3];
+  for (size_t i = 0; i < 3; ++i) {
+    for (const float x : *wide[i]) {
+      halves[i].push_back(half ? to_half(x) : 0);
+    }
+    inputs[i] = half ? static_cast<const void*>(halves[i].data())
+                     : static_cast<const void*>(wide[i]->data());
+  }
+  Run result;
+  const size_t outputs = n.batch * n.tokens * n.value_size;
+  if (half) {
+    result.output16.assign(outputs, 0x7e00);
+  } else {
+    result.output32.assign(outputs, nan);
+  }
+  result.state = in_place ? problem.state : std::vector<float>(problem.state.size(), nan);
+  const size_t bytes = workspace_bytes(n, *table.instructions);
+  const std::unique_ptr<char[]> memory(new char[bytes + misalignment]);
+  std::memset(memory.get(), 0xff, bytes + misalignment); // NaN in every place
+  Threads threads(thread_count);
+  linear_attention_update(n,
+                          {inputs[0], inputs[1], inputs[2], problem.decay.data(),
+                           in_place ? result.state.data() : problem.state.data(),
+                           half ? static_cast<void*>(result.output16.data())
+                                : static_cast<void*>(result.output32.data()),
+                           result.state.data()},
+                          *table.instructions, memory.get() + misalignment,
+                          {Threads::run, &threads});
+  return result;
+}
+
+// Bounds: a few roundings of the sum of absolute terms, in float32; an output in half precision is
+// rounded once more.
+void compare(const Run& actual, const Problem& problem, const std::string& name) {
+  constexpr double kRounding = 8 * 0x1p-24;
+  constexpr double kHalfRounding = 0x1p-11;
+  constexpr double kHalfSmallest = 0x1p-24; // below 2^-14 halves are this far apart
+  Result scale;
+  const Result expected = reference(problem, scale);
+  size_t wrong = 0;
+  const auto check = [&](double found, double wanted, double bound) {
+    const double error = std::abs(found - wanted);
+    if (!(error <= bound + 1e-37)) { // a NaN is wrong too
+      ++wrong;
+    }
+  };
+  for (size_t i = 0; i < expected.output.size(); ++i) {
+    if (problem.sizes.activation == Activation::kFloat16) {
+      check(to_float(actual.output16[i]), expected.output[i],
+            kRounding * scale.output[i] + kHalfRounding * std::abs(expected.output[i]) +
+                kHalfSmallest / 2);
+    } else {
+      check(actual.output32[i], expected.output[i], kRounding * scale.output[i]);
+    }
+  }
+  for (size_t i = 0; i < expected.state.size(); ++i) {
+    check(actual.state[i], expected.state[i], kRounding * scale.state[i]);
+  }
+  expect(wrong == 0, name + ": " + std::to_string(wrong) + " values too far from the reference");
+}
+
+constexpr size_t kShapes[][4] = {
+    // B, T, Dk, Dv
+    {1, 1, 1, 1},     {1, 1, 8, 8},   {3, 1, 16, 5},     {5, 1, 7, 33},    {1, 1, 130, 1030},
+    {2, 1, 300, 259}, {1, 2, 1, 1},   {2, 2, 8, 8},      {3, 13, 7, 33},   {5, 9, 12, 20},
+    {1, 63, 5, 17},   {1, 64, 6, 16}, {1, 65, 13, 31},   {2, 129, 24, 40}, {2, 6, 200, 190},
+    {1, 257, 32, 7},  {4, 33, 1, 3},  {1, 300, 520, 19}, {1, 20, 33, 600}, {2, 96, 65, 130},
+};
+
+void test_shapes(const Table& table, bool threads_only) {
+  unsigned seed = 0;
+  for (const auto& [batch, tokens, key_size, value_size] : kShapes) {
+    for (const Activation activation : {Activation::kFloat32, Activation::kFloat16}) {
+      for (const Decay decay : {Decay::kOne, Decay::kConstant, Decay::kMixed, Decay::kReset,
+                                Decay::kTiny, Decay::kZero}) {
+        if (threads_only && decay != Decay::kMixed) {
+          continue;
+        }
+        const Sizes sizes{batch, tokens, key_size, value_size, activation};
+        const Problem problem(sizes, decay, ++seed);
+        const std::string name = std::string(table.name) + " B " + std::to_string(batch) + " T " +
+                                 std::to_string(tokens) + " Dk " + std::to_string(key_size) +
+                                 " Dv " + std::to_string(value_size) + " half " +
+                                 std::to_string(activation == Activation::kFloat16) + " decay " +
+                                 std::to_string(static_cast<int>(decay));
+        const Run first = run(problem, table, 1, false);
+        compare(first, problem, name);
+        expect(first == run(problem, table, 1, true, 4), name + ": in place is different");
+        if (decay == Decay::kMixed) {
+          expect(first == run(problem, table, 2, false), name + ": 2 threads are different");
+          expect(first == run(problem, table, 4, true), name + ": 4 threads are different");
+        }
+      }
+    }
+  }
+}
+
+// More tokens than are packed at a time, and sizes that threads share.
+void test_steps(const Table& table) {
+  for (const auto& [batch, tokens, key_size, value_size] :
+       {std::array<size_t, 4>{1, 10007, 40, 20}, std::array<size_t, 4>{3, 700, 1100, 36}}) {
+    const Sizes sizes{batch, tokens, key_size, value_size, Activation::kFloat32};
+    const Problem problem(sizes, Decay::kConstant, 7);
+    const std::string name = std::string(table.name) + " T " + std::to_string(tokens);
+    const Run first = run(problem, table, 3, false);
+    compare(first, problem, name);
+    expect(first == run(problem, table, 1, true), name + ": 1 thread is different");
+  }
+}
+
+// What comes later never reaches an earlier output, not even as 0 times infinity.
+void test_causality(const Table& table) {
+  const Sizes sizes{1, 40, 9, 37, Activation::kFloat32};
+  Problem problem(sizes, Decay::kConstant, 3);
+  const Run clean = run(problem, table, 1, false);
+  for (const size_t token : {1, 2, 5, 6, 17, 39}) {
+    Problem poisoned = problem;
+    for (size_t j = 0; j < sizes.value_size; ++j) {
+      poisoned.value[token * sizes.value_size + j] = std::numeric_limits<float>::infinity();
+    }
+    const Run found = run(poisoned, table, 1, false);
+    expect(std::memcmp(found.output32.data(), clean.output32.data(),
+                       token * sizes.value_size * sizeof(float)) == 0,
+           std::string(table.name) + ": token " + std::to_string(token) + " reaches back");
+  }
+}
+
+// A decay of 1 without a write leaves the state as it was, bit by bit; of 0, nothing of it.
+void test_exact_ends(const Table& table) {
+  for (const size_t tokens : {size_t{1}, size_t{70}}) {
+    const Sizes sizes{2, tokens, 19, 45, Activation::kFloat32};
+    Problem problem(sizes, Decay::kOne, 5);
+    std::fill(problem.value.begin(), problem.value.end(), 0.0f);
+    const Run kept = run(problem, table, 1, false);
+    expect(kept.state == problem.state, std::string(table.name) + ": a decay of 1 is not exact");
+    problem.decay.assign(problem.decay.size(), 0.0f);
+    const Run dropped = run(problem, table, 1, false);
+    expect(std::all_of(dropped.state.begin(), dropped.state.end(), [](float x) { return x == 0; }),
+           std::string(table.name) + ": a decay of 0 is not exact");
+  }
+}
+
+// Every half there is survives the way to float32 and back, and all instruction sets round alike.
+void test_halves(const Table& table) {
+  std::vector<uint16_t> all(1 << 16), back(1 << 16);
+  std::vector<float> wide(1 << 16);
+  for (size_t i = 0; i < all.size(); ++i) {
+    all[i] = static_cast<uint16_t>(i);
+  }
+  table.instructions->widen(all.data(), wide.data(), all.size());
+  table.instructions->reduce(wide.data(), 1, 0, 0, wide.size(), Activation::kFloat16, back.data());
+  for (size_t i = 0; i < all.size(); ++i) {
+    const bool is_nan = (i & 0x7fff) > 0x7c00;
+    expect(is_nan ? std::isnan(wide[i]) && (back[i] & 0x7fff) > 0x7c00 : back[i] == all[i],
+           std::string(table.name) + ": half " + std::to_string(i));
+  }
+  std::mt19937 generator(11);
+  std::vector<float> random(1 << 16);
+  for (float& x : random) { // any exponent, and many ties
+    x = std::ldexp(static_cast<float>(generator() % 8192) - 4096,
+                   static_cast<int>(generator() % 44) - 36);
+  }
+  std::vector<uint16_t> ours(random.size()), portable(random.size());
+  table.instructions->reduce(random.data(), 1, 0, 0, random.size(), Activation::kFloat16,
+                             ours.data());
+  for (size_t i = 0; i < random.size(); ++i) {
+    portable[i] = to_half(random[i]);
+  }
+  expect(ours == portable, std::string(table.name) + ": rounds unlike the portable kernels");
+}
+
+} // namespace
+
+// With an argument, only what uses several threads: the thread sanitizer is slow.
+int main(int count, char**) {
+  const bool threads_only = count > 1;
+  for (const Table& table : tables()) {
+    const int before = failures;
+    test_halves(table);
+    test_exact_ends(table);
+    test_causality(table);
+    test_shapes(table, threads_only);
+    test_steps(table);
+    std::printf("%s: %s\n", table.name, failures == before ? "ok" : "FAILED");
+  }
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,102 @@
+"""Extract third-party C headers from a pinned PyPI wheel, for builds without an SDK.
+
+    python tools/fetch_headers.py onnxruntime DESTINATION
+
+Nothing of it is committed or shipped: the libraries use the headers' declarations only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where headers are to be had.
+
+    Attributes:
+      requirement: the wheel, pinned.
+      sha256: of the wheel.
+      headers: their paths in it; each is written by its last name.
+    """
+
+    requirement: str
+    sha256: str
+    headers: tuple[str, ...]
+
+
+_QUARK = "quark/onnx/operators/custom_ops/include/onnxruntime-1.17.0/onnxruntime/core/session"
+
+SOURCES = {
+    "onnxruntime": Source(
+        "amd-quark==0.13",
+        "3b3e58a4cbbcff20d27815b641aa4de4d698efde3c782306cb4a6a05bcf55c8c",
+        (f"{_QUARK}/onnxruntime_c_api.h",),
+    ),
+}
+
+
+class FetchError(Exception):
+    """The wheel cannot be had, or is not the one that was pinned."""
+
+
+def fetch(source: Source, destination: Path) -> None:
+    """Download the wheel with pip and extract its headers.
+
+    Raises:
+      FetchError: see there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary", ":all:", "--disable-pip-version-check"]
+        done = subprocess.run(
+            [*command, "--dest", folder, source.requirement],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            raise FetchError(f"pip cannot download {source.requirement}: {done.stderr.strip()}")
+        extract(wheels[0], source, destination)
+
+
+def extract(wheel: Path, source: Source, destination: Path) -> None:
+    """Extract the headers from a wheel that was downloaded.
+
+    Raises:
+      FetchError: it is not the pinned one.
+    """
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != source.sha256:
+        raise FetchError(f"{wheel.name} has sha256 {found}; expected {source.sha256}")
+    destination.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive:
+        for header in source.headers:
+            target = destination / PurePosixPath(header).name
+            target.write_bytes(archive.read(header))
+
+
+def main() -> int:
+    """Fetch what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=SOURCES)
+    parser.add_argument("destination", type=Path)
+    arguments = parser.parse_args()
+    try:
+        fetch(SOURCES[arguments.what], arguments.destination)
+    except FetchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -42,7 +42,6 @@ SIGNATURES: dict[str, dict[str, str]] = {
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # A split costs a second kernel, so no more of them than keep every multiprocessor busy.
 _MAX_SPLITS = 64
-_WORKSPACE_BYTES = 64 << 20
 # Offsets inside one row's state are 32 bits wide in the kernels.
 _MAX_STATE = 2**31
 
@@ -166,7 +165,14 @@ def variants(sm: int) -> Iterator[Variant]:
 
 
 def plan(
-    rows: int, tokens: int, size_k: int, size_v: int, dtype: str, sm: int, aligned: bool = True
+    rows: int,
+    tokens: int,
+    size_k: int,
+    size_v: int,
+    dtype: str,
+    sm: int,
+    aligned: bool = True,
+    workspace_bytes: int = 64 << 20,
 ) -> Plan:
     """Return the launches of one call of the op.
 
@@ -178,6 +184,7 @@ def plan(
       dtype: type of the activations.
       sm: compute capability of the kernels, a key of MULTIPROCESSORS.
       aligned: whether every pointer is a multiple of 16 bytes; sizes are looked at here.
+      workspace_bytes: prefill goes in segments of as many tokens as fit, one chunk at least.
 
     Raises:
       ValueError: a size below 1, a state of 2^31 elements or more, an unknown type or SM.
@@ -189,13 +196,12 @@ def plan(
     if size_k * size_v >= _MAX_STATE:
         raise ValueError(f"Dk * Dv is {size_k * size_v}; expected less than 2^31")
     aligned = aligned and size_k % 16 == 0 and size_v % 16 == 0
-    steps = _decode if tokens == 1 else _prefill
-    return steps(rows, tokens, size_k, size_v, dtype, sm, aligned)
+    if tokens == 1:
+        return _decode(rows, size_k, size_v, dtype, sm, aligned)
+    return _prefill(rows, tokens, size_k, size_v, dtype, sm, aligned, workspace_bytes)
 
 
-def _decode(
-    rows: int, tokens: int, size_k: int, size_v: int, dtype: str, sm: int, aligned: bool
-) -> Plan:
+def _decode(rows: int, size_k: int, size_v: int, dtype: str, sm: int, aligned: bool) -> Plan:
     block = variant("decode", dtype, sm, aligned).block
     programs = rows * _tiles(size_v, block["block_v"])
     # Four programs of four warps keep enough loads in flight on one multiprocessor.
@@ -213,15 +219,22 @@ def _decode(
 
 
 def _prefill(
-    rows: int, tokens: int, size_k: int, size_v: int, dtype: str, sm: int, aligned: bool
+    rows: int,
+    tokens: int,
+    size_k: int,
+    size_v: int,
+    dtype: str,
+    sm: int,
+    aligned: bool,
+    workspace_bytes: int,
 ) -> Plan:
     state = variant("prefill_state", dtype, sm, aligned)
     output = variant("prefill_output", dtype, sm, aligned)
     chunk = state.block["chunk"]
     tiles_k = _tiles(size_k, state.block["block_k"])
-    # Segments bound the workspace, and keep it in the second-level cache of large GPUs.
+    # Segments also keep the workspace in the second-level cache of large GPUs.
     per_chunk = tiles_k * rows * chunk * size_v
-    segment = max(_WORKSPACE_BYTES // (4 * per_chunk), 1) * chunk
+    segment = max(workspace_bytes // (4 * per_chunk), 1) * chunk
     launches = []
     for start in range(0, tokens, segment):
         length = min(segment, tokens - start)

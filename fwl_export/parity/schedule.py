@@ -142,9 +142,7 @@ class Schedule:
         if kind < _SILENT:
             weights[:] = 0
         elif kind < _SILENT + _WEIGHTED:
-            weights = rng.choice(
-                np.array([0, 0.5, 1], np.float32), weights.shape, p=(0.2, 0.1, 0.7)
-            )
+            weights = rng.choice(np.array([0, 0.5, 1], np.float32), weights.shape, p=(0.2, 0.1, 0.7))
         return Call(
             step,
             np.where(real, ids, 0),

@@ -29,7 +29,7 @@ Run = Callable[..., tuple[Array, Array, list[str]]]
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed; `pip install triton`", allow_module_level=True)
 
-# One plan without tensor cores and one with them; SM 100 has other blocks.
+# One plan without tensor cores and one with them.
 SMS = (75, 90)
 
 EXTRA = (
@@ -37,6 +37,7 @@ EXTRA = (
     Case("many_shares", (2, 1, 1100, 7), "mixed"),
     Case("tiles_and_one", (2, 65, 65, 129), "mixed"),
     Case("one_below_the_tiles", (1, 63, 63, 127), "reset"),
+    Case("aligned_tiles_and_some", (1, 80, 144, 160), "mixed"),
     Case("narrow", (5, 3, 1, 1), "mixed"),
     Case("all_kinds_of_resets", (1, 130, 16, 16), "mixed"),
 )
@@ -50,21 +51,13 @@ def interpreted() -> Iterator[Run]:
 
 @pytest.mark.parametrize("dtype", ACTIVATION_TYPES)
 @pytest.mark.parametrize("sm", SMS)
-@pytest.mark.parametrize("case", (*CASES, *EXTRA), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *EXTRA], ids=lambda case: case.name)
 def test_matches_reference(interpreted: Run, case: Case, sm: int, dtype: str) -> None:
     inputs = case.arrays()
     if case.name == "all_kinds_of_resets":
         inputs["decay"][:, [0, 31, 32, 63, 64, 65, 129]] = 0
         inputs["decay"][:, 66:96] = 1
     output, state, _ = interpreted(inputs, dtype, sm)
-    _assert_matches(inputs, dtype, output, state)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("case", [CASES[-1], EXTRA[2]], ids=lambda case: case.name)
-def test_the_blocks_of_sm_100_match_too(interpreted: Run, case: Case, dtype: str) -> None:
-    inputs = case.arrays()
-    output, state, _ = interpreted(inputs, dtype, 100)
     _assert_matches(inputs, dtype, output, state)
 
 
@@ -110,7 +103,7 @@ def test_segments_give_the_same_bits(interpreted: Run) -> None:
     whole = interpreted(inputs, "float16", 90)
     parts = interpreted(inputs, "float16", 90, workspace_bytes=1)
     assert len(whole[2]) == 2
-    assert len(parts[2]) == 2 * 4
+    assert len(parts[2]) == 2 * 2
     for one, other in zip(whole[:2], parts[:2], strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -133,21 +133,22 @@ def variant(kernel: str, dtype: str, sm: int, aligned: bool, split: bool = False
     elif kernel == "sum_partials":
         constants, warps = {"block_v": 128}, 4
     elif kernel == "prefill_state":
-        # The largest tiles of the state that leave room for two programs on a multiprocessor
-        # and spill nothing; SM 100 accumulates outside the registers.
+        # What goes through the workspace falls with block_k: the largest that spills nothing.
+        # Loads ahead need more shared memory than SM 86, 89 and 120 have.
         if tensor_cores:
-            constants = {"chunk": 64, "block_k": 64, "block_v": 64 if sm == 100 else 32}
-            warps, stages = 4, 1 if sm == 120 else 2
+            constants = {"chunk": 64, "block_k": 128 if aligned else 64, "block_v": 32}
+            stages = 2 if aligned and sm in {80, 90, 100} else 1
+            warps = 4 if sm == 90 and not aligned else 8
         else:
             constants, warps = {"chunk": 32, "block_k": 64, "block_v": 32}, 8
         constants["split_tf32"] = tensor_cores
     elif kernel == "prefill_output":
         if tensor_cores:
-            constants, warps = {"chunk": 64, "block_k": 64, "block_v": 128}, 8
+            constants = {"chunk": 64, "block_k": 64, "block_v": 128}
         else:
-            constants, warps = {"chunk": 32, "block_k": 32, "block_v": 64}, 8
+            constants = {"chunk": 32, "block_k": 32, "block_v": 64}
         constants |= {"native": tensor_cores, "split_tf32": tensor_cores}
-        stages = 2
+        warps, stages = 8, 2
     else:
         raise ValueError(f"kernel is {kernel!r}; expected one of {', '.join(SIGNATURES)}")
     return Variant(kernel, dtype, sm, aligned, tuple(constants.items()), warps, stages)
@@ -172,7 +173,7 @@ def plan(
     dtype: str,
     sm: int,
     aligned: bool = True,
-    workspace_bytes: int = 64 << 20,
+    workspace_bytes: int = 32 << 20,
 ) -> Plan:
     """Return the launches of one call of the op.
 
@@ -184,7 +185,7 @@ def plan(
       dtype: type of the activations.
       sm: compute capability of the kernels, a key of MULTIPROCESSORS.
       aligned: whether every pointer is a multiple of 16 bytes; sizes are looked at here.
-      workspace_bytes: prefill goes in segments of as many tokens as fit, one chunk at least.
+      workspace_bytes: prefill goes in segments of as many tokens as fit, two chunks at least.
 
     Raises:
       ValueError: a size below 1, a state of 2^31 elements or more, an unknown type or SM.
@@ -232,9 +233,10 @@ def _prefill(
     output = variant("prefill_output", dtype, sm, aligned)
     chunk = state.block["chunk"]
     tiles_k = _tiles(size_k, state.block["block_k"])
-    # Segments also keep the workspace in the second-level cache of large GPUs.
+    # A segment's workspace should fit the second-level cache of large GPUs; of one chunk alone,
+    # the state would be read and written for each.
     per_chunk = tiles_k * rows * chunk * size_v
-    segment = max(workspace_bytes // (4 * per_chunk), 1) * chunk
+    segment = max(workspace_bytes // (4 * per_chunk), 2) * chunk
     launches = []
     for start in range(0, tokens, segment):
         length = min(segment, tokens - start)

@@ -1,0 +1,42 @@
+"""Which GPU kernels back the PyTorch op, and what is said where none do; see also tests/gpu."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from fwl_export.op import cuda
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    for function in (cuda._launcher, cuda._planned):
+        function.cache_clear()
+    yield
+    for function in (cuda._launcher, cuda._planned):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "planned"),
+    [((7, 5), 75), ((8, 7), 86), ((8, 9), 89), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)],
+)
+def test_a_gpu_runs_the_plan_of_its_capability_or_the_one_below(
+    capability: tuple[int, int], planned: int
+) -> None:
+    assert cuda._planned(capability) == planned
+
+
+def test_an_old_gpu_is_told_so() -> None:
+    with pytest.warns(RuntimeWarning, match=r"capability is 7\.0, and its kernels need 7\.5"):
+        assert cuda._planned((7, 0)) is None
+
+
+def test_without_triton_the_user_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plugins.kernels.gpu.launch", "plugins.kernels.gpu.linear_attention"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.warns(RuntimeWarning, match="pip install triton"):
+        assert cuda._launcher() is None

@@ -166,6 +166,37 @@ def test_a_variant_compiles(tmp_path: Path, kernel: str) -> None:
     assert ".file" not in ptx
 
 
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("kernel", SIGNATURES)
+def test_what_the_launcher_specializes_compiles(kernel: str, size: int | None) -> None:
+    # PyTorch on CUDA compiles at the first call, with sizes of 1 as constants: no GPU needed
+    # to see that those forms compile too.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from plugins.kernels.gpu import linear_attention
+
+    function = getattr(linear_attention, kernel)
+    chosen = variant_of(kernel, "float16", 80, aligned=False)
+    free = [p.name for p in function.params if not p.do_not_specialize and not p.is_constexpr]
+    sizes = {name: size for name in ("size_k", "size_v") if size and name in free}
+    assert {n for n, kind in SIGNATURES[kernel].items() if kind == "i32" and n in free} <= {
+        "size_k",
+        "size_v",
+    }
+    types = {"T": "*fp16", "f32": "*fp32", "i32": "i32"}
+    signature = {name: types[kind] for name, kind in SIGNATURES[kernel].items()}
+    constants = {**dict(chosen.constants), **sizes}
+    source = ASTSource(
+        fn=function,
+        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        constexprs=constants,
+    )
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    assert triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["cubin"]
+
+
 def test_a_kernel_that_spills_would_be_found() -> None:
     constants = (("chunk", 32), ("block_k", 64), ("block_v", 64), ("split_tf32", False))
     _, _, entry = compile_variant(Variant("prefill_state", "float32", 80, True, constants, 4, 1))

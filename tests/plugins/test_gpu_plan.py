@@ -32,6 +32,8 @@ def test_any_sizes_give_launches_of_compiled_variants(
         assert ends[-1] == tokens
         assert [s.first_segment for s in covered] == [i == 0 for i in range(len(covered))]
         largest = max(s.scalars["length"] for s in covered)
+        # Offsets inside a segment are 32 bits wide.
+        assert largest * max(size_k, size_v) < 2**31
         assert steps.workspace == steps.launches[1].scalars["tiles_k"] * rows * largest * size_v
 
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What varies from call to call is not specialized: Triton's launcher would compile a form of its
+# own for each value that is 1 or a multiple of 16.
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["splits", "rows"])
 def decode(
     query,
     key,
@@ -84,7 +87,7 @@ def decode(
         tl.store(output + row * size_v + column, result.to(output.dtype.element_ty), mask=in_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_partials(partial, output, size_v, splits, block_v: tl.constexpr):
     """Add what the programs of a split `decode` read, in order.
 
@@ -107,7 +110,7 @@ def sum_partials(partial, output, size_v, splits, block_v: tl.constexpr):
     tl.store(output + row * size_v + column, total.to(output.dtype.element_ty), mask=in_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "start", "length"])
 def prefill_state(
     query,
     key,
@@ -189,7 +192,7 @@ def prefill_state(
     tl.store(present + place, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "start", "length", "tiles_k"])
 def prefill_output(
     query,
     key,

@@ -17,6 +17,7 @@ from fwl_export.errors import MissingDependencyError, OutputExistsError
 from fwl_export.op.cases import CASES, Case
 from fwl_export.op.reference import linear_attention_update
 from fwl_export.op.spec import ACTIVATION_TYPES
+from plugins.kernels.gpu import compile as compile_module
 from plugins.kernels.gpu.compile import MANIFEST, compile_all, compile_variant
 from plugins.kernels.gpu.plan import MULTIPROCESSORS, SIGNATURES, Variant, variants
 from plugins.kernels.gpu.plan import variant as variant_of
@@ -221,6 +222,23 @@ def test_an_interrupted_compilation_leaves_the_old_folder(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         compile_all(output, variants(80), interrupt)
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_the_command_line_tells_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [variant_of("sum_partials", dtype, 80, aligned=False) for dtype in ACTIVATION_TYPES]
+    monkeypatch.setattr(compile_module, "variants", lambda sm: few)
+    assert compile_module.main(["-o", str(tmp_path / "kernels"), "--sm", "80"]) == 0
+    shown = capsys.readouterr()
+    assert "3 kernels in" in shown.out
+    assert "[1/3] sm80 sum_partials_fp32_any: " in shown.err
+    with pytest.raises(SystemExit):
+        compile_module.main(["-o", str(tmp_path / "kernels"), "--sm", "80,70"])
+    assert "--sm: 70 unknown; expected some of 75, 80, 86" in capsys.readouterr().err
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert compile_module.main(["-o", str(tmp_path), "--sm", "80"]) == 1
+    assert "choose another folder" in capsys.readouterr().err
 
 
 def test_without_triton_the_compiler_says_so(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 
-from tools.kernel_report import GPUS, occupancy, work
+from tools.kernel_report import GPUS, main, occupancy, work
 
 
 def _entry(**changes: int) -> dict[str, int]:
@@ -49,3 +53,27 @@ def test_prefill_counts_what_its_products_issue() -> None:
 
 def test_float32_stays_off_the_tensor_cores() -> None:
     assert work(1, 256, 768, 3072, "float32", 90).flops.keys() == {"fp32"}
+
+
+def test_the_report_prints_both_tables_and_a_line_of_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {**_entry(), "name": "decode_fp16_aligned", "kernel": "decode", "aligned": True}
+    entry["spill_store_bytes"] = 8
+    (tmp_path / "kernels.json").write_text(json.dumps({"kernels": [entry]}))
+    monkeypatch.setattr(sys, "argv", ["kernel_report", str(tmp_path)])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines[1].split()) == "90 decode_fp16_aligned 64 8 0.0 8 50% registers"
+    summary = json.loads(lines[-1])
+    assert summary["variants_that_spill"] == 1
+    assert {call["gpu"] for call in summary["calls"]} == {gpu.name for gpu in GPUS}
+
+
+def test_a_folder_without_kernels_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kernel_report", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "kernels.json is not there; make it" in capsys.readouterr().err

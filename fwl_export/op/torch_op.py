@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fwl_export.errors import ShapeError
+from fwl_export.op import cuda
 from fwl_export.op.spec import ACTIVATION_TYPES, DOMAIN, INPUTS, LOG_ZERO, NAME, check_shapes
 
 # A chunk's masked product is quadratic in its length; 128 keeps it small beside the update.
@@ -40,6 +41,23 @@ def _op(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
     _check(query, key, value, decay, past_state)
+    return _chunked(query, key, value, decay, past_state)
+
+
+@_op.register_kernel("cuda")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, value, decay, past_state)
+    if query.dtype != torch.float64 and cuda.has_kernels(query.device):
+        return cuda.linear_attention_update(query, key, value, decay, past_state)
+    return _chunked(query, key, value, decay, past_state)
+
+
+def _chunked(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The op in PyTorch's own operators, on any device."""
     state = past_state.clone()
     wide = state.dtype
     outputs = []

@@ -1,0 +1,35 @@
+"""Run a plan with Triton's own launcher: for PyTorch on CUDA, and for the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plugins.kernels.gpu import linear_attention
+from plugins.kernels.gpu.plan import SIGNATURES, Plan
+
+
+def launch(plan: Plan, tensors: dict[str, Any]) -> None:
+    """Launch the kernels of a plan, on the current device and stream.
+
+    Args:
+      plan: for the sizes and the type of the tensors.
+      tensors: contiguous, by the spec's names, with outputs to write and "workspace", of
+        `plan.workspace` float32 elements or more.
+    """
+    pointers = {
+        **tensors,
+        "past": tensors["past_state"],
+        "present": tensors["present_state"],
+        "partial": tensors["workspace"],
+    }
+    for step in plan.launches:
+        kernel = getattr(linear_attention, step.variant.kernel)
+        if not step.first_segment:
+            pointers["past"] = tensors["present_state"]
+        arguments = {**pointers, **step.scalars}
+        kernel[(step.grid,)](
+            *(arguments[name] for name in SIGNATURES[step.variant.kernel]),
+            **dict(step.variant.constants),
+            num_warps=step.variant.warps,
+            num_stages=step.variant.stages,
+        )

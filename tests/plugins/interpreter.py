@@ -1,0 +1,90 @@
+"""Runs the GPU kernels on the CPU, in Triton's interpreter, in a process of its own.
+
+The interpreter is chosen by TRITON_INTERPRET when triton is first imported, and after that no
+kernel can be compiled: hence the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from plugins.kernels.gpu.plan import plan
+
+Array = npt.NDArray[np.generic]
+
+
+@contextlib.contextmanager
+def interpreter() -> Iterator[Executor]:
+    """Yield an executor for `run`."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_start) as executor:
+        yield executor
+
+
+def _start() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    from triton.runtime import interpreter as triton_interpreter
+
+    # It keeps bfloat16 as integers, multiplies those, and truncates where GPUs round.
+    plain_dot = triton_interpreter.InterpreterBuilder.create_dot
+    plain_convert = triton_interpreter._convert_float
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        import triton.language as tl
+
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return plain_dot(self, a, b, *rest)
+
+    def convert_float(data: Array, source: Any, target: Any, rounding: Any) -> Array:
+        if source.is_fp32() and target.is_bf16():
+            rounded = torch.from_numpy(np.array(data)).to(torch.bfloat16)
+            return rounded.view(torch.uint16).numpy()
+        return plain_convert(data, source, target, rounding)
+
+    triton_interpreter.InterpreterBuilder.create_dot = create_dot
+    triton_interpreter._convert_float = convert_float
+
+
+def run(
+    inputs: dict[str, Array], dtype: str, sm: int, in_place: bool = False, **options: Any
+) -> tuple[Array, Array, list[str]]:
+    """Run the op's plan for an SM; everything that it must write holds NaN before.
+
+    Args:
+      inputs: the op's, float32; query, key and value are rounded to `dtype` here.
+      dtype: type of the activations.
+      sm: compute capability whose plan is run.
+      in_place: give past_state and present_state the same memory.
+      options: passed to `plan`.
+
+    Returns:
+      output float64, present_state float32, and names of the variants that ran.
+    """
+    from plugins.kernels.gpu.launch import launch
+
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in inputs.items()}
+    for name in ("query", "key", "value"):
+        tensors[name] = tensors[name].to(getattr(torch, dtype))
+    batch, length, size_k = tensors["query"].shape
+    size_v = tensors["value"].shape[2]
+    steps = plan(batch, length, size_k, size_v, dtype, sm, **options)
+    nan = float("nan")
+    tensors["output"] = torch.full_like(tensors["value"], nan)
+    tensors["present_state"] = (
+        tensors["past_state"] if in_place else torch.full_like(tensors["past_state"], nan)
+    )
+    tensors["workspace"] = torch.full((steps.workspace,), nan)
+    launch(steps, tensors)
+    names = [step.variant.name for step in steps.launches]
+    return tensors["output"].double().numpy(), tensors["present_state"].numpy(), names

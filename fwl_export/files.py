@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +17,9 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
     On an error, an interrupt too, the folder beside is removed and `target` is as before.
     """
-    target, beside = _folder_beside(target)
+    target, beside = _names(target)
     try:
+        beside.mkdir()
         yield beside
         _share(beside)
         if target.exists():
@@ -32,10 +33,11 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _folder_beside(target: Path) -> tuple[Path, Path]:
-    """Return the absolute target and a new folder beside it.
+def _names(target: Path) -> tuple[Path, Path]:
+    """Return the absolute target and the name of a folder beside it.
 
-    Its name holds this process's id: what a killed process left there is removed here.
+    The caller makes the folder where it also removes it, so that no interrupt falls between the
+    two. Its name holds this process's id: what a killed process left there is removed here.
     """
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,10 +45,8 @@ def _folder_beside(target: Path) -> tuple[Path, Path]:
         owner = left.name.removeprefix(f".{target.name}.").partition(".")[0]
         if owner.isdigit() and not _is_running(int(owner)):
             shutil.rmtree(left, ignore_errors=True)
-    prefix = f".{target.name}.{os.getpid()}."
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    folder.chmod(0o755)
-    return target, folder
+    unique = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    return target, target.with_name(unique)
 
 
 def _is_running(process: int) -> bool:
@@ -71,8 +71,9 @@ def _share(folder: Path) -> None:
 @contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target`; the file written there replaces it if the block succeeds."""
-    target, folder = _folder_beside(target)
+    target, folder = _names(target)
     try:
+        folder.mkdir()
         yield folder / target.name
         os.replace(folder / target.name, target)
     finally:

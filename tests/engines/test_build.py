@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -141,6 +142,21 @@ def test_an_operator_that_the_parser_does_not_know(rtx: None, own_bundle: Path) 
     assert engine_files(own_bundle) == []
 
 
+def group_ends(group: int) -> bool:
+    """Return whether a process group is gone, at the latest after ten seconds.
+
+    A worker that the signal met while it started is nobody's child any more when the command has
+    ended: it takes the system a moment to bury it.
+    """
+    for _ in range(200):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_ctrl_c_ends_the_worker_and_leaves_nothing(rtx: None, own_bundle: Path) -> None:
     code = "from fwl_export.cli.main import main; main()"
     with subprocess.Popen(
@@ -157,8 +173,7 @@ def test_ctrl_c_ends_the_worker_and_leaves_nothing(rtx: None, own_bundle: Path) 
                 break
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == 130
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert group_ends(process.pid), "the worker lives on"
     assert engine_files(own_bundle) == []
     assert manifest_engines(own_bundle) == []
     read_bundle(own_bundle).verify()

@@ -244,8 +244,7 @@ def external_data_locations(model_path: Path) -> set[str]:
         model = onnx.load(str(model_path), load_external_data=False)
     except DecodeError as error:
         raise BundleError(f"'{model_path}' is not an ONNX file ({error}); export again") from None
-    graphs = [model.graph]
-    tensors = [t for graph in graphs for t in graph.initializer]
+    tensors = list(model.graph.initializer)
     nodes = [*model.graph.node, *(n for f in model.functions for n in f.node)]
     tensors += [a.t for node in nodes for a in node.attribute if a.HasField("t")]
     return {entry.value for t in tensors for entry in t.external_data if entry.key == "location"}

@@ -66,7 +66,7 @@ def test_documents_name_no_private_path_or_host(path: Path) -> None:
     [
         "see /home/anna/notes",
         "in `/tmp/bundle`",
-        "(/work/main)",
+        "(/srv/models)",
         r"C:\models",
         "at 10.0.0.7:8000",
         "on build-3.corp",

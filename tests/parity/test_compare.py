@@ -124,5 +124,6 @@ def test_log_softmax_of_half_precision_is_computed_in_double() -> None:
     logits = np.array([[60000.0, 0.0], [-3.0, 4.0]], np.float16)
     found = log_softmax(logits)
     assert found.dtype == np.float64
+    # A handful of float64 roundings of 1.1e-16 each.
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-15)
     np.testing.assert_allclose(found[1, 0], -7 - math.log1p(math.exp(-7)), rtol=1e-15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -23,6 +24,12 @@ TINY = ModelConfig(
 )
 
 
+# An interval that is no multiple of MAX_TOKENS, so that calls end in all kinds of places.
+ANCHORED = dataclasses.replace(
+    TINY, fast_weights=dataclasses.replace(TINY.fast_weights, anchor_interval=12)
+)
+
+
 def tiny_tokenizer(size: int = VOCABULARY) -> Tokenizer:
     """Return a tokenizer of single characters, from the space on."""
     vocabulary = {chr(32 + i): i for i in range(size)}
@@ -31,10 +38,10 @@ def tiny_tokenizer(size: int = VOCABULARY) -> Tokenizer:
     return tokenizer
 
 
-def tiny_model(seed: int = 0) -> FWLModel:
+def tiny_model(seed: int = 0, config: ModelConfig = TINY) -> FWLModel:
     """Return a random model whose fast weights change its logits visibly."""
     torch.manual_seed(seed)
-    model = FWLModel(TINY).eval().requires_grad_(False)
+    model = FWLModel(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.copy_(torch.randn_like(parameter) * 0.25)
@@ -44,9 +51,9 @@ def tiny_model(seed: int = 0) -> FWLModel:
     return model
 
 
-def write_checkpoint(folder: Path, seed: int = 0) -> Path:
+def write_checkpoint(folder: Path, seed: int = 0, config: ModelConfig = TINY) -> Path:
     """Write a tiny checkpoint; returns its folder."""
-    save_checkpoint(folder, tiny_model(seed), tiny_tokenizer())
+    save_checkpoint(folder, tiny_model(seed, config), tiny_tokenizer())
     return folder
 
 
@@ -56,11 +63,12 @@ def write_bundle(folder: Path, checkpoint: Path, precision: str = "fp32") -> Pat
     return folder
 
 
-def shared_bundle(base: Path, precision: str) -> Path:
+def shared_bundle(base: Path, precision: str, config: ModelConfig = TINY) -> Path:
     """Return a tiny bundle in `base`, which test processes share; the first one writes it."""
-    folder = base / f"tiny-{precision}"
-    with FileLock(base / f"tiny-{precision}.lock"):
+    name = f"{'tiny' if config is TINY else 'anchored'}-{precision}"
+    folder = base / name
+    with FileLock(base / f"{name}.lock"):
         if not folder.exists():
-            checkpoint = write_checkpoint(base / f"checkpoint-{precision}")
+            checkpoint = write_checkpoint(base / f"checkpoint-{name}", config=config)
             write_bundle(folder, checkpoint, precision)
     return folder

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.bundles import shared_bundle
+from fwl_export.model.config import ModelConfig
+from tests.bundles import ANCHORED, TINY, shared_bundle
 
 # The same examples in every run; `pytest --hypothesis-profile=explore` looks for new ones.
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
@@ -34,11 +35,11 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
-def _shared(factory: pytest.TempPathFactory, precision: str) -> Path:
+def _shared(factory: pytest.TempPathFactory, precision: str, config: ModelConfig = TINY) -> Path:
     base = factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         base = base.parent  # of this worker: all workers share the folder above
-    return shared_bundle(base, precision)
+    return shared_bundle(base, precision, config)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +52,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model with float16 activations."""
     return _shared(tmp_path_factory, "fp16")
+
+
+@pytest.fixture(scope="session")
+def anchored_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in float32, with gradients at an anchor."""
+    return _shared(tmp_path_factory, "fp32", ANCHORED)
 
 
 @pytest.fixture

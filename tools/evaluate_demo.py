@@ -5,13 +5,16 @@ same network trained while adapting. The rows:
 
     a   plain, standard inference
     b   fwl with adaptation off: its slow weights
-    c   fwl adapting with its learned decay, never reset
-    c'  the weights of c in the paper's form (sums only grow), at the best reset interval
+    c   fwl adapting, gradients at the weights as they were at the last anchor, never reset
+    c0  fwl adapting as it was trained: gradients at the slow weights, learned decay
+    c'  the weights of c0 in the paper's form (sums only grow), at the best reset interval
     d   plain with dynamic evaluation: an SGD step on all weights after each segment
 
-Reset interval, segment and learning rate are chosen on the validation play. Perplexity is per
-BPE token, over all tokens of the test stream but the first; time and operations are relative
-to (a) on the same blocks of text. Run it alone on the machine: it times on one thread.
+Reset interval, segment and learning rate are chosen on the validation play, and so are two
+factors of (c): of its step sizes and of its horizon. Perplexity is per BPE token, over all
+tokens of the test stream but the first; time and operations are relative to (a) on the same
+blocks of text. Run it alone on the machine: it times on one thread. The model of (c) is
+written to OUT/checkpoint.
 
     python tools/evaluate_demo.py --plain runs/plain --fwl runs/fwl --data runs/data -o runs/eval
 
@@ -51,7 +54,7 @@ from rich.progress import (
 from torch import Tensor
 
 from fwl_export.errors import CheckpointError, FwlError, OutputExistsError
-from fwl_export.model.checkpoint import Checkpoint, load_checkpoint
+from fwl_export.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fwl_export.model.language_model import FWLModel
 from tools import demo_data
 from tools.evaluation_report import growth, mean_difference, plot_perplexity, results_markdown
@@ -62,6 +65,7 @@ from tools.stream_readers import (
     Losses,
     PlainReader,
     Reader,
+    anchored,
     count_flops,
     iterate_losses,
     minimize_on_grid,
@@ -70,7 +74,7 @@ from tools.stream_readers import (
     seconds_per_block,
 )
 
-ROWS = ("a", "b", "c", "c'", "d")
+ROWS = ("a", "b", "c", "c0", "c'", "d")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Plan:
       tuning_tokens: of the validation text, for the choice of (d)'s segment.
       segments: tried for (d).
       reset_intervals: tried for (c'); None means never.
+      anchor_interval: of (c), in tokens.
       bin_tokens: tokens per point of the curves.
       timing_blocks: blocks of 256 tokens, timed; decode blocks have 32 and are half as many.
     """
@@ -92,15 +97,22 @@ class Plan:
     tuning_tokens: int = 15_000
     segments: tuple[int, ...] = (128, 64, 32, 16)
     reset_intervals: tuple[int | None, ...] = (256, 512, 1024, 2048, 4096, None)
+    anchor_interval: int = CHUNK
     bin_tokens: int = 4000
     timing_blocks: int = 32
 
 
-QUICK = Plan(2000, 1500, 600, (128, 64), (256, None), 500, 4)
+QUICK = Plan(2000, 1500, 600, (128, 64), (256, None), CHUNK, 500, 4)
+
+# Whose losses are compared token by token.
+ROW_PAIRS = (("b", "a"), ("c", "a"), ("c0", "a"), ("c'", "a"), ("d", "a"), ("c", "c0"), ("c", "d"))
 
 # (d): first guess of the learning rate, and the ratios of the coarse and of the fine grid.
 FIRST_LEARNING_RATE = 0.3
 COARSE, FINE = 10**0.5, 10**0.25
+# (c): first guess of the factors of step sizes and horizon, and the ratios of their grids.
+FIRST_STEP_FACTOR, STEP_RATIO = 0.35, 2**0.5
+FIRST_HORIZON_FACTOR, HORIZON_RATIO = 64.0, 4.0
 DECODE_BLOCK = 32
 WARM_UP = 2
 
@@ -209,10 +221,13 @@ def evaluate(
       Results; write_json makes JSON of them.
     """
     stream = torch.cat(list(plays.values()))
+    anchor = work.part("anchor-tuning", lambda: tune_anchor(fwl, validation, plan, work))
+    read = anchored(fwl, plan.anchor_interval, anchor["step_factor"], anchor["horizon_factor"])
     losses = {
         "a": work.losses("a", "(a) plain", PlainReader(plain), stream, CHUNK),
         "b": work.losses("b", "(b) adaptation off", PlainReader(fwl), stream, CHUNK),
-        "c": work.losses("c", "(c) adapting", AdaptingReader(fwl), stream, CHUNK),
+        "c": work.losses("c", "(c) adapting", AdaptingReader(read), stream, CHUNK),
+        "c0": work.losses("c0", "(c0) adapting, no anchor", AdaptingReader(fwl), stream, CHUNK),
     }
     resets = work.part("reset-tuning", lambda: tune_reset(fwl, validation, plan, work))
     reset_every = resets["chosen"]
@@ -222,7 +237,14 @@ def evaluate(
     segment, rate = dynamic["segment"], dynamic["learning_rate"]
     reader = DynamicReader(plain, segment, rate)
     losses["d"] = work.losses("d", "(d) dynamic evaluation", reader, stream, segment)
-    cost = work.part("cost", lambda: measure_cost(plain, fwl, stream, segment, rate, plan, work))
+    readers: dict[str, Callable[[], Reader]] = {
+        "a": lambda: PlainReader(plain),
+        "b": lambda: PlainReader(fwl),
+        "c": lambda: AdaptingReader(read),
+        "c0": lambda: AdaptingReader(fwl),
+        "d": lambda: DynamicReader(plain, segment, rate),
+    }
+    cost = work.part("cost", lambda: measure_cost(readers, stream, segment, plan, work))
     return {
         "tokens": {
             "test": {name: len(play) for name, play in plays.items()},
@@ -230,7 +252,7 @@ def evaluate(
             "validation": len(validation),
         },
         "rows": {row: _row(losses[row], plays) for row in ROWS},
-        "tuning": {"reset": resets, "dynamic": dynamic},
+        "tuning": {"anchor": anchor, "reset": resets, "dynamic": dynamic},
         "cost": cost,
         "position": _over_position(losses, plan.bin_tokens),
     }
@@ -253,8 +275,7 @@ def _over_position(losses: Mapping[str, Losses], size: int) -> dict[str, Any]:
         "mean_loss": {row: means.tolist() for row, means in bins.items()},
         "growth_c_against_a": growth(losses["c"] - losses["a"], size),
         "log_perplexity_difference": {
-            f"{row} - {other}": mean_difference(bins[row] - bins[other])
-            for row, other in (("b", "a"), ("c", "a"), ("c'", "a"), ("d", "a"), ("c", "d"))
+            f"{row} - {other}": mean_difference(bins[row] - bins[other]) for row, other in ROW_PAIRS
         },
     }
 
@@ -263,6 +284,38 @@ def _bin_means(losses: Losses, size: int) -> npt.NDArray[np.float64]:
     whole = len(losses) // size * size
     means: npt.NDArray[np.float64] = losses[:whole].astype(np.float64).reshape(-1, size).mean(1)
     return means
+
+
+def tune_anchor(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> dict[str, Any]:
+    """Choose the factors of (c) on the validation text: one, the other, the first again."""
+    trials: list[dict[str, Any]] = []
+
+    def trial(step_factor: float, horizon_factor: float) -> float:
+        name = f"anchor {plan.anchor_interval}, steps x {step_factor:g}, H x {horizon_factor:g}"
+        reader = AdaptingReader(anchored(model, plan.anchor_interval, step_factor, horizon_factor))
+        part = f"validation-anchor-{plan.anchor_interval}-{step_factor:g}-{horizon_factor:g}"
+        losses = work.losses(part, name, reader, text, CHUNK)
+        found = {
+            "step_factor": step_factor,
+            "horizon_factor": horizon_factor,
+            "perplexity": perplexity(losses),
+        }
+        if found not in trials:
+            trials.append(found)
+        return perplexity(losses)
+
+    step, horizon = FIRST_STEP_FACTOR, FIRST_HORIZON_FACTOR
+    step, _ = minimize_on_grid(lambda s: trial(s, horizon), step, STEP_RATIO)
+    horizon, _ = minimize_on_grid(lambda h: trial(step, h), horizon, HORIZON_RATIO)
+    step, interior = minimize_on_grid(lambda s: trial(s, horizon), step, STEP_RATIO)
+    return {
+        "tokens": len(text),
+        "interval": plan.anchor_interval,
+        "step_factor": step,
+        "horizon_factor": horizon,
+        "step_factor_is_interior": interior,
+        "trials": trials,
+    }
 
 
 def tune_reset(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> dict[str, Any]:
@@ -340,27 +393,25 @@ def _or_infinity(value: float | None) -> float:
 
 
 def measure_cost(
-    plain: FWLModel,
-    fwl: FWLModel,
+    readers: Mapping[str, Callable[[], Reader]],
     stream: Tensor,
     segment: int,
-    rate: float,
     plan: Plan,
     work: Workspace,
 ) -> dict[str, Any]:
-    """Measure seconds and count operations of the rows on the same blocks of text."""
-    work.console.print("cost: timing on one thread, blocks of (a) (b) (c) (d) in turn")
+    """Measure seconds and count operations of the rows on the same blocks of text.
+
+    Args:
+      readers: start a stream; by row.
+      stream: [N] int64.
+      segment: tokens per call of (d).
+      plan: how much to measure.
+      work: shows progress.
+    """
+    work.console.print(f"cost: timing on one thread, blocks of ({') ('.join(readers)}) in turn")
     block = math.lcm(CHUNK, segment)
-    chunked: dict[str, tuple[Reader, int]] = {
-        "a": (PlainReader(plain), CHUNK),
-        "b": (PlainReader(fwl), CHUNK),
-        "c": (AdaptingReader(fwl), CHUNK),
-        "d": (DynamicReader(plain, segment, rate), segment),
-    }
-    decode: dict[str, tuple[Reader, int]] = {
-        "a": (PlainReader(plain), 1),
-        "c": (AdaptingReader(fwl), 1),
-    }
+    chunked = {row: (start(), segment if row == "d" else CHUNK) for row, start in readers.items()}
+    decode = {row: (readers[row](), 1) for row in ("a", "c", "c0")}
     decode_blocks = max(2, plan.timing_blocks // 2)
     return {
         "load_average_before": os.getloadavg()[0],
@@ -465,7 +516,11 @@ def run(plain: Path, fwl: Path, data: Path, output: Path, plan: Plan) -> None:
     }
     work = Workspace(output / "partial", settings)
     results = evaluate(first.model, second.model, plays, validation, plan, work)
-    layer = second.model.fast_weights
+    tuned = results["tuning"]["anchor"]
+    factors = tuned["step_factor"], tuned["horizon_factor"]
+    read = anchored(second.model, tuned["interval"], *factors)
+    layer = read.fast_weights
+    save_checkpoint(output / "checkpoint", read, second.tokenizer)
     results |= {
         "parameters": sum(p.numel() for p in first.model.parameters()),
         "fwl": {
@@ -473,7 +528,7 @@ def run(plain: Path, fwl: Path, data: Path, output: Path, plan: Plan) -> None:
             "horizon": layer.horizon.item() if layer.config.decay == "learned" else None,
             "loss_normalizer": layer.config.loss_normalizer,
         },
-        "config": second.config.to_dict(),
+        "config": read.config.to_dict(),
         "settings": settings,
         "machine": machine(),
         "command": shlex.join(["python", *sys.argv]),
@@ -483,7 +538,9 @@ def run(plain: Path, fwl: Path, data: Path, output: Path, plan: Plan) -> None:
     results = json.loads((output / "results.json").read_text())
     (output / "results.md").write_text(results_markdown(results))
     plot_perplexity(results, output)
-    work.console.print(f"wrote {output / 'results.json'}, results.md, perplexity.png and .svg")
+    work.console.print(
+        f"wrote {output / 'results.json'}, results.md, perplexity.png and .svg, checkpoint"
+    )
 
 
 def main(

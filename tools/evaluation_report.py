@@ -19,7 +19,7 @@ END_TOKENS = 10_000
 LABEL_HEIGHT = 0.16
 
 # Okabe and Ito's colours: told apart by colour-blind readers.
-COLORS = {"a": "#555555", "c": "#0072B2", "c'": "#D55E00", "d": "#009E73"}
+COLORS = {"a": "#555555", "c": "#0072B2", "c0": "#CC79A7", "c'": "#D55E00", "d": "#009E73"}
 
 
 def growth(difference: npt.NDArray[Any], bin_tokens: int) -> dict[str, Any]:
@@ -81,7 +81,8 @@ def row_names(results: Mapping[str, Any]) -> dict[str, str]:
     return {
         "a": "plain",
         "b": "FWL, adaptation off",
-        "c": "FWL, adapting",
+        "c": f"FWL, adapting, anchor every {results['tuning']['anchor']['interval']}",
+        "c0": "FWL, adapting, no anchor",
         "c'": f"FWL, no decay, {f'reset every {reset}' if reset else 'never reset'}",
         "d": f"plain, dynamic evaluation every {dynamic['segment']}",
     }
@@ -101,8 +102,8 @@ def _table(results: Mapping[str, Any]) -> list[str]:
         "|---" * (6 + len(plays) - 1) + "|",
     ]
     for row, result in results["rows"].items():
-        # The paper's form does the same work as (c).
-        cost = "c" if row == "c'" else row
+        # The paper's form does the same work as (c0).
+        cost = "c0" if row == "c'" else row
         chunk = results["cost"]["chunk"]["rows"][cost]
         decode = results["cost"]["decode"]["rows"].get(cost)
         cells = [
@@ -120,15 +121,16 @@ def _table(results: Mapping[str, Any]) -> list[str]:
 def _notes(results: Mapping[str, Any]) -> list[str]:
     tokens, machine, cost = results["tokens"], results["machine"], results["cost"]
     chunk, decode = cost["chunk"], cost["decode"]
-    base = chunk["rows"]["a"]
+    base, anchor = chunk["rows"]["a"], results["tuning"]["anchor"]
     paragraphs = [
         f"Perplexity per token over {tokens['predicted']} tokens, read as one stream with nothing "
-        f"reset between the plays; {results['parameters'] / 1e6:.2f} M parameters. Step sizes are "
-        f"the checkpoint's; horizon {_number(results['fwl']['horizon'])} tokens.",
+        f"reset between the plays; {results['parameters'] / 1e6:.2f} M parameters. (c) has the "
+        f"trained step sizes x {anchor['step_factor']:g} and horizon x "
+        f"{anchor['horizon_factor']:g}: {_number(results['fwl']['horizon'])} tokens.",
         f"Time and FLOPs (of matrix products) are relative to (a), in calls of "
         f"{base['tokens_per_call']} tokens ((d): of its segment), medians over {chunk['blocks']} "
         f"paired blocks of {chunk['block_tokens']} tokens; decode: time in calls of 1 token, "
-        f"{decode['blocks']} blocks of {decode['block_tokens']}. (c') costs what (c) does. (a) "
+        f"{decode['blocks']} blocks of {decode['block_tokens']}. (c') costs what (c0) does. (a) "
         f"takes {base['milliseconds_per_token']:.3f} ms per token, "
         f"{decode['rows']['a']['milliseconds_per_token']:.2f} ms in decode. {machine['cpu']}, "
         f"{machine['threads']} thread, torch {machine['torch']}.",
@@ -165,13 +167,23 @@ def _position_notes(position: Mapping[str, Any]) -> list[str]:
 
 
 def _tuning_tables(results: Mapping[str, Any]) -> list[str]:
-    reset, dynamic = results["tuning"]["reset"], results["tuning"]["dynamic"]
+    anchor, reset, dynamic = (results["tuning"][row] for row in ("anchor", "reset", "dynamic"))
     lines = [
         f"Tuned on {results['tokens']['validation']} validation tokens. Chosen: reset "
         f"{reset['chosen'] or 'never'}; segment {dynamic['segment']},",
         f"learning rate {dynamic['learning_rate']:g}"
         + ("" if dynamic["learning_rate_is_interior"] else " (at the edge of the grid)")
         + (", the smallest segment tried." if dynamic["segment_is_smallest_tried"] else "."),
+        "",
+        f"| steps x | horizon x | perplexity, anchor every {anchor['interval']} |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {trial['step_factor']:g} | {trial['horizon_factor']:g} "
+        f"| {_number(trial['perplexity'])} |"
+        for trial in anchor["trials"]
+    ]
+    lines += [
         "",
         "| reset every | perplexity |",
         "|---|---|",

@@ -111,19 +111,26 @@ class AdaptingReader:
         fresh = state.zeros(self._streaming.specs, 1)
         self._state = [torch.from_numpy(array) for array in fresh.values()]
         self._reset_every = reset_every
+        self._anchor_interval = model.config.fast_weights.anchor_interval
         self._read = 0
 
     @torch.no_grad()
     def read(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Read on, see `Reader.read`; a label is learned from when it comes as an input."""
-        length = inputs.shape[1]
-        self._reset_if_due(length)
-        logits: Tensor
-        logits, *self._state = self._streaming(
-            inputs, torch.ones(1, length), torch.tensor([length]), *self._state
-        )
-        self._read += length
-        return logits
+        self._reset_if_due(inputs.shape[1])
+        parts = []
+        while inputs.shape[1]:
+            length = inputs.shape[1]
+            if self._anchor_interval:
+                length = min(length, self._anchor_interval - self._read % self._anchor_interval)
+            logits: Tensor
+            logits, *self._state = self._streaming(
+                inputs[:, :length], torch.ones(1, length), torch.tensor([length]), *self._state
+            )
+            parts.append(logits)
+            self._read += length
+            inputs = inputs[:, length:]
+        return torch.cat(parts, 1)
 
     def _reset_if_due(self, length: int) -> None:
         if self._reset_every is None:
@@ -141,12 +148,30 @@ class AdaptingReader:
 
 
 def paper_form(model: FWLModel) -> FWLModel:
-    """Return a model with the same weights and step sizes whose sums only grow (decay 1)."""
-    layer = dataclasses.replace(model.config.fast_weights, decay="none")
+    """Return a model with the same weights and step sizes whose sums only grow (decay 1), with
+    gradients at the slow weights.
+    """
+    layer = dataclasses.replace(model.config.fast_weights, decay="none", anchor_interval=0)
     pure = FWLModel(dataclasses.replace(model.config, fast_weights=layer))
     weights = {k: v for k, v in model.state_dict().items() if k != "fast_weights.horizon"}
     pure.load_state_dict(weights)
     return pure.eval()
+
+
+def anchored(model: FWLModel, interval: int, step_factor: float, horizon_factor: float) -> FWLModel:
+    """Return a model with the same weights that takes its gradients at an anchor.
+
+    What was learned is then not learned again, so it can be kept for longer: `horizon_factor`
+    and `step_factor` multiply the learned horizon and all step sizes.
+    """
+    layer = dataclasses.replace(model.config.fast_weights, anchor_interval=interval)
+    read = FWLModel(dataclasses.replace(model.config, fast_weights=layer))
+    read.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        read.fast_weights.horizon.mul_(horizon_factor)
+        for step in read.fast_weights.steps.values():
+            step.mul_(step_factor)
+    return read.eval()
 
 
 def iterate_losses(reader: Reader, tokens: Tensor, chunk: int) -> Iterator[Losses]:

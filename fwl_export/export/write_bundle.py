@@ -50,7 +50,8 @@ def export_bundle(
       output: the bundle; must not exist unless `force`.
       precision: "fp32" or "fp16".
       opset: of the ONNX file.
-      max_tokens: largest number of tokens per call; longer reads are split.
+      max_tokens: largest number of tokens per call; longer reads are split. Never more than
+        the model's anchor interval.
       force: replace what is at `output`.
       include_checkpoint: put the PyTorch weights in, which the torch backend and `check` read.
       progress: called with what is being done.
@@ -67,6 +68,8 @@ def export_bundle(
     check_output(output, force)
     progress("reading the checkpoint")
     loaded = load_checkpoint(checkpoint)
+    if interval := loaded.config.fast_weights.anchor_interval:
+        max_tokens = min(max_tokens, interval)  # no call may cross an anchor
     with replaced_folder(output) as folder:
         progress("tracing the model (10 to 30 s)")
         model_path = folder / bundles.MODEL_FILE

@@ -17,6 +17,9 @@ from fwl_export.errors import ConfigError
 
 SCHEMA_VERSION = 1
 
+# Keys that older files of this schema lack; their defaults mean what those files meant.
+_ADDED_LATER = ("anchor_interval",)
+
 _Dataclass = typing.TypeVar("_Dataclass")
 
 
@@ -71,6 +74,10 @@ class FastWeightsConfig:
       loss_normalizer: the constant N of the loss; step sizes are divided by it.
       decay: "learned": sums decay by exp(-weight / horizon) per token, with the learned
         horizon in the checkpoint; "none": sums only grow, as in the paper.
+      anchor_interval: gradients are taken at the weights as they had become at the last
+        position divisible by this (the *anchor*), so that what was learned is not learned
+        again (an extension, as in mini-batch test-time training, arXiv 2407.04620);
+        0: at the slow weights, as in the paper.
     """
 
     input_size: int = 192
@@ -82,12 +89,17 @@ class FastWeightsConfig:
     norm_epsilon: float = 1e-6
     loss_normalizer: float = 1.0
     decay: Literal["learned", "none"] = "learned"
+    anchor_interval: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "input_size", "hidden_size", "output_size", "loss_normalizer")
         if not 0 <= self.norm_epsilon < math.inf:
             raise ConfigError(
                 f"fast_weights.norm_epsilon is {self.norm_epsilon}; expected 0 or more"
+            )
+        if self.anchor_interval < 0:
+            raise ConfigError(
+                f"fast_weights.anchor_interval is {self.anchor_interval}; expected 0 or more"
             )
         if self.step_size_shape == "input" and self.step_sizes == "per_layer":
             raise ConfigError(
@@ -152,6 +164,8 @@ def _build(cls: type[_Dataclass], data: Any, source: str, prefix: str) -> _Datac
             )
     values: dict[str, Any] = {}
     for key, hint in hints.items():
+        if key not in data and key in _ADDED_LATER:
+            continue
         if key not in data:
             raise ConfigError(f"{source}: key '{prefix}{key}' is missing")
         if dataclasses.is_dataclass(hint):

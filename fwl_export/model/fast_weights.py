@@ -6,7 +6,8 @@ a = h W1 + b1, r = relu(a)^2, m = r W2 + b2, n = norm(m), z = gamma n + beta, p 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,17 @@ FAST_TENSORS = ("up.kernel", "up.bias", "down.kernel", "down.bias", "norm.scale"
 DENSE_BIASES = ("up.bias", "down.bias")
 
 
+Sums = Mapping[str, Tensor]
+
+
 class SlowPass(NamedTuple):
-    """What the slow pass leaves for the gradient; [B, T, size] each.
+    """What the slow pass leaves for the gradient and for the fast pass; [B, T, size] each.
+
+    With an anchor, all but `hidden` and `base` are of the anchored weights.
 
     Attributes:
       hidden: the backbone's output h, size input_size.
+      base: h W1 + b1 with the slow weights, size hidden_size.
       up: a = h W1 + b1, before the activation, size hidden_size.
       normed: n, size output_size.
       inv_std: 1 / sigma of the norm, size 1, float32 or better.
@@ -32,6 +39,7 @@ class SlowPass(NamedTuple):
     """
 
     hidden: Tensor
+    base: Tensor
     up: Tensor
     normed: Tensor
     inv_std: Tensor
@@ -99,13 +107,61 @@ class FastWeights(nn.Module):
         inv_std = torch.rsqrt(variance + self.config.norm_epsilon)
         return centered * inv_std, inv_std
 
-    def slow(self, hidden: Tensor) -> SlowPass:
-        """Run the layer with its slow weights on hidden states [B, T, input]."""
-        up = hidden @ self.up_kernel + self.up_bias
-        down = squared_relu(up) @ self.down_kernel + self.down_bias
-        normed, inv_std = self.normalize(wide(down))
-        output = normed * self.norm_scale + self.norm_bias
-        return SlowPass(hidden, up, normed.to(hidden.dtype), inv_std, output.to(hidden.dtype))
+    def learned(self, tensor: str, query: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what was learned in a kernel, as seen by a query: its share of q W.
+
+        Args:
+          tensor: "up.kernel" or "down.kernel".
+          query: [B, T, input features].
+          read: multiplies a query with the sum of that kernel's gradients, [B, T, columns].
+        """
+        step = self.scaled_step(tensor)
+        if step.ndim:  # one per input feature: the ratios go to the query, where they fit
+            ratio = step / step.abs().max().clamp_min(torch.finfo(step.dtype).tiny)
+            query, step = (wide(query) * ratio).to(query.dtype), step.abs().max()
+        return step * wide(read(query))
+
+    def slow(self, hidden: Tensor, anchor: Sums | None = None) -> SlowPass:
+        """Run the layer with its slow weights, or those of the anchor.
+
+        Args:
+          hidden: [B, T, input].
+          anchor: the sums of gradients [B, ...] whose steps the weights include; None = none.
+        """
+        base = hidden @ self.up_kernel + self.up_bias
+        scale: Tensor = self.norm_scale
+        bias: Tensor = self.norm_bias
+        if anchor is None:
+            up = base
+            down = wide(squared_relu(up) @ self.down_kernel + self.down_bias)
+        else:
+            kind = hidden.dtype
+
+            def matrix(name: str, query: Tensor) -> Tensor:
+                return self.learned(name, query, lambda q: wide(q) @ anchor[name])
+
+            def vector(name: str) -> Tensor:
+                return self._learned_vector(name, anchor.get(name))
+
+            up = (wide(base) - matrix("up.kernel", hidden) - vector("up.bias")).to(kind)
+            activated = squared_relu(up)
+            down = wide(activated @ self.down_kernel + self.down_bias)
+            down = down - matrix("down.kernel", activated) - vector("down.bias")
+            scale, bias = self._anchored_scale(anchor), bias - vector("norm.bias")
+        normed, inv_std = self.normalize(down)
+        output = (normed * scale + bias).to(hidden.dtype)
+        return SlowPass(hidden, base, up, normed.to(hidden.dtype), inv_std, output)
+
+    def _learned_vector(self, name: str, total: Tensor | None) -> Tensor:
+        """Return step size x sum, [B, 1, size]; zero where the tensor does not learn."""
+        if total is None:
+            return torch.zeros((), dtype=wide(self.norm_bias).dtype, device=self.norm_bias.device)
+        return self.scaled_step(name) * total[:, None]
+
+    def _anchored_scale(self, anchor: Sums | None) -> Tensor:
+        if anchor is None:
+            return wide(self.norm_scale)
+        return wide(self.norm_scale) - self._learned_vector("norm.scale", anchor["norm.scale"])
 
     def logits(self, output: Tensor) -> Tensor:
         """Return z U + c: [B, T, output] -> [B, T, V]."""
@@ -116,7 +172,12 @@ class FastWeights(nn.Module):
         return torch.softmax(wide(logits), -1).to(logits.dtype) @ self.unembed
 
     def gradients(
-        self, slow: SlowPass, expected: Tensor, labels: Tensor, weights: Tensor
+        self,
+        slow: SlowPass,
+        expected: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        anchor: Sums | None = None,
     ) -> Gradients:
         """Return the unnormalised loss gradients of each position.
 
@@ -125,10 +186,11 @@ class FastWeights(nn.Module):
           expected: [B, T, output] from `expected_embedding`.
           labels: [B, T] int64, the token that followed.
           weights: [B, T], 1 to learn from it, 0 not to.
+          anchor: see `slow`; the gradient goes back through these weights.
         """
         surprise = wide(expected) - wide(F.embedding(labels, self.unembed))
         norm_bias = surprise * weights[..., None]
-        at_normed = norm_bias * wide(self.norm_scale)
+        at_normed = norm_bias * self._anchored_scale(anchor)
         normed = wide(slow.normed)
         down = slow.inv_std * (
             at_normed
@@ -136,8 +198,44 @@ class FastWeights(nn.Module):
             - normed * (at_normed * normed).mean(-1, keepdim=True)
         )
         at_activated = wide(down.to(slow.up.dtype) @ self.down_kernel.T)
+        if anchor is not None:
+            back = down @ anchor["down.kernel"].transpose(1, 2)
+            at_activated = at_activated - back * self.scaled_step("down.kernel")
         up = at_activated * (2 * torch.relu(wide(slow.up)))
         return Gradients(up, down, norm_bias * normed, norm_bias)
+
+    def fast(
+        self, slow: SlowPass, before: SlowPass, gradients: Gradients, sums: GradientSums
+    ) -> Tensor:
+        """Learn from the gradients, then run the layer with its fast weights.
+
+        Args:
+          slow: the slow pass of the positions that are read.
+          before: that of the positions before each, to which `gradients` belong.
+          gradients: of the positions before.
+          sums: to which the gradients are added, and from which the positions read.
+
+        Returns:
+          z, [B, T, output].
+        """
+        kind = slow.hidden.dtype
+
+        def matrix(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self.learned(name, query, lambda q: sums.matrix(name, q, key, value))
+
+        def vector(name: str, value: Tensor) -> Tensor | float:
+            if name in DENSE_BIASES and not self.config.update_dense_bias:
+                return 0.0
+            return self.scaled_step(name) * sums.vector(name, value)
+
+        up = wide(slow.base) - matrix("up.kernel", slow.hidden, before.hidden, gradients.up)
+        activated = squared_relu(up - vector("up.bias", gradients.up)).to(kind)
+        down = wide(activated @ self.down_kernel + self.down_bias)
+        down = down - matrix("down.kernel", activated, squared_relu(before.up), gradients.down)
+        normed, _ = self.normalize(down - vector("down.bias", gradients.down))
+        scale = self.norm_scale - vector("norm.scale", gradients.norm_scale)
+        bias = self.norm_bias - vector("norm.bias", gradients.norm_bias)
+        return (normed * scale + bias).to(kind)
 
     def parallel(
         self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None, chunk: int = 256
@@ -151,92 +249,111 @@ class FastWeights(nn.Module):
           hidden: [B, T, input] of the backbone.
           labels: [B, T] int64, the next token of each position.
           weights: [B, T] of each position's own gradient; None means 1 everywhere.
-          chunk: positions handled by one masked matrix product.
+          chunk: positions handled by one masked matrix product, at most.
 
         Returns:
-          Logits with fast weights [B, T, V] and with the slow weights alone [B, T, V].
+          Logits with fast weights [B, T, V] and with the slow weights alone, or those of the
+          anchor, [B, T, V].
         """
         if weights is None:
             weights = torch.ones_like(labels, dtype=hidden.dtype)
-        slow = self.slow(hidden)
-        slow_logits = self.logits(slow.output)
-        grads = self.gradients(slow, self.expected_embedding(slow_logits), labels, weights)
-        log_decay = self.log_decay(weights)
-        activated = squared_relu(slow.up)
-        sums: dict[str, Tensor] = {}
-        outputs = []
-        for start in range(0, labels.shape[1], chunk):
-            part = slice(start, start + chunk)
-            now = _ExclusiveSums(sums, log_decay[:, part])
-            up, down = grads.up[:, part], grads.down[:, part]
-            fast_up = slow.up[:, part] - now.matrix(
-                "up.kernel",
-                hidden[:, part] * self.scaled_step("up.kernel"),
-                hidden[:, part],
-                up,
+        interval = self.config.anchor_interval
+        # As in the streaming form, each position comes with the gradient of the one before.
+        known = F.pad(labels[:, :-1], (1, 0))
+        taught = F.pad(weights[:, :-1], (1, 0))
+        totals: dict[str, Tensor] = {}
+        anchor: Sums | None = None
+        last: tuple[SlowPass, Tensor] | None = None
+        outputs, slow_outputs = [], []
+        start = 0
+        while start < labels.shape[1]:
+            stop = min(start + chunk, labels.shape[1])
+            if interval:
+                stop = min(stop, (start // interval + 1) * interval)
+                if start and start % interval == 0:
+                    anchor = dict(totals)
+            part = slice(start, stop)
+            slow = self.slow(hidden[:, part], anchor)
+            slow_logits = self.logits(slow.output)
+            expected = self.expected_embedding(slow_logits)
+            now = (slow, expected)
+            before, expected_before = _one_later(last, now)
+            gradients = self.gradients(
+                before, expected_before, known[:, part], taught[:, part], anchor
             )
-            if self.config.update_dense_bias:
-                fast_up = fast_up - self.scaled_step("up.bias") * now.vector("up.bias", up)
-            fast_act = squared_relu(fast_up)
-            fast_down = (
-                fast_act @ self.down_kernel
-                + self.down_bias
-                - now.matrix(
-                    "down.kernel",
-                    fast_act * self.scaled_step("down.kernel"),
-                    activated[:, part],
-                    down,
-                )
-            )
-            if self.config.update_dense_bias:
-                fast_down = fast_down - self.scaled_step("down.bias") * now.vector(
-                    "down.bias", down
-                )
-            normed, _ = self.normalize(fast_down)
-            scale = self.norm_scale - self.scaled_step("norm.scale") * now.vector(
-                "norm.scale", grads.norm_scale[:, part]
-            )
-            bias = self.norm_bias - self.scaled_step("norm.bias") * now.vector(
-                "norm.bias", grads.norm_bias[:, part]
-            )
-            outputs.append(normed * scale + bias)
-        return self.logits(torch.cat(outputs, 1)), slow_logits
+            sums = _DecayedSums(totals, self.log_decay(taught[:, part]))
+            outputs.append(self.fast(slow, before, gradients, sums))
+            slow_outputs.append(slow_logits)
+            last, start = now, stop
+        return self.logits(torch.cat(outputs, 1)), torch.cat(slow_outputs, 1)
 
 
-class _ExclusiveSums:
-    """Decayed sums over all earlier positions, for one chunk of positions.
-
-    A position reads the gradients of the positions before it, never its own. Gradient j,
-    read at i, has faded by the decays of gradients j+1 ... i-1, which were added after it.
-    """
-
-    def __init__(self, sums: dict[str, Tensor], log_decay: Tensor) -> None:
-        size = log_decay.shape[1]
-        after = log_decay.cumsum(1)
-        before = F.pad(after[:, :-1], (1, 0))
-        earlier = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril(-1)
-        exponent = before[:, :, None] - after[:, None, :]
-        self._mask = torch.exp(exponent.masked_fill(~earlier, -torch.inf))  # [B, C, C]
-        self._read = torch.exp(before)[..., None]  # of the sums at the chunk's start
-        self._keep = torch.exp(after[:, -1:] - after)[..., None]  # to the chunk's end
-        self._total = torch.exp(after[:, -1:])[..., None]
-        self._sums = sums
+class GradientSums(Protocol):
+    """Sums of gradients over the positions so far, faded by the decay: update, then read."""
 
     def matrix(self, name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return sum_j (query . key_j) value_j and add this chunk to the named sum."""
-        result = ((query @ key.transpose(1, 2)) * self._mask) @ value
-        past = self._sums.get(name)
-        added = key.transpose(1, 2) @ (value * self._keep)
-        if past is not None:
-            result = result + (query @ past) * self._read
-            added = added + past * self._total
-        self._sums[name] = added
+        """Add key (outer) value of each position to a sum; return query x sum, [B, T, Dv]."""
+
+    def vector(self, name: str, value: Tensor) -> Tensor:
+        """Add value of each position to a sum; return the sum at each position, [B, T, Dv]."""
+
+
+class _DecayedSums:
+    """`GradientSums` of one chunk of positions, differentiable; `totals` is carried on."""
+
+    def __init__(self, totals: dict[str, Tensor], log_decay: Tensor) -> None:
+        size = log_decay.shape[1]
+        faded = log_decay.cumsum(1)
+        so_far = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril()
+        exponent = faded[:, :, None] - faded[:, None, :]
+        self._mask = torch.exp(exponent.masked_fill(~so_far, -torch.inf))  # [B, C, C]
+        self._read = torch.exp(faded)[..., None]  # of the sums at the chunk's start
+        self._keep = torch.exp(faded[:, -1:] - faded)[..., None]  # to the chunk's end
+        self._total = torch.exp(faded[:, -1:])[..., None]
+        self._totals = totals
+
+    def matrix(self, name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        past = self._totals.get(name)
+        result, self._totals[name] = self._add_and_read(past, query, key, value)
         return result
 
     def vector(self, name: str, value: Tensor) -> Tensor:
-        """Return sum_j value_j and add this chunk to the named sum."""
+        past = self._totals.get(name)
+        past = None if past is None else past[:, None]
         ones = value.new_ones(*value.shape[:2], 1)
-        return self.matrix(name, ones, ones, value)
+        result, total = self._add_and_read(past, ones, ones, value)
+        self._totals[name] = total[:, 0]
+        return result
+
+    def _add_and_read(
+        self, past: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        result = ((query @ key.transpose(1, 2)) * self._mask) @ value
+        total = key.transpose(1, 2) @ (value * self._keep)
+        if past is not None:
+            result = result + (query @ past) * self._read
+            total = total + past * self._total
+        return result, total
+
+
+def shift(before: Tensor, now: Tensor) -> Tensor:
+    """Return what belongs to the position before: [B, ...] and [B, T, ...] -> [B, T, ...]."""
+    return torch.cat((before[:, None], now[:, :-1]), 1)
+
+
+def _one_later(
+    last: tuple[SlowPass, Tensor] | None, now: tuple[SlowPass, Tensor]
+) -> tuple[SlowPass, Tensor]:
+    """Return slow pass and expected embedding of the position before each of a chunk."""
+
+    def shifted(a: Tensor | None, b: Tensor) -> Tensor:
+        return shift(torch.zeros_like(b[:, 0]) if a is None else a[:, -1], b)
+
+    slow, expected = now
+    if last is None:
+        return SlowPass(*(shifted(None, b) for b in slow)), shifted(None, expected)
+    pairs = zip(last[0], slow, strict=True)
+    return SlowPass(*(shifted(a, b) for a, b in pairs)), shifted(last[1], expected)
 
 
 def squared_relu(x: Tensor) -> Tensor:

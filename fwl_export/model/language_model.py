@@ -29,7 +29,8 @@ class FWLModel(nn.Module):
           weights: [B, T] how much to learn from each label; None means 1 everywhere.
 
         Returns:
-          Logits of the adapting model [B, T, V] and with adaptation off [B, T, V].
+          Logits of the adapting model [B, T, V] and of the weights at which the gradients were
+          taken [B, T, V]: with adaptation off, unless the config has an anchor.
         """
         return self.fast_weights.parallel(self.backbone(input_ids), labels, weights)
 

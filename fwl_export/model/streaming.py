@@ -3,6 +3,9 @@
 The label of a position is the token after it. So a call first finishes the *pending* gradient
 of the last position of the call before, and from then on "update, then read" is inclusive:
 queries of positions t ... t+T-1 meet keys of positions t-1 ... t+T-2.
+
+With an anchor (`FastWeightsConfig.anchor_interval`) no row of a call may cross a position
+divisible by the interval; `fwl_export.runtimes.Session` splits calls there.
 """
 
 from __future__ import annotations
@@ -13,15 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fwl_export.model.config import ModelConfig
-from fwl_export.model.fast_weights import (
-    DENSE_BIASES,
-    FAST_TENSORS,
-    Gradients,
-    SlowPass,
-    squared_relu,
-)
+from fwl_export.model.fast_weights import DENSE_BIASES, FAST_TENSORS, SlowPass, shift
 from fwl_export.model.language_model import FWLModel
-from fwl_export.model.numerics import wide
 from fwl_export.op.torch_op import decay_products, linear_attention_update
 from fwl_export.state import TensorSpec
 
@@ -52,13 +48,15 @@ def state_specs(config: ModelConfig, model: FWLModel, max_tokens: int) -> list[T
         "norm.bias": (s,),
     }
     capacity = config.backbone.window + max_tokens - 1
+    learning = [n for n in FAST_TENSORS if layer.update_dense_bias or n not in DENSE_BIASES]
     return [
         TensorSpec("position", (), "int64"),
         *(TensorSpec(n, shape, activation) for n, shape in model.backbone.cache_specs(capacity)),
+        *(TensorSpec(f"fast.{name}", shapes[name], accumulate) for name in learning),
         *(
-            TensorSpec(f"fast.{name}", shapes[name], accumulate)
-            for name in FAST_TENSORS
-            if layer.update_dense_bias or name not in DENSE_BIASES
+            TensorSpec(f"anchor.{name}", shapes[name], accumulate)
+            for name in learning
+            if layer.anchor_interval
         ),
         TensorSpec("pending.hidden", (d,), activation),
         TensorSpec("pending.up", (h,), activation),
@@ -101,93 +99,97 @@ class StreamingModel(nn.Module):
 
         Returns:
           logits [B, T, V] float32 (float64 in a float64 model; those of padding mean nothing),
-          then the present tensors in the order of `specs`.
+          then the present tensors in the order of `specs`. All logits of a row that crosses an
+          anchor are NaN.
         """
         layer = self.model.fast_weights
         past = dict(zip((s.name for s in self.specs), state, strict=True))
         caches = [tensor for name, tensor in past.items() if name.startswith("cache.")]
         hidden, caches = self.model.backbone.stream(input_ids, past["position"], lengths, caches)
-        slow = layer.slow(hidden)
+        anchor = self._anchor(past, lengths)
+        slow = layer.slow(hidden, anchor)
         expected = layer.expected_embedding(layer.logits(slow.output))
 
         valid = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
         weights = torch.where(valid, label_weights.to(past["pending.valid"].dtype), 0.0)
         # A fresh row has no position before its first token, hence nothing to learn from it.
-        started = _shift(past["pending.valid"], torch.ones_like(weights))
+        started = shift(past["pending.valid"], torch.ones_like(weights))
         before = SlowPass(
-            hidden=_shift(past["pending.hidden"], slow.hidden),
-            up=_shift(past["pending.up"], slow.up),
-            normed=_shift(past["pending.normed"], slow.normed),
-            inv_std=_shift(past["pending.inv_std"], slow.inv_std),
+            hidden=shift(past["pending.hidden"], slow.hidden),
+            base=slow.base,  # not used: only the positions that are read need it
+            up=shift(past["pending.up"], slow.up),
+            normed=shift(past["pending.normed"], slow.normed),
+            inv_std=shift(past["pending.inv_std"], slow.inv_std),
             output=slow.output,
         )
         gradients = layer.gradients(
-            before, _shift(past["pending.expected"], expected), input_ids, weights * started
+            before, shift(past["pending.expected"], expected), input_ids, weights * started, anchor
         )
-        output, sums = self._fast(
-            slow, before, gradients, torch.exp(layer.log_decay(weights)), past
-        )
-        logits = layer.logits(output)
+        sums = _StateSums(self._update, past, torch.exp(layer.log_decay(weights)))
+        logits = layer.logits(layer.fast(slow, before, gradients, sums))
 
         present = {
             "position": past["position"] + lengths,
             **dict(zip((n for n in past if n.startswith("cache.")), caches, strict=True)),
-            **sums,
+            **sums.present,
+            **{f"anchor.{name}": tensor for name, tensor in (anchor or {}).items()},
         }
         pending = {**slow._asdict(), "expected": expected, "valid": torch.ones_like(weights)}
         for name, tensor in past.items():
             if name.startswith("pending."):
                 now = pending[name.removeprefix("pending.")]
                 present[name] = _at_last_token(now, tensor, lengths)
-        return logits.to(weights.dtype), *(present[s.name] for s in self.specs)
+        logits = logits.to(weights.dtype)
+        if interval := layer.config.anchor_interval:
+            crosses = past["position"] % interval + lengths > interval
+            logits = torch.where(crosses[:, None, None], torch.nan, logits)
+        return logits, *(present[s.name] for s in self.specs)
 
-    def _fast(
-        self,
-        slow: SlowPass,
-        before: SlowPass,
-        gradients: Gradients,
-        decay: Tensor,
-        past: dict[str, Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Update the fast weights and run the layer with them: output z [B, T, output] and the
-        present sums.
+    def _anchor(self, past: dict[str, Tensor], lengths: Tensor) -> dict[str, Tensor] | None:
+        """Return the sums in the weights at which this call's gradients are taken.
+
+        They are taken anew from the sums at every position divisible by the interval.
         """
-        layer = self.model.fast_weights
-        kind = slow.hidden.dtype
-        sums: dict[str, Tensor] = {}
-        fade = decay_products(decay)
-
-        def matrix(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            step = layer.scaled_step(name)
-            if step.ndim:  # one per input feature: the ratios go to the query, where they fit
-                ratio = step / step.abs().max().clamp_min(torch.finfo(step.dtype).tiny)
-                query, step = (wide(query) * ratio).to(kind), step.abs().max()
-            read, sums[f"fast.{name}"] = self._update(
-                query, key, value.to(kind), decay, past[f"fast.{name}"]
+        interval = self.model.fast_weights.config.anchor_interval
+        if not interval:
+            return None
+        due = (past["position"] % interval == 0) & (lengths > 0)
+        return {
+            name: torch.where(
+                due.reshape(-1, *[1] * (tensor.ndim - 1)),
+                past[f"fast.{name}"],
+                tensor,
             )
-            return step * read.to(fade.dtype)
-
-        def vector(name: str, value: Tensor) -> Tensor:
-            if f"fast.{name}" not in past:
-                return torch.zeros((), dtype=fade.dtype, device=fade.device)
-            total = fade[:, :, 1:] @ value.to(fade.dtype)
-            total = total + fade[:, :, :1] * past[f"fast.{name}"][:, None]
-            sums[f"fast.{name}"] = total[:, -1]
-            return layer.scaled_step(name) * total
-
-        up = wide(slow.up) - matrix("up.kernel", slow.hidden, before.hidden, gradients.up)
-        activated = squared_relu(up - vector("up.bias", gradients.up)).to(kind)
-        down = wide(activated @ layer.down_kernel + layer.down_bias)
-        down = down - matrix("down.kernel", activated, squared_relu(before.up), gradients.down)
-        normed, _ = layer.normalize(down - vector("down.bias", gradients.down))
-        scale = layer.norm_scale - vector("norm.scale", gradients.norm_scale)
-        bias = layer.norm_bias - vector("norm.bias", gradients.norm_bias)
-        return (normed * scale + bias).to(kind), sums
+            for name, tensor in _of(past, "anchor.").items()
+        }
 
 
-def _shift(pending: Tensor, now: Tensor) -> Tensor:
-    """Return what belongs to the position before: [B, ...] and [B, T, ...] -> [B, T, ...]."""
-    return torch.cat((pending[:, None], now[:, :-1]), 1)
+class _StateSums:
+    """The `GradientSums` of a call: from the past state to the present one."""
+
+    def __init__(self, update: UpdateOp, past: dict[str, Tensor], decay: Tensor) -> None:
+        self._update = update
+        self._past = past
+        self._decay = decay
+        self._fade = decay_products(decay)
+        self.present: dict[str, Tensor] = {}
+
+    def matrix(self, name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        read, self.present[f"fast.{name}"] = self._update(
+            query, key, value.to(query.dtype), self._decay, self._past[f"fast.{name}"]
+        )
+        return read
+
+    def vector(self, name: str, value: Tensor) -> Tensor:
+        total = self._fade[:, :, 1:] @ value.to(self._fade.dtype)
+        total = total + self._fade[:, :, :1] * self._past[f"fast.{name}"][:, None]
+        self.present[f"fast.{name}"] = total[:, -1]
+        return total
+
+
+def _of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with the prefix, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
 
 def _at_last_token(now: Tensor, past: Tensor, lengths: Tensor) -> Tensor:

@@ -60,7 +60,14 @@ def open_session(
         specs = torch_runner.specs
     else:
         raise ConfigError(f"backend '{backend}' is unknown; expected {' or '.join(BACKENDS)}")
-    return Session(runner, specs, manifest.config.vocab_size, manifest.max_tokens, batch)
+    return Session(
+        runner,
+        specs,
+        manifest.config.vocab_size,
+        manifest.max_tokens,
+        batch,
+        manifest.config.fast_weights.anchor_interval,
+    )
 
 
 __all__ = ["BACKENDS", "Session", "open_session"]

@@ -60,14 +60,26 @@ class Session:
         vocab_size: int,
         max_tokens: int,
         batch: int,
+        anchor_interval: int = 0,
     ) -> None:
-        """Start `batch` fresh rows. Use `fwl_export.open_session`."""
+        """Start `batch` fresh rows. Use `fwl_export.open_session`.
+
+        Args:
+          runner: the backend.
+          specs: of the state.
+          vocab_size: V.
+          max_tokens: largest T of the runner's calls.
+          batch: number of rows.
+          anchor_interval: see `FastWeightsConfig`; calls of the runner do not cross an anchor.
+        """
         if batch < 1:
             raise ShapeError(f"batch is {batch}; expected 1 or more rows")
         self.specs = list(specs)
         self.vocab_size = vocab_size
         self.max_tokens = max_tokens
         self.batch = batch
+        self.anchor_interval = anchor_interval
+        self._positions = np.zeros(batch, np.int64)
         self._runner = runner
         self._current = runner.new_buffers(batch)
         self._spare = [runner.new_buffers(batch)]
@@ -83,7 +95,7 @@ class Session:
 
         Args:
           tokens: [B, T] token ids, or [T] in a session of one row. T is 1 or more; reads longer
-            than `max_tokens` are split.
+            than `max_tokens`, or across an anchor, are split.
           label_weights: [B, T] or [T], how much to learn from each token; 0 = read it without
             learning. Default: 1 everywhere.
           lengths: [B], real tokens of each row, 0 to T; the rest is padding. Default: T.
@@ -97,19 +109,19 @@ class Session:
             of range, or the model's output is not finite. No row has moved.
         """
         ids, weights, counts = self._checked(tokens, label_weights, lengths)
-        parts = []
+        done = np.zeros(self.batch, np.int64)
+        logits: Array | None = None
         past, taken = self._current, []
-        for start in range(0, ids.shape[1], self.max_tokens):
-            part = slice(start, start + self.max_tokens)
+        while logits is None or (done < counts).any():
+            here = self._next_lengths(counts - done, done)
+            part_ids, part_weights = _from(done, here, ids), _from(done, here, weights)
             if not self._spare:
                 self._spare.append(self._runner.new_buffers(self.batch))
             present = self._spare.pop()
             taken.append(present)
-            size = ids[:, part].shape[1]
-            here = np.clip(counts - start, 0, size)
             try:
-                logits = self._runner.run(ids[:, part], weights[:, part], here, past, present)
-                parts.append(_real_logits(logits, here))
+                found = self._runner.run(part_ids, part_weights, here, past, present)
+                found = _real_logits(found, here)
             except BaseException:
                 self._spare += [buffers for buffers in taken if buffers is not self._current]
                 raise
@@ -117,9 +129,26 @@ class Session:
                 self._spare.append(past)
                 taken.remove(past)
             past = present
+            if found.shape[1] == ids.shape[1]:  # all there is, in one call
+                logits = found
+            else:
+                if logits is None:
+                    logits = np.zeros((*ids.shape, found.shape[2]), found.dtype)
+                for row, (start, size) in enumerate(zip(done, here, strict=True)):
+                    logits[row, start : start + size] = found[row, :size]
+            done = done + here
         self._spare.append(self._current)
         self._current = past
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+        self._positions += counts
+        return logits
+
+    def _next_lengths(self, left: Array, done: Array) -> Array:
+        """Return how many tokens each row brings to the next call of the runner: [B]."""
+        room: Array = np.minimum(left, self.max_tokens)
+        if self.anchor_interval:
+            since = (self._positions + done) % self.anchor_interval
+            room = np.minimum(room, self.anchor_interval - since)
+        return room
 
     @property
     def state(self) -> State:
@@ -134,6 +163,7 @@ class Session:
                 raise StateError(f"state '{name}' holds NaN or infinite values; do not use it")
         self._runner.write(self._spare[-1], state)
         self._current, self._spare[-1] = self._spare[-1], self._current
+        self._positions = state["position"].astype(np.int64)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Make the given rows (default: all) fresh sessions."""
@@ -198,6 +228,18 @@ class Session:
         if not ((counts >= 0) & (counts <= size)).all():
             raise TokenError(f"lengths are {counts.tolist()}; expected 0 to {size}")
         return counts.astype(np.int64)
+
+
+def _from(start: Array, lengths: Array, values: Array) -> Array:
+    """Return the next values of each row, and zeros where a row has fewer: [B, T] of [B, N]."""
+    size = max(int(lengths.max()), 1)
+    if size == values.shape[1]:  # then no row has begun
+        return values
+    columns = np.arange(size)
+    found = np.take_along_axis(
+        values, np.minimum(start[:, None] + columns, values.shape[1] - 1), axis=1
+    )
+    return np.where(columns < lengths[:, None], found, np.zeros((), values.dtype))
 
 
 def _real_logits(logits: Array, lengths: Array) -> Array:

@@ -12,7 +12,7 @@ from fwl_export.model.language_model import FWLModel
 
 VOCABULARY = 37
 
-# Both published variants, and ours: learned decay, with and without a step per input feature.
+# Both published variants, and ours: learned decay, a step per input feature, an anchor.
 VARIANTS: dict[str, dict[str, Any]] = {
     "tensorflow": {"decay": "none", "norm_epsilon": 0.0, "loss_normalizer": 3.0},
     "jax": {
@@ -23,6 +23,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "learned decay": {},
     "step per feature": {"step_size_shape": "input"},
+    "anchor": {"anchor_interval": 12},
+    "anchor, step per feature": {"step_size_shape": "input", "anchor_interval": 7},
+    "anchor, jax": {
+        "anchor_interval": 5,
+        "update_dense_bias": False,
+        "step_sizes": "per_layer",
+    },
 }
 
 

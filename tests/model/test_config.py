@@ -61,3 +61,14 @@ def test_a_step_per_feature_needs_a_step_per_tensor() -> None:
 def test_something_else_than_an_object(data: Any) -> None:
     with pytest.raises(ConfigError, match="expected a JSON object"):
         ModelConfig.from_dict(data)
+
+
+def test_a_file_from_before_there_were_anchors_has_none() -> None:
+    data = ModelConfig().to_dict()
+    del data["fast_weights"]["anchor_interval"]
+    assert ModelConfig.from_dict(data).fast_weights.anchor_interval == 0
+
+
+def test_an_anchor_interval_is_not_negative() -> None:
+    with pytest.raises(ConfigError, match="anchor_interval is -1; expected 0 or more"):
+        FastWeightsConfig(anchor_interval=-1)

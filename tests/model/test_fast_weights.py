@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwl_export.model.config import FastWeightsConfig
-from fwl_export.model.fast_weights import FastWeights, squared_relu, step_shapes
+from fwl_export.model.fast_weights import (
+    DENSE_BIASES,
+    FAST_TENSORS,
+    FastWeights,
+    squared_relu,
+    step_shapes,
+)
 from tests.model.models import VARIANTS, VOCABULARY, small_model
 from tests.tolerances import assert_close
 
@@ -72,36 +78,40 @@ def test_equals_the_code_of_the_paper(variant: str, chunk: int) -> None:
     assert not torch.allclose(fast, slow, rtol=0, atol=1e-3), "the layer did not adapt"
 
 
+def slow_logits(layer: FastWeights, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    """Return logits [T, V] of hidden states [T, input] with the given weights."""
+    r = squared_relu(hidden @ weights["up_kernel"] + weights["up_bias"])
+    m = r @ weights["down_kernel"] + weights["down_bias"]
+    eps = layer.config.norm_epsilon
+    n = F.layer_norm(m, m.shape[-1:], weights["norm_scale"], weights["norm_bias"], eps)
+    return n @ layer.unembed.T + layer.unembed_bias
+
+
+def gradient_step(layer: FastWeights, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return the layer's weights after a gradient step of autograd on [T] tokens, T >= 0."""
+    names = [tensor.replace(".", "_") for tensor in FAST_TENSORS]
+    weights = {n: getattr(layer, n).detach().clone().requires_grad_() for n in names}
+    if len(labels):
+        logits = slow_logits(layer, weights, hidden)
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+    stepped = {}
+    for tensor, (name, weight) in zip(FAST_TENSORS, weights.items(), strict=True):
+        stepped[name] = weight.detach()
+        learns = layer.config.update_dense_bias or tensor not in DENSE_BIASES
+        if weight.grad is not None and learns:
+            step = layer.scaled_step(tensor)
+            stepped[name] = stepped[name] - (step[:, None] if step.ndim else step) * weight.grad
+    return stepped
+
+
 def logits_by_autograd(layer: FastWeights, hidden: Tensor, labels: Tensor) -> Tensor:
     """Return the logits [T, V] of one text by taking a gradient step before every token."""
-    parameters = {
-        n: p.detach() for n, p in layer.named_parameters() if not n.startswith(("steps", "horizon"))
-    }
-    adapted = {n: p for n, p in parameters.items() if not n.startswith("unembed")}
-    fixed = {n: p for n, p in parameters.items() if n.startswith("unembed")}
-
-    def logits(weights: dict[str, Tensor], h: Tensor) -> Tensor:
-        r = squared_relu(h @ weights["up_kernel"] + weights["up_bias"])
-        m = r @ weights["down_kernel"] + weights["down_bias"]
-        eps = layer.config.norm_epsilon
-        n = F.layer_norm(m, m.shape[-1:], weights["norm_scale"], weights["norm_bias"], eps)
-        return n @ fixed["unembed"].T + fixed["unembed_bias"]
-
-    result = []
-    for t in range(len(labels)):
-        weights = {n: p.clone().requires_grad_() for n, p in adapted.items()}
-        if t:
-            loss = F.cross_entropy(logits(weights, hidden[:t]), labels[:t], reduction="sum")
-            loss.backward()
-        stepped = {}
-        for name, weight in weights.items():
-            tensor = name.replace("_", ".")
-            learns = layer.config.update_dense_bias or tensor not in ("up.bias", "down.bias")
-            gradient = weight.grad if weight.grad is not None and learns else 0.0
-            step = layer.scaled_step(tensor) if learns else torch.tensor(0.0)
-            stepped[name] = weight - (step[:, None] if step.ndim else step) * gradient
-        result.append(logits(stepped, hidden[t : t + 1]).detach()[0])
-    return torch.stack(result)
+    return torch.cat(
+        [
+            slow_logits(layer, gradient_step(layer, hidden[:t], labels[:t]), hidden[t : t + 1])
+            for t in range(len(labels))
+        ]
+    )
 
 
 @pytest.mark.parametrize("variant", ["tensorflow", "jax"])
@@ -124,6 +134,33 @@ def test_chunks_do_not_change_the_result(variant: str) -> None:
     for chunk in (1, 8, 32):
         parts, _ = layer.parallel(hidden, labels, weights, chunk=chunk)
         assert_close("model.float64", parts, whole)
+
+
+def test_an_anchor_is_a_literal_gradient_step_at_the_weights_of_then() -> None:
+    """With two intervals: gradients of the second are those at the weights after the first.
+
+    The last position of the first interval is left out: its label comes with the second.
+    """
+    interval, length = 6, 12
+    anchored = small_model("jax").fast_weights
+    anchored.config = dataclasses.replace(anchored.config, anchor_interval=interval)
+    hidden = torch.randn(1, length, 16, dtype=torch.float64)
+    labels = torch.randint(0, VOCABULARY, (1, length))
+    weights = torch.ones(1, length, dtype=torch.float64)
+    weights[:, interval - 1] = 0
+    fast, slow = anchored.parallel(hidden, labels, weights)
+
+    first = slice(0, interval - 1)
+    stepped = gradient_step(anchored, hidden[0, first], labels[0, first])
+    moved = small_model("jax").fast_weights
+    moved.load_state_dict({**moved.state_dict(), **stepped})
+    second = slice(interval, length)
+    expected, at_anchor = moved.parallel(hidden[:, second], labels[:, second])
+    assert_close("model.float64", fast[:, second], expected)
+    assert_close("model.float64", slow[:, second], at_anchor)
+    without, _ = small_model("jax").fast_weights.parallel(hidden, labels, weights)
+    assert_close("model.float64", fast[:, :interval], without[:, :interval])
+    assert (fast - without)[:, second].abs().max() > 1e-5, "the anchor made no difference"
 
 
 def test_weight_zero_teaches_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,7 +36,7 @@ def read(
     rows = len(ids)
     state = state or fresh(streaming, rows)
     position, outputs = [0] * rows, [[] for _ in range(rows)]
-    for lengths in calls:
+    for lengths in uncrossed(calls, streaming.model.config.fast_weights.anchor_interval):
         size = max([*lengths, 1])
         tokens = torch.randint(0, VOCABULARY, (rows, size))
         label_weights = torch.rand(rows, size, dtype=weights.dtype)
@@ -52,6 +53,21 @@ def read(
                     assert torch.equal(old[row], new[row]), f"{spec.name} of an idle row changed"
         state = list(present)
     return torch.stack([torch.cat(parts) for parts in outputs]), state
+
+
+def uncrossed(calls: list[list[int]], interval: int) -> list[list[int]]:
+    """Split calls so that no row crosses a position divisible by the interval."""
+    position = np.zeros(len(calls[0]), np.int64)
+    found = []
+    for call in calls:
+        left = np.array(call)
+        while True:
+            now = np.minimum(left, interval - position % interval) if interval else left
+            found.append(now.tolist())
+            position, left = position + now, left - now
+            if not left.any():
+                break
+    return found
 
 
 def parallel(model: FWLModel, ids: Tensor, weights: Tensor) -> Tensor:
@@ -114,6 +130,17 @@ def test_the_backbone_streams_far_beyond_its_ring_buffer(norm: str) -> None:
     calls = [[7, 7]] * 42 + [[6, 6]]
     logits, _ = read(StreamingModel(model, 7), ids[:, :-1], weights[:, :-1], calls)
     assert_close("model.float64", logits, parallel(model, ids, weights))
+
+
+def test_a_call_across_an_anchor_gives_no_numbers() -> None:
+    streaming = StreamingModel(small_model("anchor"), MAX_TOKENS)
+    state = fresh(streaming, 2)
+    ids = torch.randint(0, VOCABULARY, (2, 9))
+    weights = torch.ones(2, 9, dtype=torch.float64)
+    _, *state = streaming(ids, weights, torch.tensor([9, 3]), *state)
+    logits, *_ = streaming(ids, weights, torch.tensor([4, 9]), *state)
+    assert logits[0].isnan().all()
+    assert logits[1].isfinite().all(), "the other row ends at its anchor"
 
 
 def test_rows_do_not_see_each_other() -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fwl_export.model.config import ModelConfig
+from fwl_export.model.config import FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import state_specs
 from fwl_export.parity.compare import Error
@@ -37,7 +37,7 @@ def test_every_row_has_a_reason_and_leaves_the_maximum_more_than_the_mean() -> N
 
 
 def test_every_tensor_of_a_model_has_a_row_that_speaks_of_it() -> None:
-    config = ModelConfig()
+    config = ModelConfig(fast_weights=FastWeightsConfig(anchor_interval=64))
     names = [spec.name for spec in state_specs(config, FWLModel(config), 256)]
     for name in ("logits", *names):
         assert name.startswith(tolerance_for(name).prefix)

@@ -138,6 +138,32 @@ def fp16(tiny_bundle_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
     return checked(tiny_bundle_fp16, FP16, tmp_path_factory.mktemp("faults"))
 
 
+ANCHOR = {
+    "anchor never moves": Planted(faults.stale("anchor.up.kernel"), "anchor.up.kernel", "cache."),
+    "anchor of another row": Planted(
+        faults.rolled_rows("anchor.down.kernel"), "anchor.down.kernel", "cache."
+    ),
+    "a stale sum": Planted(faults.stale("fast.norm.scale"), "anchor.norm.scale", "cache."),
+}
+
+
+@pytest.fixture(scope="module")
+def anchored(anchored_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return checked(anchored_bundle, ANCHOR, tmp_path_factory.mktemp("faults"))
+
+
+def test_an_unbroken_bundle_with_an_anchor_passes(anchored: Report) -> None:
+    found = verdict(anchored, UNBROKEN)
+    assert found.passed
+    assert 0.05 < found.use < GOOD_USE, found.use
+    assert "anchor.up.kernel" in [tensor.name for tensor in found.tensors]
+
+
+@pytest.mark.parametrize("name", ANCHOR)
+def test_a_fault_of_the_anchor_is_caught(name: str, anchored: Report) -> None:
+    assert_caught(verdict(anchored, name), ANCHOR[name])
+
+
 def verdict(report: Report, name: str) -> CandidateVerdict:
     return next(candidate for candidate in report.candidates if candidate.name == name)
 

@@ -70,6 +70,46 @@ def test_reads_longer_than_a_call_are_split(tiny_bundle: Path, backend: str) -> 
     assert same_state(whole.state, parts.state)
 
 
+def test_rows_meet_their_anchors_at_different_times(anchored_bundle: Path) -> None:
+    sessions = [open_session(anchored_bundle, name, batch=3) for name in BACKENDS]
+    interval = sessions[0].anchor_interval
+    assert 0 < interval < MAX_TOKENS
+    assert sessions[0].max_tokens == interval, "no call can be longer"
+    text = ids(3, 50)
+    read = [[] for _ in range(3)]
+    done = [0, 0, 0]
+    for lengths in ([5, 12, 1], [0, 30, 40], [40, 1, 0], [1, 7, 9], [4, 0, 0]):
+        tokens = np.full((3, max(lengths)), -1)
+        for row, length in enumerate(lengths):
+            tokens[row, :length] = text[row, done[row] : done[row] + length]
+        a, b = (session.feed(tokens, lengths=lengths) for session in sessions)
+        assert_close("runtime.float32", a, b)
+        for row, length in enumerate(lengths):
+            read[row].append(a[row, :length])
+            assert not a[row, length:].any()
+            done[row] += length
+    assert done == [50, 50, 50]
+    together = open_session(anchored_bundle, batch=3).feed(text)
+    assert_close("runtime.float32", together, np.stack([np.concatenate(r) for r in read]))
+    one_by_one = open_session(anchored_bundle, batch=3)
+    single = np.concatenate([one_by_one.feed(text[:, i : i + 1]) for i in range(50)], 1)
+    assert_close("runtime.float32", together, single)
+
+
+def test_a_state_and_a_reset_bring_their_position_along(anchored_bundle: Path) -> None:
+    a, b = (open_session(anchored_bundle, batch=2) for _ in range(2))
+    a.feed(ids(2, 7))
+    b.feed(ids(2, 3))
+    b.state = a.state
+    a.reset([1])
+    b.reset([1])
+    text = ids(2, 20, seed=1)
+    np.testing.assert_array_equal(a.feed(text), b.feed(text))
+    fresh = open_session(anchored_bundle, batch=2).feed(text)
+    assert_close("runtime.float32", a.feed(text[:, :1])[1], b.feed(text[:, :1])[1])
+    assert not np.allclose(fresh[0], b.feed(text)[0])
+
+
 def test_padding_is_zero_and_its_content_does_not_matter(tiny_bundle: Path, backend: str) -> None:
     tokens = ids(2, 6)
     garbage = tokens.copy()

@@ -20,6 +20,7 @@ from tools.stream_readers import (
     AdaptingReader,
     DynamicReader,
     PlainReader,
+    anchored,
     count_flops,
     iterate_losses,
     linear_attention_flops,
@@ -88,6 +89,19 @@ def test_adaptation_off_differs_from_adapting_only_after_the_first_token(model, 
     on = losses_of(AdaptingReader(model), tokens, 256)
     np.testing.assert_allclose(on[0], off[0], **SAME)
     assert abs(on[1] - off[1]) > 1e-5
+
+
+def test_an_anchored_model_has_the_same_weights_and_scaled_steps(model, tokens):
+    read = anchored(model, 32, 0.5, 4.0)
+    layer, trained = read.fast_weights, model.fast_weights
+    assert read.config.fast_weights.anchor_interval == 32
+    assert layer.horizon == 4 * trained.horizon
+    assert layer.steps["up_kernel"] == 0.5 * trained.steps["up_kernel"]
+    assert torch.equal(layer.up_kernel, trained.up_kernel)
+    text = tokens[:150]
+    adapted, _ = read(text[None, :-1], text[None, 1:])
+    found = losses_of(AdaptingReader(read), text, 256)
+    np.testing.assert_allclose(found, expected_losses(adapted.detach(), text), **SAME)
 
 
 def test_paper_form_has_the_same_weights_and_does_not_forget(model, tokens):
@@ -264,7 +278,7 @@ def workspace(folder, **settings) -> evaluate_demo.Workspace:
     return evaluate_demo.Workspace(folder, settings, Console(file=io.StringIO()))
 
 
-PLAN = evaluate_demo.Plan(None, None, 200, (32, 16), (256, None), 100, 2)
+PLAN = evaluate_demo.Plan(None, None, 200, (32, 16), (256, None), 64, 100, 2)
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +300,7 @@ def test_evaluation_measures_all_rows(evaluated):
     _, _, results, (plain, model, plays) = evaluated
     stream = torch.cat(list(plays.values()))
     assert results["tokens"]["predicted"] == 1199
-    assert tuple(results["rows"]) == ("a", "b", "c", "c'", "d")
+    assert tuple(results["rows"]) == ("a", "b", "c", "c0", "c'", "d")
     expected = expected_losses(plain.plain(stream[None, :-1]).detach(), stream)
     row = results["rows"]["a"]
     assert row["perplexity"] == pytest.approx(math.exp(expected.mean()), rel=1e-4)
@@ -294,11 +308,19 @@ def test_evaluation_measures_all_rows(evaluated):
     assert row["plays"]["y_z"] == pytest.approx(math.exp(expected[599:].mean()), rel=1e-4)
     adapted, _ = model(stream[None, :-1], stream[None, 1:])
     losses = expected_losses(adapted, stream)
-    assert results["rows"]["c"]["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-3)
-    bins = results["position"]["mean_loss"]["c"]
+    assert results["rows"]["c0"]["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-3)
+    bins = results["position"]["mean_loss"]["c0"]
     np.testing.assert_allclose(bins, losses[:1100].reshape(11, 100).mean(1), rtol=1e-3)
-    assert set(results["cost"]["chunk"]["rows"]) == {"a", "b", "c", "d"}
-    assert set(results["cost"]["decode"]["rows"]) == {"a", "c"}
+    tuned = results["tuning"]["anchor"]
+    assert tuned["interval"] == 64
+    read = anchored(model, 64, tuned["step_factor"], tuned["horizon_factor"])
+    adapted, _ = read(stream[None, :-1], stream[None, 1:])
+    expected = math.exp(expected_losses(adapted.detach(), stream).mean())
+    assert results["rows"]["c"]["perplexity"] == pytest.approx(expected, rel=1e-3)
+    best = min(tuned["trials"], key=lambda trial: trial["perplexity"])
+    assert best["step_factor"] == tuned["step_factor"]
+    assert set(results["cost"]["chunk"]["rows"]) == {"a", "b", "c", "c0", "d"}
+    assert set(results["cost"]["decode"]["rows"]) == {"a", "c", "c0"}
     assert results["cost"]["chunk"]["rows"]["b"]["flops_ratio"] == 1
 
 

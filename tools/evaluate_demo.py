@@ -531,7 +531,7 @@ def run(plain: Path, fwl: Path, data: Path, output: Path, plan: Plan) -> None:
         "config": read.config.to_dict(),
         "settings": settings,
         "machine": machine(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", f"tools/{Path(__file__).name}", *sys.argv[1:]]),
         "seconds_of_this_run": time.perf_counter() - began,
     }
     write_json(output / "results.json", results)

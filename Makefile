@@ -36,7 +36,7 @@ plugins: $(INSTALLED) ## build the compiled libraries into the package; needs CM
 	cmake -S plugins -B build/plugins -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_LIBDIR=plugins_lib \
 	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/plugins --parallel
-	cmake --install build/plugins --prefix fwl_export
+	cmake --install build/plugins --prefix fwl_export --component runtime
 
 lint: $(INSTALLED) ## check format, lint and types
 	$(BIN)/ruff format --check .

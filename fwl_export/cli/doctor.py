@@ -128,7 +128,8 @@ def _plugins() -> Piece:
     if path is None:
         note = (
             f"no {ONNXRUNTIME}: the fast-weight update runs in standard operators (the op's "
-            "function body); same results, but slower; `make plugins` builds it"
+            "function body); same results, but slower; `make plugins` builds it in a checkout, and "
+            "`pip install` where there is a C++ compiler"
         )
         return Piece("plugin libraries", False, "", note)
     return Piece("plugin libraries", True, "", f"{path.name}, ONNX Runtime's kernel on the CPU")

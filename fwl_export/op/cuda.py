@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Beside the package in fwl-export's source. Imported from nowhere else: a folder of that name in
-# somebody's working directory is not ours to run.
+# In an installed package the kernels are part of it; in fwl-export's source they lie beside it.
+# Imported from nowhere else: a folder of that name in somebody's working directory is not ours.
+_INSTALLED = Path(__file__).parents[1] / "plugins_lib" / "gpu"
 _PLUGINS = Path(__file__).parents[2] / "plugins"
 
 
@@ -66,6 +67,8 @@ def _kernel_module(name: str) -> Any:
     Raises:
       ImportError: the folder is not there, or what Python finds by that name is another one.
     """
+    if (_INSTALLED / f"{name}.py").is_file():
+        return importlib.import_module(f"fwl_export.plugins_lib.gpu.{name}")
     found = importlib.util.find_spec("plugins")
     if found is None or _PLUGINS not in map(Path, found.submodule_search_locations or ()):
         raise ImportError(f"Python does not find fwl-export's own folder {_PLUGINS.name}/")
@@ -80,8 +83,8 @@ def _launcher() -> Any:
     except ImportError as error:
         warnings.warn(
             "fwl::LinearAttentionUpdate runs in plain PyTorch on CUDA, slower than by its own "
-            f"kernels: {error}. They need the package 'triton' (`pip install triton`) and the "
-            "folder plugins/ of fwl-export's source.",
+            f"kernels: {error}. They need the package 'triton' (`pip install triton`), and "
+            "fwl-export installed as a package or run from its source.",
             RuntimeWarning,
             stacklevel=2,
         )

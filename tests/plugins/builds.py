@@ -32,15 +32,19 @@ def built(base: Path, name: str, *options: str, headers: bool = False) -> Path:
             if done.returncode and headers and "headers are missing" in done.stderr:
                 pytest.skip(f"ONNX Runtime's headers cannot be had: {done.stdout.strip()}")
             assert done.returncode == 0, done.stdout + done.stderr
-            done = _run("cmake", "--build", folder)
-            assert done.returncode == 0, done.stdout + done.stderr
+            run("cmake", "--build", folder)
             (folder / "built").touch()
     return folder
 
 
 def run_tests(folder: Path) -> None:
     """Run the C++ tests of a build."""
-    done = _run("ctest", "--test-dir", folder, "--output-on-failure", "--no-tests=error")
+    run("ctest", "--test-dir", folder, "--output-on-failure", "--no-tests=error")
+
+
+def run(*command: object) -> None:
+    """Run a program that must succeed."""
+    done = _run(*command)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -24,7 +24,8 @@ from typing import Any
 
 from fwl_export.errors import FwlError, MissingDependencyError, OutputExistsError
 from fwl_export.files import replaced_folder
-from plugins.kernels.gpu.plan import MULTIPROCESSORS, SIGNATURES, Variant, variants
+
+from .plan import MULTIPROCESSORS, SIGNATURES, Variant, variants
 
 MANIFEST = "kernels.json"
 SCHEMA = 1
@@ -47,7 +48,7 @@ def compile_variant(chosen: Variant) -> tuple[str, bytes, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from plugins.kernels.gpu import linear_attention
+    from . import linear_attention
 
     kinds = SIGNATURES[chosen.kernel]
     signature = {name: _type(kind, chosen.dtype) for name, kind in kinds.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from plugins.kernels.gpu import linear_attention
-from plugins.kernels.gpu.plan import SIGNATURES, Plan
+from . import linear_attention
+from .plan import SIGNATURES, Plan
 
 
 def launch(plan: Plan, tensors: dict[str, Any]) -> None:

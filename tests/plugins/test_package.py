@@ -1,0 +1,52 @@
+"""The CMake package: a program of another project finds the kernel and calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.builds import built, run
+
+PROJECT = """\
+cmake_minimum_required(VERSION 3.20)
+project(consumer LANGUAGES CXX)
+find_package(fwl 0.1 REQUIRED)
+add_executable(consumer main.cpp)
+target_link_libraries(consumer PRIVATE fwl::cpu)
+"""
+
+# One token, one row: S = 0.5 * 2 + 3 * 4 = 13, o = 5 * 13 = 65.
+PROGRAM = """\
+#include <vector>
+#include "kernels/cpu/linear_attention_update.h"
+
+int main() {
+  using namespace fwl::cpu;
+  const Sizes sizes{1, 1, 1, 1, Activation::kFloat32};
+  const float query = 5, key = 3, value = 4, decay = 0.5f, past = 2;
+  float output = 0, present = 0;
+  const Tensors tensors{&query, &key, &value, &decay, &past, &output, &present};
+  const InstructionSet set = best_instruction_set();
+  std::vector<char> workspace(workspace_bytes(sizes, set));
+  const ParallelFor serial{
+      [](void*, void (*task)(void*, size_t), size_t count, void* context) {
+        for (size_t i = 0; i < count; ++i) task(context, i);
+      },
+      nullptr};
+  linear_attention_update(sizes, tensors, set, workspace.data(), serial);
+  return present == 13 && output == 65 ? 0 : 1;
+}
+"""
+
+
+@pytest.mark.slow
+def test_find_package(builds: Path, tmp_path: Path) -> None:
+    folder = built(builds, "package", "-DFWL_ONNXRUNTIME=OFF")
+    installed = tmp_path / "installed"
+    run("cmake", "--install", folder, "--prefix", installed)
+    (tmp_path / "CMakeLists.txt").write_text(PROJECT)
+    (tmp_path / "main.cpp").write_text(PROGRAM)
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+    run("cmake", "--build", tmp_path / "build")
+    run(tmp_path / "build" / "consumer")

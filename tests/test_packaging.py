@@ -1,0 +1,84 @@
+"""The wheel: what it carries, with a compiler and without, and that it is enough."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+LIBRARY = "fwl_export/plugins_lib/libfwl_ort.so"
+KERNELS = "fwl_export/plugins_lib/gpu/plan.py"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """Build the wheel of a copy of the sources that git would take along."""
+    source = folder / "source"
+    skip = shutil.ignore_patterns(
+        ".*", "build", "runs", "plugins_lib", "__pycache__", "demo-bundle"
+    )
+    shutil.copytree(REPOSITORY, source, ignore=skip)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--disable-pip-version-check", "-w", folder / "wheels", source],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (folder / "wheels").iterdir()
+    return wheel
+
+
+def names_in(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_carries_libraries_and_kernels_and_they_are_found(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("cmake or c++ is not installed")
+    wheel = build_wheel(tmp_path)
+    names = names_in(wheel)
+    if LIBRARY not in names:
+        pytest.skip("ONNX Runtime's headers cannot be had: the wheel has no libraries")
+    assert "-py3-none-linux" in wheel.name
+    assert KERNELS in names
+    assert "fwl_export/demo/checkpoint/model.safetensors" in names
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fwl_export"}
+
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = (
+        "from fwl_export.op import cuda\n"
+        "from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin\n"
+        "print(find_plugin(ONNXRUNTIME, 'required'), cuda._kernel_module('plan').__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(site / LIBRARY), str(site / KERNELS)]
+
+
+def test_without_a_compiler_the_rest_is_installed(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path, CXX=str(tmp_path / "no-such-compiler"))
+    names = names_in(wheel)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert LIBRARY not in names
+    assert "fwl_export/cli/main.py" in names

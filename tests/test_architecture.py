@@ -24,7 +24,7 @@ FLOORS = (
     ("bundle",),
     ("export", "engines", "serving"),
     ("runtimes",),
-    ("parity",),
+    ("parity", "bench"),
     ("demo",),
     ("cli",),
 )

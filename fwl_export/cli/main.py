@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import typer
 
+from fwl_export.cli.bench import bench
 from fwl_export.cli.build import build
 from fwl_export.cli.check import check
 from fwl_export.cli.demo import demo
@@ -49,6 +50,7 @@ def app() -> typer.Typer:
     application.callback(invoke_without_command=True)(_options)
     for verb in VERBS:
         application.command(name=verb.__name__)(verb)
+    application.add_typer(bench)
     return application
 
 

@@ -41,7 +41,7 @@ def _op(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
     _check(query, key, value, decay, past_state)
-    return _chunked(query, key, value, decay, past_state)
+    return run_chunked(query, key, value, decay, past_state)
 
 
 @_op.register_kernel("cuda")
@@ -51,13 +51,13 @@ def _(
     _check(query, key, value, decay, past_state)
     if query.dtype != torch.float64 and cuda.has_kernels(query.device):
         return cuda.linear_attention_update(query, key, value, decay, past_state)
-    return _chunked(query, key, value, decay, past_state)
+    return run_chunked(query, key, value, decay, past_state)
 
 
-def _chunked(
+def run_chunked(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The op in PyTorch's own operators, on any device."""
+    """Run the op in PyTorch's own operators, on any device; arguments are not checked."""
     state = past_state.clone()
     wide = state.dtype
     outputs = []

@@ -1,85 +1,141 @@
 """Measure the op's implementations against each other and against what the machine can do.
 
-    python tools/bench_op.py                        # the sizes and lengths of the targets
-    python tools/bench_op.py --sizes 1024x4096 --tokens 1,256 --threads 1,2 --rounds 20
-
 What is compared, all float32, with a decay of 0.97 where there is one:
 
 - `ours`: the custom op in ONNX Runtime; `one` with past and present state on one buffer, `two`
   on two buffers;
 - `microsoft linear`, `microsoft gated`: ONNX Runtime's own com.microsoft.LinearAttention, without
   and with decay, on one buffer and on two;
-- `body`: the op's function body in ONNX Runtime;
-- `torch`: the op in PyTorch;
+- `onnx linear`, `onnx gated`: the standard's LinearAttention of opset 27, as ONNX Runtime runs it;
+- `body`: the op's function body, in standard operators of opset 20, in ONNX Runtime;
+- `torch`, `torch compiled`: the op in PyTorch, eager and by torch.compile;
+- `numpy`: token by token;
 - `limit`: decode, the time to read and write a buffer of the state's size, which is warm or cold
   as the state is; prefill, a float32 matrix product with the useful operations of the call,
   4 T Dk Dv, as T x 2 Dk by 2 Dk x Dv in PyTorch.
 
 One round runs all of them once, in a random order; a figure is the median over the rounds, so that
 whatever else the machine does meets all alike. The fastest round stands beside it, for machines
-that are not quiet. The other columns are ratios to `ours` on one buffer and on two. Prints a table
-per size, and one line of JSON last.
+that are not quiet. What takes longer than a quarter of the time for a size is timed once.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
+from fwl_export.errors import MissingDependencyError
 from fwl_export.op import spec
 from fwl_export.op.onnx_function import append_function
-from fwl_export.op.torch_op import linear_attention_update
-from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin
+from fwl_export.op.torch_op import linear_attention_update, run_chunked
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Array = npt.NDArray[Any]
+Run = Callable[[], object]
+
+OURS = ("ours, one", "ours, two")
+LIMIT = "limit"
 
 _OPSET = 20
+_STANDARD_OPSET = 27  # the first with LinearAttention
 _DECAY = 0.97
 _COLD_BYTES = 256 << 20
 _REST_SECONDS = 0.02
 
-Run = Callable[[], object]
+
+@dataclass(frozen=True)
+class OpSize:
+    """A call of the op.
+
+    Attributes:
+      batch: B.
+      tokens: T.
+      key_size: Dk.
+      value_size: Dv.
+      threads: of every implementation.
+    """
+
+    batch: int
+    tokens: int
+    key_size: int
+    value_size: int
+    threads: int
 
 
-def main() -> int:
-    """Run the benchmark that the command line describes."""
-    arguments = _parser().parse_args()
-    library = find_plugin(ONNXRUNTIME, arguments.plugin)
-    results = []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for size_k, size_v in arguments.sizes:
-            for batch in arguments.batch:
-                for tokens in arguments.tokens:
-                    runs = _runs(library, (batch, tokens, size_k, size_v), threads)
-                    seconds = _measure(runs, arguments.rounds, arguments.budget, arguments.cold)
-                    result = {
-                        "batch": batch,
-                        "tokens": tokens,
-                        "key_size": size_k,
-                        "value_size": size_v,
-                        "threads": threads,
-                        "cold": arguments.cold,
-                        "milliseconds": _rounded(seconds, statistics.median),
-                        "fastest_milliseconds": _rounded(seconds, min),
-                    }
-                    results.append(result)
-                    _print(result)
-    machine = {
+@dataclass(frozen=True)
+class OpTimes:
+    """Times of the implementations by name, in milliseconds.
+
+    Attributes:
+      size: of the call.
+      cold: whether the caches were flushed before every run.
+      median: over the rounds.
+      fastest: of the rounds.
+      missing: what could not be run, and why.
+    """
+
+    size: OpSize
+    cold: bool
+    median: dict[str, float]
+    fastest: dict[str, float]
+    missing: dict[str, str]
+
+
+def bench_op(
+    size: OpSize,
+    library: Path | None,
+    rounds: int = 30,
+    budget: float = 20.0,
+    cold: bool = False,
+    compiled: bool = True,
+) -> OpTimes:
+    """Measure all implementations of the op on one size.
+
+    Args:
+      size: of the call.
+      library: libfwl_ort; None leaves `ours` out.
+      rounds: the most.
+      budget: seconds, about.
+      cold: flush the caches before every run.
+      compiled: include torch.compile, which takes some 10 to 30 seconds to compile.
+
+    Raises:
+      MissingDependencyError: ONNX Runtime is not installed.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(size.threads)
+    try:
+        with torch.inference_mode():
+            runs, missing = _runs(library, size, compiled)
+            seconds = _measure(runs, rounds, budget, cold)
+    finally:
+        torch.set_num_threads(before)
+    return OpTimes(
+        size, cold, _milliseconds(seconds, statistics.median), _milliseconds(seconds, min), missing
+    )
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    ort = _onnxruntime()
+    return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
@@ -87,38 +143,28 @@ def main() -> int:
         "torch": torch.__version__,
         "system": platform.platform(),
     }
-    print(json.dumps({"machine": machine, "rounds": arguments.rounds, "results": results}))
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
-    def sizes(text: str) -> list[tuple[int, int]]:
-        pairs = (part.split("x") for part in text.split(","))
-        return [(int(key), int(value)) for key, value in pairs]
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", type=sizes, default=[(768, 3072), (1024, 4096)], help="DkxDv")
-    parser.add_argument("--tokens", type=numbers, default=[1, 16, 64, 256, 1024])
-    parser.add_argument("--batch", type=numbers, default=[1])
-    parser.add_argument("--threads", type=numbers, default=[2])
-    parser.add_argument("--rounds", type=int, default=30, help="the most of a size")
-    parser.add_argument("--budget", type=float, default=20, help="seconds for a size, about")
-    parser.add_argument("--cold", action="store_true", help="flush caches before every run")
-    parser.add_argument("--plugin", default="required", help="path of libfwl_ort")
-    return parser
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError(
+            "`bench op` compares with ONNX Runtime, which is not installed; "
+            "pip install 'fwl-export[cpu]'"
+        ) from None
+    onnxruntime.set_default_logger_severity(4)
+    return onnxruntime
 
 
-def _runs(library: Path | None, sizes: tuple[int, int, int, int], threads: int) -> dict[str, Run]:
-    """Return what is compared, by name."""
-    batch, tokens, size_k, size_v = sizes
+def _runs(
+    library: Path | None, size: OpSize, compiled: bool
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Return what is compared, by name, and what is not here, with the reason."""
+    batch, tokens, size_k, size_v = size.batch, size.tokens, size.key_size, size.value_size
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> np.ndarray:
+    def normal(*shape: int) -> Array:
         return rng.standard_normal(shape, np.float32) * np.float32(0.1)
 
     arrays = {
@@ -128,36 +174,65 @@ def _runs(library: Path | None, sizes: tuple[int, int, int, int], threads: int) 
         "decay": np.full((batch, tokens), _DECAY, np.float32),
         "past_state": _aligned(normal(batch, size_k, size_v)),
     }
-    shapes = {name: array.shape for name, array in arrays.items()}
-    ours, body = _node_model(), _node_model(with_body=True)
-    state = (batch, 1, size_k, size_v)
     peer = {
         **arrays,
         "decay": np.full((batch, tokens, 1), math.log(_DECAY), np.float32),
-        "past_state": arrays["past_state"].reshape(state),
+        "past_state": arrays["past_state"].reshape(batch, 1, size_k, size_v),
     }
     runs: dict[str, Run] = {}
+    missing: dict[str, str] = {}
+
+    def add(name: str, make: Callable[[], Run]) -> None:
+        try:
+            runs[name] = make()
+            runs[name]()
+        except Exception as error:  # older runtimes lack operators; torch.compile lacks compilers
+            runs.pop(name, None)
+            missing[name] = " ".join(str(error).split())[:120]
+
     for buffers in ("one", "two"):
-        runs[f"ours, {buffers}"] = _bound(ours, arrays, buffers, threads, library)
+        if library is not None:
+            add(
+                f"ours, {buffers}",
+                partial(_bound, _node_model(), arrays, buffers, size.threads, library),
+            )
         for rule in ("linear", "gated"):
-            try:
-                runs[f"microsoft {rule}, {buffers}"] = _bound(
-                    _peer_model(rule), peer, buffers, threads
-                )
-            except Exception as error:  # older runtimes have no such operator
-                print(f"microsoft {rule}: {str(error)[:200]}", file=sys.stderr)
-    runs["body"] = _bound(body, arrays, "two", threads)
+            add(
+                f"microsoft {rule}, {buffers}",
+                partial(_bound, _peer_model(rule), peer, buffers, size.threads),
+            )
+    for rule in ("linear", "gated"):
+        add(
+            f"onnx {rule}",
+            partial(_bound, _peer_model(rule, standard=True), peer, "two", size.threads),
+        )
+    add("body", lambda: _bound(_node_model(with_body=True), arrays, "two", size.threads))
     tensors = [torch.from_numpy(arrays[a.name]) for a in spec.INPUTS]
-    assert shapes["query"] == tuple(tensors[0].shape)
-    runs["torch"] = lambda: linear_attention_update(*tensors)
+    add("torch", lambda: lambda: linear_attention_update(*tensors))
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(run_chunked, dynamic=False)
+        add("torch compiled", lambda: lambda: function(*tensors))
+    add("numpy", lambda: lambda: _numpy_loop(arrays))
     if tokens == 1:
         memory = torch.zeros(batch * size_k * size_v)
-        runs["limit"] = lambda: memory.mul_(1.0)
+        add(LIMIT, lambda: lambda: memory.mul_(1.0))
     else:
         a, b = torch.randn(batch, tokens, 2 * size_k), torch.randn(2 * size_k, size_v)
         product = torch.empty(batch, tokens, size_v)
-        runs["limit"] = lambda: torch.matmul(a, b, out=product)
-    return runs
+        add(LIMIT, lambda: lambda: torch.matmul(a, b, out=product))
+    return runs, missing
+
+
+def _numpy_loop(arrays: dict[str, Array]) -> tuple[Array, Array]:
+    state = arrays["past_state"].copy()
+    output = np.empty_like(arrays["value"])
+    for t in range(output.shape[1]):
+        query, key, value = (arrays[name][:, t] for name in ("query", "key", "value"))
+        state *= arrays["decay"][:, t, None, None]
+        state += key[:, :, None] * value[:, None, :]
+        output[:, t] = (query[:, None] @ state)[:, 0]
+    return output, state
 
 
 def _measure(
@@ -167,13 +242,14 @@ def _measure(
     times: dict[str, list[float]] = {name: [] for name in runs}
     repeats: dict[str, int] = {}
     for name, run in runs.items():
-        run()
         start = time.perf_counter()
         run()
         elapsed = time.perf_counter() - start
+        if elapsed > budget / 4 > 0:
+            times[name].append(elapsed)
         repeats[name] = 1 if cold else max(1, min(200, int(5e-3 / max(elapsed, 1e-6))))
     flush = np.zeros(_COLD_BYTES // 4, np.float32) if cold else None
-    order = list(runs)
+    order = [name for name in runs if not times[name]]
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + budget
     for done in range(rounds):
@@ -197,13 +273,14 @@ def _measure(
 
 def _bound(
     model: onnx.ModelProto,
-    arrays: dict[str, np.ndarray],
+    arrays: dict[str, Array],
     buffers: str,
     threads: int,
     library: Path | None = None,
 ) -> Run:
     """Return a run of a model with all inputs and outputs in place beforehand."""
-    options = ort.SessionOptions()
+    ort = _onnxruntime()
+    options: onnxruntime.SessionOptions = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if library is not None:
@@ -229,7 +306,7 @@ def _bound(
     return run
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
+def _aligned(array: Array) -> Array:
     """Return a copy that starts a page, as what a runtime allocates about does."""
     memory = np.empty(array.nbytes + 4096, np.uint8)
     start = -memory.ctypes.data % 4096
@@ -255,7 +332,7 @@ def _node_model(with_body: bool = False) -> onnx.ModelProto:
     return model
 
 
-def _peer_model(rule: str) -> onnx.ModelProto:
+def _peer_model(rule: str, standard: bool = False) -> onnx.ModelProto:
     def value(name: str, rank: int) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(
             name, TensorProto.FLOAT, [f"{name}_{axis}" for axis in range(rank)]
@@ -266,48 +343,36 @@ def _peer_model(rule: str) -> onnx.ModelProto:
         "LinearAttention",
         names,
         ["output", "present_state"],
-        domain="com.microsoft",
+        domain="" if standard else "com.microsoft",
         q_num_heads=1,
         kv_num_heads=1,
         update_rule=rule,
         scale=1.0,
     )
     inputs = [value(name, 4 if name == "past_state" else 3) for name in names]
-    return _model([node], inputs, [value("output", 3), value("present_state", 4)])
+    outputs = [value("output", 3), value("present_state", 4)]
+    return _model([node], inputs, outputs, _STANDARD_OPSET if standard else _OPSET)
 
 
 def _model(
     nodes: Sequence[onnx.NodeProto],
     inputs: Sequence[onnx.ValueInfoProto],
     outputs: Sequence[onnx.ValueInfoProto],
+    opset: int = _OPSET,
 ) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "bench", inputs, outputs)
     opsets = [
-        helper.make_opsetid("", _OPSET),
+        helper.make_opsetid("", opset),
         helper.make_opsetid(spec.DOMAIN, spec.VERSION),
         helper.make_opsetid("com.microsoft", 1),
     ]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def _rounded(
+def _milliseconds(
     seconds: dict[str, list[float]], choose: Callable[[list[float]], float]
 ) -> dict[str, float]:
     return {name: round(choose(values) * 1e3, 4) for name, values in seconds.items()}
-
-
-def _print(result: dict[str, Any]) -> None:
-    times = result["milliseconds"]
-    sizes = f"B {result['batch']}, T {result['tokens']}, "
-    sizes += f"S {result['key_size']}x{result['value_size']}, {result['threads']} threads"
-    print(sizes + (", cold" if result["cold"] else ""))
-    fastest = result["fastest_milliseconds"]
-    for name, milliseconds in times.items():
-        against = "  ".join(
-            f"{milliseconds / times[ours]:6.2f}" for ours in ("ours, one", "ours, two")
-        )
-        print(f"  {name:24} {milliseconds:10.3f} ms  {against}  (fastest {fastest[name]:.3f} ms)")
-    print(flush=True)
 
 
 def _processor() -> str:
@@ -317,7 +382,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
     return names[0] if names else platform.processor()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

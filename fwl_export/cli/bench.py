@@ -1,0 +1,119 @@
+"""`fwl-export bench`: implementations against each other and against the machine."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fwl_export.cli.terminal import JsonOption, spinner, table
+
+if TYPE_CHECKING:
+    from fwl_export.bench import OpSize, OpTimes
+
+bench = typer.Typer(
+    name="bench",
+    help="Measure implementations against each other and against the machine.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@bench.callback()
+def _group() -> None:
+    """Measure implementations against each other and against the machine."""
+
+
+@bench.command("op")
+def bench_op_command(
+    sizes: Annotated[str, typer.Option(help="State sizes, DkxDv.")] = "768x3072,1024x4096",
+    tokens: Annotated[str, typer.Option(help="Tokens per call.")] = "1,64,256,1024",
+    batch: Annotated[str, typer.Option(help="Rows per call.")] = "1",
+    threads: Annotated[str, typer.Option(help="Threads of each implementation.")] = "2",
+    rounds: Annotated[int, typer.Option(help="Most rounds of a size.", min=1)] = 30,
+    budget: Annotated[float, typer.Option(help="Seconds for a size, about.", min=0)] = 20.0,
+    cold: Annotated[bool, typer.Option("--cold", help="Flush caches before every run.")] = False,
+    compiled: Annotated[bool, typer.Option(help="Include torch.compile: slow to start.")] = True,
+    plugin: Annotated[
+        str, typer.Option(help="Our kernel: auto, none, required, or the library's path.")
+    ] = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Compare the fast-weight update's implementations, interleaved, on this CPU.
+
+    Ours, ONNX Runtime's LinearAttention, the standard's, the function body,
+    PyTorch, numpy, and the machine's limit: memory bandwidth in decode, a
+    matrix product in prefill. Options take lists, separated by commas. The last
+    line is JSON.
+
+    Example: fwl-export bench op --sizes 1024x4096 --tokens 1,256 --threads 2
+    """
+    from dataclasses import asdict
+
+    from fwl_export.bench import OpSize, bench_op, describe_machine
+    from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin
+
+    library = find_plugin(ONNXRUNTIME, plugin)
+    calls = [
+        OpSize(rows, length, key_size, value_size, count)
+        for count in _numbers("--threads", threads)
+        for key_size, value_size in _sizes(sizes)
+        for rows in _numbers("--batch", batch)
+        for length in _numbers("--tokens", tokens)
+    ]
+    results = []
+    with spinner("bench") as say:
+        for number, call in enumerate(calls):
+            say(f"size {number + 1} of {len(calls)}: {_title(call)}")
+            result = bench_op(call, library, rounds, budget, cold, compiled)
+            results.append(result)
+            if not json:
+                print(_report(result), flush=True)
+    if library is None and not json:
+        print("Without our kernel: `fwl-export doctor` says how to build it.\n")
+    print(
+        json_module.dumps(
+            {
+                "machine": describe_machine(),
+                "rounds": rounds,
+                "results": [asdict(result) for result in results],
+            }
+        )
+    )
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(
+            f"{option} is '{text}'; expected whole numbers of 1 or more, separated by commas"
+        )
+    return [int(part) for part in parts]
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    pairs = [part.split("x") for part in text.split(",")]
+    if not all(len(p) == 2 and all(n.strip().isdecimal() and int(n) > 0 for n in p) for p in pairs):
+        raise typer.BadParameter(f"--sizes is '{text}'; expected for example 768x3072,1024x4096")
+    return [(int(key_size), int(value_size)) for key_size, value_size in pairs]
+
+
+def _title(size: OpSize) -> str:
+    threads = f"{size.threads} thread{'s' if size.threads > 1 else ''}"
+    return f"B {size.batch}, T {size.tokens}, S {size.key_size}x{size.value_size}, {threads}"
+
+
+def _report(result: OpTimes) -> str:
+    """Return the table of a size: times, and how many times as long as ours each takes."""
+    from fwl_export.bench import OURS
+
+    header = ["implementation", "median ms", "fastest ms"]
+    header += [f"/ {name}" for name in OURS if name in result.median]
+    rows = []
+    for name, milliseconds in result.median.items():
+        ratios = [f"{milliseconds / result.median[o]:.2f}" for o in OURS if o in result.median]
+        rows.append([name, f"{milliseconds:.3f}", f"{result.fastest[name]:.3f}", *ratios])
+    lines = [_title(result.size) + (", cold" if result.cold else ""), table(header, rows)]
+    lines += [f"{name}: cannot be run here: {why[:50]}" for name, why in result.missing.items()]
+    return "\n".join(lines) + "\n"

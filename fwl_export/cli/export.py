@@ -18,7 +18,11 @@ def export(
     precision: Annotated[str, typer.Option(help="Type of the activations: fp32 or fp16.")] = "fp32",
     opset: Annotated[int, typer.Option(help="Opset of the ONNX file.")] = 20,
     max_tokens: Annotated[
-        int, typer.Option(help="Largest number of tokens per call; longer reads are split.")
+        int,
+        typer.Option(
+            help="Largest number of tokens per call, and no more than the model's anchor "
+            "interval; longer reads are split."
+        ),
     ] = 256,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at OUTPUT.")] = False,
     no_checkpoint: Annotated[

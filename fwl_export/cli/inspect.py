@@ -45,7 +45,8 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
     print(
         f"FWL       {f.input_size} -> {f.hidden_size} -> {f.output_size}, dense biases "
         f"{'learn' if f.update_dense_bias else 'fixed'},\n"
-        f"          steps {f.step_sizes}, decay {f.decay}, N = {f.loss_normalizer:g}"
+        f"          steps {f.step_sizes}, decay {f.decay}, N = {f.loss_normalizer:g}, "
+        f"{f'anchor every {f.anchor_interval} tokens' if f.anchor_interval else 'no anchor'}"
     )
     print("\nState of one session\n")
     rows = [

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -64,9 +65,10 @@ def test_the_wheel_carries_libraries_and_kernels_and_they_are_found(tmp_path: Pa
         "from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin\n"
         "print(find_plugin(ONNXRUNTIME, 'required'), cuda._kernel_module('plan').__file__)\n"
     )
+    # Without -S Python would run what an editable installation left to lead to the checkout.
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(site)},
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{site}:{sysconfig.get_path('purelib')}"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -53,6 +53,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from fwl_export.bench import processor_name
 from fwl_export.errors import CheckpointError, FwlError, OutputExistsError
 from fwl_export.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fwl_export.model.language_model import FWLModel
@@ -448,11 +449,8 @@ def _paired_cost(
 
 def machine() -> dict[str, Any]:
     """Describe what this runs on."""
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text().splitlines() if names.exists() else []
-    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": found[0] if found else platform.processor() or platform.machine(),
+        "cpu": processor_name() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

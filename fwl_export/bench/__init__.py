@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from fwl_export.bench.op import LIMIT, OURS, OpSize, OpTimes, bench_op, describe_machine
+from fwl_export.bench.op import (
+    LIMIT,
+    OURS,
+    OpSize,
+    OpTimes,
+    bench_op,
+    describe_machine,
+    processor_name,
+)
 
-__all__ = ["LIMIT", "OURS", "OpSize", "OpTimes", "bench_op", "describe_machine"]
+__all__ = ["LIMIT", "OURS", "OpSize", "OpTimes", "bench_op", "describe_machine", "processor_name"]

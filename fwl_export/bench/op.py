@@ -39,10 +39,10 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from fwl_export.errors import MissingDependencyError
 from fwl_export.op import spec
 from fwl_export.op.onnx_function import append_function
 from fwl_export.op.torch_op import linear_attention_update, run_chunked
+from fwl_export.runtimes.onnxruntime import import_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -134,27 +134,15 @@ def bench_op(
 
 def describe_machine() -> dict[str, Any]:
     """Return what the figures were measured on."""
-    ort = _onnxruntime()
+    ort = import_onnxruntime()
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "onnxruntime": ort.__version__,
         "torch": torch.__version__,
         "system": platform.platform(),
     }
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError(
-            "`bench op` compares with ONNX Runtime, which is not installed; "
-            "pip install 'fwl-export[cpu]'"
-        ) from None
-    onnxruntime.set_default_logger_severity(4)
-    return onnxruntime
 
 
 def _runs(
@@ -279,7 +267,7 @@ def _bound(
     library: Path | None = None,
 ) -> Run:
     """Return a run of a model with all inputs and outputs in place beforehand."""
-    ort = _onnxruntime()
+    ort = import_onnxruntime()
     options: onnxruntime.SessionOptions = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -375,10 +363,11 @@ def _milliseconds(
     return {name: round(choose(values) * 1e3, 4) for name, values in seconds.items()}
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return what the processor calls itself."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor()
-    names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
     return names[0] if names else platform.processor()

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(
     name="bench",
-    help="Measure implementations against each other and against the machine.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

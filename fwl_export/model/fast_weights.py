@@ -24,17 +24,40 @@ DENSE_BIASES = ("up.bias", "down.bias")
 Sums = Mapping[str, Tensor]
 
 
-class SlowPass(NamedTuple):
-    """What the slow pass leaves for the gradient and for the fast pass; [B, T, size] each.
+class Pending(NamedTuple):
+    """What a position leaves for its gradient, which waits for the label; [B, T, size] each.
 
-    With an anchor, all but `hidden` and `base` are of the anchored weights.
+    With an anchor, all but `hidden` are of the anchored weights.
 
     Attributes:
       hidden: the backbone's output h, size input_size.
-      base: h W1 + b1 with the slow weights, size hidden_size.
       up: a = h W1 + b1, before the activation, size hidden_size.
       normed: n, size output_size.
       inv_std: 1 / sigma of the norm, size 1, float32 or better.
+      expected: p U^T, from `FastWeights.expected_embedding`, size output_size.
+    """
+
+    hidden: Tensor
+    up: Tensor
+    normed: Tensor
+    inv_std: Tensor
+    expected: Tensor
+
+    def one_later(self, last: Pending | None) -> Pending:
+        """Return what the position before each left; `last` is of the one before the first,
+        [B, size] each, None where there is none.
+        """
+        if last is None:
+            last = Pending(*(torch.zeros_like(tensor[:, 0]) for tensor in self))
+        return Pending(*(shift(before, now) for before, now in zip(last, self, strict=True)))
+
+
+class SlowPass(NamedTuple):
+    """The layer with its slow weights, or those of an anchor; [B, T, size] each.
+
+    Attributes:
+      hidden, up, normed, inv_std: see `Pending`.
+      base: h W1 + b1 with the slow weights always, size hidden_size.
       output: z, size output_size.
     """
 
@@ -44,6 +67,10 @@ class SlowPass(NamedTuple):
     normed: Tensor
     inv_std: Tensor
     output: Tensor
+
+    def pending(self, expected: Tensor) -> Pending:
+        """Return what is left for the gradients."""
+        return Pending(self.hidden, self.up, self.normed, self.inv_std, expected)
 
 
 class Gradients(NamedTuple):
@@ -140,7 +167,7 @@ class FastWeights(nn.Module):
             def matrix(name: str, query: Tensor) -> Tensor:
                 return self.learned(name, query, lambda q: wide(q) @ anchor[name])
 
-            def vector(name: str) -> Tensor:
+            def vector(name: str) -> Tensor | float:
                 return self._learned_vector(name, anchor.get(name))
 
             up = (wide(base) - matrix("up.kernel", hidden) - vector("up.bias")).to(kind)
@@ -152,10 +179,10 @@ class FastWeights(nn.Module):
         output = (normed * scale + bias).to(hidden.dtype)
         return SlowPass(hidden, base, up, normed.to(hidden.dtype), inv_std, output)
 
-    def _learned_vector(self, name: str, total: Tensor | None) -> Tensor:
+    def _learned_vector(self, name: str, total: Tensor | None) -> Tensor | float:
         """Return step size x sum, [B, 1, size]; zero where the tensor does not learn."""
         if total is None:
-            return torch.zeros((), dtype=wide(self.norm_bias).dtype, device=self.norm_bias.device)
+            return 0.0
         return self.scaled_step(name) * total[:, None]
 
     def _anchored_scale(self, anchor: Sums | None) -> Tensor:
@@ -173,8 +200,7 @@ class FastWeights(nn.Module):
 
     def gradients(
         self,
-        slow: SlowPass,
-        expected: Tensor,
+        at: Pending,
         labels: Tensor,
         weights: Tensor,
         anchor: Sums | None = None,
@@ -182,36 +208,35 @@ class FastWeights(nn.Module):
         """Return the unnormalised loss gradients of each position.
 
         Args:
-          slow: the slow pass at the positions.
-          expected: [B, T, output] from `expected_embedding`.
+          at: what the positions left.
           labels: [B, T] int64, the token that followed.
           weights: [B, T], 1 to learn from it, 0 not to.
           anchor: see `slow`; the gradient goes back through these weights.
         """
-        surprise = wide(expected) - wide(F.embedding(labels, self.unembed))
+        surprise = wide(at.expected) - wide(F.embedding(labels, self.unembed))
         norm_bias = surprise * weights[..., None]
         at_normed = norm_bias * self._anchored_scale(anchor)
-        normed = wide(slow.normed)
-        down = slow.inv_std * (
+        normed = wide(at.normed)
+        down = at.inv_std * (
             at_normed
             - at_normed.mean(-1, keepdim=True)
             - normed * (at_normed * normed).mean(-1, keepdim=True)
         )
-        at_activated = wide(down.to(slow.up.dtype) @ self.down_kernel.T)
+        at_activated = wide(down.to(at.up.dtype) @ self.down_kernel.T)
         if anchor is not None:
             back = down @ anchor["down.kernel"].transpose(1, 2)
             at_activated = at_activated - back * self.scaled_step("down.kernel")
-        up = at_activated * (2 * torch.relu(wide(slow.up)))
+        up = at_activated * (2 * torch.relu(wide(at.up)))
         return Gradients(up, down, norm_bias * normed, norm_bias)
 
     def fast(
-        self, slow: SlowPass, before: SlowPass, gradients: Gradients, sums: GradientSums
+        self, slow: SlowPass, before: Pending, gradients: Gradients, sums: GradientSums
     ) -> Tensor:
         """Learn from the gradients, then run the layer with its fast weights.
 
         Args:
           slow: the slow pass of the positions that are read.
-          before: that of the positions before each, to which `gradients` belong.
+          before: what the positions before each left, to which `gradients` belong.
           gradients: of the positions before.
           sums: to which the gradients are added, and from which the positions read.
 
@@ -263,7 +288,7 @@ class FastWeights(nn.Module):
         taught = F.pad(weights[:, :-1], (1, 0))
         totals: dict[str, Tensor] = {}
         anchor: Sums | None = None
-        last: tuple[SlowPass, Tensor] | None = None
+        last: Pending | None = None
         outputs, slow_outputs = [], []
         start = 0
         while start < labels.shape[1]:
@@ -275,16 +300,13 @@ class FastWeights(nn.Module):
             part = slice(start, stop)
             slow = self.slow(hidden[:, part], anchor)
             slow_logits = self.logits(slow.output)
-            expected = self.expected_embedding(slow_logits)
-            now = (slow, expected)
-            before, expected_before = _one_later(last, now)
-            gradients = self.gradients(
-                before, expected_before, known[:, part], taught[:, part], anchor
-            )
+            pending = slow.pending(self.expected_embedding(slow_logits))
+            before = pending.one_later(last)
+            gradients = self.gradients(before, known[:, part], taught[:, part], anchor)
             sums = _DecayedSums(totals, self.log_decay(taught[:, part]))
             outputs.append(self.fast(slow, before, gradients, sums))
             slow_outputs.append(slow_logits)
-            last, start = now, stop
+            last, start = Pending(*(tensor[:, -1] for tensor in pending)), stop
         return self.logits(torch.cat(outputs, 1)), torch.cat(slow_outputs, 1)
 
 
@@ -339,21 +361,6 @@ class _DecayedSums:
 def shift(before: Tensor, now: Tensor) -> Tensor:
     """Return what belongs to the position before: [B, ...] and [B, T, ...] -> [B, T, ...]."""
     return torch.cat((before[:, None], now[:, :-1]), 1)
-
-
-def _one_later(
-    last: tuple[SlowPass, Tensor] | None, now: tuple[SlowPass, Tensor]
-) -> tuple[SlowPass, Tensor]:
-    """Return slow pass and expected embedding of the position before each of a chunk."""
-
-    def shifted(a: Tensor | None, b: Tensor) -> Tensor:
-        return shift(torch.zeros_like(b[:, 0]) if a is None else a[:, -1], b)
-
-    slow, expected = now
-    if last is None:
-        return SlowPass(*(shifted(None, b) for b in slow)), shifted(None, expected)
-    pairs = zip(last[0], slow, strict=True)
-    return SlowPass(*(shifted(a, b) for a, b in pairs)), shifted(last[1], expected)
 
 
 def squared_relu(x: Tensor) -> Tensor:

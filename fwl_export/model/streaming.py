@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fwl_export.model.config import ModelConfig
-from fwl_export.model.fast_weights import DENSE_BIASES, FAST_TENSORS, SlowPass, shift
+from fwl_export.model.fast_weights import DENSE_BIASES, FAST_TENSORS, Pending, shift
 from fwl_export.model.language_model import FWLModel
 from fwl_export.op.torch_op import decay_products, linear_attention_update
 from fwl_export.state import TensorSpec
@@ -104,8 +104,10 @@ class StreamingModel(nn.Module):
         """
         layer = self.model.fast_weights
         past = dict(zip((s.name for s in self.specs), state, strict=True))
-        caches = [tensor for name, tensor in past.items() if name.startswith("cache.")]
-        hidden, caches = self.model.backbone.stream(input_ids, past["position"], lengths, caches)
+        caches = _of(past, "cache.")
+        hidden, cached = self.model.backbone.stream(
+            input_ids, past["position"], lengths, list(caches.values())
+        )
         anchor = self._anchor(past, lengths)
         slow = layer.slow(hidden, anchor)
         expected = layer.expected_embedding(layer.logits(slow.output))
@@ -114,31 +116,22 @@ class StreamingModel(nn.Module):
         weights = torch.where(valid, label_weights.to(past["pending.valid"].dtype), 0.0)
         # A fresh row has no position before its first token, hence nothing to learn from it.
         started = shift(past["pending.valid"], torch.ones_like(weights))
-        before = SlowPass(
-            hidden=shift(past["pending.hidden"], slow.hidden),
-            base=slow.base,  # not used: only the positions that are read need it
-            up=shift(past["pending.up"], slow.up),
-            normed=shift(past["pending.normed"], slow.normed),
-            inv_std=shift(past["pending.inv_std"], slow.inv_std),
-            output=slow.output,
-        )
-        gradients = layer.gradients(
-            before, shift(past["pending.expected"], expected), input_ids, weights * started, anchor
-        )
+        pending = slow.pending(expected)
+        before = pending.one_later(Pending(*(past[f"pending.{n}"] for n in Pending._fields)))
+        gradients = layer.gradients(before, input_ids, weights * started, anchor)
         sums = _StateSums(self._update, past, torch.exp(layer.log_decay(weights)))
         logits = layer.logits(layer.fast(slow, before, gradients, sums))
 
         present = {
             "position": past["position"] + lengths,
-            **dict(zip((n for n in past if n.startswith("cache.")), caches, strict=True)),
+            **{f"cache.{n}": tensor for n, tensor in zip(caches, cached, strict=True)},
             **sums.present,
             **{f"anchor.{name}": tensor for name, tensor in (anchor or {}).items()},
         }
-        pending = {**slow._asdict(), "expected": expected, "valid": torch.ones_like(weights)}
-        for name, tensor in past.items():
-            if name.startswith("pending."):
-                now = pending[name.removeprefix("pending.")]
-                present[name] = _at_last_token(now, tensor, lengths)
+        left = {**pending._asdict(), "valid": torch.ones_like(weights)}
+        for name, tensor in left.items():
+            key = f"pending.{name}"
+            present[key] = _at_last_token(tensor, past[key], lengths)
         logits = logits.to(weights.dtype)
         if interval := layer.config.anchor_interval:
             crosses = past["position"] % interval + lengths > interval

@@ -129,7 +129,9 @@ class Session:
                 self._spare.append(past)
                 taken.remove(past)
             past = present
-            if found.shape[1] == ids.shape[1]:  # all there is, in one call
+            if (
+                found.shape[1] == ids.shape[1]
+            ):  # what other rows have left is filled in by later calls
                 logits = found
             else:
                 if logits is None:

@@ -42,7 +42,7 @@ class OnnxRuntimeRunner:
           BundleError: ONNX Runtime cannot load the model.
           PluginError: the library is missing and was asked for, or cannot be loaded.
         """
-        self._ort = _import()
+        self._ort = import_onnxruntime()
         options = self._ort.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -107,7 +107,12 @@ def _register(options: onnxruntime.SessionOptions, plugin: Path) -> None:
         ) from None
 
 
-def _import() -> Any:
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime, silent about what is no error.
+
+    Raises:
+      MissingDependencyError: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError:

@@ -6,26 +6,31 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from fwl_export import engines
 from fwl_export.engines.device import Device, Driver
 from fwl_export.engines.worker import Probe
+from fwl_export.runtimes import plugins
 from tests.cli.run import run
 
 Doctor = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Doctor:
-    """Run the verb on a machine with TensorRT-RTX and no GPU; returns exit code and output."""
+def doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Doctor:
+    """Run the verb with TensorRT-RTX, no GPU and no plugins; returns exit code and output."""
     probes = {
         "rtx": Probe("1.2.3", (80, 120), {"polygraphy": "0.5"}, ""),
         "tensorrt": Probe("", (), {}, "TensorRT is not installed"),
     }
     monkeypatch.setattr(engines, "probe_flavour", probes.__getitem__)
     monkeypatch.setattr(engines, "query_driver", lambda: Driver("", (), "libcuda is not here"))
+    monkeypatch.setattr(plugins, "FOLDER", tmp_path)
 
     def doctor(*arguments: str) -> tuple[int, str]:
         result = run(capsys, "doctor", *arguments)

@@ -31,7 +31,7 @@ test: $(INSTALLED) ## run the tests that need no GPU
 gpu-test: $(INSTALLED) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-# The folder is where fwl_export/runtimes/plugins.py looks.
+# The folder is where fwl_export/plugins.py looks.
 plugins: $(INSTALLED) ## build the compiled libraries into the package; needs CMake and a compiler
 	cmake -S plugins -B build/plugins -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_LIBDIR=plugins_lib \
 	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)

@@ -18,6 +18,7 @@ PACKAGE = REPOSITORY / "fwl_export"
 # is a module or a folder of the package.
 FLOORS = (
     ("errors", "files"),
+    ("plugins",),
     ("op",),
     ("state", "text"),
     ("model",),

@@ -62,7 +62,7 @@ def test_the_wheel_carries_libraries_and_kernels_and_they_are_found(tmp_path: Pa
         archive.extractall(site)
     code = (
         "from fwl_export.op import cuda\n"
-        "from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin\n"
+        "from fwl_export.plugins import ONNXRUNTIME, find_plugin\n"
         "print(find_plugin(ONNXRUNTIME, 'required'), cuda._kernel_module('plan').__file__)\n"
     )
     # Without -S Python would run what an editable installation left to lead to the checkout.

@@ -40,6 +40,23 @@ SOURCES = {
         "3b3e58a4cbbcff20d27815b641aa4de4d698efde3c782306cb4a6a05bcf55c8c",
         (f"{_QUARK}/onnxruntime_c_api.h",),
     ),
+    "tensorrt": Source(
+        "kernel-lens==2.0.1",
+        "07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370134ffe0",
+        tuple(
+            f"kernel_lens/include/tensorrt/NvInfer{part}.h"
+            for part in (
+                "Impl",
+                "LegacyDims",
+                "PluginBase",
+                "Runtime",
+                "RuntimeBase",
+                "RuntimeCommon",
+                "RuntimePlugin",
+                "Version",
+            )
+        ),
+    ),
 }
 
 

@@ -51,7 +51,7 @@ def bench_op_command(
     from dataclasses import asdict
 
     from fwl_export.bench import OpSize, bench_op, describe_machine
-    from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin
+    from fwl_export.plugins import ONNXRUNTIME, find_plugin
 
     library = find_plugin(ONNXRUNTIME, plugin)
     calls = [

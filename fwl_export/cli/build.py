@@ -49,6 +49,24 @@ def build(
         ),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Largest number of rows per call.")] = 8,
+    plugin: Annotated[
+        str,
+        typer.Option(
+            help="The fast-weight updates' plugin library: auto (if it is there), none, required, "
+            "or a path."
+        ),
+    ] = "auto",
+    in_place_state: Annotated[
+        bool,
+        typer.Option(
+            "--in-place-state",
+            help="Updates write over their state. Not for Triton Inference Server.",
+        ),
+    ] = False,
+    embed_plugin: Annotated[
+        bool,
+        typer.Option("--embed-plugin", help="Put the plugin library into the engines."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Build one TensorRT engine per GPU architecture into a bundle.
@@ -61,7 +79,16 @@ def build(
     sms = None if sm is None else parse_sms(sm)
     with spinner("build") as say:
         built = build_engines(
-            read_bundle(bundle), flavour, sms, precision, chunk, max_batch, _paced(say)
+            read_bundle(bundle),
+            flavour,
+            sms,
+            precision,
+            chunk,
+            max_batch,
+            plugin,
+            in_place_state,
+            embed_plugin,
+            _paced(say),
         )
     if json:
         print_json([facts.to_dict() for facts in built])
@@ -109,6 +136,8 @@ def _paced(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _report(built: Sequence[EngineFacts]) -> str:
+    from fwl_export.plugins import TENSORRT
+
     rows = [
         (
             facts.name,
@@ -125,7 +154,9 @@ def _report(built: Sequence[EngineFacts]) -> str:
     text += f"\n\nProfiles: decode, 1 token; prefill, 1 to {prefill[1]}; 1 to {prefill[0]} rows."
     if any(facts.update_path == "function body" for facts in built):
         text += (
-            "\nThe fast-weight updates run in standard operators, the op's function body;"
-            "\nthere is no plugin for them."
+            "\nThe fast-weight updates run in standard operators, the op's function body."
+            "\nTheir plugin is built by `make plugins`; --plugin required insists on it."
         )
+    elif not built[0].plugin_embedded:
+        text += f"\nThese engines run where the plugin library {TENSORRT} is loaded."
     return text

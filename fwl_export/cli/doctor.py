@@ -68,9 +68,15 @@ def doctor(json: JsonOption = False) -> None:
 
 def examine() -> list[Piece]:
     """Return what is here and what is not, without importing anything large."""
+    from fwl_export.plugins import ONNXRUNTIME, TENSORRT
+
     packages = [_package(*entry) for entry in _PACKAGES]
+    plugins = [
+        _plugin(ONNXRUNTIME, "kernel for ONNX Runtime"),
+        _plugin(TENSORRT, "plugin for TensorRT engines"),
+    ]
     flavours = [_flavour(name, cost) for name, cost in _FLAVOUR_COSTS.items()]
-    return [*packages, _onnxruntime(), *flavours, _driver(), _plugins()]
+    return [*packages, _onnxruntime(), *flavours, _driver(), *plugins]
 
 
 def _package(distribution: str, module: str, cost: str) -> Piece:
@@ -121,18 +127,17 @@ def _driver() -> Piece:
     return Piece("CUDA driver", True, driver.version, gpus)
 
 
-def _plugins() -> Piece:
-    from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin
+def _plugin(library: str, purpose: str) -> Piece:
+    from fwl_export.plugins import find_plugin
 
-    path = find_plugin(ONNXRUNTIME)
-    if path is None:
-        note = (
-            f"no {ONNXRUNTIME}: the fast-weight update runs in standard operators (the op's "
-            "function body); same results, but slower; `make plugins` builds it in a checkout, and "
-            "`pip install` where there is a C++ compiler"
-        )
-        return Piece("plugin libraries", False, "", note)
-    return Piece("plugin libraries", True, "", f"{path.name}, ONNX Runtime's kernel on the CPU")
+    if find_plugin(library) is not None:
+        return Piece(library, True, "", purpose)
+    note = (
+        f"no {purpose}: the fast-weight update runs in standard operators (the op's function "
+        "body); same results, but slower; `make plugins` builds it in a checkout, and "
+        "`pip install` where there is a C++ compiler"
+    )
+    return Piece(library, False, "", note)
 
 
 def _version(distribution: str, module: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fwl_export import __version__
 from fwl_export.bundle import ENGINES_FOLDER, Bundle, describe_file, read_bundle, write_manifest
-from fwl_export.engines.compile import Range
+from fwl_export.engines.compile import PluginUse, Range
 from fwl_export.engines.facts import (
     FUNCTION_BODY,
     PLUGIN,
@@ -21,6 +21,7 @@ from fwl_export.engines.flavour import find_flavour
 from fwl_export.engines.worker import Probe, build_in_worker, describe_flavour
 from fwl_export.errors import EngineError
 from fwl_export.files import replaced_file
+from fwl_export.plugins import TENSORRT, find_plugin
 
 DEFAULT_SMS = (80, 86, 89, 120)
 DEFAULT_MAX_BATCH = 8
@@ -33,6 +34,9 @@ def build_engines(
     precision: str | None = None,
     chunk: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
+    plugin: str | Path = "auto",
+    in_place_state: bool = False,
+    embed_plugin: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> list[EngineFacts]:
     """Build one engine per SM into the bundle, each registered as soon as it is finished.
@@ -49,14 +53,30 @@ def build_engines(
       precision: must be the bundle's; None means that.
       chunk: largest T of a call; None means the bundle's `max_tokens`.
       max_batch: largest B of a call.
+      plugin: the library of the fast-weight updates, see `find_plugin`. Without it they are built
+        from standard operators; "required" or a path insist on it.
+      in_place_state: the updates write their state over the old one. Such an engine needs both
+        bound to one buffer, so Triton Inference Server cannot run it; its name ends in "-inplace".
+      embed_plugin: put the library into the engine, which then runs without loading it.
       progress: called with what is being done, every second.
 
     Raises:
-      EngineError: an argument does not fit, or parser or builder refuse.
+      PluginError: the library is required and not there.
+      EngineError: an argument does not fit, the plugin was not taken, or parser or builder
+        refuse.
       MissingDependencyError: the flavour is not installed.
       BundleError: the ONNX file is not what the manifest says.
     """
     ranges = _ranges(bundle, precision, chunk, max_batch)
+    library = find_plugin(TENSORRT, plugin)
+    if library is None and (in_place_state or embed_plugin):
+        option = "in-place-state" if in_place_state else "embed-plugin"
+        raise EngineError(
+            f"--{option} needs the plugin, which is not there or not wanted; build it with "
+            "`make plugins`, or give its path with --plugin"
+        )
+    use = None if library is None else PluginUse(library, in_place_state, embed_plugin)
+    insist = plugin not in ("auto", "none")
     progress(f"loading {find_flavour(flavour).title}")
     probe = describe_flavour(flavour)
     targets = _targets(flavour, sms, probe)
@@ -67,16 +87,19 @@ def build_engines(
         progress(title)
         tick = _ticker(progress, title)
         try:
-            built.append(_build(bundle, flavour, sm, probe, model, ranges, tick))
+            built.append(_build(bundle, flavour, sm, probe, model, ranges, use, insist, tick))
         except EngineError as error:
             stays = f"; in the bundle stay {', '.join(b.name for b in built)}" if built else ""
             raise EngineError(f"{error}{stays}") from None
     return built
 
 
-def engine_name(flavour: str, version: str, sm: int, precision: str) -> str:
+def engine_name(
+    flavour: str, version: str, sm: int, precision: str, in_place_state: bool = False
+) -> str:
     """Return the name of an engine: of its file, without ".engine"."""
-    return f"{flavour}-{version}-sm{sm}-{precision}"
+    end = "-inplace" if in_place_state else ""
+    return f"{flavour}-{version}-sm{sm}-{precision}{end}"
 
 
 def _ticker(progress: Callable[[str], None], title: str) -> Callable[[float], None]:
@@ -139,16 +162,19 @@ def _build(
     probe: Probe,
     model: Path,
     ranges: Sequence[Range],
+    plugin: PluginUse | None,
+    insist: bool,
     tick: Callable[[float], None],
 ) -> EngineFacts:
     """Build one engine, put it and its facts into the bundle, and register both."""
     manifest = bundle.manifest
-    name = engine_name(flavour, probe.version, sm, manifest.precision)
+    in_place = plugin is not None and plugin.in_place_state
+    name = engine_name(flavour, probe.version, sm, manifest.precision, in_place)
     names = [f"{ENGINES_FOLDER}/{name}.json", f"{ENGINES_FOLDER}/{name}.engine"]
     target = bundle.folder / names[1]
     with replaced_file(bundle.folder / names[0]) as beside, replaced_file(target) as engine:
         try:
-            known = build_in_worker(flavour, model, sm, ranges, engine, tick)
+            known = build_in_worker(flavour, model, sm, ranges, engine, plugin, tick)
         except OSError as error:
             if error.filename != str(engine):
                 raise
@@ -156,7 +182,13 @@ def _build(
             raise OSError(error.errno, error.strerror, str(target)) from None
         except EngineError as error:
             raise EngineError(f"{error}{_hint(str(error))}") from None
-        facts = _facts(bundle, name, flavour, sm, probe, known, engine)
+        facts = _facts(bundle, name, flavour, sm, probe, known, plugin, engine)
+        if insist and facts.update_path != PLUGIN:
+            raise EngineError(
+                f"{probe.version} of {find_flavour(flavour).title} built the fast-weight updates "
+                "from the function body although the plugin is required; export the bundle again "
+                "with this version of fwl-export"
+            )
         beside.write_text(json.dumps(facts.to_dict(), indent=2) + "\n", encoding="utf-8")
         _forget(bundle, names)
     bundle.add_files(names)
@@ -170,6 +202,7 @@ def _facts(
     sm: int,
     probe: Probe,
     known: dict[str, Any],
+    plugin: PluginUse | None,
     engine: Path,
 ) -> EngineFacts:
     """Put together what the worker and the bundle know about an engine."""
@@ -186,6 +219,9 @@ def _facts(
         profiles=[ProfileFacts(**profile) for profile in known["profiles"]],
         layers=known["layers"],
         plugin_layers=known["plugin_layers"],
+        plugin_sha256="" if plugin is None else describe_file(plugin.path)["sha256"],
+        plugin_embedded=plugin is not None and plugin.embed,
+        in_place_state=plugin is not None and plugin.in_place_state,
         update_path=_update_path(known["plugin_layers"], manifest.op["nodes"]),
         build_seconds=known["build_seconds"],
         engine_bytes=file["bytes"],

@@ -18,6 +18,7 @@ from typing import Any
 from fwl_export.engines.facts import ProfileFacts, TensorFacts
 from fwl_export.engines.flavour import LoadedFlavour
 from fwl_export.errors import EngineError
+from fwl_export.op.spec import DOMAIN, NAME, NODE_ATTRIBUTES
 
 # Places in the builder's own source, in its messages.
 _NOISE = (
@@ -44,8 +45,28 @@ class Range:
     tokens: Sequence[int]
 
 
+@dataclass(frozen=True)
+class PluginUse:
+    """How a build uses the plugin library.
+
+    Attributes:
+      path: of the library.
+      in_place_state: the updates write `present` over `past`.
+      embed: the engine carries the library.
+    """
+
+    path: Path
+    in_place_state: bool = False
+    embed: bool = False
+
+
 def compile_engine(
-    loaded: LoadedFlavour, model: Path, sm: int, ranges: Sequence[Range], output: Path
+    loaded: LoadedFlavour,
+    model: Path,
+    sm: int,
+    ranges: Sequence[Range],
+    output: Path,
+    plugin: PluginUse | None = None,
 ) -> dict[str, Any]:
     """Build an engine and write it to `output`.
 
@@ -55,20 +76,23 @@ def compile_engine(
       sm: compute capability to build for.
       ranges: one for each optimisation profile.
       output: file to write.
+      plugin: for the fast-weight updates; None builds them from the function body.
 
     Returns:
       The part of `EngineFacts` that is known here, JSON-ready.
 
     Raises:
-      EngineError: the parser or the builder refuses; with its first error.
+      EngineError: the plugin library cannot be loaded, or the parser or the builder refuses; with
+        its first error.
     """
-    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.backend.trt import engine_bytes_from_network
 
     began = time.perf_counter()
-    # Where the flag is gone, every network is strongly typed.
-    typed = hasattr(loaded.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    if plugin is not None:
+        _load(loaded, plugin.path)
     with _first_error(f"{loaded.flavour.title} {loaded.version} cannot read '{model.name}'"):
-        builder, network, _parser = network_from_onnx_path(str(model), strongly_typed=typed)
+        in_place = plugin is not None and plugin.in_place_state
+        builder, network, _parser = _parse(loaded, model, in_place)
     inputs = [_tensor(network.get_input(i)) for i in range(network.num_inputs)]
     profiles = [_profile(scope, inputs) for scope in ranges]
     facts = {
@@ -80,12 +104,76 @@ def compile_engine(
     }
     with _first_error(f"{loaded.flavour.title} {loaded.version} cannot build for SM{sm}"):
         config = _config(loaded, builder, network, sm, profiles)
+        if plugin is not None and plugin.in_place_state:
+            config.set_preview_feature(loaded.trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        if plugin is not None and plugin.embed:
+            config.plugins_to_serialize = [str(plugin.path)]
         engine = engine_bytes_from_network((builder, network), config)
     facts["tf32"] = bool(config.get_flag(loaded.trt.BuilderFlag.TF32))
     facts["build_seconds"] = round(time.perf_counter() - began, 3)
     with output.open("wb") as stream:
         stream.write(engine)
     return facts
+
+
+def _load(loaded: LoadedFlavour, library: Path) -> None:
+    """Load the plugin library and check that it has our plugin."""
+    remedy = "build it with `make plugins`, or leave it out with --plugin none"
+    registry = loaded.trt.get_plugin_registry()
+    with _first_error(f"{loaded.flavour.title} {loaded.version} cannot load '{library}'") as errors:
+        handle = registry.load_library(str(library))
+    if handle is None:
+        reason = f" ({_sentence(errors)})" if errors else ""
+        raise EngineError(
+            f"{loaded.flavour.title} {loaded.version} cannot load plugin '{library}'{reason}; "
+            f"{remedy}"
+        )
+    version, namespace = (NODE_ATTRIBUTES[f"plugin_{key}"] for key in ("version", "namespace"))
+    if registry.get_creator(NAME, version, namespace) is None:
+        raise EngineError(
+            f"'{library}' has no plugin {namespace}::{NAME} of version {version}; {remedy}"
+        )
+
+
+def _parse(loaded: LoadedFlavour, model: Path, in_place_state: bool) -> tuple[Any, Any, Any]:
+    """Read an ONNX file; returns builder, network and the parser, which owns the weights."""
+    from polygraphy.backend.trt import create_network, network_from_onnx_path
+
+    # Where the flag is gone, every network is strongly typed.
+    typed = hasattr(loaded.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    if not in_place_state:
+        parsed: tuple[Any, Any, Any] = network_from_onnx_path(str(model), strongly_typed=typed)
+        return parsed
+    from polygraphy.backend.trt import get_trt_logger
+    from polygraphy.exception import PolygraphyException
+
+    builder, network = create_network(strongly_typed=typed)
+    parser = loaded.trt.OnnxParser(network, get_trt_logger())
+    # The path tells where the weights lie.
+    if not parser.parse(_with_state_in_place(model), str(model)):
+        raise PolygraphyException("Could not parse ONNX correctly")
+    return builder, network, parser
+
+
+def _with_state_in_place(model: Path) -> bytes:
+    """Return an ONNX file, without its external data, whose updates ask for one state buffer."""
+    import onnx
+
+    proto = onnx.load(model, load_external_data=False)
+    readers = [name for node in proto.graph.node for name in node.input]
+    for node in proto.graph.node:
+        if (node.domain, node.op_type) != (DOMAIN, NAME):
+            continue
+        state = node.input[-1]
+        if readers.count(state) > 1:
+            raise EngineError(
+                f"'{state}' cannot be updated in place: the model also copies it into its anchor, "
+                "and builders crash or refuse where a state has two readers; build without "
+                "--in-place-state"
+            )
+        node.attribute.append(onnx.helper.make_attribute("in_place_state", 1))
+    content: bytes = proto.SerializeToString()
+    return content
 
 
 def _config(
@@ -142,8 +230,10 @@ def _count_plugins(network: Any) -> int:
 
 
 @contextmanager
-def _first_error(what: str) -> Iterator[None]:
+def _first_error(what: str) -> Iterator[list[str]]:
     """Turn a failure into an EngineError with the first error that was logged in the block.
+
+    Yields the errors so far.
 
     Polygraphy's own exception only says that something failed.
     """
@@ -159,7 +249,7 @@ def _first_error(what: str) -> Iterator[None]:
     logger = G_LOGGER.python_logger
     logger.addHandler(handler)
     try:
-        yield
+        yield errors
     except PolygraphyException as error:
         raise EngineError(f"{what}: {_sentence([*errors, str(error)])}") from None
     finally:

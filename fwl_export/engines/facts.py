@@ -56,6 +56,11 @@ class EngineFacts:
       profiles: by their index.
       layers: of the network before the build. Without a GPU nothing can look into an engine.
       plugin_layers: how many of them are plugins.
+      plugin_sha256: of the plugin library that the build used, or "". The library that is loaded
+        where the engine runs may be another.
+      plugin_embedded: whether the engine carries that library.
+      in_place_state: whether the updates write `present` over `past`, so that both must be bound
+        to one buffer.
       update_path: "plugin" if the fast-weight updates are computed by ours, "function body" if
         by standard operators.
       build_seconds: of parser and builder.
@@ -76,6 +81,9 @@ class EngineFacts:
     profiles: Sequence[ProfileFacts]
     layers: int
     plugin_layers: int
+    plugin_sha256: str
+    plugin_embedded: bool
+    in_place_state: bool
     update_path: str
     build_seconds: float
     engine_bytes: int

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fwl_export.engines.device import query_driver
@@ -28,6 +33,8 @@ class Flavour:
       module: to import.
       extra: of fwl-export, that installs it.
       needs_device: it builds for the GPU that is present, and for no other.
+      libraries: the module that its shared libraries lie in.
+      library: file name of the main one, without a version.
     """
 
     name: str
@@ -35,6 +42,8 @@ class Flavour:
     module: str
     extra: str
     needs_device: bool
+    libraries: str
+    library: str
 
     @property
     def remedy(self) -> str:
@@ -45,8 +54,24 @@ class Flavour:
 FLAVOURS = {
     flavour.name: flavour
     for flavour in (
-        Flavour("rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx", needs_device=False),
-        Flavour("tensorrt", "TensorRT", "tensorrt", "gpu", needs_device=True),
+        Flavour(
+            "rtx",
+            "TensorRT-RTX",
+            "tensorrt_rtx",
+            "rtx",
+            needs_device=False,
+            libraries="tensorrt_rtx_libs",
+            library="libtensorrt_rtx.so",
+        ),
+        Flavour(
+            "tensorrt",
+            "TensorRT",
+            "tensorrt",
+            "gpu",
+            needs_device=True,
+            libraries="tensorrt_libs",
+            library="libnvinfer.so",
+        ),
     )
 }
 
@@ -120,6 +145,23 @@ def load_flavour(name: str) -> LoadedFlavour:
 
     config.USE_TENSORRT_RTX = flavour.module == "tensorrt_rtx"
     return LoadedFlavour(flavour, trt, str(trt.__version__), str(polygraphy.__version__))
+
+
+@contextmanager
+def plugin_environment(flavour: Flavour) -> Iterator[dict[str, str]]:
+    """Yield the environment of a process in which a parser can meet a plugin.
+
+    It then opens the main library by its name without a version, which the packages do not have,
+    and aborts the process if it finds none. The environment is for processes that end inside.
+    """
+    spec = importlib.util.find_spec(flavour.libraries)
+    folders = map(Path, spec.submodule_search_locations or ()) if spec else ()
+    files = [file for folder in folders for file in folder.glob(f"{flavour.library}*")]
+    with tempfile.TemporaryDirectory(prefix="fwl-export-") as folder:
+        for file in files[:1]:
+            Path(folder, flavour.library).symlink_to(file)
+        paths = [folder, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        yield {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
 
 
 def buildable_sms(loaded: LoadedFlavour) -> list[int]:

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from fwl_export import errors
-from fwl_export.engines.compile import Range, compile_engine
+from fwl_export.engines.compile import PluginUse, Range, compile_engine
 from fwl_export.engines.flavour import (
     FLAVOURS,
     buildable_sms,
     check_installed,
     find_flavour,
     load_flavour,
+    plugin_environment,
 )
 from fwl_export.errors import EngineError, FwlError
 
@@ -81,6 +82,7 @@ def build_in_worker(
     sm: int,
     ranges: Sequence[Range],
     output: Path,
+    plugin: PluginUse | None,
     tick: Callable[[float], None],
 ) -> dict[str, Any]:
     """Build an engine in a process of its own, see `compile_engine`.
@@ -91,6 +93,7 @@ def build_in_worker(
       sm: compute capability to build for.
       ranges: of the optimisation profiles.
       output: file to write.
+      plugin: for the fast-weight updates; None builds them from the function body.
       tick: called every second with the seconds that have passed.
     """
     request = {
@@ -100,12 +103,18 @@ def build_in_worker(
         "sm": sm,
         "ranges": [asdict(scope) for scope in ranges],
         "output": str(output),
+        "plugin": None if plugin is None else {**asdict(plugin), "path": str(plugin.path)},
     }
-    return _ask(request, tick)
+    if plugin is None:
+        return _ask(request, tick)
+    with plugin_environment(find_flavour(flavour)) as environment:
+        return _ask(request, tick, environment)
 
 
 def _ask(
-    request: dict[str, Any], tick: Callable[[float], None] = lambda seconds: None
+    request: dict[str, Any],
+    tick: Callable[[float], None] = lambda seconds: None,
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run a worker on a request.
 
@@ -126,6 +135,7 @@ def _ask(
         stderr=pipe,
         encoding="utf-8",
         errors="replace",
+        env=environment,
     ) as process:
         try:
             while True:
@@ -184,7 +194,10 @@ def _handle(request: dict[str, Any]) -> dict[str, Any]:
             return {"result": {"version": loaded.version, "sms": sms, "versions": versions}}
         ranges = [Range(**scope) for scope in request["ranges"]]
         model, output = Path(request["model"]), Path(request["output"])
-        return {"result": compile_engine(loaded, model, request["sm"], ranges, output)}
+        plugin = request["plugin"]
+        if plugin is not None:
+            plugin = PluginUse(**{**plugin, "path": Path(plugin["path"])})
+        return {"result": compile_engine(loaded, model, request["sm"], ranges, output, plugin)}
     except FwlError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except OSError as error:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fwl_export.bundle import Bundle
 from fwl_export.errors import BundleError, MissingDependencyError, PluginError
-from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin
+from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.state import PAST, PRESENT, State, TensorSpec
 
 if TYPE_CHECKING:

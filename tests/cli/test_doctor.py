@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fwl_export import engines
+from fwl_export import engines, plugins
 from fwl_export.engines.device import Device, Driver
 from fwl_export.engines.worker import Probe
-from fwl_export.runtimes import plugins
 from tests.cli.run import run
 
 Doctor = Callable[..., tuple[int, str]]

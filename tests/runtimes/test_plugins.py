@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fwl_export import open_session
+from fwl_export import open_session, plugins
 from fwl_export.errors import ConfigError, PluginError
-from fwl_export.runtimes import plugins
-from fwl_export.runtimes.plugins import ONNXRUNTIME, find_plugin
+from fwl_export.plugins import ONNXRUNTIME, find_plugin
 
 
 @pytest.fixture

@@ -41,7 +41,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
 
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # A split costs a second kernel, so no more of them than keep every multiprocessor busy.
-_MAX_SPLITS = 64
+MAX_SPLITS = 64
+# A segment's workspace should fit the second-level cache of large GPUs.
+WORKSPACE_BYTES = 32 << 20
 # Offsets inside one row's state are 32 bits wide in the kernels.
 _MAX_STATE = 2**31
 
@@ -173,7 +175,7 @@ def plan(
     dtype: str,
     sm: int,
     aligned: bool = True,
-    workspace_bytes: int = 32 << 20,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Plan:
     """Return the launches of one call of the op.
 
@@ -206,7 +208,7 @@ def _decode(rows: int, size_k: int, size_v: int, dtype: str, sm: int, aligned: b
     block = variant("decode", dtype, sm, aligned).block
     programs = rows * _tiles(size_v, block["block_v"])
     # Four programs of four warps keep enough loads in flight on one multiprocessor.
-    wanted = min(_tiles(4 * MULTIPROCESSORS[sm], programs), _MAX_SPLITS)
+    wanted = min(_tiles(4 * MULTIPROCESSORS[sm], programs), MAX_SPLITS)
     lines = _tiles(_tiles(size_k, wanted), block["block_k"]) * block["block_k"]
     splits = _tiles(size_k, lines)
     scalars = {"size_k": size_k, "size_v": size_v, "splits": splits, "rows": lines}
@@ -233,8 +235,7 @@ def _prefill(
     output = variant("prefill_output", dtype, sm, aligned)
     chunk = state.block["chunk"]
     tiles_k = _tiles(size_k, state.block["block_k"])
-    # A segment's workspace should fit the second-level cache of large GPUs; of one chunk alone,
-    # the state would be read and written for each.
+    # Of one chunk alone, the state would be read and written for each.
     per_chunk = tiles_k * rows * chunk * size_v
     segment = max(workspace_bytes // (4 * per_chunk), 2) * chunk
     launches = []

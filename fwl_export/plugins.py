@@ -8,11 +8,12 @@ from pathlib import Path
 from fwl_export.errors import PluginError
 
 # Filled when the package is built, or by `make plugins`.
-FOLDER = Path(__file__).parents[1] / "plugins_lib"
+FOLDER = Path(__file__).parent / "plugins_lib"
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 ONNXRUNTIME = f"libfwl_ort{_SUFFIX}"
+TENSORRT = f"libfwl_trt{_SUFFIX}"
 
 CHOICES = ("auto", "none", "required")
 

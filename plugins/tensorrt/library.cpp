@@ -1,0 +1,16 @@
+// Entry points of libfwl_trt: TensorRT calls them when the library is loaded into its registry.
+
+#include "tensorrt/plugin.h"
+
+#define FWL_EXPORT extern "C" __attribute__((visibility("default")))
+
+FWL_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  fwl::trt::set_logger_finder(finder);
+}
+
+FWL_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  static fwl::trt::Creator creator;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
+  count = 1;
+  return creators;
+}

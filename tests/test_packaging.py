@@ -14,6 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 LIBRARY = "fwl_export/plugins_lib/libfwl_ort.so"
+PLUGIN = "fwl_export/plugins_lib/libfwl_trt.so"
 KERNELS = "fwl_export/plugins_lib/gpu/plan.py"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -53,6 +54,7 @@ def test_the_wheel_carries_libraries_and_kernels_and_they_are_found(tmp_path: Pa
         pytest.skip("ONNX Runtime's headers cannot be had: the wheel has no libraries")
     assert "-py3-none-linux" in wheel.name
     assert KERNELS in names
+    assert PLUGIN in names
     assert "fwl_export/demo/checkpoint/model.safetensors" in names
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fwl_export"}

@@ -72,8 +72,8 @@ def examine() -> list[Piece]:
 
     packages = [_package(*entry) for entry in _PACKAGES]
     plugins = [
-        _plugin(ONNXRUNTIME, "kernel for ONNX Runtime"),
-        _plugin(TENSORRT, "plugin for TensorRT engines"),
+        _plugin(ONNXRUNTIME, "ONNX Runtime"),
+        _plugin(TENSORRT, "TensorRT"),
     ]
     flavours = [_flavour(name, cost) for name, cost in _FLAVOUR_COSTS.items()]
     return [*packages, _onnxruntime(), *flavours, _driver(), *plugins]
@@ -127,15 +127,14 @@ def _driver() -> Piece:
     return Piece("CUDA driver", True, driver.version, gpus)
 
 
-def _plugin(library: str, purpose: str) -> Piece:
+def _plugin(library: str, runtime: str) -> Piece:
     from fwl_export.plugins import find_plugin
 
     if find_plugin(library) is not None:
-        return Piece(library, True, "", purpose)
+        return Piece(library, True, "", f"kernels of the fast-weight update for {runtime}")
     note = (
-        f"no {purpose}: the fast-weight update runs in standard operators (the op's function "
-        "body); same results, but slower; `make plugins` builds it in a checkout, and "
-        "`pip install` where there is a C++ compiler"
+        f"{runtime} runs the fast-weight update in standard operators, slower; `make plugins` or "
+        "`pip install`, with a C++ compiler"
     )
     return Piece(library, False, "", note)
 

@@ -19,10 +19,9 @@ OrtStatus* domain_of(const OrtApi& api, OrtCustomOpDomain** domain) {
   }
   OrtCustomOpDomain* created = nullptr;
   OrtStatus* status = api.CreateCustomOpDomain(fwl::op::kDomain, &created);
-  for (const auto type :
-       {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16}) {
+  for (const OrtCustomOp* each : fwl::ort::custom_ops(api)) {
     if (status == nullptr) {
-      status = api.CustomOpDomain_Add(created, fwl::ort::custom_op(type));
+      status = api.CustomOpDomain_Add(created, each);
     }
   }
   if (status != nullptr) {

@@ -9,6 +9,9 @@
 
 #include "kernels/cpu/linear_attention_update.h"
 #include "op_spec.h"
+#ifdef FWL_HAVE_GPU
+#include "kernels/gpu/launcher/launcher.h"
+#endif
 
 namespace fwl::ort {
 namespace {
@@ -160,10 +163,12 @@ private:
   std::vector<Workspace> free_;
 };
 
+// What all providers share: reading and checking tensors.
 class Kernel {
 public:
-  Kernel(const OrtApi& api, cpu::Activation activation)
-      : api_(api), activation_(activation), instructions_(cpu::best_instruction_set()) {}
+  Kernel(const OrtApi& api, size_t activation_bytes)
+      : api_(api), activation_bytes_(activation_bytes) {}
+  virtual ~Kernel() = default;
 
   const OrtApi& api() const { return api_; }
 
@@ -180,50 +185,17 @@ public:
       FWL_RETURN_IF_ERROR(make_output(context, i, sizes, outputs[i]));
     }
     FWL_RETURN_IF_ERROR(check_overlap(inputs, outputs));
-
-    const cpu::Sizes kernel_sizes{static_cast<size_t>(sizes["B"]), static_cast<size_t>(sizes["T"]),
-                                  static_cast<size_t>(sizes["Dk"]),
-                                  static_cast<size_t>(sizes["Dv"]), activation_};
-    const cpu::Tensors tensors{
-        inputs[op::kQuery].data,
-        inputs[op::kKey].data,
-        inputs[op::kValue].data,
-        static_cast<const float*>(inputs[op::kDecay].data),
-        static_cast<const float*>(inputs[op::kPastState].data),
-        const_cast<void*>(outputs[op::kOutput].data),
-        static_cast<float*>(const_cast<void*>(outputs[op::kPresentState].data))};
-    Threads threads{api_, context, nullptr};
-    Workspace workspace = workspaces_.take(cpu::workspace_bytes(kernel_sizes, instructions_));
-    cpu::linear_attention_update(kernel_sizes, tensors, instructions_, workspace.memory.get(),
-                                 {Threads::run, &threads});
-    workspaces_.give_back(std::move(workspace));
-    return threads.status;
+    return run(context, sizes, inputs, outputs);
   }
 
+protected:
+  // Computes the outputs, whose memory is there.
+  virtual OrtStatus* run(OrtKernelContext* context, const SymbolSizes& sizes, const Tensor* inputs,
+                         const Tensor* outputs) = 0;
+
 private:
-  // ONNX Runtime's own threads, as the kernels call them.
-  struct Threads {
-    const OrtApi& api;
-    const OrtKernelContext* context;
-    OrtStatus* status; // of the first call that failed
-
-    static void run(void* self, void (*task)(void*, size_t), size_t count, void* task_context) {
-      Threads& threads = *static_cast<Threads*>(self);
-      OrtStatus* status =
-          threads.api.KernelContext_ParallelFor(threads.context, task, count, 0, task_context);
-      if (status == nullptr) {
-        return;
-      }
-      if (threads.status == nullptr) {
-        threads.status = status;
-      } else {
-        threads.api.ReleaseStatus(status);
-      }
-    }
-  };
-
   size_t element_size(const op::Argument& argument) const {
-    return argument.activation && activation_ == cpu::Activation::kFloat16 ? 2 : 4;
+    return argument.activation ? activation_bytes_ : sizeof(float);
   }
 
   size_t bytes_of(const op::Argument& argument, const Shape& shape) const {
@@ -319,10 +291,95 @@ private:
   }
 
   const OrtApi& api_;
+  const size_t activation_bytes_;
+};
+
+void* writable(const Tensor& output) {
+  return const_cast<void*>(output.data);
+}
+
+class CpuKernel final : public Kernel {
+public:
+  CpuKernel(const OrtApi& api, ONNXTensorElementDataType type)
+      : Kernel(api, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2),
+        activation_(type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? cpu::Activation::kFloat32
+                                                                : cpu::Activation::kFloat16),
+        instructions_(cpu::best_instruction_set()) {}
+
+protected:
+  OrtStatus* run(OrtKernelContext* context, const SymbolSizes& sizes, const Tensor* inputs,
+                 const Tensor* outputs) override {
+    const cpu::Sizes kernel_sizes{static_cast<size_t>(sizes["B"]), static_cast<size_t>(sizes["T"]),
+                                  static_cast<size_t>(sizes["Dk"]),
+                                  static_cast<size_t>(sizes["Dv"]), activation_};
+    const cpu::Tensors tensors{inputs[op::kQuery].data,
+                               inputs[op::kKey].data,
+                               inputs[op::kValue].data,
+                               static_cast<const float*>(inputs[op::kDecay].data),
+                               static_cast<const float*>(inputs[op::kPastState].data),
+                               writable(outputs[op::kOutput]),
+                               static_cast<float*>(writable(outputs[op::kPresentState]))};
+    Threads threads{api(), context, nullptr};
+    Workspace workspace = workspaces_.take(cpu::workspace_bytes(kernel_sizes, instructions_));
+    cpu::linear_attention_update(kernel_sizes, tensors, instructions_, workspace.memory.get(),
+                                 {Threads::run, &threads});
+    workspaces_.give_back(std::move(workspace));
+    return threads.status;
+  }
+
+private:
+  // ONNX Runtime's own threads, as the kernels call them.
+  struct Threads {
+    const OrtApi& api;
+    const OrtKernelContext* context;
+    OrtStatus* status; // of the first call that failed
+
+    static void run(void* self, void (*task)(void*, size_t), size_t count, void* task_context) {
+      Threads& threads = *static_cast<Threads*>(self);
+      OrtStatus* status =
+          threads.api.KernelContext_ParallelFor(threads.context, task, count, 0, task_context);
+      if (status == nullptr) {
+        return;
+      }
+      if (threads.status == nullptr) {
+        threads.status = status;
+      } else {
+        threads.api.ReleaseStatus(status);
+      }
+    }
+  };
+
   const cpu::Activation activation_;
   const cpu::InstructionSet instructions_;
   Workspaces workspaces_;
 };
+
+#ifdef FWL_HAVE_GPU
+class GpuKernel final : public Kernel {
+public:
+  GpuKernel(const OrtApi& api, ONNXTensorElementDataType type)
+      : Kernel(api, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2),
+        activation_(type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT     ? gpu::Activation::kFloat32
+                    : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? gpu::Activation::kFloat16
+                                                                    : gpu::Activation::kBFloat16) {}
+
+protected:
+  OrtStatus* run(OrtKernelContext* context, const SymbolSizes& sizes, const Tensor* inputs,
+                 const Tensor* outputs) override {
+    void* stream = nullptr;
+    FWL_RETURN_IF_ERROR(api().KernelContext_GetGPUComputeStream(context, &stream));
+    gpu::launch({sizes["B"], sizes["T"], sizes["Dk"], sizes["Dv"], activation_},
+                {inputs[op::kQuery].data, inputs[op::kKey].data, inputs[op::kValue].data,
+                 inputs[op::kDecay].data, inputs[op::kPastState].data,
+                 writable(outputs[op::kOutput]), writable(outputs[op::kPresentState])},
+                stream);
+    return nullptr;
+  }
+
+private:
+  const gpu::Activation activation_;
+};
+#endif
 
 // Returns text that may be anything in a form that a message can hold: callers expect UTF-8.
 std::string printable(const std::string& text) {
@@ -370,12 +427,18 @@ OrtStatus* check_attribute(const OrtApi& api, const OrtKernelInfo* info, const c
   return nullptr;
 }
 
+// The op of one provider for query, key and value of one type.
 struct CustomOp : OrtCustomOp {
-  explicit CustomOp(ONNXTensorElementDataType activation_type) : OrtCustomOp{} {
-    type = activation_type;
+  CustomOp(const OrtApi& its_api, const char* its_provider,
+           ONNXTensorElementDataType activation_type,
+           Kernel* (*maker)(const OrtApi&, ONNXTensorElementDataType))
+      : OrtCustomOp{}, api(its_api), provider(its_provider), type(activation_type),
+        make_kernel(maker) {
     version = kApiVersion;
     GetName = [](const OrtCustomOp*) { return op::kName; };
-    GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+    GetExecutionProviderType = [](const OrtCustomOp* self) {
+      return static_cast<const CustomOp*>(self)->provider;
+    };
     GetInputTypeCount = [](const OrtCustomOp*) { return static_cast<size_t>(op::kInputCount); };
     GetInputType = [](const OrtCustomOp* self, size_t index) {
       return type_of(self, op::kInputs[index]);
@@ -393,6 +456,7 @@ struct CustomOp : OrtCustomOp {
     GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
     GetStartVersion = [](const OrtCustomOp*) { return op::kVersion; };
     GetEndVersion = [](const OrtCustomOp*) { return op::kVersion; };
+    InferOutputShapeFn = infer_shapes;
     CreateKernelV2 = create_kernel;
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatusPtr {
       Kernel& ours = *static_cast<Kernel*>(kernel);
@@ -406,31 +470,66 @@ struct CustomOp : OrtCustomOp {
                                : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
 
-  static OrtStatusPtr create_kernel(const OrtCustomOp* self, const OrtApi* api,
+  // The output has the shape of value, the new state that of the old.
+  static OrtStatusPtr infer_shapes(const OrtCustomOp* self, OrtShapeInferContext* context) {
+    const OrtApi& api = static_cast<const CustomOp*>(self)->api;
+    constexpr size_t kSource[] = {op::kValue, op::kPastState};
+    for (size_t i = 0; i < op::kOutputCount; ++i) {
+      OrtTensorTypeAndShapeInfo* info = nullptr;
+      if (OrtStatus* unknown =
+              api.ShapeInferContext_GetInputTypeShape(context, kSource[i], &info)) {
+        api.ReleaseStatus(unknown); // the output's shape is then not known either
+        continue;
+      }
+      FWL_RETURN_IF_ERROR(api.ShapeInferContext_SetOutputTypeShape(context, i, info));
+    }
+    return nullptr;
+  }
+
+  static OrtStatusPtr create_kernel(const OrtCustomOp* self, const OrtApi* session_api,
                                     const OrtKernelInfo* info, void** kernel) {
-    return guarded(*api, [&]() -> OrtStatus* {
+    return guarded(*session_api, [&]() -> OrtStatus* {
       *kernel = nullptr;
       FWL_RETURN_IF_ERROR(
-          check_attribute(*api, info, op::kPluginNamespaceAttribute, op::kPluginNamespace));
+          check_attribute(*session_api, info, op::kPluginNamespaceAttribute, op::kPluginNamespace));
       FWL_RETURN_IF_ERROR(
-          check_attribute(*api, info, op::kPluginVersionAttribute, op::kPluginVersion));
-      const auto type = static_cast<const CustomOp*>(self)->type;
-      *kernel = new Kernel(*api, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
-                                     ? cpu::Activation::kFloat16
-                                     : cpu::Activation::kFloat32);
+          check_attribute(*session_api, info, op::kPluginVersionAttribute, op::kPluginVersion));
+      const CustomOp& ours = *static_cast<const CustomOp*>(self);
+      *kernel = ours.make_kernel(*session_api, ours.type);
       return nullptr;
     });
   }
 
+  const OrtApi& api;
+  const char* provider;
   ONNXTensorElementDataType type;
+  Kernel* (*make_kernel)(const OrtApi&, ONNXTensorElementDataType);
 };
+
+template <class Made> Kernel* made(const OrtApi& api, ONNXTensorElementDataType type) {
+  return new Made(api, type);
+}
 
 } // namespace
 
-const OrtCustomOp* custom_op(ONNXTensorElementDataType activation) {
-  static const CustomOp single(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-  static const CustomOp half(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
-  return activation == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? &half : &single;
+const std::vector<const OrtCustomOp*>& custom_ops(const OrtApi& api) {
+  static const CustomOp all[] = {
+      {api, "CPUExecutionProvider", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, made<CpuKernel>},
+      {api, "CPUExecutionProvider", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, made<CpuKernel>},
+#ifdef FWL_HAVE_GPU
+      {api, "CUDAExecutionProvider", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, made<GpuKernel>},
+      {api, "CUDAExecutionProvider", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, made<GpuKernel>},
+      {api, "CUDAExecutionProvider", ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, made<GpuKernel>},
+#endif
+  };
+  static const std::vector<const OrtCustomOp*> pointers = [] {
+    std::vector<const OrtCustomOp*> found;
+    for (const CustomOp& each : all) {
+      found.push_back(&each);
+    }
+    return found;
+  }();
+  return pointers;
 }
 
 } // namespace fwl::ort

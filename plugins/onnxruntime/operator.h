@@ -1,7 +1,9 @@
-// The op as a custom op of ONNX Runtime's CPU provider.
+// The op as a custom op of ONNX Runtime's CPU and CUDA providers.
 #pragma once
 
 #include <onnxruntime_c_api.h>
+
+#include <vector>
 
 namespace fwl::ort {
 
@@ -9,7 +11,8 @@ namespace fwl::ort {
 constexpr uint32_t kApiVersion = 17;
 static_assert(ORT_API_VERSION >= kApiVersion, "headers of ONNX Runtime 1.17 or newer are needed");
 
-// The op for query, key and value of `activation`: float or float16. Lives as long as the process.
-const OrtCustomOp* custom_op(ONNXTensorElementDataType activation);
+// The op once for each provider and type of query, key and value. They live as long as the
+// process, like the interface they are made with.
+const std::vector<const OrtCustomOp*>& custom_ops(const OrtApi& api);
 
 } // namespace fwl::ort

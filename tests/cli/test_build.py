@@ -30,6 +30,9 @@ def facts(name: str, sm: int, path: str = "function body") -> EngineFacts:
         profiles=[ProfileFacts("decode", {}), ProfileFacts("prefill", shapes)],
         layers=1746,
         plugin_layers=0 if path == "function body" else 2,
+        plugin_sha256="" if path == "function body" else "2" * 64,
+        plugin_embedded=False,
+        in_place_state=False,
         update_path=path,
         build_seconds=12.345,
         engine_bytes=126_600_000,
@@ -70,7 +73,7 @@ def test_the_table_fits_a_terminal(builder: Builder, capsys: pytest.CaptureFixtu
     assert max(map(len, printed.out.splitlines())) <= 80
     for text in ("rtx-1.7.1.116-sm80-fp32", "126.6 MB", "1746", "12.3 s", "1 to 256; 1 to 8 rows"):
         assert text in printed.out
-    assert "no plugin for them" in " ".join(printed.out.split())
+    assert "`make plugins`" in " ".join(printed.out.split())
     # Nothing is drawn in place here, so the message of every second is left out.
     assert printed.err.splitlines() == ["build: loading", "build: engine 1 of 1 for SM80"]
 
@@ -79,10 +82,14 @@ def test_defaults_and_options_reach_the_builder(
     builder: Builder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, "build", "b").code == 0
-    assert builder.arguments == [Path("b"), "rtx", None, None, None, 8]
-    options = "--flavour tensorrt --sm 80,sm_86 --precision fp16 --chunk 32 --max-batch 2"
+    assert builder.arguments == [Path("b"), "rtx", None, None, None, 8, "auto", False, False]
+    options = (
+        "--flavour tensorrt --sm 80,sm_86 --precision fp16 --chunk 32 --max-batch 2 "
+        "--plugin required --in-place-state --embed-plugin"
+    )
     assert run(capsys, "build", "b", *options.split()).code == 0
-    assert builder.arguments == [Path("b"), "tensorrt", [80, 86], "fp16", 32, 2]
+    values = [Path("b"), "tensorrt", [80, 86], "fp16", 32, 2, "required", True, True]
+    assert builder.arguments == values
 
 
 def test_json(builder: Builder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,8 @@ def test_a_machine_that_can_export(doctor: Doctor) -> None:
         "ok TensorRT-RTX 1.2.3: builds engines for SM 80, 120, without a GPU; Polygraphy 0.5",
         "no TensorRT: no engines for data-centre GPUs such as SM90; TensorRT is not installed",
         "no CUDA driver: libcuda is not here: engines can be built here, but not run",
-        "no plugin libraries: no libfwl_ort",
+        "no libfwl_ort.so: ONNX Runtime runs the fast-weight update in standard operators",
+        "no libfwl_trt.so: TensorRT runs the fast-weight update in standard operators",
         "This machine can export models and run them.",
     ):
         assert part in text

@@ -9,6 +9,16 @@ from typing import Any
 
 import pytest
 
+from fwl_export import plugins
+from fwl_export.engines.compile import PluginUse
+
+
+@pytest.fixture(autouse=True)
+def no_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package carries no plugins, though `make plugins` may have run in this checkout."""
+    monkeypatch.setattr(plugins, "FOLDER", tmp_path / "no-plugins")
+
+
 PlantModule = Callable[[str, str], None]
 
 
@@ -44,6 +54,7 @@ class QuickWorker:
       error: to raise at the build number `fail_at`, counted from 0, after writing half.
       fail_at: see `error`.
       outputs: the paths it was given.
+      plugins: what it was told of the plugin library.
     """
 
     def __init__(self) -> None:
@@ -52,11 +63,20 @@ class QuickWorker:
         self.error: BaseException | None = None
         self.fail_at = 0
         self.outputs: list[Path] = []
+        self.plugins: list[PluginUse | None] = []
 
     def __call__(
-        self, flavour: str, model: Path, sm: int, ranges: Any, output: Path, tick: Any
+        self,
+        flavour: str,
+        model: Path,
+        sm: int,
+        ranges: Any,
+        output: Path,
+        plugin: PluginUse | None,
+        tick: Any,
     ) -> dict[str, Any]:
         self.outputs.append(output)
+        self.plugins.append(plugin)
         tick(1.0)
         if self.error is not None and len(self.outputs) - 1 == self.fail_at:
             output.write_bytes(self.content[:3])

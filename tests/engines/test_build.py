@@ -48,7 +48,9 @@ def built(
 ) -> tuple[Bundle, list[EngineFacts]]:
     folder = tmp_path_factory.mktemp("built") / "bundle"
     shutil.copytree(tiny_bundle, folder)
-    engines = build_engines(read_bundle(folder), "rtx", [80, 89], chunk=8, max_batch=4)
+    engines = build_engines(
+        read_bundle(folder), "rtx", [80, 89], chunk=8, max_batch=4, plugin="none"
+    )
     return read_bundle(folder), engines
 
 
@@ -239,7 +241,7 @@ def test_a_full_disk_is_told_with_the_engines_name(
     quick_worker: QuickWorker, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(
-        flavour: str, model: Path, sm: int, ranges: object, output: Path, tick: object
+        flavour: str, model: Path, sm: int, ranges: object, output: Path, *rest: object
     ) -> None:
         output.write_bytes(b"en")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from fwl_export.engines.compile import Range, _count_plugins, _profile, _sentence
+from fwl_export.engines.compile import Range, _count_plugins, _load, _profile, _sentence
 from fwl_export.engines.facts import TensorFacts
+from fwl_export.engines.flavour import LoadedFlavour, find_flavour
+from fwl_export.errors import EngineError
 
 
 def test_a_profile_fills_the_free_axes() -> None:
@@ -30,6 +33,34 @@ def test_plugin_layers_of_every_generation_are_counted() -> None:
     layers = [SimpleNamespace(type=SimpleNamespace(name=kind)) for kind in kinds]
     network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
     assert _count_plugins(network) == 4
+
+
+@pytest.mark.parametrize(
+    ("handle", "creator", "message"),
+    [
+        (None, None, "TensorRT 9 cannot load plugin 'lib.so'; build it with"),
+        (object(), None, "'lib.so' has no plugin fwl::LinearAttentionUpdate of version 1; build"),
+        (object(), object(), ""),
+    ],
+)
+def test_a_plugin_library_is_loaded_and_has_our_plugin(
+    handle: object, creator: object, message: str
+) -> None:
+    asked = []
+
+    def get_creator(*names: str) -> object:
+        asked.append(names)
+        return creator
+
+    registry = SimpleNamespace(load_library=lambda path: handle, get_creator=get_creator)
+    module = SimpleNamespace(get_plugin_registry=lambda: registry)
+    loaded = LoadedFlavour(find_flavour("tensorrt"), module, "9", "0.1")
+    if message:
+        with pytest.raises(EngineError, match=f"^{message}"):
+            _load(loaded, Path("lib.so"))
+    else:
+        _load(loaded, Path("lib.so"))
+        assert asked == [("LinearAttentionUpdate", "1", "fwl")]
 
 
 @pytest.mark.parametrize(

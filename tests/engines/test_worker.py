@@ -67,7 +67,7 @@ def test_a_disk_that_is_full(rtx: None, tiny_bundle: Path) -> None:
     full = Path("/dev/full")  # writing to this device fails as a full disk does
     scope = Range("decode", (1, 1, 1), (1, 1, 1))
     with pytest.raises(OSError, match="No space left on device") as caught:
-        build_in_worker("rtx", tiny_bundle / MODEL_FILE, 80, [scope], full, lambda seconds: None)
+        build_in_worker("rtx", tiny_bundle / MODEL_FILE, 80, [scope], full, None, print)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(full))
 
 

@@ -16,6 +16,27 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ort_library(builds: Path) -> Path:
+def libraries(builds: Path) -> Path:
+    """The build folder of all libraries."""
+    return built(builds, "libraries", headers=True)
+
+
+@pytest.fixture(scope="session")
+def ort_library(libraries: Path) -> Path:
     """libfwl_ort, built from the sources."""
-    return built(builds, "ort", headers=True) / "onnxruntime" / "libfwl_ort.so"
+    return libraries / "onnxruntime" / "libfwl_ort.so"
+
+
+@pytest.fixture(scope="session")
+def trt_library(libraries: Path) -> Path:
+    """libfwl_trt, built from the sources."""
+    library = libraries / "tensorrt" / "libfwl_trt.so"
+    if not library.is_file():
+        pytest.skip("libfwl_trt is not built: Triton cannot be had")
+    return library
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(trt_library: Path) -> Path:
+    """The folder of the GPU kernels that the libraries embed."""
+    return trt_library.parents[1] / "kernels" / "gpu" / "launcher" / "compiled"

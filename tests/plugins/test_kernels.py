@@ -1,11 +1,15 @@
-"""The kernels' own tests, which are C++, plain and under sanitizers."""
+"""The C++ tests: of the kernels, plain and under sanitizers, and of what launches GPU kernels."""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from fwl_export.op.spec import ACTIVATION_TYPES
+from plugins.kernels.gpu.plan import MULTIPROCESSORS, SIGNATURES, Plan, plan
 from tests.plugins.builds import built, run_tests
 
 _OPTIONS = ("-DFWL_TESTS=ON", "-DFWL_ONNXRUNTIME=OFF")
@@ -13,8 +17,78 @@ _OPTIONS = ("-DFWL_TESTS=ON", "-DFWL_ONNXRUNTIME=OFF")
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("sanitizer", ["", "address,undefined", "thread"])
+@pytest.mark.parametrize("sanitizer", ["", "thread"])
 def test_kernels(builds: Path, sanitizer: str) -> None:
-    name = sanitizer.replace(",", "-") or "plain"
-    folder = built(builds, f"kernels-{name}", *_OPTIONS, f"-DFWL_SANITIZE={sanitizer}")
-    run_tests(folder)
+    options = (*_OPTIONS, "-DFWL_GPU=OFF", f"-DFWL_SANITIZE={sanitizer}")
+    run_tests(built(builds, f"kernels-{sanitizer or 'plain'}", *options))
+
+
+@pytest.fixture(scope="session")
+def sanitized(builds: Path, compiled_kernels: Path) -> Path:
+    """Everything, built with the address and undefined-behaviour sanitizers."""
+    return built(
+        builds,
+        "sanitized",
+        *_OPTIONS,
+        "-DFWL_SANITIZE=address,undefined",
+        f"-DFWL_COMPILED_KERNELS={compiled_kernels}",
+        headers=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernels_launcher_and_plugin_under_sanitizers(sanitized: Path) -> None:
+    run_tests(sanitized)
+
+
+# Sizes around those of tiles, chunks, segments and splits, and random ones.
+_EDGES = [
+    (rows, tokens, size_k, size_v)
+    for rows in (1, 5, 600)
+    for tokens in (1, 2, 64, 65, 3000)
+    for size_k, size_v in ((1, 1), (768, 3072), (64, 4096), (129, 33))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_launcher_plans_as_python_does(sanitized: Path) -> None:
+    random = Random(3)
+    sizes = _EDGES + [
+        (random.randint(1, 300), *(random.randint(1, 4000) for _ in range(3))) for _ in range(100)
+    ]
+    calls = [
+        (*size, dtype, sm, aligned)
+        for size in sizes
+        for dtype in ACTIVATION_TYPES
+        for sm in MULTIPROCESSORS
+        for aligned in (True, False)
+    ]
+    lines = [
+        " ".join(map(str, (*size, ACTIVATION_TYPES.index(dtype), sm, int(aligned))))
+        for *size, dtype, sm, aligned in calls
+    ]
+    done = subprocess.run(
+        [sanitized / "tests" / "launcher_test", "plan"],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for line, found, call in zip(lines, done.stdout.splitlines(), calls, strict=True):
+        assert found == _text(plan(*call)), line
+
+
+def _text(steps: Plan) -> str:
+    """Return a plan as `launcher_test plan` prints it."""
+    parts = [str(4 * steps.workspace)]
+    for step in steps.launches:
+        chosen = step.variant
+        scalars = [
+            step.scalars[name] for name, kind in SIGNATURES[chosen.kernel].items() if kind == "i32"
+        ]
+        flags = (chosen.aligned, chosen.block.get("split", 0))
+        values = (*map(int, flags), step.grid, int(step.first_segment), *scalars)
+        parts.append(" ".join([chosen.kernel, *map(str, values)]))
+    return " | ".join(parts)

@@ -42,7 +42,7 @@ int main() {
 
 @pytest.mark.slow
 def test_find_package(builds: Path, tmp_path: Path) -> None:
-    folder = built(builds, "package", "-DFWL_ONNXRUNTIME=OFF")
+    folder = built(builds, "package", "-DFWL_ONNXRUNTIME=OFF", "-DFWL_GPU=OFF")
     installed = tmp_path / "installed"
     run("cmake", "--install", folder, "--prefix", installed)
     (tmp_path / "CMakeLists.txt").write_text(PROJECT)

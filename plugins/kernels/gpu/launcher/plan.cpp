@@ -77,7 +77,7 @@ Plan plan_prefill(const Sizes& sizes, int sm, bool aligned) {
     const int64_t output_grid =
         sizes.rows * tiles(length, state.chunk) * tiles(sizes.size_v, output.block_v);
     for (const auto& [chosen, grid] : {std::pair(&state, state_grid), {&output, output_grid}}) {
-      plan.launches.push_back(launch_of(*chosen, grid, sizes, start == 0));
+      plan.launches.push_back(launch_of(*chosen, grid, sizes, start == 0 || chosen == &output));
       Launch& launch = plan.launches.back();
       scalar(launch, Parameter::kRows) = static_cast<int32_t>(sizes.rows);
       scalar(launch, Parameter::kTokens) = static_cast<int32_t>(sizes.tokens);

@@ -21,7 +21,7 @@ struct Launch {
   int64_t grid;
   // Values of the kernel's sizes, by Parameter; the places of pointers are not used.
   int32_t scalars[static_cast<size_t>(Parameter::kCount)];
-  bool first_segment; // otherwise `past` is what the launch before wrote
+  bool first_segment; // otherwise `past` is what an earlier launch wrote
 };
 
 struct Plan {

@@ -1,0 +1,119 @@
+// Random inputs of the op in memory as large as asked for, and what it must give.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "driver_double.h"
+#include "kernels/gpu/launcher/launcher.h"
+
+namespace fwl::test {
+
+inline int failures = 0;
+
+inline void expect(bool holds, const std::string& what) {
+  if (!holds) {
+    ++failures;
+    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  }
+}
+
+struct Problem {
+  Problem(const gpu::Sizes& asked, unsigned seed)
+      : sizes(asked), generator(seed), query(activations(sizes.tokens * sizes.size_k, 1)),
+        key(activations(sizes.tokens * sizes.size_k, 1)),
+        value(activations(sizes.tokens * sizes.size_v, 1)),
+        output(activations(sizes.tokens * sizes.size_v, 0)) {
+    std::uniform_real_distribution<float> near_one(0.9f, 1.0f);
+    for (int64_t i = 0; i < sizes.rows * sizes.tokens; ++i) {
+      const unsigned kind = generator() % 16;
+      decay.push_back(kind == 0 ? 0.0f : kind == 1 ? 1.0f : near_one(generator));
+    }
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < sizes.rows * sizes.size_k * sizes.size_v; ++i) {
+      past.push_back(normal(generator));
+    }
+    present.assign(past.size(), std::numeric_limits<float>::quiet_NaN());
+  }
+
+  gpu::Tensors tensors(bool in_place) {
+    return {query.data(),
+            key.data(),
+            value.data(),
+            decay.data(),
+            past.data(),
+            output.data(),
+            in_place ? past.data() : present.data()};
+  }
+
+  // The largest errors of output and state, relative to their largest values; of the op's
+  // definition, in float64. Call it before a run in place.
+  void keep_reference() {
+    const auto at = [&](const std::vector<char>& data, int64_t i) {
+      return static_cast<double>(
+          fake::to_float(data.data(), static_cast<size_t>(i), sizes.activation));
+    };
+    state.assign(past.begin(), past.end());
+    expected.assign(static_cast<size_t>(sizes.rows * sizes.tokens * sizes.size_v), 0.0);
+    for (int64_t b = 0; b < sizes.rows; ++b) {
+      for (int64_t token = b * sizes.tokens; token < (b + 1) * sizes.tokens; ++token) {
+        for (int64_t k = 0; k < sizes.size_k; ++k) {
+          const double q = at(query, token * sizes.size_k + k);
+          const double write = at(key, token * sizes.size_k + k);
+          for (int64_t v = 0; v < sizes.size_v; ++v) {
+            double& cell = state[static_cast<size_t>((b * sizes.size_k + k) * sizes.size_v + v)];
+            cell = static_cast<double>(decay[static_cast<size_t>(token)]) * cell +
+                   write * at(value, token * sizes.size_v + v);
+            expected[static_cast<size_t>(token * sizes.size_v + v)] += q * cell;
+          }
+        }
+      }
+    }
+  }
+
+  void check(const std::string& what, bool in_place) const {
+    const std::vector<float>& found = in_place ? past : present;
+    double output_error = 0, output_size = 0, state_error = 0, state_size = 0;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      const double error = fake::to_float(output.data(), i, sizes.activation) - expected[i];
+      output_error = std::isnan(error) ? INFINITY : std::max(output_error, std::fabs(error));
+      output_size = std::max(output_size, std::fabs(expected[i]));
+    }
+    for (size_t i = 0; i < state.size(); ++i) {
+      const double error = found[i] - state[i];
+      state_error = std::isnan(error) ? INFINITY : std::max(state_error, std::fabs(error));
+      state_size = std::max(state_size, std::fabs(state[i]));
+    }
+    // The double sums in float64: what is left is the rounding of outputs to their type, and of
+    // partial sums and the state to float32.
+    const double unit = sizes.activation == gpu::Activation::kFloat32   ? 0x1p-18
+                        : sizes.activation == gpu::Activation::kFloat16 ? 0x1p-10
+                                                                        : 0x1p-7;
+    expect(output_error <= unit * output_size,
+           what + ": output is off by " + std::to_string(output_error));
+    expect(state_error <= 0x1p-18 * state_size,
+           what + ": state is off by " + std::to_string(state_error));
+  }
+
+  gpu::Sizes sizes;
+  std::mt19937 generator;
+  std::vector<char> query, key, value, output;
+  std::vector<float> decay, past, present;
+  std::vector<double> state, expected;
+
+private:
+  std::vector<char> activations(int64_t per_row, float scale) {
+    const size_t count = static_cast<size_t>(sizes.rows * per_row);
+    std::vector<char> data(count * fake::bytes_of(sizes.activation), '\xff'); // NaN
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; scale > 0 && i < count; ++i) {
+      fake::from_float(data.data(), i, sizes.activation, scale * normal(generator));
+    }
+    return data;
+  }
+};
+
+} // namespace fwl::test

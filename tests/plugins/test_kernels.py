@@ -12,15 +12,15 @@ from fwl_export.op.spec import ACTIVATION_TYPES
 from plugins.kernels.gpu.plan import MULTIPROCESSORS, SIGNATURES, Plan, plan
 from tests.plugins.builds import built, run_tests
 
-_OPTIONS = ("-DFWL_TESTS=ON", "-DFWL_ONNXRUNTIME=OFF")
+_TESTS = "-DFWL_TESTS=ON"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("sanitizer", ["", "thread"])
 def test_kernels(builds: Path, sanitizer: str) -> None:
-    options = (*_OPTIONS, "-DFWL_GPU=OFF", f"-DFWL_SANITIZE={sanitizer}")
-    run_tests(built(builds, f"kernels-{sanitizer or 'plain'}", *options))
+    options = ("-DFWL_ONNXRUNTIME=OFF", "-DFWL_GPU=OFF", f"-DFWL_SANITIZE={sanitizer}")
+    run_tests(built(builds, f"kernels-{sanitizer or 'plain'}", _TESTS, *options))
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def sanitized(builds: Path, compiled_kernels: Path) -> Path:
     return built(
         builds,
         "sanitized",
-        *_OPTIONS,
+        _TESTS,
         "-DFWL_SANITIZE=address,undefined",
         f"-DFWL_COMPILED_KERNELS={compiled_kernels}",
         headers=True,

@@ -1,0 +1,209 @@
+// The custom op of ONNX Runtime's CUDA provider, on doubles of ONNX Runtime's interface and of the
+// CUDA driver: no CUDA build of ONNX Runtime loads without a GPU.
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "gpu_problem.h"
+#include "onnxruntime/operator.h"
+#include "op_spec.h"
+
+// What ONNX Runtime's opaque types stand for here.
+struct OrtStatus {
+  std::string message;
+};
+struct OrtTensorTypeAndShapeInfo {
+  std::vector<int64_t> sizes;
+};
+struct OrtValue {
+  OrtTensorTypeAndShapeInfo shape;
+  void* data;
+};
+struct OrtKernelContext {
+  std::vector<OrtValue> inputs;
+  std::vector<void*> outputs; // memory for them
+  std::vector<OrtValue> made;
+  void* stream;
+};
+struct OrtKernelInfo {};
+struct OrtShapeInferContext {
+  std::vector<OrtTensorTypeAndShapeInfo> inputs;
+  std::vector<std::vector<int64_t>> outputs;
+};
+
+namespace {
+
+using namespace fwl;
+using namespace fwl::test;
+
+OrtApi make_api() {
+  OrtApi api{};
+  api.CreateStatus = [](OrtErrorCode, const char* text) noexcept { return new OrtStatus{text}; };
+  api.ReleaseStatus = [](OrtStatus* status) noexcept { delete status; };
+  api.KernelContext_GetInput = [](const OrtKernelContext* context, size_t index,
+                                  const OrtValue** value) noexcept -> OrtStatus* {
+    *value = &context->inputs[index];
+    return nullptr;
+  };
+  api.KernelContext_GetOutput = [](OrtKernelContext* context, size_t index, const int64_t* sizes,
+                                   size_t rank, OrtValue** value) noexcept -> OrtStatus* {
+    context->made[index] = {{{sizes, sizes + rank}}, context->outputs[index]};
+    *value = &context->made[index];
+    return nullptr;
+  };
+  api.KernelContext_GetGPUComputeStream = [](const OrtKernelContext* context,
+                                             void** stream) noexcept -> OrtStatus* {
+    *stream = context->stream;
+    return nullptr;
+  };
+  api.GetTensorTypeAndShape = [](const OrtValue* value,
+                                 OrtTensorTypeAndShapeInfo** info) noexcept -> OrtStatus* {
+    *info = new OrtTensorTypeAndShapeInfo(value->shape);
+    return nullptr;
+  };
+  api.ReleaseTensorTypeAndShapeInfo = [](OrtTensorTypeAndShapeInfo* info) noexcept { delete info; };
+  api.GetDimensionsCount = [](const OrtTensorTypeAndShapeInfo* info,
+                              size_t* count) noexcept -> OrtStatus* {
+    *count = info->sizes.size();
+    return nullptr;
+  };
+  api.GetDimensions = [](const OrtTensorTypeAndShapeInfo* info, int64_t* sizes,
+                         size_t count) noexcept -> OrtStatus* {
+    std::copy_n(info->sizes.begin(), count, sizes);
+    return nullptr;
+  };
+  api.GetTensorMutableData = [](OrtValue* value, void** data) noexcept -> OrtStatus* {
+    *data = value->data;
+    return nullptr;
+  };
+  // A node without attributes.
+  api.KernelInfoGetAttribute_string = [](const OrtKernelInfo*, const char*, char*,
+                                         size_t*) noexcept { return new OrtStatus{"absent"}; };
+  api.KernelInfoGetAttribute_int64 = [](const OrtKernelInfo*, const char*, int64_t*) noexcept {
+    return new OrtStatus{"absent"};
+  };
+  api.KernelInfoGetAttribute_float = [](const OrtKernelInfo*, const char*, float*) noexcept {
+    return new OrtStatus{"absent"};
+  };
+  api.ShapeInferContext_GetInputTypeShape =
+      [](const OrtShapeInferContext* context, size_t index,
+         OrtTensorTypeAndShapeInfo** info) noexcept -> OrtStatus* {
+    if (context->inputs[index].sizes.empty()) {
+      return new OrtStatus{"no shape"};
+    }
+    *info = const_cast<OrtTensorTypeAndShapeInfo*>(&context->inputs[index]);
+    return nullptr;
+  };
+  api.ShapeInferContext_SetOutputTypeShape =
+      [](const OrtShapeInferContext* context, size_t index,
+         const OrtTensorTypeAndShapeInfo* info) noexcept -> OrtStatus* {
+    const_cast<OrtShapeInferContext*>(context)->outputs[index] = info->sizes;
+    return nullptr;
+  };
+  return api;
+}
+
+const OrtApi api = make_api();
+
+std::string message_of(OrtStatus* status) {
+  const std::string message = status != nullptr ? status->message : "";
+  delete status;
+  return message;
+}
+
+struct OfCuda {
+  const OrtCustomOp* op;
+  gpu::Activation activation;
+};
+
+std::vector<OfCuda> cuda_ops() {
+  std::vector<OfCuda> found;
+  for (const OrtCustomOp* each : ort::custom_ops(api)) {
+    if (std::strcmp(each->GetExecutionProviderType(each), "CUDAExecutionProvider") != 0) {
+      continue;
+    }
+    const ONNXTensorElementDataType type = each->GetInputType(each, op::kQuery);
+    expect(each->GetInputType(each, op::kPastState) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
+               each->GetOutputType(each, op::kOutput) == type,
+           "types");
+    found.push_back({each, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? gpu::Activation::kFloat32
+                           : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
+                               ? gpu::Activation::kFloat16
+                               : gpu::Activation::kBFloat16});
+  }
+  expect(found.size() == 3, "the CUDA provider has three types");
+  return found;
+}
+
+OrtKernelContext context_of(const gpu::Sizes& s, const gpu::Tensors& t, void* stream) {
+  const auto tensor = [](std::vector<int64_t> sizes, const void* data) {
+    return OrtValue{{std::move(sizes)}, const_cast<void*>(data)};
+  };
+  return {{tensor({s.rows, s.tokens, s.size_k}, t.query),
+           tensor({s.rows, s.tokens, s.size_k}, t.key),
+           tensor({s.rows, s.tokens, s.size_v}, t.value), tensor({s.rows, s.tokens}, t.decay),
+           tensor({s.rows, s.size_k, s.size_v}, t.past)},
+          {t.output, t.present},
+          std::vector<OrtValue>(2),
+          stream};
+}
+
+void test_results() {
+  for (const auto& [custom_op, activation] : cuda_ops()) {
+    void* kernel = nullptr;
+    const OrtKernelInfo info;
+    expect(message_of(custom_op->CreateKernelV2(custom_op, &api, &info, &kernel)).empty() &&
+               kernel != nullptr,
+           "CreateKernelV2");
+    for (const int64_t tokens : {1, 40}) {
+      for (const bool in_place : {false, true}) {
+        const gpu::Sizes sizes{2, tokens, 35, 64, activation};
+        Problem problem(sizes, 9);
+        problem.keep_reference();
+        int stream = 0;
+        OrtKernelContext context = context_of(sizes, problem.tensors(in_place), &stream);
+        fake::driver().launched.clear();
+        expect(message_of(custom_op->KernelComputeV2(kernel, &context)).empty(), "a run fails");
+        problem.check("T " + std::to_string(tokens), in_place);
+        expect(!fake::driver().launched.empty() && fake::driver().launched[0].stream == &stream,
+               "not launched on ONNX Runtime's stream");
+        expect(fake::driver().allocated.empty(), "the workspace is not given back");
+
+        fake::driver().failing = "cuLaunchKernel";
+        expect(message_of(custom_op->KernelComputeV2(kernel, &context)) ==
+                   "cuLaunchKernel failed: CUDA_ERROR_UNKNOWN",
+               "a launch that fails");
+        fake::driver().failing = "";
+        context.inputs[op::kKey].shape.sizes[1] += 1;
+        expect(message_of(custom_op->KernelComputeV2(kernel, &context)).find("'key' has shape") !=
+                   std::string::npos,
+               "a wrong shape");
+      }
+    }
+    custom_op->KernelDestroy(kernel);
+  }
+}
+
+void test_shapes() {
+  const OrtCustomOp* const custom_op = cuda_ops()[0].op;
+  OrtShapeInferContext context{{{{2, 3, 4}}, {{2, 3, 4}}, {{2, 3, 5}}, {{2, 3}}, {{2, 4, 5}}},
+                               {{}, {}}};
+  expect(message_of(custom_op->InferOutputShapeFn(custom_op, &context)).empty(), "inference");
+  expect(context.outputs[0] == std::vector<int64_t>{2, 3, 5}, "shape of output");
+  expect(context.outputs[1] == std::vector<int64_t>{2, 4, 5}, "shape of present_state");
+  context.inputs[op::kValue].sizes.clear();
+  context.outputs.assign(2, {});
+  expect(message_of(custom_op->InferOutputShapeFn(custom_op, &context)).empty(), "unknown shape");
+  expect(context.outputs[0].empty() && !context.outputs[1].empty(), "one shape is not known");
+}
+
+} // namespace
+
+int main() {
+  fake::driver().images = gpu::fwl_gpu_images;
+  test_results();
+  test_shapes();
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 from fwl_export.bench import op as bench
 from fwl_export.op import reference
 from tests.cli.run import run
-from tests.plugins.conftest import builds, ort_library  # noqa: F401 - fixtures
+from tests.plugins.conftest import builds, libraries, ort_library  # noqa: F401 - fixtures
 from tests.tolerances import assert_close
 
 PEERS = {"ours, one", "ours, two", "microsoft linear, one", "microsoft gated, two"}

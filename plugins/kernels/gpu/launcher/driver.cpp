@@ -17,7 +17,7 @@ template <class Function> void load(void* library, const char* name, Function& f
   function = reinterpret_cast<Function>(dlsym(library, name));
   if (function == nullptr) {
     throw DriverError(std::string("the CUDA driver has no ") + name +
-                      "; install a driver of CUDA 12.1 or newer");
+                      "; install a driver of CUDA 12.0 or newer");
   }
 }
 

@@ -16,7 +16,9 @@ What is compared, all float32, with a decay of 0.97 where there is one:
 
 One round runs all of them once, in a random order; a figure is the median over the rounds, so that
 whatever else the machine does meets all alike. The fastest round stands beside it, for machines
-that are not quiet. What takes longer than a quarter of the time for a size is timed once.
+that are not quiet. A ratio is the median of the ratios inside the rounds, so that a slow minute
+changes neither side of it alone. What takes longer than a quarter of the time for a size is timed
+once.
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ class OpTimes:
       cold: whether the caches were flushed before every run.
       median: over the rounds.
       fastest: of the rounds.
+      ratios: of ours by name: how many times as long as it each takes, median over the rounds.
       missing: what could not be run, and why.
     """
 
@@ -95,6 +98,7 @@ class OpTimes:
     cold: bool
     median: dict[str, float]
     fastest: dict[str, float]
+    ratios: dict[str, dict[str, float]]
     missing: dict[str, str]
 
 
@@ -128,7 +132,12 @@ def bench_op(
     finally:
         torch.set_num_threads(before)
     return OpTimes(
-        size, cold, _milliseconds(seconds, statistics.median), _milliseconds(seconds, min), missing
+        size,
+        cold,
+        _milliseconds(seconds, statistics.median),
+        _milliseconds(seconds, min),
+        {name: _ratios(seconds, name) for name in OURS if name in seconds},
+        missing,
     )
 
 
@@ -361,6 +370,24 @@ def _milliseconds(
     seconds: dict[str, list[float]], choose: Callable[[list[float]], float]
 ) -> dict[str, float]:
     return {name: round(choose(values) * 1e3, 4) for name, values in seconds.items()}
+
+
+def _ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
+    """Return how many times as long as `base` each takes.
+
+    The last times of two lists are of the same rounds; what was timed once has no round.
+    """
+    found = {}
+    for name, values in seconds.items():
+        rounds = min(len(values), len(seconds[base]))
+        pairs = zip(values[-rounds:], seconds[base][-rounds:], strict=True)
+        found[name] = round(
+            statistics.median(value / other for value, other in pairs)
+            if rounds > 1
+            else statistics.median(values) / statistics.median(seconds[base]),
+            4,
+        )
+    return found
 
 
 def processor_name() -> str:

@@ -105,13 +105,11 @@ def _title(size: OpSize) -> str:
 
 def _report(result: OpTimes) -> str:
     """Return the table of a size: times, and how many times as long as ours each takes."""
-    from fwl_export.bench import OURS
-
     header = ["implementation", "median ms", "fastest ms"]
-    header += [f"/ {name}" for name in OURS if name in result.median]
+    header += [f"/ {name}" for name in result.ratios]
     rows = []
     for name, milliseconds in result.median.items():
-        ratios = [f"{milliseconds / result.median[o]:.2f}" for o in OURS if o in result.median]
+        ratios = [f"{of[name]:.2f}" for of in result.ratios.values()]
         rows.append([name, f"{milliseconds:.3f}", f"{result.fastest[name]:.3f}", *ratios])
     lines = [_title(result.size) + (", cold" if result.cold else ""), table(header, rows)]
     lines += [f"{name}: cannot be run here: {why[:50]}" for name, why in result.missing.items()]

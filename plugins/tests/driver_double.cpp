@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 
 namespace fwl::fake {
@@ -270,6 +271,14 @@ void from_float(void* data, size_t index, Activation activation, float value) {
 
 using namespace fwl::fake;
 
+namespace {
+
+// Calls of several threads come one after the other; that the callers do not race shows the more.
+std::mutex one_at_a_time;
+using Turn = std::lock_guard<std::mutex>;
+
+} // namespace
+
 extern "C" {
 
 int cuGetErrorName(int error, const char** name) {
@@ -281,11 +290,13 @@ int cuGetErrorName(int error, const char** name) {
 }
 
 int cuCtxGetDevice(int* device) {
+  const Turn turn(one_at_a_time);
   *device = 0;
   return fails("cuCtxGetDevice") ? kInjected : 0;
 }
 
 int cuDeviceGetAttribute(int* value, int attribute, int) {
+  const Turn turn(one_at_a_time);
   if (attribute != 75 && attribute != 76) {
     return kInvalidValue;
   }
@@ -295,6 +306,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
 
 int cuLibraryLoadData(void** library, const void* code, const int*, void**, unsigned, const int*,
                       void**, unsigned) {
+  const Turn turn(one_at_a_time);
   if (fails("cuLibraryLoadData")) {
     return kInjected;
   }
@@ -314,12 +326,14 @@ int cuLibraryLoadData(void** library, const void* code, const int*, void**, unsi
 }
 
 int cuLibraryUnload(void* library) {
+  const Turn turn(one_at_a_time);
   delete static_cast<Loaded*>(library);
   --driver().loaded;
   return 0;
 }
 
 int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+  const Turn turn(one_at_a_time);
   const Loaded& loaded = *static_cast<Loaded*>(library);
   if (fails("cuLibraryGetKernel") || std::strcmp(name, loaded.variant->symbol) != 0) {
     return kNotFound;
@@ -329,12 +343,14 @@ int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
 }
 
 int cuKernelGetFunction(void** function, void* kernel) {
+  const Turn turn(one_at_a_time);
   *function = kernel;
   ++driver().prepared;
   return fails("cuKernelGetFunction") ? kInjected : 0;
 }
 
 int cuKernelSetAttribute(int attribute, int value, void* kernel, int) {
+  const Turn turn(one_at_a_time);
   if (attribute != 8 || fails("cuKernelSetAttribute")) {
     return kInvalidValue;
   }
@@ -345,6 +361,7 @@ int cuKernelSetAttribute(int attribute, int value, void* kernel, int) {
 int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                    unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                    void* stream, void** parameters, void** extra) {
+  const Turn turn(one_at_a_time);
   if (fails("cuLaunchKernel")) {
     return kInjected;
   }
@@ -376,6 +393,7 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
 }
 
 int cuMemAllocAsync(unsigned long long* pointer, size_t bytes, void*) {
+  const Turn turn(one_at_a_time);
   if (fails("cuMemAllocAsync")) {
     return kInjected;
   }
@@ -386,6 +404,7 @@ int cuMemAllocAsync(unsigned long long* pointer, size_t bytes, void*) {
 }
 
 int cuMemFreeAsync(unsigned long long pointer, void*) {
+  const Turn turn(one_at_a_time);
   return driver().allocated.erase(pointer) == 1 ? 0 : kInvalidValue;
 }
 

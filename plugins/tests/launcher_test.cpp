@@ -2,11 +2,13 @@
 // arguments are in order, and what errors of the driver become.
 //
 // With the argument `plan` it prints the plans of the sizes on its standard input, which a Python
-// test compares with plan.py.
+// test compares with plan.py; with `threads` it runs only what uses several threads.
 
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
+#include <memory>
+#include <thread>
 
 #include "gpu_problem.h"
 
@@ -176,6 +178,37 @@ void test_workspace_bound() {
   }
 }
 
+// Threads that load the same kernels and launch on memory of their own.
+void test_threads() {
+  fake::driver().sm = 86;
+  const size_t loaded = fake::driver().loaded;
+  std::vector<std::unique_ptr<Problem>> problems;
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < 8; ++i) {
+    const gpu::Sizes sizes{2, i % 2 ? 1 : 40, 24, 40, kActivations[i / 2 % 3]};
+    problems.push_back(std::make_unique<Problem>(sizes, i));
+    problems.back()->keep_reference();
+  }
+  for (const auto& problem : problems) {
+    threads.emplace_back([&] {
+      gpu::prepare(problem->sizes);
+      gpu::launch(problem->sizes, problem->tensors(false), nullptr);
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  for (const auto& problem : problems) {
+    problem->check("8 threads", false);
+  }
+  const size_t again = fake::driver().loaded;
+  expect(again > loaded, "nothing was loaded");
+  for (const auto& problem : problems) {
+    gpu::prepare(problem->sizes);
+  }
+  expect(fake::driver().loaded == again, "a kernel was loaded twice");
+}
+
 int print_plans() {
   int64_t rows, tokens, size_k, size_v;
   int activation, sm, aligned;
@@ -200,11 +233,16 @@ int print_plans() {
 
 } // namespace
 
-int main(int count, char**) {
-  if (count > 1) {
+int main(int count, char** arguments) {
+  const std::string part = count > 1 ? arguments[1] : "";
+  if (part == "plan") {
     return print_plans();
   }
   fake::driver().images = gpu::fwl_gpu_images;
+  test_threads();
+  if (part == "threads") {
+    return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+  }
   test_errors();
   test_which_kernels();
   test_unaligned_pointers();

@@ -266,6 +266,100 @@ void test_enqueue() {
   }
 }
 
+// Any fields, shapes and types, many of them wrong: an answer or a message, never a crash.
+void test_anything() {
+  std::mt19937 generator(17);
+  const auto below = [&](uint32_t limit) { return generator() % limit; };
+  const int64_t kSizes[] = {-1, 0, 1, 2, 48, 1 << 16, INT32_MAX, INT64_MAX, INT64_MIN};
+  const DataType kTypes[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16,
+                             DataType::kINT32, DataType::kINT8, static_cast<DataType>(99)};
+  const char* const kNames[] = {"in_place_state", "plugin_version", "plugin_namespace", "",
+                                nullptr,          "in_place_statE"};
+  NoBuilder builder;
+  size_t made = 0, refused = 0, shaped = 0, run = 0;
+  for (int round = 0; round < 20000; ++round) {
+    std::vector<int32_t> values(4);
+    std::vector<PluginField> fields(below(4));
+    for (size_t i = 0; i < fields.size(); ++i) {
+      values[i] = static_cast<int32_t>(below(8) ? below(2) : generator());
+      fields[i] = {kNames[below(8) ? below(3) : below(6)], below(16) ? &values[i] : nullptr,
+                   below(8) ? PluginFieldType::kINT32 : static_cast<PluginFieldType>(below(14)),
+                   below(8) ? 1 : static_cast<int32_t>(below(3)) - 1};
+    }
+    const auto plugin = created(fields);
+    ++(plugin ? made : refused);
+    if (!plugin) {
+      expect(!logger.last.empty(), "refused without a message");
+      logger.last.clear();
+      continue;
+    }
+    Size sizes[kInputs][8];
+    DimsExprs inputs[kInputs], outputs[kOutputs];
+    PluginTensorDesc descs[7] = {};
+    DynamicPluginTensorDesc ranges[7] = {};
+    const bool sane = below(2);
+    gpu::Sizes fits{1 + below(3), 1 + below(70), 48, 33, gpu::Activation::kFloat32};
+    for (int32_t i = 0; i < 7; ++i) {
+      const op::Argument& argument = i < kInputs ? op::kInputs[i] : op::kOutputs[i - kInputs];
+      descs[i].type = sane || below(8) ? DataType::kFLOAT : kTypes[below(6)];
+      descs[i].dims = dims_of(argument, fits);
+      if (!sane && below(2)) {
+        descs[i].dims.nbDims = static_cast<int32_t>(below(10)) - 1;
+        for (int64_t& size : descs[i].dims.d) {
+          size = below(3) ? size : kSizes[below(std::size(kSizes))];
+        }
+      }
+      ranges[i].desc = descs[i];
+      ranges[i].min = ranges[i].opt = ranges[i].max = descs[i].dims;
+      if (i < kInputs) {
+        inputs[i].nbDims = descs[i].dims.nbDims;
+        for (int32_t axis = 0; axis < 8; ++axis) {
+          inputs[i].d[axis] = &sizes[i][axis];
+          sizes[i][axis].impl.value = below(4) ? descs[i].dims.d[axis] : -1;
+        }
+      }
+    }
+    const auto answered = [&](bool good, const char* what) {
+      expect(good || !logger.last.empty(), std::string(what) + " fails without a message");
+      expect(good || !sane, std::string(what) + " refuses what is right: " + logger.last);
+      logger.last.clear();
+      return good;
+    };
+    DataType types[kInputs], output_types[kOutputs];
+    for (int32_t i = 0; i < kInputs; ++i) {
+      types[i] = descs[i].type;
+    }
+    answered(plugin->getOutputDataTypes(output_types, kOutputs, types, kInputs) == 0, "types");
+    for (int32_t i = 0; i < 7; ++i) {
+      plugin->supportsFormatCombination(i, ranges, kInputs, kOutputs);
+    }
+    shaped += answered(
+        plugin->getOutputShapes(inputs, kInputs, nullptr, 0, outputs, kOutputs, builder) == 0,
+        "shapes");
+    if (!answered(plugin->configurePlugin(ranges, kInputs, ranges + kInputs, kOutputs) == 0,
+                  "configurePlugin")) {
+      continue;
+    }
+    const size_t bytes = plugin->getWorkspaceSize(ranges, kInputs, ranges + kInputs, kOutputs);
+    if (answered(plugin->onShapeChange(descs, kInputs, descs + kInputs, kOutputs) == 0,
+                 "onShapeChange") &&
+        sane) {
+      Problem problem(fits, static_cast<unsigned>(round));
+      const gpu::Tensors t = problem.tensors(false);
+      const void* const pointers[] = {t.query, t.key, t.value, t.decay, t.past};
+      void* const results[] = {t.output, t.present};
+      std::vector<char> workspace(bytes);
+      if (run < 100) { // the double computes slowly
+        answered(plugin->enqueue(descs, descs + kInputs, pointers, results, workspace.data(),
+                                 nullptr) == 0,
+                 "enqueue");
+      }
+      ++run;
+    }
+  }
+  expect(made > 1000 && refused > 1000 && shaped > 1000 && run >= 100, "the inputs are one-sided");
+}
+
 } // namespace
 
 int main() {
@@ -278,5 +372,6 @@ int main() {
   test_formats();
   test_shapes();
   test_enqueue();
+  test_anything();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -38,6 +38,9 @@ def test_bench(
         assert set(times) >= PEERS
         assert set(times) | set(entry["missing"]) >= {"onnx linear", "onnx gated"}
         assert all(0 <= fastest[name] <= times[name] for name in times)
+        assert set(entry["ratios"]) == set(bench.OURS)
+        assert all(set(ratios) == set(times) for ratios in entry["ratios"].values())
+        assert all(ratios[name] == 1 for name, ratios in entry["ratios"].items())
 
 
 def test_without_our_kernel_the_others_are_measured(
@@ -57,6 +60,12 @@ def test_a_wrong_list_is_named(option: tuple[str, str], capsys: pytest.CaptureFi
     result = run(capsys, "bench", "op", *option)
     assert result.code == 2
     assert f"{option[0]} is '{option[1]}'; expected" in " ".join(result.err.split())
+
+
+def test_ratios_are_of_the_same_rounds() -> None:
+    # The second of three rounds was slow for all; one peer took so long that it was timed once.
+    seconds = {"ours, one": [1.0, 10.0, 2.0], "peer": [3.0, 20.0, 2.0], "slow": [8.0]}
+    assert bench._ratios(seconds, "ours, one") == {"ours, one": 1.0, "peer": 2.0, "slow": 4.0}
 
 
 def test_the_numpy_peer_computes_the_op() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fwl_export.op.spec import ACTIVATION_TYPES
 from plugins.kernels.gpu.plan import MULTIPROCESSORS, SIGNATURES, Plan, plan
-from tests.plugins.builds import built, run_tests
+from tests.plugins.builds import built, run, run_tests
 
 _TESTS = "-DFWL_TESTS=ON"
 
@@ -21,6 +21,15 @@ _TESTS = "-DFWL_TESTS=ON"
 def test_kernels(builds: Path, sanitizer: str) -> None:
     options = ("-DFWL_ONNXRUNTIME=OFF", "-DFWL_GPU=OFF", f"-DFWL_SANITIZE={sanitizer}")
     run_tests(built(builds, f"kernels-{sanitizer or 'plain'}", _TESTS, *options))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_launcher_under_the_thread_sanitizer(builds: Path, compiled_kernels: Path) -> None:
+    options = ("-DFWL_ONNXRUNTIME=OFF", "-DFWL_TENSORRT=OFF", "-DFWL_SANITIZE=thread")
+    kernels = f"-DFWL_COMPILED_KERNELS={compiled_kernels}"
+    folder = built(builds, "launcher-thread", _TESTS, *options, kernels)
+    run(folder / "tests" / "launcher_test", "threads")
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,10 @@ from typing import Any
 from fwl_export.errors import BundleError
 from fwl_export.files import replaced_file
 from fwl_export.model.config import ModelConfig
+from fwl_export.onnx_file import external_data_locations
 from fwl_export.state import TensorSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 MODEL_DATA_FILE = "model.onnx.data"
@@ -229,22 +230,3 @@ def describe_file(path: Path) -> dict[str, Any]:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
-
-
-def external_data_locations(model_path: Path) -> set[str]:
-    """Return the file names that an ONNX file's tensors point to, without reading them.
-
-    Raises:
-      BundleError: the file is no ONNX model.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(str(model_path), load_external_data=False)
-    except DecodeError as error:
-        raise BundleError(f"'{model_path}' is not an ONNX file ({error}); export again") from None
-    tensors = list(model.graph.initializer)
-    nodes = [*model.graph.node, *(n for f in model.functions for n in f.node)]
-    tensors += [a.t for node in nodes for a in node.attribute if a.HasField("t")]
-    return {entry.value for t in tensors for entry in t.external_data if entry.key == "location"}

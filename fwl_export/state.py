@@ -57,25 +57,6 @@ def zeros(specs: Sequence[TensorSpec], batch: int) -> State:
     return {s.name: np.zeros((batch, *s.shape), s.dtype) for s in specs}
 
 
-def reset_rows(state: State, rows: Sequence[int]) -> State:
-    """Return a copy of the state in which the given rows are fresh."""
-    fresh = {name: array.copy() for name, array in state.items()}
-    for array in fresh.values():
-        array[list(rows)] = 0
-    return fresh
-
-
-def split_rows(state: State) -> list[State]:
-    """Return one state of a single row for every row."""
-    batch = len(next(iter(state.values())))
-    return [{name: a[row : row + 1].copy() for name, a in state.items()} for row in range(batch)]
-
-
-def stack_rows(states: Sequence[State]) -> State:
-    """Return one state with the rows of all."""
-    return {name: np.concatenate([state[name] for state in states]) for name in states[0]}
-
-
 def check(specs: Sequence[TensorSpec], state: Mapping[str, Array], batch: int) -> None:
     """Check that a state fits the model it is given to.
 
@@ -102,3 +83,14 @@ def check(specs: Sequence[TensorSpec], state: Mapping[str, Array], batch: int) -
                 f"{spec.dtype} {[batch, *spec.shape]}; was it saved from another model? "
                 "`fwl-export inspect` lists the model's state"
             )
+
+
+def check_finite(state: Mapping[str, Array]) -> None:
+    """Check that a state can be gone on from.
+
+    Raises:
+      StateError: a tensor holds NaN or infinite values.
+    """
+    for name, array in state.items():
+        if not np.isfinite(array).all():
+            raise StateError(f"state '{name}' holds NaN or infinite values; do not use it")

@@ -18,9 +18,10 @@ PACKAGE = REPOSITORY / "fwl_export"
 # is a module or a folder of the package.
 FLOORS = (
     ("errors", "files"),
-    ("plugins",),
+    ("plugins", "onnx_file"),
     ("op",),
     ("state", "text"),
+    ("state_file",),
     ("model",),
     ("bundle",),
     ("export", "engines", "serving"),

@@ -9,8 +9,9 @@ from typing import Any
 import onnx
 import pytest
 
-from fwl_export.bundle import Manifest, external_data_locations, read_bundle
+from fwl_export.bundle import Manifest, read_bundle
 from fwl_export.errors import BundleError, FwlError
+from fwl_export.onnx_file import external_data_locations
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -38,8 +39,8 @@ def test_no_bundle(tmp_path: Path) -> None:
 
 
 def test_a_newer_schema(own_bundle: Path) -> None:
-    edit(own_bundle, lambda data: data.update(schema_version=2))
-    refused(own_bundle, "schema_version is 2, but this fwl-export reads 1; update fwl-export")
+    edit(own_bundle, lambda data: data.update(schema_version=3))
+    refused(own_bundle, "schema_version is 3, but this fwl-export reads 2; update fwl-export")
 
 
 def test_an_older_schema(own_bundle: Path) -> None:

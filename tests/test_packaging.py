@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
+import venv
 import zipfile
 from pathlib import Path
 
@@ -86,3 +88,49 @@ def test_without_a_compiler_the_rest_is_installed(tmp_path: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     assert LIBRARY not in names
     assert "fwl_export/cli/main.py" in names
+
+
+def test_without_torch_a_bundle_runs(tmp_path: Path, tiny_bundle: Path) -> None:
+    """What `pip install 'fwl-export[cpu]'` brings, and nothing else, reads, keeps and answers."""
+    wheel = build_wheel(tmp_path, CXX=str(tmp_path / "no-such-compiler"))
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    run(*pip, "-c", REPOSITORY / "constraints.txt", f"{wheel}[cpu]")
+    code = """
+        import sys
+        import numpy as np
+        from fwl_export.runtimes import Sampler, Slots, open_session
+
+        session = open_session(sys.argv[1])
+        session.feed(np.arange(40) % 64)
+        session.save_state("a.state", compress="lowrank")
+        other = session.another()
+        other.load_state("a.state")
+        print(list(other.generate([5, 6], 4, Sampler(0.7, top_k=9))))
+        slots = Slots(session.another(batch=2))
+        slots.feed({slots.add(): [1, 2, 3]})
+        heavy = {"torch", "onnx", "onnxscript", "tokenizers", "typer", "rich"} & set(sys.modules)
+        assert not heavy, heavy
+        try:
+            open_session(sys.argv[1], "torch")
+        except Exception as error:
+            print(error)
+    """
+    out = run(python, "-c", textwrap.dedent(code), tiny_bundle, cwd=tmp_path)
+    first, second = out.splitlines()
+    assert len(first.split(",")) == 4
+    assert second == "backend 'torch' needs 'torch'; pip install 'fwl-export[export]'"
+    program = tmp_path / "venv" / "bin" / "fwl-export"
+    assert "can run models, not export" in run(program, "doctor", cwd=tmp_path)
+    tiny = run(program, "inspect", tiny_bundle, cwd=tmp_path)
+    assert "fwl::LinearAttentionUpdate 2" in tiny
+    assert "torch" not in run(*pip[:3], "list", cwd=tmp_path)
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, cwd=cwd
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

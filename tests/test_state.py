@@ -27,22 +27,6 @@ def test_zeros_keep_order_shape_and_type() -> None:
     assert state["fast.up.kernel"].shape == (4, 2, 3)
 
 
-def test_split_and_stack_are_inverse() -> None:
-    state = some_state(3)
-    rows = states.split_rows(state)
-    assert [row["position"].tolist() for row in rows] == [[1], [2], [3]]
-    again = states.stack_rows(rows)
-    for name, array in state.items():
-        np.testing.assert_array_equal(again[name], array)
-
-
-def test_reset_touches_only_its_rows_and_no_original() -> None:
-    state = some_state(3)
-    after = states.reset_rows(state, [1])
-    assert after["position"].tolist() == [1, 0, 3]
-    assert state["position"].tolist() == [1, 2, 3]
-
-
 def test_bytes_per_row() -> None:
     assert [spec.bytes_per_row for spec in SPECS] == [8, 24]
 

@@ -22,7 +22,7 @@ class Piece:
       found: whether it is here.
       version: of it, or "".
       note: what it brings, or what its absence costs and how to get it.
-      needed: whether export and run need it.
+      needed: whether running a model needs it.
     """
 
     name: str
@@ -32,14 +32,16 @@ class Piece:
     needed: bool = False
 
 
-# Distribution, module, and what cannot be done without it.
-_PACKAGES = (
-    ("torch", "torch", "no export, no check, no backend 'torch'"),
-    ("onnx", "onnx", "no export, no inspection of models"),
-    ("onnxscript", "onnxscript", "no export"),
-    ("safetensors", "safetensors", "no checkpoints, no saved state"),
-    ("tokenizers", "tokenizers", "no text, only token ids"),
-)
+# What exporting needs beside what running needs, and what cannot be done without it.
+_EXPORT = {
+    "torch": "no export, no check",
+    "onnx": "no export",
+    "onnxscript": "no export",
+}
+_RUN = {
+    "safetensors": "no checkpoints, no saved state",
+    "tokenizers": "no text, only token ids",
+}
 
 _FLAVOUR_COSTS = {
     "rtx": "no engines from a machine without a GPU",
@@ -52,17 +54,19 @@ _WIDTH = 80
 def doctor(json: JsonOption = False) -> None:
     """Show what is installed, and what each missing piece costs.
 
-    Exit code 0 if everything that exporting and running a model needs is here, else 1.
+    Exit code 0 if everything that running a model needs is here, else 1.
 
     Example: fwl-export doctor
     """
     pieces = examine()
-    healthy = all(piece.found for piece in pieces if piece.needed)
+    can_run = all(piece.found for piece in pieces if piece.needed)
+    can_export = can_run and all(piece.found for piece in pieces if piece.name in _EXPORT)
     if json:
-        print_json({"healthy": healthy, "pieces": [asdict(piece) for piece in pieces]})
+        found = {"can_run": can_run, "can_export": can_export}
+        print_json({**found, "pieces": [asdict(piece) for piece in pieces]})
     else:
-        print(_report(pieces, healthy))
-    if not healthy:
+        print(_report(pieces, can_run, can_export))
+    if not can_run:
         raise typer.Exit(1)
 
 
@@ -70,7 +74,8 @@ def examine() -> list[Piece]:
     """Return what is here and what is not, without importing anything large."""
     from fwl_export.plugins import ONNXRUNTIME, TENSORRT
 
-    packages = [_package(*entry) for entry in _PACKAGES]
+    packages = [_package(name, cost, "[export]", False) for name, cost in _EXPORT.items()]
+    packages += [_package(name, cost, "", True) for name, cost in _RUN.items()]
     plugins = [
         _plugin(ONNXRUNTIME, "ONNX Runtime"),
         _plugin(TENSORRT, "TensorRT"),
@@ -79,10 +84,10 @@ def examine() -> list[Piece]:
     return [*packages, _onnxruntime(), *flavours, _driver(), *plugins]
 
 
-def _package(distribution: str, module: str, cost: str) -> Piece:
-    version = _version(distribution, module)
-    note = "" if version else f"{cost}; pip install fwl-export"
-    return Piece(distribution, bool(version), version, note, needed=True)
+def _package(name: str, cost: str, extra: str, needed: bool) -> Piece:
+    version = _version(name)
+    note = "" if version else f"{cost}; pip install 'fwl-export{extra}'"
+    return Piece(name, bool(version), version, note, needed)
 
 
 def _onnxruntime() -> Piece:
@@ -95,7 +100,7 @@ def _onnxruntime() -> Piece:
         return Piece("ONNX Runtime", False, "", note, needed=True)
     providers = onnxruntime.get_available_providers()
     names = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
-    note = f"providers {names}; sessions use CPU"
+    note = f"providers {names}"
     return Piece("ONNX Runtime", True, onnxruntime.__version__, note, needed=True)
 
 
@@ -139,20 +144,20 @@ def _plugin(library: str, runtime: str) -> Piece:
     return Piece(library, False, "", note)
 
 
-def _version(distribution: str, module: str) -> str:
+def _version(name: str) -> str:
     """Return the version of an installed package whose module can be found, or ""."""
     # Here: it takes a tenth of the time that --help may take.
     from importlib.metadata import PackageNotFoundError, version
 
-    if importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(name) is None:
         return ""
     try:
-        return version(distribution)
+        return version(name)
     except PackageNotFoundError:
         return "unknown"
 
 
-def _report(pieces: Sequence[Piece], healthy: bool) -> str:
+def _report(pieces: Sequence[Piece], can_run: bool, can_export: bool) -> str:
     from fwl_export import __version__
 
     lines = [
@@ -165,5 +170,7 @@ def _report(pieces: Sequence[Piece], healthy: bool) -> str:
         text = f"{mark:7}  {piece.name} {piece.version}".rstrip()
         text += f": {piece.note}" if piece.note else ""
         lines += textwrap.wrap(text, _WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False)
-    verdict = "can" if healthy else "cannot"
-    return "\n".join([*lines, "", f"This machine {verdict} export models and run them."])
+    verdict = "cannot run models"
+    if can_run:
+        verdict = "can export models and run them" if can_export else "can run models, not export"
+    return "\n".join([*lines, "", f"This machine {verdict}."])

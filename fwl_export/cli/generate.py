@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fwl_export.cli.read import StateOption, read_tokens
 from fwl_export.cli.terminal import BackendOption, BundleArgument, NoPluginOption
 
 
@@ -17,8 +18,13 @@ def generate(
     read: Annotated[
         Path | None, typer.Option(help="Text file to read, and learn from, before the prompt.")
     ] = None,
+    state: StateOption = None,
     max_new: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0 = always the likeliest.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Only the likeliest; 0 = all.", min=0)] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Only the likeliest with this probability together.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
     no_learn: Annotated[
         bool, typer.Option("--no-learn", help="Do not learn from prompt and own output.")
@@ -31,20 +37,23 @@ def generate(
     Example: fwl-export generate demo-bundle --prompt "LEONTES." --seed 1
     """
     from fwl_export.bundle import read_bundle
-    from fwl_export.runtimes import open_session
-    from fwl_export.runtimes.text import bundle_tokenizer, generate_ids, prompt_ids
+    from fwl_export.runtimes import Sampler, open_session
+    from fwl_export.runtimes.text import bundle_tokenizer, prompt_ids
     from fwl_export.text import read_ids
 
     opened = read_bundle(bundle)
     tokenizer = bundle_tokenizer(opened)
     session = open_session(opened, backend, plugin="none" if no_plugin else "auto")
+    if state is not None:
+        session.load_state(state)
     if read is not None:
-        session.feed(read_ids(read, tokenizer))
+        read_tokens(session, read_ids(read, tokenizer))
     ids = prompt_ids(prompt, tokenizer)
+    sampler = Sampler(temperature, top_k, top_p, seed)
     written: list[int] = []
     shown = ""
     sys.stdout.write(prompt)
-    for token in generate_ids(session, ids, max_new, temperature, seed, learn=not no_learn):
+    for token in session.generate(ids, max_new, sampler, learn=not no_learn):
         written.append(token)
         text = tokenizer.decode(written)
         if not text.endswith("\ufffd"):  # in the middle of a character

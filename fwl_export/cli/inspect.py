@@ -17,7 +17,7 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
     Example: fwl-export inspect demo-bundle
     """
     from fwl_export.bundle import ENGINES_FOLDER, MODEL_FILE, read_bundle
-    from fwl_export.export.ops import count_ops
+    from fwl_export.onnx_file import count_ops
 
     opened = read_bundle(bundle)
     opened.verify()

@@ -20,6 +20,7 @@ from fwl_export.cli.doctor import doctor
 from fwl_export.cli.export import export
 from fwl_export.cli.generate import generate
 from fwl_export.cli.inspect import inspect
+from fwl_export.cli.read import read
 from fwl_export.cli.score import score
 from fwl_export.errors import FwlError
 
@@ -28,11 +29,14 @@ VERBS: tuple[Callable[..., None], ...] = (
     build,
     check,
     score,
+    read,
     generate,
     inspect,
     doctor,
     demo,
 )
+
+_EXPORT_PACKAGES = ("torch", "onnx", "onnxscript")
 
 
 def app() -> typer.Typer:
@@ -62,6 +66,11 @@ def main() -> None:
         app()()
     except FwlError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXPORT_PACKAGES:
+            raise
+        _fail(f"this needs '{name}', which is not installed; pip install 'fwl-export[export]'")
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

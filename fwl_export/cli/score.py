@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fwl_export.cli.read import StateOption
 from fwl_export.cli.terminal import (
     BackendOption,
     BundleArgument,
@@ -27,6 +28,7 @@ def score(
     file: Annotated[Path, typer.Argument(help="Text file to read.", show_default=False)],
     backend: BackendOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
+    state: StateOption = None,
     tokens: Annotated[int, typer.Option(help="Read at most this many; 0 = all.", min=0)] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -35,7 +37,7 @@ def score(
     Example: fwl-export score demo-bundle play.txt
     """
     plugin = "none" if no_plugin else "auto"
-    on, off = score_both(bundle, file, backend, tokens, plugin)
+    on, off = score_both(bundle, file, backend, tokens, plugin, state)
     if json:
         print_json(
             {
@@ -61,7 +63,12 @@ def score(
 
 
 def score_both(
-    bundle: Path, file: Path, backend: str, tokens: int = 0, plugin: str = "auto"
+    bundle: Path,
+    file: Path,
+    backend: str,
+    tokens: int = 0,
+    plugin: str = "auto",
+    state: Path | None = None,
 ) -> tuple[Score, Score]:
     """Score a text with adaptation and without, see `score`."""
     from fwl_export.bundle import read_bundle
@@ -75,6 +82,8 @@ def score_both(
     results = []
     for name, weight in ((ADAPTING, 1.0), (OFF, 0.0)):
         session = open_session(opened, backend, plugin=plugin)
+        if state is not None:
+            session.load_state(state)
         with progress_bar(name, len(ids) - 1) as advance:
             results.append(score_ids(session, ids, weight, advance))
     return results[0], results[1]

@@ -218,7 +218,9 @@ def _profile(scope: Range, inputs: Sequence[TensorFacts]) -> ProfileFacts:
         for kind, batch, tokens in zip(
             ("min", "opt", "max"), scope.batch, scope.tokens, strict=True
         ):
-            free = (batch, tokens)
+            # Logits of the last position only are as welcome as those of all.
+            fewest = 1 if kind == "min" and tensor.name == "logit_positions" else tokens
+            free = (batch, fewest)
             sizes[kind] = [n if n >= 0 else free[axis] for axis, n in enumerate(tensor.shape)]
         shapes[tensor.name] = sizes
     return ProfileFacts(scope.name, shapes)

@@ -23,7 +23,7 @@ from fwl_export.state import TensorSpec
 
 UpdateOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-INPUTS = ("input_ids", "label_weights", "lengths")
+INPUTS = ("input_ids", "label_weights", "lengths", "logit_positions")
 OUTPUTS = ("logits",)
 
 
@@ -86,7 +86,12 @@ class StreamingModel(nn.Module):
         self._update = update
 
     def forward(
-        self, input_ids: Tensor, label_weights: Tensor, lengths: Tensor, *state: Tensor
+        self,
+        input_ids: Tensor,
+        label_weights: Tensor,
+        lengths: Tensor,
+        logit_positions: Tensor,
+        *state: Tensor,
     ) -> tuple[Tensor, ...]:
         """Read the next tokens.
 
@@ -95,10 +100,12 @@ class StreamingModel(nn.Module):
           label_weights: [B, T] float32, how much to learn from each token: 1 = fully, 0 = read
             it without learning or forgetting.
           lengths: [B] int64 in 0..T; a row of length 0 is left as it is.
+          logit_positions: [B, P] int64 in 0..T-1, the places in this call whose logits are
+            wanted; all T, or only the last, which saves the product with the vocabulary.
           state: past tensors in the order of `specs`, [B, ...] each.
 
         Returns:
-          logits [B, T, V] float32 (float64 in a float64 model; those of padding mean nothing),
+          logits [B, P, V] float32 (float64 in a float64 model; those of padding mean nothing),
           then the present tensors in the order of `specs`. All logits of a row that crosses an
           anchor are NaN.
         """
@@ -120,7 +127,9 @@ class StreamingModel(nn.Module):
         before = pending.one_later(Pending(*(past[f"pending.{n}"] for n in Pending._fields)))
         gradients = layer.gradients(before, input_ids, weights * started, anchor)
         sums = _StateSums(self._update, past, torch.exp(layer.log_decay(weights)))
-        logits = layer.logits(layer.fast(slow, before, gradients, sums))
+        fast = layer.fast(slow, before, gradients, sums)
+        rows = torch.arange(fast.shape[0], device=fast.device)[:, None]
+        logits = layer.logits(fast[rows, logit_positions])
 
         present = {
             "position": past["position"] + lengths,

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from fwl_export.bundle import Bundle, read_bundle
-from fwl_export.errors import ConfigError
-from fwl_export.runtimes.base import Runner, Session
+from fwl_export.errors import ConfigError, MissingDependencyError
+from fwl_export.runtimes.base import Runner
+from fwl_export.runtimes.sampling import Sampler
+from fwl_export.runtimes.session import Session
+from fwl_export.runtimes.slots import Slots
 from fwl_export.state import TensorSpec
 
 BACKENDS = ("onnxruntime", "torch")
@@ -20,6 +23,7 @@ def open_session(
     precision: Literal["fp32", "fp16", "fp64"] | None = None,
     threads: int | None = None,
     plugin: str | Path = "auto",
+    device: str = "cpu",
 ) -> Session:
     """Open a bundle for reading text.
 
@@ -32,11 +36,12 @@ def open_session(
       plugin: backend "onnxruntime" only: the library with our kernel for the fast-weight update.
         "auto" takes the package's own where there is one, else the model's standard operators;
         "none" takes those; "required" is an error without the library; or a library's path.
+      device: backend "onnxruntime" only: "cpu", "cuda" or, say, "cuda:1".
 
     Raises:
       BundleError: the bundle is missing, changed or cannot be loaded.
       PluginError: the library is missing and was asked for, or cannot be loaded.
-      MissingDependencyError: the backend's package is not installed.
+      MissingDependencyError: the backend's package is not installed, or without the device.
       ConfigError: there is no such backend, or an argument is for another one.
     """
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))
@@ -46,18 +51,25 @@ def open_session(
     if backend == "onnxruntime":
         if precision is not None:
             raise ConfigError("precision can be chosen for backend 'torch' only")
-        from fwl_export.runtimes.onnxruntime import OnnxRuntimeRunner
+        from fwl_export.runtimes import onnxruntime
 
-        runner = OnnxRuntimeRunner(opened, threads, plugin)
+        loaded = onnxruntime.load_model(opened, threads, plugin, device)
+        runner = onnxruntime.OnnxRuntimeRunner(loaded)
     elif backend == "torch":
         if threads is not None:
             raise ConfigError("threads can be chosen for backend 'onnxruntime' only")
         if plugin not in ("auto", "none"):
             raise ConfigError("a plugin can be chosen for backend 'onnxruntime' only")
-        from fwl_export.runtimes.torch import TorchRunner
-
-        runner = torch_runner = TorchRunner(opened, precision)
-        specs = torch_runner.specs
+        if device != "cpu":
+            raise ConfigError("a device can be chosen for backend 'onnxruntime' only")
+        try:
+            from fwl_export.runtimes import torch
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(
+                f"backend 'torch' needs '{error.name}'; pip install 'fwl-export[export]'"
+            ) from None
+        model = torch.load_model(opened, precision)
+        runner, specs = torch.TorchRunner(model), model.specs
     else:
         raise ConfigError(f"backend '{backend}' is unknown; expected {' or '.join(BACKENDS)}")
     return Session(
@@ -67,7 +79,8 @@ def open_session(
         manifest.max_tokens,
         batch,
         manifest.config.fast_weights.anchor_interval,
+        manifest.model_id,
     )
 
 
-__all__ = ["BACKENDS", "Session", "open_session"]
+__all__ = ["BACKENDS", "Sampler", "Session", "Slots", "open_session"]

@@ -1,8 +1,10 @@
-"""Backend: ONNX Runtime."""
+"""Backend: ONNX Runtime, on the CPU or on a CUDA device."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,92 +12,215 @@ import numpy as np
 import numpy.typing as npt
 
 from fwl_export.bundle import Bundle
-from fwl_export.errors import BundleError, MissingDependencyError, PluginError
+from fwl_export.errors import BundleError, ConfigError, MissingDependencyError, PluginError
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
+from fwl_export.runtimes.base import Call
 from fwl_export.state import PAST, PRESENT, State, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime
 
 Array = npt.NDArray[Any]
-Buffers = dict[str, "onnxruntime.OrtValue"]
+
+_ALIGNMENT = 64  # what our kernel's vectors like best
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeModel:
+    """A loaded model, which sessions share.
+
+    Attributes:
+      session: ONNX Runtime's, whose calls may run at the same time.
+      specs: of the state.
+      vocab_size: V.
+      device: "cpu", or "cuda" with its number.
+    """
+
+    session: onnxruntime.InferenceSession
+    specs: Sequence[TensorSpec]
+    vocab_size: int
+    device: tuple[str, int]
+
+
+def load_model(
+    bundle: Bundle,
+    threads: int | None = None,
+    plugin: str | Path = "auto",
+    device: str = "cpu",
+) -> OnnxRuntimeModel:
+    """Load a bundle's ONNX file.
+
+    Args:
+      bundle: its ONNX file and external data are checked first.
+      threads: inside one operator; None lets ONNX Runtime choose.
+      plugin: see `open_session`.
+      device: "cpu", "cuda" or "cuda:1".
+
+    Raises:
+      BundleError: ONNX Runtime cannot load the model.
+      PluginError: the library is missing and was asked for, or cannot be loaded.
+      MissingDependencyError: ONNX Runtime is not installed, or without the device's provider.
+      ConfigError: the device is unknown.
+    """
+    place = _device(device)
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if place[0] == "cuda":
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise MissingDependencyError(
+                f"device '{device}' needs ONNX Runtime with CUDA; "
+                "pip uninstall onnxruntime, then pip install 'fwl-export[gpu]'"
+            )
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": place[1]}))
+    library = find_plugin(ONNXRUNTIME, plugin)
+    if library is not None:
+        _register(options, library)
+    path = bundle.model_files()
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's own exceptions share no narrower base
+        raise BundleError(f"ONNX Runtime cannot load '{path}': {error}") from None
+    if place[0] == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise MissingDependencyError(  # it only warns, and goes on on the CPU
+            f"ONNX Runtime cannot use device '{device}'; `fwl-export doctor` says what is missing"
+        )
+    manifest = bundle.manifest
+    return OnnxRuntimeModel(session, manifest.state, manifest.config.vocab_size, place)
 
 
 class OnnxRuntimeRunner:
-    """Runs the bundle's ONNX file; the state stays in buffers that are bound, not copied.
+    """Runs a loaded model; the state stays in buffers that are bound, not copied.
 
     Past and present are never one buffer: ONNX Runtime accepts that and silently computes
     wrong results for graphs that read the past after they have written the present.
     """
 
-    def __init__(
-        self, bundle: Bundle, threads: int | None = None, plugin: str | Path = "auto"
-    ) -> None:
-        """Load the model.
+    def __init__(self, model: OnnxRuntimeModel) -> None:
+        """Share a loaded model."""
+        self._model = model
+        # Of calls with one token, by their buffers' ids: binding all takes as long as a small
+        # model's step.
+        self._bound: dict[tuple[int, int], _BoundCall] = {}
 
-        Args:
-          bundle: its ONNX file and external data are checked first.
-          threads: inside one operator; None lets ONNX Runtime choose.
-          plugin: see `open_session`.
+    def another(self) -> OnnxRuntimeRunner:
+        """See `Runner.another`."""
+        return OnnxRuntimeRunner(self._model)
 
-        Raises:
-          BundleError: ONNX Runtime cannot load the model.
-          PluginError: the library is missing and was asked for, or cannot be loaded.
-        """
-        self._ort = import_onnxruntime()
-        options = self._ort.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self.plugin = find_plugin(ONNXRUNTIME, plugin)
-        if self.plugin is not None:
-            _register(options, self.plugin)
-        path = bundle.model_files()
-        try:
-            self._session = self._ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's own exceptions share no narrower base
-            raise BundleError(f"ONNX Runtime cannot load '{path}': {error}") from None
-        self._specs: Sequence[TensorSpec] = bundle.manifest.state
+    def new_buffers(self, batch: int) -> _HostBuffers | _DeviceBuffers:
+        """See `Runner.new_buffers`."""
+        kind = _HostBuffers if self._model.device[0] == "cpu" else _DeviceBuffers
+        return kind(self._model, batch)
 
-    def new_buffers(self, batch: int) -> Buffers:
-        """Return one buffer for each state tensor."""
-        return {
-            spec.name: self._ort.OrtValue.ortvalue_from_numpy(
-                np.zeros((batch, *spec.shape), spec.dtype)
-            )
-            for spec in self._specs
+    def run(self, call: Call, past: Any, present: Any) -> Array:
+        """See `Runner.run`."""
+        if call.input_ids.shape[1] > 1:
+            return _BoundCall(self._model, call, past, present).run(call)
+        key = (id(past), id(present))
+        if key not in self._bound:
+            self._bound[key] = _BoundCall(self._model, call, past, present)
+        return self._bound[key].run(call).copy()
+
+    def read(self, buffers: Any, rows: Sequence[int]) -> State:
+        """See `Runner.read`."""
+        state: State = buffers.read(rows)
+        return state
+
+    def write(self, buffers: Any, state: Mapping[str, Array], rows: Sequence[int]) -> None:
+        """See `Runner.write`."""
+        buffers.write(state, rows)
+
+    def release(self, buffers: Any) -> None:
+        """See `Runner.release`."""
+        self._bound = {key: bound for key, bound in self._bound.items() if id(buffers) not in key}
+
+
+class _BoundCall:
+    """A call whose inputs and outputs have their place; it may run again with other values."""
+
+    def __init__(self, model: OnnxRuntimeModel, call: Call, past: Any, present: Any) -> None:
+        self._session = model.session
+        self._inputs = {name: array.copy() for name, array in vars(call).items()}
+        self._logits = np.empty((*call.logit_positions.shape, model.vocab_size), np.float32)
+        self._buffers = (past, present)  # alive as long as they are bound
+        self._binding = binding = model.session.io_binding()
+        for name, array in self._inputs.items():
+            _bind(binding.bind_input, name, array)
+        past.bind_inputs(binding)
+        present.bind_outputs(binding)
+        _bind(binding.bind_output, "logits", self._logits)
+
+    def run(self, call: Call) -> Array:
+        """Return the logits, in memory that the next run overwrites."""
+        for name, array in self._inputs.items():
+            array[:] = getattr(call, name)
+        self._session.run_with_iobinding(self._binding)
+        return self._logits
+
+
+class _HostBuffers:
+    def __init__(self, model: OnnxRuntimeModel, batch: int) -> None:
+        self._arrays = {s.name: _aligned_zeros((batch, *s.shape), s.dtype) for s in model.specs}
+
+    def bind_inputs(self, binding: onnxruntime.IOBinding) -> None:
+        for name, array in self._arrays.items():
+            _bind(binding.bind_input, PAST + name, array)
+
+    def bind_outputs(self, binding: onnxruntime.IOBinding) -> None:
+        for name, array in self._arrays.items():
+            _bind(binding.bind_output, PRESENT + name, array)
+
+    def read(self, rows: Sequence[int]) -> State:
+        return {name: array[list(rows)] for name, array in self._arrays.items()}
+
+    def write(self, state: Mapping[str, Array], rows: Sequence[int]) -> None:
+        for name, array in self._arrays.items():
+            array[list(rows)] = state[name]
+
+
+class _DeviceBuffers:
+    def __init__(self, model: OnnxRuntimeModel, batch: int) -> None:
+        make = import_onnxruntime().OrtValue.ortvalue_from_numpy
+        self._values = {
+            s.name: make(np.zeros((batch, *s.shape), s.dtype), *model.device) for s in model.specs
         }
 
-    def run(
-        self,
-        input_ids: Array,
-        label_weights: Array,
-        lengths: Array,
-        past: Buffers,
-        present: Buffers,
-    ) -> Array:
-        """See `Runner.run`."""
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids))
-        binding.bind_cpu_input("label_weights", np.ascontiguousarray(label_weights))
-        binding.bind_cpu_input("lengths", lengths)
-        for name in past:
-            binding.bind_ortvalue_input(PAST + name, past[name])
-            binding.bind_ortvalue_output(PRESENT + name, present[name])
-        binding.bind_output("logits")
-        self._session.run_with_iobinding(binding)
-        logits: Array = binding.get_outputs()[-1].numpy()
-        return logits
+    def bind_inputs(self, binding: onnxruntime.IOBinding) -> None:
+        for name, value in self._values.items():
+            binding.bind_ortvalue_input(PAST + name, value)
 
-    def read(self, buffers: Buffers) -> State:
-        """See `Runner.read`."""
-        return {name: value.numpy().copy() for name, value in buffers.items()}
+    def bind_outputs(self, binding: onnxruntime.IOBinding) -> None:
+        for name, value in self._values.items():
+            binding.bind_ortvalue_output(PRESENT + name, value)
 
-    def write(self, buffers: Buffers, state: Mapping[str, Array]) -> None:
-        """See `Runner.write`."""
-        for name, value in buffers.items():
-            value.update_inplace(np.ascontiguousarray(state[name]))
+    def read(self, rows: Sequence[int]) -> State:
+        return {name: value.numpy()[list(rows)] for name, value in self._values.items()}
+
+    def write(self, state: Mapping[str, Array], rows: Sequence[int]) -> None:
+        for name, value in self._values.items():
+            array = value.numpy().copy()
+            array[list(rows)] = state[name]
+            value.update_inplace(array)
+
+
+def _bind(bind: Any, name: str, array: Array) -> None:
+    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> Array:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _device(device: str) -> tuple[str, int]:
+    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
+    if found is None:
+        raise ConfigError(f"device is '{device}'; expected cpu, cuda or, say, cuda:1")
+    return found[1], int(found[2] or 0)
 
 
 def _register(options: onnxruntime.SessionOptions, plugin: Path) -> None:

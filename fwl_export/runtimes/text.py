@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from fwl_export.bundle import TOKENIZER_FILE, Bundle
 from fwl_export.errors import TokenError
-from fwl_export.runtimes.base import Session
+from fwl_export.runtimes.session import Session
 from fwl_export.text import load_tokenizer
 
 Array = npt.NDArray[Any]
@@ -95,33 +95,3 @@ def prompt_ids(prompt: str, tokenizer: Tokenizer) -> Array:
     if not len(ids):
         raise TokenError("the prompt is empty; expected at least one token")
     return ids
-
-
-def generate_ids(
-    session: Session, prompt: Array, count: int, temperature: float, seed: int, learn: bool
-) -> Iterator[int]:
-    """Yield `count` tokens that continue the prompt, in a session of one row.
-
-    Args:
-      session: goes on from where it stands.
-      prompt: [N] int64, N of 1 or more.
-      count: tokens to yield.
-      temperature: 0 always takes the likeliest.
-      seed: of the random choice.
-      learn: whether the session learns from prompt and own output.
-    """
-    rng = np.random.default_rng(seed)
-    tokens = prompt
-    for _ in range(count):
-        logits = session.feed(tokens, np.full(len(tokens), float(learn)))[0, -1]
-        token = _choose(logits, temperature, rng)
-        yield token
-        tokens = np.array([token], dtype=np.int64)
-
-
-def _choose(logits: Array, temperature: float, rng: np.random.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
-    return int(rng.choice(len(weights), p=weights / weights.sum()))

@@ -58,7 +58,7 @@ def test_a_machine_that_can_export(doctor: Doctor) -> None:
     for part in (
         "ok torch 2",
         "ok ONNX Runtime",
-        "CPU; sessions use CPU",
+        "providers",
         "ok TensorRT-RTX 1.2.3: builds engines for SM 80, 120, without a GPU; Polygraphy 0.5",
         "no TensorRT: no engines for data-centre GPUs such as SM90; TensorRT is not installed",
         "no CUDA driver: libcuda is not here: engines can be built here, but not run",
@@ -88,7 +88,17 @@ def test_a_missing_onnxruntime_costs_exit_code_1(
     assert code == 1
     assert "MISSING  ONNX Runtime: no export, no backend 'onnxruntime'; pip install" in output
     assert "'fwl-export[cpu]'" in output
-    assert output.endswith("This machine cannot export models and run them.\n")
+    assert output.endswith("This machine cannot run models.\n")
+
+
+def test_a_machine_without_torch_runs_models(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, "torch")
+    code, output = doctor()
+    assert code == 0
+    assert "no       torch: no export, no check; pip install 'fwl-export[export]'" in output
+    assert output.endswith("This machine can run models, not export.\n")
 
 
 def test_one_screen_even_if_everything_is_missing(
@@ -103,7 +113,7 @@ def test_one_screen_even_if_everything_is_missing(
     monkeypatch.setattr(engines, "probe_flavour", lambda name: Probe("", (), {}, reason))
     code, output = doctor()
     assert code == 1
-    assert output.count("MISSING") == 6
+    assert output.count("MISSING") == 3
     lines = output.splitlines()
     assert len(lines) <= 25
     assert max(map(len, lines)) <= 80
@@ -111,10 +121,10 @@ def test_one_screen_even_if_everything_is_missing(
 
 def test_json(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     code, output = doctor("--json")
-    assert (code, json.loads(output)["healthy"]) == (0, True)
+    assert (code, json.loads(output)["can_run"]) == (0, True)
     assert pieces(output)["TensorRT-RTX"]["version"] == "1.2.3"
     assert all(piece["version"] for piece in pieces(output).values() if piece["found"])
-    hide(monkeypatch, "onnxscript")
+    hide(monkeypatch, "tokenizers")
     code, output = doctor("--json")
-    assert (code, json.loads(output)["healthy"]) == (1, False)
+    assert (code, json.loads(output)["can_run"]) == (1, False)
     assert pieces(output)["onnxscript"]["found"] is False

@@ -186,3 +186,39 @@ def test_help_answers_without_loading_what_it_does_not_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_text_is_read_once_and_answered_from(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "manual.txt"
+    text.write_text("the state of a row is a file " * 9)
+    state = tmp_path / "manual.state"
+    result = run(capsys, "read", tiny_bundle, text, "-o", state, "--compress", "lowrank")
+    assert result.code == 0, result.err
+    assert max(map(len, result.out.splitlines())) <= 80 + len(str(tmp_path))
+    quiet = run(capsys, "read", tiny_bundle, text, "-o", tmp_path / "b", "--json")
+    read = json.loads(quiet.out)
+    assert read["tokens"] == [read["read"]]
+    assert read["file_bytes"] > state.stat().st_size > 0
+    arguments = ("generate", tiny_bundle, "--prompt", "a row", "--max-new", "6", "--seed", "1")
+    answers = [
+        run(capsys, *arguments, *more).out
+        for more in (("--state", tmp_path / "b"), ("--read", text), ())
+    ]
+    assert answers[0] == answers[1] != answers[2]
+    on = run(capsys, "score", tiny_bundle, text, "--state", state, "--json")
+    fresh = run(capsys, "score", tiny_bundle, text, "--json")
+    assert json.loads(on.out)["perplexity"] != json.loads(fresh.out)["perplexity"]
+
+
+def test_a_state_that_cannot_be_used(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "a.state"
+    state.write_text("no state")
+    result = run(capsys, "generate", tiny_bundle, "--prompt", "a", "--state", state)
+    assert (result.code, "is not a state file" in result.err) == (1, True)
+    result = run(capsys, "read", tiny_bundle, state, "-o", tmp_path / "b", "--compress", "zip")
+    assert (result.code, "--compress is 'zip'" in result.err) == (1, True)
+    assert not (tmp_path / "b").exists()

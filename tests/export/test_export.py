@@ -14,8 +14,8 @@ import torch
 from fwl_export.bundle import read_bundle
 from fwl_export.errors import CheckpointError, ExportError, OutputExistsError
 from fwl_export.export import export_bundle, trace, write_bundle
-from fwl_export.export.ops import count_ops
 from fwl_export.export.precision import in_precision
+from fwl_export.onnx_file import count_ops
 from fwl_export.op.spec import NODE_ATTRIBUTES
 from tests.bundles import MAX_TOKENS, VOCABULARY, tiny_model, write_checkpoint
 
@@ -48,7 +48,8 @@ def test_only_batch_and_tokens_are_dynamic(
     }
     assert sizes.pop("input_ids") == sizes.pop("label_weights") == ["batch", "tokens"]
     assert sizes.pop("lengths") == ["batch"]
-    assert sizes.pop("logits") == ["batch", "tokens", VOCABULARY]
+    assert sizes.pop("logit_positions") == ["batch", "positions"]
+    assert sizes.pop("logits") == ["batch", "positions", VOCABULARY]
     state = read_bundle(bundle).manifest.state
     expected = {
         f"{side}.{s.name}": ["batch", *s.shape] for s in state for side in ("past", "present")
@@ -216,4 +217,4 @@ def test_without_checkpoint(tmp_path: Path) -> None:
         checkpoint, tmp_path / "out", max_tokens=MAX_TOKENS, include_checkpoint=False
     )
     assert not any(name.startswith("checkpoint/") for name in bundle.manifest.files)
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 1
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 2

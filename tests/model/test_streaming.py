@@ -44,7 +44,10 @@ def read(
             part = slice(position[row], position[row] + length)
             tokens[row, :length] = ids[row, part]
             label_weights[row, :length] = weights[row, part]
-        logits, *present = streaming(tokens, label_weights, torch.tensor(lengths), *state)
+        positions = torch.arange(size).repeat(rows, 1)
+        logits, *present = streaming(
+            tokens, label_weights, torch.tensor(lengths), positions, *state
+        )
         for row, length in enumerate(lengths):
             outputs[row].append(logits[row, :length])
             position[row] += length
@@ -137,10 +140,25 @@ def test_a_call_across_an_anchor_gives_no_numbers() -> None:
     state = fresh(streaming, 2)
     ids = torch.randint(0, VOCABULARY, (2, 9))
     weights = torch.ones(2, 9, dtype=torch.float64)
-    _, *state = streaming(ids, weights, torch.tensor([9, 3]), *state)
-    logits, *_ = streaming(ids, weights, torch.tensor([4, 9]), *state)
+    positions = torch.arange(9).repeat(2, 1)
+    _, *state = streaming(ids, weights, torch.tensor([9, 3]), positions, *state)
+    logits, *_ = streaming(ids, weights, torch.tensor([4, 9]), positions, *state)
     assert logits[0].isnan().all()
     assert logits[1].isfinite().all(), "the other row ends at its anchor"
+
+
+def test_logits_of_some_positions_are_those_of_all() -> None:
+    streaming = StreamingModel(small_model(), MAX_TOKENS)
+    ids, weights = torch.randint(0, VOCABULARY, (2, 9)), torch.ones(2, 9, dtype=torch.float64)
+    lengths = torch.tensor([9, 4])
+    every, *after = streaming(
+        ids, weights, lengths, torch.arange(9).repeat(2, 1), *fresh(streaming, 2)
+    )
+    for chosen in (torch.tensor([[8], [3]]), torch.tensor([[0, 7], [3, 3]])):
+        logits, *state = streaming(ids, weights, lengths, chosen, *fresh(streaming, 2))
+        expected = torch.stack([every[row, places] for row, places in enumerate(chosen)])
+        assert_close("model.float64", logits, expected)
+        assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
 
 
 def test_rows_do_not_see_each_other() -> None:

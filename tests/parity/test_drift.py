@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fwl_export import state as states
 from fwl_export.errors import StateError
 from fwl_export.parity.drift import Drift, Pair, measure_drift
 from fwl_export.parity.schedule import ROWS, Call, Schedule
 from fwl_export.runtimes import Session
+from fwl_export.runtimes.base import Call as ModelCall
+from fwl_export.runtimes.base import Runner
 from fwl_export.state import State, TensorSpec
 
 VOCABULARY = 5
@@ -33,12 +36,14 @@ class FakeRunner:
         self.twist = twist
         self.calls = 0
 
-    def new_buffers(self, batch: int) -> dict[str, Any]:
-        return {}
+    def another(self) -> Runner:
+        raise NotImplementedError
 
-    def run(
-        self, input_ids: Any, label_weights: Any, lengths: Any, past: Any, present: Any
-    ) -> np.ndarray:
+    def new_buffers(self, batch: int) -> dict[str, Any]:
+        return states.zeros(SPECS, batch)
+
+    def run(self, call: ModelCall, past: Any, present: Any) -> np.ndarray:
+        input_ids, label_weights, lengths = call.input_ids, call.label_weights, call.lengths
         logits = np.eye(VOCABULARY)[input_ids] + past["fast.sum"][:, None, :1]
         row = np.arange(len(lengths))
         last = np.where(lengths > 0, input_ids[row, np.maximum(lengths - 1, 0)], -1.0)
@@ -52,11 +57,15 @@ class FakeRunner:
         self.calls += 1
         return logits
 
-    def read(self, buffers: dict[str, Any]) -> State:
-        return {name: value.copy() for name, value in buffers.items()}
+    def read(self, buffers: dict[str, Any], rows: Sequence[int]) -> State:
+        return {name: value[list(rows)] for name, value in buffers.items()}
 
-    def write(self, buffers: dict[str, Any], state: Mapping[str, Any]) -> None:
-        buffers.update({name: np.array(value) for name, value in state.items()})
+    def write(self, buffers: dict[str, Any], state: Mapping[str, Any], rows: Sequence[int]) -> None:
+        for name, value in buffers.items():
+            value[list(rows)] = state[name]
+
+    def release(self, buffers: dict[str, Any]) -> None:
+        pass
 
 
 def fake(twist: Twist = lambda call, logits, state: logits, batch: int = ROWS) -> Session:

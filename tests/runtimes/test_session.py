@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,119 @@ def test_state_moves_between_backends(tiny_bundle: Path) -> None:
     a.feed(ids(30))
     b.state = a.state
     assert_close("runtime.float32", a.feed(ids(9, seed=1)), b.feed(ids(9, seed=1)))
+
+
+def test_the_last_logits_alone_are_those_of_all(anchored_bundle: Path, backend: str) -> None:
+    every, last = (open_session(anchored_bundle, backend, batch=3) for _ in range(2))
+    for call, lengths in enumerate(([5, 1, 40], [7, 0, 3], [1, 1, 1], [30, 2, 0])):
+        tokens = ids(3, max(lengths), seed=call)
+        logits = every.feed(tokens, lengths=lengths)
+        found = last.feed(tokens, lengths=lengths, last_only=True)
+        assert found.shape == (3, VOCABULARY)
+        for row, length in enumerate(lengths):
+            expected = logits[row, length - 1] if length else np.zeros(VOCABULARY)
+            assert_close("runtime.float32", found[row], expected)
+    assert same_state(every.state, last.state)
+
+
+def test_a_fork_goes_on_as_its_source_does(anchored_bundle: Path, backend: str) -> None:
+    session = open_session(anchored_bundle, backend, batch=3)
+    session.feed(ids(3, 13))
+    before = session.state
+    session.fork(1, [0, 2])
+    assert session.positions == [13, 13, 13]
+    text = np.tile(ids(20, seed=4), (3, 1))
+    logits = session.feed(text)
+    np.testing.assert_array_equal(logits[0], logits[2])
+    np.testing.assert_array_equal(logits[0], logits[1])
+    session.state = before
+    np.testing.assert_array_equal(session.feed(text)[1], logits[1])
+    for rows in ([0, 0], [], [3], [-1]):
+        with pytest.raises(ShapeError):
+            session.fork(1, rows)
+
+
+def test_rows_are_written_all_or_none(tiny_bundle: Path) -> None:
+    session = open_session(tiny_bundle, batch=2)
+    session.feed(ids(2, 5))
+    before, runner = session.state, session._runner
+    other = {name: np.flip(array, 0).copy() for name, array in before.items()}
+    write, calls = runner.write, []
+
+    def failing(buffers: Any, state: Any, rows: Any) -> None:
+        calls.append(rows)
+        if len(calls) == 1:
+            half = {**before, **dict(list(other.items())[:3])}
+            write(buffers, half, rows)
+            raise KeyboardInterrupt
+        write(buffers, state, rows)
+
+    runner.write = failing  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        session.state = other
+    assert same_state(session.state, before)
+    assert session.positions == before["position"].tolist()
+
+
+def test_sessions_of_one_model_are_independent(tiny_bundle: Path, backend: str) -> None:
+    first = open_session(tiny_bundle, backend)
+    logits = first.feed(ids(9))
+    second = first.another(batch=2)
+    np.testing.assert_array_equal(second.feed(np.tile(ids(9), (2, 1)))[0], logits[0])
+    assert first.positions == [9]
+    first.reset()
+    assert second.positions == [9, 9]
+
+
+def test_threads_share_a_model_and_a_session(tiny_bundle: Path) -> None:
+    first = open_session(tiny_bundle, threads=1)
+    texts = [ids(60, seed=seed) for seed in range(6)]
+    alone = [first.another().feed(text) for text in texts]
+    with ThreadPoolExecutor(6) as pool:
+
+        def read(text: np.ndarray) -> np.ndarray:
+            session = first.another()
+            return np.concatenate([session.feed(part) for part in np.split(text, 12)], 1)
+
+        for expected, found in zip(alone, pool.map(read, texts), strict=True):
+            assert_close("runtime.float32", found, expected)
+
+        # One session: each call is whole, and what the threads read together is all they read.
+        shared = first.another(batch=2)
+        for _ in pool.map(lambda text: [shared.feed(np.stack([text, text]))], texts):
+            pass
+        assert shared.positions == [360, 360]
+        state = shared.state
+        assert all(np.array_equal(array[0], array[1]) for array in state.values())
+
+
+def test_generate_stops_and_learns(tiny_bundle: Path, backend: str) -> None:
+    sessions = [open_session(tiny_bundle, backend) for _ in range(3)]
+    written = list(sessions[0].generate(ids(5), 12))
+    assert len(written) == 12
+    assert sessions[0].positions == [5 + 11]
+    tokens = ids(5)
+    for token in written:  # the likeliest, one after the other
+        assert token == sessions[1].feed(tokens)[0, -1].argmax()
+        tokens = np.array([token])
+    stop = written[4]
+    assert (
+        list(sessions[2].generate(ids(5), 12, stop_tokens=[stop]))
+        == written[: written.index(stop) + 1]
+    )
+    silent = open_session(tiny_bundle, backend)
+    list(silent.generate(ids(5), 12, learn=False))
+    assert not silent.state["fast.up.kernel"].any()
+    with pytest.raises(ShapeError, match="a session of one row; this one has 2"):
+        sessions[0].another(2).generate(ids(5), 1)
+
+
+def test_memory_does_not_grow(tiny_bundle: Path) -> None:
+    session = open_session(tiny_bundle)
+    for size in (1, 3 * MAX_TOKENS, 1, 2 * MAX_TOKENS, 1, 1):
+        session.feed(ids(size))
+        assert len(session._spare) == 1
+        assert len(session._runner._bound) <= 2  # type: ignore[attr-defined]
 
 
 WRONG_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [

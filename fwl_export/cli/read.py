@@ -1,0 +1,87 @@
+"""`fwl-export read`: read a text once and keep what was learned."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fwl_export.cli.terminal import (
+    BackendOption,
+    BundleArgument,
+    JsonOption,
+    NoPluginOption,
+    print_json,
+    progress_bar,
+    size,
+)
+
+if TYPE_CHECKING:
+    from fwl_export.runtimes import Session
+
+StateOption = Annotated[
+    Path | None, typer.Option(help="Go on from this file, which `fwl-export read` wrote.")
+]
+
+
+def read(
+    bundle: BundleArgument,
+    file: Annotated[Path, typer.Argument(help="Text file to read.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File to write.", show_default=False)
+    ],
+    state: StateOption = None,
+    compress: Annotated[
+        str, typer.Option(help="none, fp16 (half the size), or lowrank (small after short texts).")
+    ] = "none",
+    backend: BackendOption = "onnxruntime",
+    no_plugin: NoPluginOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Read a text and write the session's state to a file.
+
+    Read a manual once; then `fwl-export generate --state` answers from it, in
+    any process and with any backend of the same bundle.
+
+    Example: fwl-export read demo-bundle manual.txt -o manual.state
+    """
+    from dataclasses import asdict
+
+    from fwl_export.bundle import read_bundle
+    from fwl_export.errors import ConfigError
+    from fwl_export.runtimes import open_session
+    from fwl_export.runtimes.text import bundle_tokenizer
+    from fwl_export.state_file import COMPRESSIONS
+    from fwl_export.text import read_ids
+
+    if compress not in COMPRESSIONS:  # before the work, not after it
+        raise ConfigError(f"--compress is '{compress}'; expected {', '.join(COMPRESSIONS)}")
+    opened = read_bundle(bundle)
+    ids = read_ids(file, bundle_tokenizer(opened))
+    session = open_session(opened, backend, plugin="none" if no_plugin else "auto")
+    if state is not None:
+        session.load_state(state)
+    began = time.perf_counter()
+    read_tokens(session, ids)
+    seconds = time.perf_counter() - began
+    saved = session.save_state(output, compress=compress)
+    if json:
+        print_json({"file": str(file), "output": str(output), "read": len(ids), **asdict(saved)})
+        return
+    print(f"{file.name}: {len(ids)} tokens read, {len(ids) / seconds:.0f} tokens/s")
+    error = f", error {saved.error:.1e} of the largest value" if compress != "none" else ""
+    print(
+        f"{output}: {size(saved.file_bytes)}; in memory {size(saved.state_bytes)}, at token "
+        f"{saved.tokens[0]}{error}"
+    )
+
+
+def read_tokens(session: Session, ids: Any) -> None:
+    """Read ids [N] into a session of one row, and show how far it is."""
+    with progress_bar("reading", len(ids)) as advance:
+        for start in range(0, len(ids), session.max_tokens):
+            part = ids[start : start + session.max_tokens]
+            session.feed(part, last_only=True)
+            advance(len(part))

@@ -1,0 +1,380 @@
+"""Sessions: tokens in, logits out, state kept. The same for every backend."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fwl_export import state as states
+from fwl_export import state_file
+from fwl_export.errors import ShapeError, TokenError
+from fwl_export.runtimes.base import Array, Call, Runner
+from fwl_export.runtimes.sampling import Sampler
+from fwl_export.state import State, TensorSpec
+from fwl_export.state_file import SavedState
+
+
+class Session:
+    """Rows of text that are read step by step; each row is independent of the others.
+
+    A call either returns its results and moves every row on, or raises and leaves all rows as they
+    were: results go to other buffers than the current ones, which change places at the end.
+
+    Several threads may use a session: each method runs alone, the others wait. Sessions of one
+    model (see `another`) run at the same time. In asyncio: `await asyncio.to_thread(session.feed,
+    ids)`.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        specs: Sequence[TensorSpec],
+        vocab_size: int,
+        max_tokens: int,
+        batch: int,
+        anchor_interval: int = 0,
+        model_id: str = "",
+    ) -> None:
+        """Start `batch` fresh rows. Use `fwl_export.open_session`.
+
+        Args:
+          runner: the backend.
+          specs: of the state.
+          vocab_size: V.
+          max_tokens: largest T of the runner's calls.
+          batch: number of rows.
+          anchor_interval: see `FastWeightsConfig`; calls of the runner do not cross an anchor.
+          model_id: of the bundle's manifest; tells whose state a file is.
+        """
+        if batch < 1:
+            raise ShapeError(f"batch is {batch}; expected 1 or more rows")
+        self.specs = list(specs)
+        self.vocab_size = vocab_size
+        self.max_tokens = max_tokens
+        self.batch = batch
+        self.anchor_interval = anchor_interval
+        self.model_id = model_id
+        self._lock = threading.RLock()
+        self._positions = np.zeros(batch, np.int64)
+        self._runner = runner
+        self._current = runner.new_buffers(batch)
+        self._spare = [runner.new_buffers(batch)]
+
+    def another(self, batch: int = 1) -> Session:
+        """Open a session of fresh rows on the same loaded model."""
+        return Session(
+            self._runner.another(),
+            self.specs,
+            self.vocab_size,
+            self.max_tokens,
+            batch,
+            self.anchor_interval,
+            self.model_id,
+        )
+
+    def feed(
+        self,
+        tokens: npt.ArrayLike,
+        label_weights: npt.ArrayLike | None = None,
+        lengths: npt.ArrayLike | None = None,
+        last_only: bool = False,
+    ) -> Array:
+        """Read the next tokens of every row.
+
+        Args:
+          tokens: [B, T] token ids, or [T] in a session of one row. T is 1 or more; reads longer
+            than `max_tokens`, or across an anchor, are split.
+          label_weights: [B, T] or [T], how much to learn from each token; 0 = read it without
+            learning. Default: 1 everywhere.
+          lengths: [B], real tokens of each row, 0 to T; the rest is padding. Default: T.
+          last_only: return the prediction after each row's last token only, which saves the
+            product with the vocabulary for the others.
+
+        Returns:
+          logits [B, T, V] float32, the prediction after each token; zeros at padding. With
+          `last_only` [B, V]; zeros in rows of length 0.
+
+        Raises:
+          ShapeError: a shape does not fit, or T is 0.
+          TokenError: an id is out of range, a weight is negative or not finite, a length is out
+            of range, or the model's output is not finite. No row has moved.
+        """
+        ids, weights, counts = self._checked(tokens, label_weights, lengths)
+        with self._lock:
+            return self._feed(ids, weights, counts, last_only)
+
+    def _feed(self, ids: Array, weights: Array, counts: Array, last_only: bool) -> Array:
+        done = np.zeros(self.batch, np.int64)
+        logits: Array | None = None
+        past, taken = self._current, []
+        while logits is None or (done < counts).any():
+            here = self._next_lengths(counts - done, done)
+            call = _call(_from(done, here, ids), _from(done, here, weights), here, last_only)
+            if not self._spare:
+                self._spare.append(self._runner.new_buffers(self.batch))
+            present = self._spare.pop()
+            taken.append(present)
+            try:
+                found = _real_logits(self._runner.run(call, past, present), call)
+            except BaseException:
+                self._spare += [buffers for buffers in taken if buffers is not self._current]
+                self._keep_one_spare()
+                raise
+            if past is not self._current:
+                self._spare.append(past)
+                taken.remove(past)
+            past = present
+            if logits is None and (last_only or found.shape[1] == ids.shape[1]):
+                logits = found  # what other rows have left is filled in by later calls
+            elif last_only:
+                assert logits is not None
+                logits[here > 0] = found[here > 0]
+            else:
+                if logits is None:
+                    logits = np.zeros((*ids.shape, found.shape[2]), found.dtype)
+                for row, (start, size) in enumerate(zip(done, here, strict=True)):
+                    logits[row, start : start + size] = found[row, :size]
+            done = done + here
+        self._spare.append(self._current)
+        self._current = past
+        self._positions += counts
+        self._keep_one_spare()
+        return logits[:, 0] if last_only else logits
+
+    def _keep_one_spare(self) -> None:
+        while len(self._spare) > 1:
+            self._runner.release(self._spare.pop())
+
+    def _next_lengths(self, left: Array, done: Array) -> Array:
+        """Return how many tokens each row brings to the next call of the runner: [B]."""
+        room: Array = np.minimum(left, self.max_tokens)
+        if self.anchor_interval:
+            since = (self._positions + done) % self.anchor_interval
+            room = np.minimum(room, self.anchor_interval - since)
+        return room
+
+    def generate(
+        self,
+        prompt: npt.ArrayLike,
+        count: int,
+        sampler: Sampler | None = None,
+        stop_tokens: Sequence[int] = (),
+        learn: bool = True,
+    ) -> Iterator[int]:
+        """Yield tokens that continue the prompt, in a session of one row.
+
+        The session reads each token when the next one is asked for, so it has not read the last.
+
+        Args:
+          prompt: [N] token ids, N of 1 or more.
+          count: tokens to yield at most.
+          sampler: chooses them; default: always the likeliest.
+          stop_tokens: one of these is yielded and ends the text.
+          learn: whether the session learns from prompt and own output.
+
+        Raises:
+          ShapeError, TokenError: see `feed`.
+        """
+        if self.batch != 1:
+            raise ShapeError(f"generate needs a session of one row; this one has {self.batch}")
+        return self._generate(np.asarray(prompt), count, sampler or Sampler(), stop_tokens, learn)
+
+    def _generate(
+        self,
+        tokens: Array,
+        count: int,
+        sampler: Sampler,
+        stop_tokens: Sequence[int],
+        learn: bool,
+    ) -> Iterator[int]:
+        for _ in range(count):
+            weights = np.full(tokens.shape, float(learn))
+            token = sampler(self.feed(tokens, weights, last_only=True)[0])
+            yield token
+            if token in stop_tokens:
+                return
+            tokens = np.array([token])
+
+    @property
+    def positions(self) -> list[int]:
+        """How many tokens each row has read."""
+        return [int(position) for position in self._positions]
+
+    @property
+    def state(self) -> State:
+        """A copy of the state of all rows: arrays [B, ...] by name, in the model's order."""
+        return self.read_rows(range(self.batch))
+
+    @state.setter
+    def state(self, state: Mapping[str, Array]) -> None:
+        self.write_rows(range(self.batch), state)
+
+    def read_rows(self, rows: Sequence[int]) -> State:
+        """Return a copy of the rows' state: arrays [len(rows), ...] by name."""
+        chosen = self._checked_rows(rows)
+        with self._lock:
+            return self._runner.read(self._current, chosen)
+
+    def write_rows(self, rows: Sequence[int], state: Mapping[str, Array]) -> None:
+        """Put a state of len(rows) rows into the given rows.
+
+        Raises:
+          ShapeError: a row does not exist or is named twice.
+          StateError: the state does not fit this model, or is not finite.
+        """
+        chosen = self._checked_rows(rows)
+        states.check(self.specs, state, len(chosen))
+        states.check_finite(state)
+        with self._lock:
+            before = self._runner.read(self._current, chosen)
+            try:
+                self._runner.write(self._current, state, chosen)
+            except BaseException:
+                self._runner.write(self._current, before, chosen)
+                raise
+            self._positions[chosen] = state["position"]
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Make the given rows (default: all) fresh."""
+        chosen = self._checked_rows(range(self.batch) if rows is None else rows)
+        self.write_rows(chosen, states.zeros(self.specs, len(chosen)))
+
+    def fork(self, source: int, targets: Sequence[int]) -> None:
+        """Copy a row's state to other rows: one document read once, many continuations."""
+        chosen = self._checked_rows(targets)
+        with self._lock:
+            state = self.read_rows([source])
+            self.write_rows(chosen, {n: np.repeat(a, len(chosen), 0) for n, a in state.items()})
+
+    def save_state(
+        self, path: str | Path, rows: Sequence[int] | None = None, compress: str = "none"
+    ) -> SavedState:
+        """Write the state of rows (default: all) to a file; see `fwl_export.state_file`.
+
+        Raises:
+          StateError, ConfigError, OSError: see `state_file.save_state`. What was at `path` is left.
+        """
+        state = self.read_rows(range(self.batch) if rows is None else rows)
+        return state_file.save_state(Path(path), self.specs, state, self.model_id, compress)
+
+    def load_state(self, path: str | Path, rows: Sequence[int] | None = None) -> None:
+        """Put the rows of a file into the given rows (default: all), as many as there are.
+
+        Raises:
+          StateError: see `state_file.load_state`.
+          ShapeError: the file holds another number of rows.
+        """
+        state = state_file.load_state(Path(path), self.specs, self.model_id)
+        chosen = self._checked_rows(range(self.batch) if rows is None else rows)
+        found = len(state["position"])
+        if found != len(chosen):
+            raise ShapeError(f"'{path}' holds {found} rows, but {len(chosen)} are to be loaded")
+        self.write_rows(chosen, state)
+
+    def _checked_rows(self, rows: Sequence[int]) -> list[int]:
+        chosen = [int(row) for row in rows]
+        for row in chosen:
+            if not 0 <= row < self.batch:
+                raise ShapeError(f"row {row} does not exist; expected 0 to {self.batch - 1}")
+        if len(set(chosen)) < len(chosen) or not chosen:
+            raise ShapeError(f"rows are {chosen}; expected one or more, each once")
+        return chosen
+
+    def _checked(
+        self,
+        tokens: npt.ArrayLike,
+        label_weights: npt.ArrayLike | None,
+        lengths: npt.ArrayLike | None,
+    ) -> tuple[Array, Array, Array]:
+        ids = np.asarray(tokens)
+        if ids.ndim == 1 and self.batch == 1:
+            ids = ids[None]
+        if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] < 1:
+            raise ShapeError(
+                f"tokens have shape {list(np.shape(tokens))}; expected [{self.batch}, T] with T "
+                "of 1 or more"
+            )
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise TokenError(f"tokens are {ids.dtype}; expected whole numbers")
+        counts = self._checked_lengths(lengths, ids.shape[1])
+        real = np.arange(ids.shape[1]) < counts[:, None]
+        wrong = real & ((ids < 0) | (ids >= self.vocab_size))
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise TokenError(
+                f"token id {ids[row, column]} (row {row}, position {column}) is out of range; "
+                f"expected 0 to {self.vocab_size - 1}"
+            )
+        weights = np.ones(ids.shape, np.float32)
+        if label_weights is not None:
+            given = np.asarray(label_weights, np.float32)
+            if given.ndim == 1 and self.batch == 1:
+                given = given[None]
+            if given.shape != ids.shape:
+                raise ShapeError(
+                    f"label_weights have shape {list(given.shape)}; expected {list(ids.shape)}"
+                )
+            if not (np.isfinite(given) & (given >= 0))[real].all():
+                raise TokenError("label_weights must be finite and 0 or more")
+            weights = given
+        return (
+            np.where(real, ids, 0).astype(np.int64),
+            np.where(real, weights, np.float32(0)),
+            counts,
+        )
+
+    def _checked_lengths(self, lengths: npt.ArrayLike | None, size: int) -> Array:
+        if lengths is None:
+            return np.full(self.batch, size, np.int64)
+        counts = np.asarray(lengths)
+        if counts.shape != (self.batch,) or not np.issubdtype(counts.dtype, np.integer):
+            raise ShapeError(
+                f"lengths are {counts.dtype} {list(counts.shape)}; expected {self.batch} whole "
+                "numbers"
+            )
+        if not ((counts >= 0) & (counts <= size)).all():
+            raise TokenError(f"lengths are {counts.tolist()}; expected 0 to {size}")
+        return counts.astype(np.int64)
+
+
+def _call(ids: Array, weights: Array, lengths: Array, last_only: bool) -> Call:
+    if last_only:
+        positions = np.maximum(lengths - 1, 0)[:, None]
+    else:
+        positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+    return Call(*(np.ascontiguousarray(a) for a in (ids, weights, lengths, positions)))
+
+
+def _from(start: Array, lengths: Array, values: Array) -> Array:
+    """Return the next values of each row, and zeros where a row has fewer: [B, T] of [B, N]."""
+    size = max(int(lengths.max()), 1)
+    if size == values.shape[1]:  # then no row has begun
+        return values
+    columns = np.arange(size)
+    found = np.take_along_axis(
+        values, np.minimum(start[:, None] + columns, values.shape[1] - 1), axis=1
+    )
+    return np.where(columns < lengths[:, None], found, np.zeros((), values.dtype))
+
+
+def _real_logits(logits: Array, call: Call) -> Array:
+    """Return the logits with zeros at padding.
+
+    Raises:
+      TokenError: one is not finite.
+    """
+    padding = call.logit_positions >= call.lengths[:, None]
+    if padding.any():
+        logits = np.where(padding[..., None], np.zeros((), logits.dtype), logits)
+    if not np.isfinite(logits).all():
+        row, place = np.argwhere(~np.isfinite(logits))[0][:2]
+        raise TokenError(
+            f"the model's output is not finite at row {row}, position "
+            f"{call.logit_positions[row, place]} of this call; no row has moved: reset the row, "
+            "or feed it with smaller label_weights"
+        )
+    return logits

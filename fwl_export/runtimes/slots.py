@@ -1,0 +1,113 @@
+"""Continuous batching: rows of a session that come and go while the others go on reading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from fwl_export.errors import ShapeError
+from fwl_export.runtimes.base import Array
+from fwl_export.runtimes.session import Session
+from fwl_export.state import State
+
+
+class Slots:
+    """A session's rows, handed out and taken back.
+
+    session = open_session("bundle", batch=8)
+    slots = Slots(session)
+    slot = slots.add()
+    logits = slots.feed({slot: prompt_ids})[slot]
+
+    Several threads may use it, as they may use the session.
+    """
+
+    def __init__(self, session: Session) -> None:
+        """Take over a session; nobody else should use its rows."""
+        self.session = session
+        self._free = list(range(session.batch))
+
+    @property
+    def used(self) -> list[int]:
+        """The slots that were handed out."""
+        return sorted(set(range(self.session.batch)) - set(self._free))
+
+    def add(self, state: State | None = None) -> int:
+        """Hand out a slot: a fresh one, or one that goes on from the state of one row.
+
+        Raises:
+          ShapeError: all slots are in use.
+          StateError: the state does not fit the model.
+        """
+        try:
+            slot = self._free.pop(0)
+        except IndexError:
+            raise ShapeError(
+                f"all {self.session.batch} slots are in use; remove one, or open the session with "
+                "a larger batch"
+            ) from None
+        try:
+            if state is None:
+                self.session.reset([slot])
+            else:
+                self.session.write_rows([slot], state)
+        except BaseException:
+            self._free.insert(0, slot)
+            raise
+        return slot
+
+    def remove(self, slot: int) -> State:
+        """Take a slot back; returns its state, to be saved or added again later."""
+        self._check(slot)
+        state = self.session.read_rows([slot])
+        self._free.append(slot)
+        return state
+
+    def feed(
+        self,
+        tokens: Mapping[int, npt.ArrayLike],
+        label_weights: Mapping[int, npt.ArrayLike] | None = None,
+    ) -> dict[int, Array]:
+        """Read the next tokens of some slots; the others do not move.
+
+        Args:
+          tokens: by slot, [T] ids each; T may differ.
+          label_weights: by slot, [T]; see `Session.feed`. Default: 1.
+
+        Returns:
+          The prediction after each slot's last token, by slot: [V] float32.
+
+        Raises:
+          ShapeError: a slot was not handed out, or a shape does not fit.
+          TokenError: see `Session.feed`.
+        """
+        given = {slot: np.asarray(ids) for slot, ids in tokens.items()}
+        for slot, ids in given.items():
+            self._check(slot)
+            if ids.ndim != 1 or not len(ids):
+                raise ShapeError(
+                    f"tokens of slot {slot} have shape {list(ids.shape)}; expected [T]"
+                )
+        if not given:
+            raise ShapeError("no slot was given tokens")
+        shape = (self.session.batch, max(map(len, given.values())))
+        kinds = {ids.dtype for ids in given.values()}
+        batch, weights = np.zeros(shape, np.result_type(*kinds)), np.zeros(shape, np.float32)
+        lengths = np.zeros(shape[0], np.int64)
+        for slot, ids in given.items():
+            batch[slot, : len(ids)], lengths[slot] = ids, len(ids)
+            weight = np.asarray(1.0 if label_weights is None else label_weights.get(slot, 1.0))
+            if weight.shape not in ((), ids.shape):
+                raise ShapeError(
+                    f"label_weights of slot {slot} have shape {list(weight.shape)}; expected "
+                    f"{list(ids.shape)}"
+                )
+            weights[slot, : len(ids)] = weight
+        logits = self.session.feed(batch, weights, lengths, last_only=True)
+        return {slot: logits[slot] for slot in given}
+
+    def _check(self, slot: int) -> None:
+        if slot in self._free or not 0 <= slot < self.session.batch:
+            raise ShapeError(f"slot {slot} is not in use; those in use are {self.used}")

@@ -1,0 +1,67 @@
+"""The choice of the next token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fwl_export.errors import ConfigError
+from fwl_export.runtimes import Sampler
+
+PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
+LOGITS = np.log(PROBABILITIES).astype(np.float32) + 3
+
+
+def shares(sampler: Sampler, count: int = 4000) -> np.ndarray:
+    return np.bincount([sampler(LOGITS) for _ in range(count)], minlength=5) / count
+
+
+def test_the_likeliest() -> None:
+    assert shares(Sampler(), 3).tolist() == [0, 1, 0, 0, 0]
+    assert Sampler()(np.array([1.0, 2.0, 2.0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 9}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.39}, [1]),
+        ({"top_p": 0.41}, [1, 3]),
+        ({"top_p": 0.8}, [1, 3, 4]),
+        ({"top_k": 3, "top_p": 0.5}, [1, 3]),
+    ],
+)
+def test_draws_follow_the_probabilities_of_what_is_kept(
+    settings: dict[str, float], kept: list[int]
+) -> None:
+    expected = np.zeros(5)
+    expected[kept] = PROBABILITIES[kept] / PROBABILITIES[kept].sum()
+    # Four standard deviations of a share of 4000 draws.
+    assert np.abs(shares(Sampler(1.0, **settings)) - expected).max() < 4 * 0.5 / 4000**0.5
+
+
+def test_temperature_sharpens() -> None:
+    expected = PROBABILITIES**2 / (PROBABILITIES**2).sum()
+    assert np.abs(shares(Sampler(0.5)) - expected).max() < 4 * 0.5 / 4000**0.5
+
+
+def test_a_seed_repeats() -> None:
+    runs = [[s(LOGITS) for _ in range(20)] for s in (Sampler(1, seed=3), Sampler(1, seed=3))]
+    assert runs[0] == runs[1] != [Sampler(1, seed=4)(LOGITS) for _ in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0; expected 0 or more"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0; expected more than 0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sampler(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,89 @@
+"""Slots: sessions that come and go in the rows of one batch, as if each had its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fwl_export import open_session
+from fwl_export.errors import ShapeError, StateError
+from fwl_export.runtimes import Slots
+from tests.bundles import MAX_TOKENS, VOCABULARY
+from tests.tolerances import assert_close
+
+
+def test_many_sessions_in_few_slots(anchored_bundle: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, VOCABULARY, rng.integers(1, 60)) for _ in range(20)]
+    session = open_session(anchored_bundle, batch=3)
+    slots = Slots(session)
+    waiting, running, found = list(range(20)), {}, {}
+    done = [0] * 20
+    while waiting or running:
+        while waiting and len(running) < 3:
+            running[slots.add()] = waiting.pop(0)
+        assert slots.used == sorted(running)
+        chosen = [slot for slot in running if rng.random() < 0.7] or list(running)
+        parts = {}
+        for slot in chosen:
+            text = running[slot]
+            size = int(rng.integers(1, MAX_TOKENS * 2))
+            parts[slot] = texts[text][done[text] : done[text] + size]
+            done[text] += len(parts[slot])
+        logits = slots.feed(parts)
+        assert sorted(logits) == sorted(parts)
+        for slot in chosen:
+            text = running[slot]
+            if done[text] == len(texts[text]):
+                found[text] = logits[slot]
+                slots.remove(slot)
+                del running[slot]
+    for text, ids in enumerate(texts):
+        expected = open_session(anchored_bundle).feed(ids)[0, -1] if text < 4 else None
+        if expected is not None:
+            assert_close("runtime.float32", found[text], expected)
+    assert len(found) == 20
+
+
+def test_a_slot_goes_on_from_a_state(tiny_bundle: Path) -> None:
+    slots = Slots(open_session(tiny_bundle, batch=2))
+    first = slots.add()
+    slots.feed({first: np.arange(9)})
+    state = slots.remove(first)
+    other = slots.add()
+    slots.feed({other: [1, 2, 3]})
+    again = slots.add(state)
+    expected = open_session(tiny_bundle).feed([*range(9), 5])[0, -1]
+    assert_close("runtime.float32", slots.feed({again: [5]})[again], expected)
+
+
+def test_weights_are_by_slot(tiny_bundle: Path) -> None:
+    session = open_session(tiny_bundle, batch=2)
+    slots = Slots(session)
+    a, b = slots.add(), slots.add()
+    slots.feed({a: [1, 2, 3], b: [1, 2, 3]}, {a: np.zeros(3)})
+    learned = np.abs(session.state["fast.up.kernel"]).max((1, 2))
+    assert learned[a] == 0 < learned[b]
+
+
+def test_wrong_use_is_named(tiny_bundle: Path) -> None:
+    slots = Slots(open_session(tiny_bundle, batch=2))
+    slot = slots.add()
+    with pytest.raises(ShapeError, match=r"slot 1 is not in use; those in use are \[0\]"):
+        slots.feed({1: [1]})
+    with pytest.raises(ShapeError, match="slot 7 is not in use"):
+        slots.remove(7)
+    with pytest.raises(ShapeError, match=r"tokens of slot 0 have shape \[0\]"):
+        slots.feed({slot: []})
+    with pytest.raises(ShapeError, match="no slot was given tokens"):
+        slots.feed({})
+    with pytest.raises(ShapeError, match=r"label_weights of slot 0 have shape \[2\]"):
+        slots.feed({slot: [1]}, {slot: [1, 1]})
+    with pytest.raises(StateError, match="lacks the tensor"):
+        slots.add({})
+    assert slots.used == [0], "the slot whose state was refused is free again"
+    slots.add()
+    with pytest.raises(ShapeError, match="all 2 slots are in use; remove one"):
+        slots.add()

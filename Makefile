@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-CXX_FILES := $(wildcard $(foreach kind,h cpp inl,$(foreach depth,* */* */*/*,plugins/$(depth).$(kind))))
+CXX_FILES := $(wildcard $(foreach kind,h hpp c cpp inl,$(foreach depth,* */* */*/* */*/*/*,plugins/$(depth).$(kind))))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))

@@ -25,16 +25,23 @@ class Source:
       requirement: the wheel, pinned.
       sha256: of the wheel.
       headers: their paths in it; each is written by its last name.
+      folder: a folder in it; all files below it are written, with their paths in it.
     """
 
     requirement: str
     sha256: str
-    headers: tuple[str, ...]
+    headers: tuple[str, ...] = ()
+    folder: str = ""
 
 
 _QUARK = "quark/onnx/operators/custom_ops/include/onnxruntime-1.17.0/onnxruntime/core/session"
 
 SOURCES = {
+    "json": Source(
+        "nlohmann-json==3.12.0",
+        "5f6132720fb25d0d70bf0742f8397b49a540dcc193e7312a914f6aa49f054810",
+        folder="nlohmann_json/include/",
+    ),
     "onnxruntime": Source(
         "amd-quark==0.13",
         "3b3e58a4cbbcff20d27815b641aa4de4d698efde3c782306cb4a6a05bcf55c8c",
@@ -96,9 +103,14 @@ def extract(wheel: Path, source: Source, destination: Path) -> None:
         raise FetchError(f"{wheel.name} has sha256 {found}; expected {source.sha256}")
     destination.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
-        for header in source.headers:
-            target = destination / PurePosixPath(header).name
-            target.write_bytes(archive.read(header))
+        targets = {header: PurePosixPath(header).name for header in source.headers}
+        for name in archive.namelist():
+            if source.folder and name.startswith(source.folder) and not name.endswith("/"):
+                targets[name] = name.removeprefix(source.folder)
+        for name, place in targets.items():
+            target = destination / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.read(name))
 
 
 def main() -> int:

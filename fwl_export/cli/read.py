@@ -73,7 +73,7 @@ def read(
     print(f"{file.name}: {len(ids)} tokens read, {len(ids) / seconds:.0f} tokens/s")
     error = f", error {saved.error:.1e} of the largest value" if compress != "none" else ""
     print(
-        f"{output}: {size(saved.file_bytes)}; in memory {size(saved.state_bytes)}, at token "
+        f"wrote {output}\n{size(saved.file_bytes)}, {size(saved.state_bytes)} in memory, at token "
         f"{saved.tokens[0]}{error}"
     )
 

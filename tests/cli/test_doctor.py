@@ -127,4 +127,4 @@ def test_json(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "tokenizers")
     code, output = doctor("--json")
     assert (code, json.loads(output)["can_run"]) == (1, False)
-    assert pieces(output)["onnxscript"]["found"] is False
+    assert pieces(output)["tokenizers"]["found"] is False

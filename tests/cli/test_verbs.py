@@ -196,7 +196,7 @@ def test_a_text_is_read_once_and_answered_from(
     state = tmp_path / "manual.state"
     result = run(capsys, "read", tiny_bundle, text, "-o", state, "--compress", "lowrank")
     assert result.code == 0, result.err
-    assert max(map(len, result.out.splitlines())) <= 80 + len(str(tmp_path))
+    assert max(len(line) for line in result.out.splitlines() if str(state) not in line) <= 80
     quiet = run(capsys, "read", tiny_bundle, text, "-o", tmp_path / "b", "--json")
     read = json.loads(quiet.out)
     assert read["tokens"] == [read["read"]]

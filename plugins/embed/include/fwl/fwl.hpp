@@ -1,0 +1,158 @@
+// libfwl in C++17: RAII, vectors and exceptions over fwl.h, which says what each call does.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fwl/fwl.h"
+
+namespace fwl {
+
+class Error : public std::runtime_error {
+public:
+  explicit Error(const fwl_error& error)
+      : std::runtime_error(error.message), status_(error.status) {}
+  fwl_status status() const noexcept { return status_; }
+
+private:
+  fwl_status status_;
+};
+
+struct Options {
+  std::string runtime_library; // empty: libonnxruntime as the loader finds it
+  std::string plugin;          // empty: standard operators
+  int threads = 0;
+};
+
+namespace detail {
+
+template <class Function, class... Arguments>
+void call(Function* function, Arguments... arguments) {
+  fwl_error error;
+  if (function(arguments..., &error) != FWL_OK) {
+    throw Error(error);
+  }
+}
+
+} // namespace detail
+
+// Rows of text, each independent. Movable, not copyable.
+class Session {
+public:
+  Session(Session&& other) noexcept { *this = std::move(other); }
+  Session& operator=(Session&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    rows_ = other.rows_;
+    vocab_size_ = other.vocab_size_;
+    state_bytes_ = other.state_bytes_;
+    return *this;
+  }
+  ~Session() { fwl_session_close(handle_); }
+
+  // Reads ids of every row, [rows, count], and returns the logits that are wanted.
+  std::vector<float> feed(const std::vector<int64_t>& ids, fwl_logits which = FWL_LOGITS_LAST,
+                          const std::vector<float>& label_weights = {},
+                          const std::vector<int64_t>& lengths = {}) {
+    const size_t count = ids.size() / rows_;
+    if (ids.empty() || count * rows_ != ids.size() ||
+        (!label_weights.empty() && label_weights.size() != ids.size()) ||
+        (!lengths.empty() && lengths.size() != rows_)) {
+      throw std::invalid_argument("ids, label_weights and lengths do not fit the session's rows");
+    }
+    const size_t predictions = which == FWL_LOGITS_NONE   ? 0
+                               : which == FWL_LOGITS_LAST ? rows_
+                                                          : ids.size();
+    std::vector<float> logits(predictions * vocab_size_);
+    detail::call(fwl_session_feed, handle_, ids.data(), count,
+                 label_weights.empty() ? nullptr : label_weights.data(),
+                 lengths.empty() ? nullptr : lengths.data(), which, logits.data(), logits.size());
+    return logits;
+  }
+
+  std::vector<int64_t> positions() const {
+    std::vector<int64_t> found(rows_);
+    detail::call(fwl_session_positions, handle_, found.data());
+    return found;
+  }
+
+  void reset(const std::vector<size_t>& rows = {}) {
+    detail::call(fwl_session_reset, handle_, rows.data(), rows.size());
+  }
+  void fork(size_t source, const std::vector<size_t>& targets) {
+    detail::call(fwl_session_fork, handle_, source, targets.data(), targets.size());
+  }
+  std::vector<char> read_row(size_t row) const {
+    std::vector<char> state(state_bytes_);
+    detail::call(fwl_session_read_row, handle_, row, static_cast<void*>(state.data()),
+                 state.size());
+    return state;
+  }
+  void write_row(size_t row, const std::vector<char>& state) {
+    detail::call(fwl_session_write_row, handle_, row, static_cast<const void*>(state.data()),
+                 state.size());
+  }
+  void save_state(const std::string& path, const std::vector<size_t>& rows = {}) const {
+    detail::call(fwl_session_save_state, handle_, path.c_str(), rows.data(), rows.size());
+  }
+  void load_state(const std::string& path, const std::vector<size_t>& rows = {}) {
+    detail::call(fwl_session_load_state, handle_, path.c_str(), rows.data(), rows.size());
+  }
+
+  size_t rows() const noexcept { return rows_; }
+  size_t vocab_size() const noexcept { return vocab_size_; }
+
+private:
+  friend class Model;
+  Session(fwl_session* handle, size_t rows, const fwl_info& info)
+      : handle_(handle), rows_(rows), vocab_size_(static_cast<size_t>(info.vocab_size)),
+        state_bytes_(info.state_bytes) {}
+
+  fwl_session* handle_ = nullptr;
+  size_t rows_ = 0;
+  size_t vocab_size_ = 0;
+  size_t state_bytes_ = 0;
+};
+
+// A loaded bundle. Movable, not copyable; its sessions may outlive it.
+class Model {
+public:
+  explicit Model(const std::string& bundle, const Options& options = {}) {
+    if (fwl_abi_version() != FWL_ABI_VERSION) {
+      throw std::runtime_error("libfwl has another ABI version than fwl.h; install both anew");
+    }
+    fwl_options raw;
+    fwl_options_init(&raw);
+    raw.runtime_library =
+        options.runtime_library.empty() ? nullptr : options.runtime_library.c_str();
+    raw.plugin = options.plugin.empty() ? nullptr : options.plugin.c_str();
+    raw.threads = options.threads;
+    detail::call(fwl_model_open, bundle.c_str(), static_cast<const fwl_options*>(&raw), &handle_);
+  }
+  Model(Model&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Model& operator=(Model&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Model() { fwl_model_close(handle_); }
+
+  fwl_info info() const {
+    fwl_info found;
+    found.size = sizeof(found);
+    detail::call(fwl_model_info, static_cast<const fwl_model*>(handle_), &found);
+    return found;
+  }
+
+  Session session(size_t rows = 1) const {
+    fwl_session* opened = nullptr;
+    detail::call(fwl_session_open, handle_, rows, &opened);
+    return Session(opened, rows, info());
+  }
+
+private:
+  fwl_model* handle_ = nullptr;
+};
+
+} // namespace fwl

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "fwl/fwl.h"
+
+namespace fwl::embed {
+
+// What a function of fwl.h returns.
+class Failure : public std::runtime_error {
+public:
+  Failure(fwl_status status, const std::string& message)
+      : std::runtime_error(message), status_(status) {}
+  fwl_status status() const noexcept { return status_; }
+
+private:
+  fwl_status status_;
+};
+
+} // namespace fwl::embed

@@ -1,0 +1,207 @@
+#include "fwl/fwl.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "error.h"
+#include "session.h"
+
+struct fwl_model {
+  std::shared_ptr<const fwl::embed::Model> model;
+};
+
+struct fwl_session {
+  fwl::embed::Session session;
+};
+
+namespace {
+
+using fwl::embed::Failure;
+
+constexpr char kVersion[] = FWL_VERSION;
+
+fwl_status report(fwl_error* error, fwl_status status, const char* message) noexcept {
+  if (error != nullptr) {
+    error->status = status;
+    std::strncpy(error->message, message, sizeof(error->message) - 1);
+    error->message[sizeof(error->message) - 1] = '\0';
+  }
+  return status;
+}
+
+// Runs what may throw; nothing leaves the library but a status.
+template <class Function> fwl_status guarded(fwl_error* error, const Function& function) noexcept {
+  try {
+    function();
+    return report(error, FWL_OK, "");
+  } catch (const Failure& failure) {
+    return report(error, failure.status(), failure.what());
+  } catch (const std::bad_alloc&) {
+    return report(error, FWL_ERROR_MEMORY, "there is not enough memory; no row has moved");
+  } catch (const std::exception& other) {
+    return report(error, FWL_ERROR_INTERNAL, other.what());
+  } catch (...) {
+    return report(error, FWL_ERROR_INTERNAL, "an unknown error");
+  }
+}
+
+void require(const void* pointer, const char* name) {
+  if (pointer == nullptr) {
+    throw Failure(FWL_ERROR_ARGUMENT, std::string(name) + " is NULL");
+  }
+}
+
+} // namespace
+
+extern "C" {
+
+uint32_t fwl_abi_version(void) {
+  return FWL_ABI_VERSION;
+}
+
+const char* fwl_version(void) {
+  return kVersion;
+}
+
+void fwl_options_init(fwl_options* options) {
+  if (options != nullptr) {
+    *options = fwl_options{sizeof(fwl_options), "onnxruntime", nullptr, nullptr, 0};
+  }
+}
+
+fwl_status fwl_model_open(const char* bundle, const fwl_options* options, fwl_model** model,
+                          fwl_error* error) {
+  return guarded(error, [&] {
+    require(bundle, "bundle");
+    require(model, "model");
+    *model = nullptr;
+    fwl_options chosen;
+    fwl_options_init(&chosen);
+    if (options != nullptr) {
+      if (options->size < sizeof(size_t) || options->size > sizeof(chosen)) {
+        throw Failure(FWL_ERROR_ARGUMENT, "options have a size of " +
+                                              std::to_string(options->size) +
+                                              "; call fwl_options_init first");
+      }
+      std::memcpy(static_cast<void*>(&chosen), options, options->size);
+    }
+    if (chosen.backend == nullptr || std::strcmp(chosen.backend, "onnxruntime") != 0) {
+      throw Failure(FWL_ERROR_ARGUMENT, std::string("backend '") +
+                                            (chosen.backend ? chosen.backend : "") +
+                                            "' is unknown; expected onnxruntime");
+    }
+    auto made = std::make_shared<fwl::embed::Model>();
+    made->bundle = fwl::embed::read_bundle(bundle);
+    made->backend = fwl::embed::open_onnxruntime(made->bundle, chosen.runtime_library,
+                                                 chosen.plugin, chosen.threads);
+    *model = new fwl_model{std::move(made)};
+  });
+}
+
+fwl_status fwl_model_info(const fwl_model* model, fwl_info* info, fwl_error* error) {
+  return guarded(error, [&] {
+    require(model, "model");
+    require(info, "info");
+    if (info->size < sizeof(fwl_info)) {
+      throw Failure(FWL_ERROR_ARGUMENT, "info.size is not that of fwl_info");
+    }
+    const fwl::embed::Bundle& bundle = model->model->bundle;
+    info->vocab_size = bundle.vocab_size;
+    info->max_tokens = bundle.max_tokens;
+    info->anchor_interval = bundle.anchor_interval;
+    info->state_bytes = bundle.state_bytes();
+    std::memset(info->model_id, 0, sizeof(info->model_id));
+    std::memset(info->precision, 0, sizeof(info->precision));
+    bundle.model_id.copy(info->model_id, sizeof(info->model_id) - 1);
+    bundle.precision.copy(info->precision, sizeof(info->precision) - 1);
+  });
+}
+
+void fwl_model_close(fwl_model* model) {
+  delete model;
+}
+
+fwl_status fwl_session_open(fwl_model* model, size_t rows, fwl_session** session,
+                            fwl_error* error) {
+  return guarded(error, [&] {
+    require(model, "model");
+    require(session, "session");
+    *session = nullptr;
+    *session = new fwl_session{{model->model, rows}};
+  });
+}
+
+void fwl_session_close(fwl_session* session) {
+  delete session;
+}
+
+fwl_status fwl_session_feed(fwl_session* session, const int64_t* tokens, size_t count,
+                            const float* label_weights, const int64_t* lengths, fwl_logits which,
+                            float* logits, size_t logits_size, fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    session->session.feed(tokens, count, label_weights, lengths, which, logits, logits_size);
+  });
+}
+
+fwl_status fwl_session_positions(fwl_session* session, int64_t* positions, fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    require(positions, "positions");
+    const std::vector<int64_t> found = session->session.positions();
+    std::copy(found.begin(), found.end(), positions);
+  });
+}
+
+fwl_status fwl_session_reset(fwl_session* session, const size_t* rows, size_t count,
+                             fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    session->session.reset(rows, count);
+  });
+}
+
+fwl_status fwl_session_fork(fwl_session* session, size_t source, const size_t* targets,
+                            size_t count, fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    session->session.fork(source, targets, count);
+  });
+}
+
+fwl_status fwl_session_read_row(fwl_session* session, size_t row, void* state, size_t size,
+                                fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    session->session.read_row(row, state, size);
+  });
+}
+
+fwl_status fwl_session_write_row(fwl_session* session, size_t row, const void* state, size_t size,
+                                 fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    session->session.write_row(row, state, size);
+  });
+}
+
+fwl_status fwl_session_save_state(fwl_session* session, const char* path, const size_t* rows,
+                                  size_t count, fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    require(path, "path");
+    session->session.save(path, rows, count);
+  });
+}
+
+fwl_status fwl_session_load_state(fwl_session* session, const char* path, const size_t* rows,
+                                  size_t count, fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    require(path, "path");
+    session->session.load(path, rows, count);
+  });
+}
+
+} // extern "C"

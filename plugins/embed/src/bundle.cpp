@@ -153,7 +153,8 @@ Bundle read_bundle(const std::string& folder) {
     }
     return bundle;
   } catch (const json::exception& error) {
-    fail(manifest_path.string() + " is malformed (" + error.what() + "); export the model again");
+    fail(manifest_path.string() + " is malformed (" + printable(error.what()) +
+         "); export the model again");
   }
 }
 

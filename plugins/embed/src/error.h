@@ -18,4 +18,13 @@ private:
   fwl_status status_;
 };
 
+// Text from a file that may be anything, for a message.
+inline std::string printable(const char* text) {
+  std::string shown;
+  for (; *text != '\0'; ++text) {
+    shown += *text >= ' ' && *text <= '~' ? *text : '?';
+  }
+  return shown;
+}
+
 } // namespace fwl::embed

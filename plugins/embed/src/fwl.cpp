@@ -24,8 +24,12 @@ constexpr char kVersion[] = FWL_VERSION;
 fwl_status report(fwl_error* error, fwl_status status, const char* message) noexcept {
   if (error != nullptr) {
     error->status = status;
-    std::strncpy(error->message, message, sizeof(error->message) - 1);
-    error->message[sizeof(error->message) - 1] = '\0';
+    size_t size = std::min(std::strlen(message), sizeof(error->message) - 1);
+    while (size > 0 && (message[size] & 0xc0) == 0x80) {
+      --size; // not in the middle of a character
+    }
+    std::memcpy(error->message, message, size);
+    error->message[size] = '\0';
   }
   return status;
 }

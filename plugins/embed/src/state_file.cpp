@@ -142,7 +142,7 @@ public:
         damaged("bytes follow its tensors");
       }
     } catch (const json::exception& error) {
-      damaged(error.what());
+      damaged(printable(error.what()));
     }
   }
 
@@ -380,7 +380,7 @@ std::vector<RowState> load_state(const std::string& path, const Bundle& bundle) 
     }
     return rows;
   } catch (const json::exception& error) {
-    file.damaged(error.what());
+    file.damaged(printable(error.what()));
   } catch (const std::logic_error& error) { // std::stoul
     file.damaged("its number of rows is no number");
   }

@@ -59,7 +59,7 @@ _OPSET = 20
 _STANDARD_OPSET = 27  # the first with LinearAttention
 _DECAY = 0.97
 _COLD_BYTES = 256 << 20
-_REST_SECONDS = 0.02
+REST_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _measure(
         for name in order:
             # Until the threads of the one before have stopped waiting for work on a core that this
             # one needs, and what it left in the caches is gone.
-            rested = time.perf_counter() + _REST_SECONDS
+            rested = time.perf_counter() + REST_SECONDS
             while time.perf_counter() < rested:
                 runs[name]()
             if flush is not None:

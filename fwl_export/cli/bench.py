@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json as json_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fwl_export.cli.terminal import JsonOption, spinner, table
+from fwl_export.cli.terminal import BundleArgument, JsonOption, spinner, table
 
 if TYPE_CHECKING:
     from fwl_export.bench import OpSize, OpTimes
@@ -77,6 +78,82 @@ def bench_op_command(
                 "machine": describe_machine(),
                 "rounds": rounds,
                 "results": [asdict(result) for result in results],
+            }
+        )
+    )
+
+
+@bench.command("session")
+def bench_session_command(
+    bundle: BundleArgument,
+    tokens: Annotated[str, typer.Option(help="Tokens per call.")] = "1,64,256",
+    batch: Annotated[str, typer.Option(help="Rows.")] = "1,8",
+    threads: Annotated[int, typer.Option(help="Inside one operator.", min=1)] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds of each size.", min=2)] = 40,
+    plugin: Annotated[
+        str, typer.Option(help="Our kernel: auto, none, required, or the library's path.")
+    ] = "auto",
+    libfwl: Annotated[
+        Path | None, typer.Option(help="Measure the C library too: path of libfwl.so.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Compare sessions with ONNX Runtime alone, on this CPU.
+
+    Latency of a call, its 99th percentile, tokens per second, and memory per
+    session against the size of its state. The last line is JSON.
+
+    Example: fwl-export bench session demo-bundle --tokens 1 --batch 1
+    """
+    from dataclasses import asdict
+
+    from fwl_export.bench import describe_machine
+    from fwl_export.bench.session import bench_session, session_memory
+    from fwl_export.bundle import read_bundle
+
+    opened = read_bundle(bundle)
+    calls = [
+        (size, rows) for rows in _numbers("--batch", batch) for size in _numbers("--tokens", tokens)
+    ]
+    largest = opened.manifest.max_tokens
+    if any(size > largest or largest % size for size, _ in calls):
+        raise typer.BadParameter(
+            f"--tokens is '{tokens}'; expected divisors of {largest}, the bundle's largest call"
+        )
+    results = []
+    with spinner("bench") as say:
+        for size, rows in calls:
+            say(f"{rows} rows, {size} tokens per call")
+            result = bench_session(opened, size, rows, threads, plugin, rounds, libfwl)
+            results.append(result)
+            if not json:
+                lines = [
+                    [
+                        name,
+                        f"{result.p50[name]:.3f}",
+                        f"{result.p99[name]:.3f}",
+                        f"{result.ratio[name]:.3f}",
+                        f"{result.tokens_per_second[name]:.0f}",
+                    ]
+                    for name in result.p50
+                ]
+                print(f"{rows} rows, {size} tokens per call, {threads} threads")
+                print(
+                    table(["", "p50 ms", "p99 ms", "/ raw", "tokens/s"], lines) + "\n", flush=True
+                )
+        say("memory")
+        memory = session_memory(opened, plugin)
+    if not json:
+        print(
+            f"memory of a session: {memory.measured / 1e6:.2f} MB, {memory.measured / memory.state:.3f} "
+            f"times its two copies\nof the state, {memory.state / 1e6:.2f} MB\n"
+        )
+    print(
+        json_module.dumps(
+            {
+                "machine": describe_machine(),
+                "results": [asdict(result) for result in results],
+                "memory": asdict(memory),
             }
         )
     )

@@ -103,7 +103,7 @@ class OnnxRuntimeRunner:
         self._model = model
         # Of calls with one token, by their buffers' ids: binding all takes as long as a small
         # model's step.
-        self._bound: dict[tuple[int, int], _BoundCall] = {}
+        self._bound: dict[tuple[int, int], BoundCall] = {}
 
     def another(self) -> OnnxRuntimeRunner:
         """See `Runner.another`."""
@@ -117,10 +117,10 @@ class OnnxRuntimeRunner:
     def run(self, call: Call, past: Any, present: Any) -> Array:
         """See `Runner.run`."""
         if call.input_ids.shape[1] > 1:
-            return _BoundCall(self._model, call, past, present).run(call)
+            return BoundCall(self._model, call, past, present).run(call)
         key = (id(past), id(present))
         if key not in self._bound:
-            self._bound[key] = _BoundCall(self._model, call, past, present)
+            self._bound[key] = BoundCall(self._model, call, past, present)
         return self._bound[key].run(call).copy()
 
     def read(self, buffers: Any, rows: Sequence[int]) -> State:
@@ -137,7 +137,7 @@ class OnnxRuntimeRunner:
         self._bound = {key: bound for key, bound in self._bound.items() if id(buffers) not in key}
 
 
-class _BoundCall:
+class BoundCall:
     """A call whose inputs and outputs have their place; it may run again with other values."""
 
     def __init__(self, model: OnnxRuntimeModel, call: Call, past: Any, present: Any) -> None:
@@ -145,7 +145,7 @@ class _BoundCall:
         self._inputs = {name: array.copy() for name, array in vars(call).items()}
         self._logits = np.empty((*call.logit_positions.shape, model.vocab_size), np.float32)
         self._buffers = (past, present)  # alive as long as they are bound
-        self._binding = binding = model.session.io_binding()
+        self.binding = binding = model.session.io_binding()
         for name, array in self._inputs.items():
             _bind(binding.bind_input, name, array)
         past.bind_inputs(binding)
@@ -156,7 +156,7 @@ class _BoundCall:
         """Return the logits, in memory that the next run overwrites."""
         for name, array in self._inputs.items():
             array[:] = getattr(call, name)
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self.binding)
         return self._logits
 
 

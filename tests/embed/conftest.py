@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.embed.library import Library, Model
-from tests.plugins.builds import built
 from tests.plugins.conftest import builds, libraries, ort_library  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")
-def embed(builds: Path) -> Path:  # noqa: F811 - the fixture
+def embed(libraries: Path) -> Path:  # noqa: F811 - the fixture
     """The build folder of libfwl and its examples."""
-    folder = built(builds, "embed", "-DFWL_GPU=OFF", "-DFWL_EXAMPLES=ON", headers=True)
-    return folder / "embed"
+    return libraries / "embed"
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def libraries(builds: Path) -> Path:
-    """The build folder of all libraries."""
-    return built(builds, "libraries", headers=True)
+    """The build folder of all libraries, and of the examples."""
+    return built(builds, "libraries", "-DFWL_EXAMPLES=ON", headers=True)
 
 
 @pytest.fixture(scope="session")

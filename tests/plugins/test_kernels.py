@@ -25,6 +25,14 @@ def test_kernels(builds: Path, sanitizer: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_sessions_under_the_thread_sanitizer(builds: Path) -> None:
+    options = ("-DFWL_GPU=OFF", "-DFWL_SANITIZE=thread")
+    folder = built(builds, "embed-thread", _TESTS, *options, headers=True)
+    run(folder / "tests" / "embed_test")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_launcher_under_the_thread_sanitizer(builds: Path, compiled_kernels: Path) -> None:
     options = ("-DFWL_ONNXRUNTIME=OFF", "-DFWL_TENSORRT=OFF", "-DFWL_SANITIZE=thread")
     kernels = f"-DFWL_COMPILED_KERNELS={compiled_kernels}"

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from fwl_export.bench.op import REST_SECONDS
 from fwl_export.bundle import Bundle
 from fwl_export.errors import PluginError
 from fwl_export.runtimes import onnxruntime, open_session
@@ -31,6 +30,8 @@ from fwl_export.runtimes.base import Call
 from fwl_export.runtimes.session import Session
 
 RAW = "raw"
+
+REST_SECONDS = 0.1
 
 _CALLS_OF_DECODE = 20
 
@@ -98,10 +99,9 @@ def bench_session(
     repeat = _CALLS_OF_DECODE if tokens == 1 else 2
     times: dict[str, list[float]] = {name: [] for name in runs}
     for name in list(runs) * rounds:
-        # Until the threads of the one before have stopped waiting for work, see bench/op.py.
-        rested = time.perf_counter() + REST_SECONDS
-        while time.perf_counter() < rested:
-            runs[name]()
+        # The threads of the one before wait for work on the cores that this one needs.
+        time.sleep(REST_SECONDS)
+        runs[name]()
         for _ in range(repeat):
             began = time.perf_counter()
             runs[name]()

@@ -12,6 +12,7 @@ from fwl_export.cli.terminal import BundleArgument, JsonOption, spinner, table
 
 if TYPE_CHECKING:
     from fwl_export.bench import OpSize, OpTimes
+    from fwl_export.bench.session import SessionTimes
 
 bench = typer.Typer(
     name="bench",
@@ -112,42 +113,31 @@ def bench_session_command(
     from fwl_export.bundle import read_bundle
 
     opened = read_bundle(bundle)
-    calls = [
-        (size, rows) for rows in _numbers("--batch", batch) for size in _numbers("--tokens", tokens)
+    rows_and_tokens = [
+        (rows, size) for rows in _numbers("--batch", batch) for size in _numbers("--tokens", tokens)
     ]
     largest = opened.manifest.max_tokens
-    if any(size > largest or largest % size for size, _ in calls):
+    if any(size > largest or largest % size for _, size in rows_and_tokens):
         raise typer.BadParameter(
             f"--tokens is '{tokens}'; expected divisors of {largest}, the bundle's largest call"
         )
     results = []
     with spinner("bench") as say:
-        for size, rows in calls:
-            say(f"{rows} rows, {size} tokens per call")
+        say("memory of a session")
+        memory = session_memory(opened, plugin)
+        if not json:
+            print(
+                f"memory of a session: {memory.measured / 1e6:.2f} MB, "
+                f"{memory.measured / memory.state:.3f} times the {memory.state / 1e6:.2f} MB of\n"
+                "the two copies of its state that a call reads and writes\n"
+            )
+        for rows, size in rows_and_tokens:
+            title = f"rows {rows}, tokens per call {size}, threads {threads}"
+            say(title)
             result = bench_session(opened, size, rows, threads, plugin, rounds, libfwl)
             results.append(result)
             if not json:
-                lines = [
-                    [
-                        name,
-                        f"{result.p50[name]:.3f}",
-                        f"{result.p99[name]:.3f}",
-                        f"{result.ratio[name]:.3f}",
-                        f"{result.tokens_per_second[name]:.0f}",
-                    ]
-                    for name in result.p50
-                ]
-                print(f"{rows} rows, {size} tokens per call, {threads} threads")
-                print(
-                    table(["", "p50 ms", "p99 ms", "/ raw", "tokens/s"], lines) + "\n", flush=True
-                )
-        say("memory")
-        memory = session_memory(opened, plugin)
-    if not json:
-        print(
-            f"memory of a session: {memory.measured / 1e6:.2f} MB, {memory.measured / memory.state:.3f} "
-            f"times its two copies\nof the state, {memory.state / 1e6:.2f} MB\n"
-        )
+                print(f"{title}\n{_session_table(result)}\n", flush=True)
     print(
         json_module.dumps(
             {
@@ -157,6 +147,20 @@ def bench_session_command(
             }
         )
     )
+
+
+def _session_table(result: SessionTimes) -> str:
+    rows = [
+        [
+            name,
+            f"{result.p50[name]:.3f}",
+            f"{result.p99[name]:.3f}",
+            f"{result.ratio[name]:.3f}",
+            f"{result.tokens_per_second[name]:.0f}",
+        ]
+        for name in result.p50
+    ]
+    return table(["", "p50 ms", "p99 ms", "/ raw", "tokens/s"], rows)
 
 
 def _numbers(option: str, text: str) -> list[int]:

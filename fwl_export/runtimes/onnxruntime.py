@@ -154,8 +154,8 @@ class BoundCall:
 
     def run(self, call: Call) -> Array:
         """Return the logits, in memory that the next run overwrites."""
-        for name, array in self._inputs.items():
-            array[:] = getattr(call, name)
+        for name, array in vars(call).items():
+            self._inputs[name][:] = array
         self._session.run_with_iobinding(self.binding)
         return self._logits
 

@@ -132,7 +132,12 @@ struct SumBackend final : Backend {
 
 struct Problem {
   Problem() : model(std::make_shared<Model>()) {
-    model->bundle = {"", "id", "fp32", kVocabulary, kLargest, kAnchor,
+    model->bundle = {"",
+                     "id",
+                     "fp32",
+                     kVocabulary,
+                     kLargest,
+                     kAnchor,
                      {{"position", {}, Type::kInt64}, {"fast.sum", {kSize}, Type::kFloat32}}};
     backend = std::make_shared<SumBackend>(model->bundle.state);
     model->backend = backend;
@@ -332,9 +337,8 @@ int main(int count, char** arguments) {
     problem.backend->fault = Fault::kNan;
     problem.backend->calls_left = calls;
   });
-  const size_t starved = test_faults("memory", [](const Problem&, int number) {
-    allocations_left = 6 * number;
-  });
+  const size_t starved =
+      test_faults("memory", [](const Problem&, int number) { allocations_left = 6 * number; });
   expect(thrown > 500 && poisoned > 300 && starved > 500, "faults are not met");
   std::printf("refused of 3000 calls each: backend %zu, NaN %zu, memory %zu\n", thrown, poisoned,
               starved);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,57 @@ def test_find_package(builds: Path, tmp_path: Path) -> None:
     run("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}")
     run("cmake", "--build", tmp_path / "build")
     run(tmp_path / "build" / "consumer")
+
+
+EMBEDDING = """\
+cmake_minimum_required(VERSION 3.20)
+project(consumer LANGUAGES C CXX)
+find_package(fwl 0.1 REQUIRED)
+add_executable(shared main.cpp)
+target_link_libraries(shared PRIVATE fwl::fwl)
+add_executable(static main.cpp)
+target_link_libraries(static PRIVATE fwl::fwl_static)
+"""
+
+
+@pytest.mark.slow
+def test_libfwl_is_found_by_cmake_and_pkg_config(
+    libraries: Path, tmp_path: Path, tiny_bundle: Path
+) -> None:
+    import onnxruntime
+
+    installed = tmp_path / "installed"
+    run("cmake", "--install", libraries, "--prefix", installed)
+    (tmp_path / "CMakeLists.txt").write_text(EMBEDDING)
+    examples = Path(__file__).parents[2] / "plugins" / "embed" / "examples"
+    (tmp_path / "main.cpp").write_text((examples / "generate.cpp").read_text())
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+    run("cmake", "--build", tmp_path / "build")
+    (config,) = installed.glob("**/fwl.pc")
+    flags = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "fwl"],
+        env={**os.environ, "PKG_CONFIG_PATH": str(config.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    program = tmp_path / "c99"
+    run("cc", "-std=c99", "-Wall", "-Werror", examples / "generate.c", "-o", program, *flags)
+    capi = Path(onnxruntime.__file__).parent / "capi"
+    environment = {
+        **os.environ,
+        "FWL_RUNTIME": str(next(capi.glob("libonnxruntime.so.*"))),
+        "LD_LIBRARY_PATH": str(config.parents[1]),
+    }
+    outputs = {
+        subprocess.run(
+            [each, tiny_bundle, "5", "1", "2", "3"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for each in (program, tmp_path / "build" / "shared", tmp_path / "build" / "static")
+    }
+    assert len(outputs) == 1
+    assert len(outputs.pop().split()) == 5

@@ -217,3 +217,24 @@ def _help(verb: str) -> str:
         main.app(), [verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     )
     return result.output if result.exit_code == 0 else ""
+
+
+@pytest.mark.parametrize(("language", "example"), [("cpp", "generate.cpp"), ("c", "generate.c")])
+def test_programs_of_the_readme_are_the_examples(language: str, example: str) -> None:
+    blocks = [text for kind, text in _FENCE.findall(README.read_text()) if kind == language]
+    program = (REPOSITORY / "plugins" / "embed" / "examples" / example).read_text()
+    assert blocks == [program]
+    assert len(program.splitlines()) < 60
+
+
+def test_the_python_programs_of_the_readme_run(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo-bundle").symlink_to(tiny_bundle)
+    blocks = [text for kind, text in _FENCE.findall(README.read_text()) if kind == "python"]
+    assert len(blocks) == 2
+    for block in blocks:
+        assert len(block.splitlines()) < 60
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "document.state").is_file()

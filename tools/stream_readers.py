@@ -125,7 +125,11 @@ class AdaptingReader:
                 length = min(length, self._anchor_interval - self._read % self._anchor_interval)
             logits: Tensor
             logits, *self._state = self._streaming(
-                inputs[:, :length], torch.ones(1, length), torch.tensor([length]), *self._state
+                inputs[:, :length],
+                torch.ones(1, length),
+                torch.tensor([length]),
+                torch.arange(length)[None],
+                *self._state,
             )
             parts.append(logits)
             self._read += length

@@ -83,7 +83,8 @@ def test_facts_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> None
     assert facts.versions["tensorrt_rtx"] == facts.version
 
     state = bundle.manifest.state
-    names = ["input_ids", "label_weights", "lengths", *(f"past.{s.name}" for s in state)]
+    names = ["input_ids", "label_weights", "lengths", "logit_positions"]
+    names += [*(f"past.{s.name}" for s in state)]
     assert [tensor.name for tensor in facts.inputs] == names
     assert [tensor.name for tensor in facts.outputs] == [
         "logits",

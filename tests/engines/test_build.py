@@ -90,7 +90,7 @@ def test_facts_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> None
         "logits",
         *(f"present.{spec.name}" for spec in state),
     ]
-    for tensors in (facts.inputs[3:], facts.outputs[1:]):
+    for tensors in (facts.inputs[4:], facts.outputs[1:]):
         for tensor, spec in zip(tensors, state, strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == ((-1, *spec.shape), spec.dtype)
     assert (facts.outputs[0].shape, facts.outputs[0].dtype) == ([-1, -1, VOCABULARY], "float32")

@@ -129,6 +129,7 @@ class AdaptingReader:
                 torch.ones(1, length),
                 torch.tensor([length]),
                 torch.arange(length)[None],
+                torch.ones(1),
                 *self._state,
             )
             parts.append(logits)

@@ -161,15 +161,15 @@ def group_ends(group: int) -> bool:
 
 
 def test_ctrl_c_ends_the_worker_and_leaves_nothing(rtx: None, own_bundle: Path) -> None:
-    code = "from fwl_export.cli.main import main; main()"
+    # A shell lets its background jobs ignore Ctrl-C, and their children inherit that.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from fwl_export.cli.main import main; main()"
     with subprocess.Popen(
         [sys.executable, "-c", code, "build", str(own_bundle), "--sm", "80"],
         cwd=REPOSITORY,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, as a terminal gives it
-        # A shell lets its background jobs ignore Ctrl-C, and their children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:

@@ -17,7 +17,7 @@ NoPluginOption = Annotated[
     bool,
     typer.Option("--no-plugin", help="Run the update in standard operators, without our kernel."),
 ]
-BackendOption = Annotated[str, typer.Option(help="onnxruntime or torch.")]
+BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt or torch.")]
 
 
 def print_json(data: Any) -> None:

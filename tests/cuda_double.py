@@ -1,12 +1,14 @@
 """A double of the CUDA runtime's Python bindings that fails on what CUDA would reject or corrupt.
 
-Work on a stream runs when the stream is synchronised and not before, so a host that reads too early
-finds poison, and one that writes too early changes what is copied. Device addresses are numbers that
-the host cannot read. What is freed cannot be used.
+Work on a stream runs when the stream is synchronised and not before, so a host that reads too
+early finds poison, and one that writes too early changes what is copied. Device addresses are
+numbers that the host cannot read. What is freed cannot be used.
 
-A call that a program must not make raises `MisuseError`; a failure that a program must expect, such as
-too little memory, is answered with an error code, as by CUDA (`fail_next`).
+A call that a program must not make raises `MisuseError`; a failure that a program must expect, such
+as too little memory, is answered with an error code, as by CUDA (`fail_next`).
 """
+
+# ruff: noqa: N801, N802, N803, N815 - CUDA's names
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ class MisuseError(AssertionError):
     """The program does what CUDA or TensorRT forbids."""
 
 
-class cudaError_t(enum.IntEnum):  # noqa: N801 - CUDA's names
+class cudaError_t(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
     cudaErrorIllegalAddress = 700
@@ -35,13 +37,13 @@ class cudaError_t(enum.IntEnum):  # noqa: N801 - CUDA's names
     cudaErrorIllegalState = 401
 
 
-class cudaMemcpyKind(enum.IntEnum):  # noqa: N801
+class cudaMemcpyKind(enum.IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
     cudaMemcpyDeviceToDevice = 3
 
 
-class cudaStreamCaptureMode(enum.IntEnum):  # noqa: N801
+class cudaStreamCaptureMode(enum.IntEnum):
     cudaStreamCaptureModeGlobal = 0
     cudaStreamCaptureModeThreadLocal = 1
     cudaStreamCaptureModeRelaxed = 2
@@ -157,16 +159,16 @@ class CudaDouble:
 
     # The runtime's functions.
 
-    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
         if not 0 <= device < self._double.devices:
             raise self.misuse(f"device {device} does not exist")
         self._double.thread.device = device
         return (cudaError_t.cudaSuccess,)
 
-    def cudaGetErrorString(self, error: cudaError_t) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGetErrorString(self, error: cudaError_t) -> tuple[Any, ...]:
         return cudaError_t.cudaSuccess, error.name.removeprefix("cudaError").encode()
 
-    def cudaMalloc(self, size: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         if status := self._failure("cudaMalloc"):
             return status, None
         self._not_while_capturing("cudaMalloc")
@@ -178,7 +180,7 @@ class CudaDouble:
             d.memory[address] = (self._device(), np.full(size, POISON, np.uint8))
         return cudaError_t.cudaSuccess, address
 
-    def cudaFree(self, devPtr: int) -> tuple[Any, ...]:  # noqa: N802, N803
+    def cudaFree(self, devPtr: int) -> tuple[Any, ...]:
         self._not_while_capturing("cudaFree")
         with self._double.lock:
             if int(devPtr) not in self._double.memory:
@@ -186,7 +188,7 @@ class CudaDouble:
             del self._double.memory[int(devPtr)]
         return (cudaError_t.cudaSuccess,)
 
-    def cudaMallocHost(self, size: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaMallocHost(self, size: int) -> tuple[Any, ...]:
         if status := self._failure("cudaMallocHost"):
             return status, None
         self._not_while_capturing("cudaMallocHost")
@@ -194,7 +196,7 @@ class CudaDouble:
         self._double.pinned[memory.ctypes.data] = memory
         return cudaError_t.cudaSuccess, memory.ctypes.data
 
-    def cudaFreeHost(self, ptr: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaFreeHost(self, ptr: int) -> tuple[Any, ...]:
         self._not_while_capturing("cudaFreeHost")
         memory = self._double.pinned.pop(int(ptr), None)
         if memory is None:
@@ -203,19 +205,19 @@ class CudaDouble:
         self._double.freed.append(memory)
         return (cudaError_t.cudaSuccess,)
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
         if flags != self.cudaStreamNonBlocking:
             raise self.misuse("a stream that waits for the default stream")
         stream = Stream(self._device())
         self._double.streams[int(stream)] = stream
         return cudaError_t.cudaSuccess, stream
 
-    def cudaStreamDestroy(self, stream: Stream) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamDestroy(self, stream: Stream) -> tuple[Any, ...]:
         if self._double.streams.pop(int(stream), None) is None:
             raise self.misuse("a stream is destroyed twice")
         return (cudaError_t.cudaSuccess,)
 
-    def cudaStreamSynchronize(self, stream: Stream) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamSynchronize(self, stream: Stream) -> tuple[Any, ...]:
         if status := self._failure("cudaStreamSynchronize"):
             stream.work.clear()
             return (status,)
@@ -231,7 +233,7 @@ class CudaDouble:
             stream.lock.release()
         return (cudaError_t.cudaSuccess,)
 
-    def cudaMemsetAsync(  # noqa: N802
+    def cudaMemsetAsync(
         self,
         devPtr: int,
         value: int,
@@ -241,7 +243,7 @@ class CudaDouble:
         self.stream(int(stream)).add(lambda: self.bytes(devPtr, count).fill(value))
         return (cudaError_t.cudaSuccess,)
 
-    def cudaMemcpyAsync(  # noqa: N802
+    def cudaMemcpyAsync(
         self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: Stream
     ) -> tuple[Any, ...]:
         if status := self._failure("cudaMemcpyAsync"):
@@ -267,7 +269,7 @@ class CudaDouble:
             self.cudaStreamSynchronize(stream)
         return (cudaError_t.cudaSuccess,)
 
-    def cudaStreamBeginCapture(  # noqa: N802
+    def cudaStreamBeginCapture(
         self, stream: Stream, mode: cudaStreamCaptureMode
     ) -> tuple[Any, ...]:
         queue = self.stream(int(stream))
@@ -277,7 +279,7 @@ class CudaDouble:
         queue.invalidated = False
         return (cudaError_t.cudaSuccess,)
 
-    def cudaStreamEndCapture(self, stream: Stream) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamEndCapture(self, stream: Stream) -> tuple[Any, ...]:
         queue = self.stream(int(stream))
         if queue.recorded is None:
             return cudaError_t.cudaErrorIllegalState, None
@@ -288,14 +290,14 @@ class CudaDouble:
             ), None
         return cudaError_t.cudaSuccess, self._kept(Graph(work))
 
-    def cudaGraphInstantiate(self, graph: Graph, flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphInstantiate(self, graph: Graph, flags: int) -> tuple[Any, ...]:
         if status := self._failure("cudaGraphInstantiate"):
             return status, None
         if int(graph) not in self._double.graphs or flags:
             raise self.misuse("a graph is instantiated that does not exist")
         return cudaError_t.cudaSuccess, self._kept(Graph(list(graph.work)))
 
-    def cudaGraphLaunch(self, graphExec: Graph, stream: Stream) -> tuple[Any, ...]:  # noqa: N802, N803
+    def cudaGraphLaunch(self, graphExec: Graph, stream: Stream) -> tuple[Any, ...]:
         if int(graphExec) not in self._double.graphs:
             raise self.misuse("a graph is launched that does not exist")
         self._double.launches += 1
@@ -303,10 +305,10 @@ class CudaDouble:
             self.stream(int(stream)).add(work)
         return (cudaError_t.cudaSuccess,)
 
-    def cudaGraphDestroy(self, graph: Graph) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphDestroy(self, graph: Graph) -> tuple[Any, ...]:
         return self._forget(graph)
 
-    def cudaGraphExecDestroy(self, graphExec: Graph) -> tuple[Any, ...]:  # noqa: N802, N803
+    def cudaGraphExecDestroy(self, graphExec: Graph) -> tuple[Any, ...]:
         return self._forget(graphExec)
 
     def _kept(self, graph: Graph) -> Graph:

@@ -74,7 +74,7 @@ def test_the_double_of_cuda_has_the_real_names() -> None:
             assert all(w in f for w, f in zip(wanted, found, strict=True)), line
     for enum in ("cudaError_t", "cudaMemcpyKind", "cudaStreamCaptureMode"):
         for member in getattr(cuda_double, enum):
-            assert getattr(cuda, enum)[member.name] == int(member)
+            assert getattr(getattr(cuda, enum), member.name) == int(member)
 
 
 def test_a_real_runtime_without_a_gpu_loads_nothing(own_bundle: Path) -> None:
@@ -173,6 +173,7 @@ MISUSES: dict[str, Callable[[Any, Any, Any], None]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # freed twice
 @pytest.mark.parametrize("said", MISUSES)
 def test_a_misuse_is_found(own_bundle: Path, tmp_path: Path, said: str) -> None:
     with (  # noqa: PT012

@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test gpu-test plugins lint format clean
+.PHONY: help install demo test gpu-test gpu-acceptance plugins lint format clean
 
 # Any of these can be given on the command line, e.g. make test WORKERS=8.
 PYTHON  ?= python3
@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 CXX_FILES := $(wildcard $(foreach kind,h hpp c cpp inl,$(foreach depth,* */* */*/* */*/*/*,plugins/$(depth).$(kind))))
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(INSTALLED) ## create .venv with everything in it
 
@@ -30,6 +30,9 @@ test: $(INSTALLED) ## run the tests that need no GPU
 
 gpu-test: $(INSTALLED) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+gpu-acceptance: $(INSTALLED) ## on an NVIDIA machine: build, check, bench, test; writes one report
+	$(BIN)/python -m tools.gpu_acceptance -o gpu-acceptance.json
 
 # The folder is where fwl_export/plugins.py looks.
 plugins: $(INSTALLED) ## build the compiled libraries into the package; needs CMake and a compiler

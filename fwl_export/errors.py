@@ -40,6 +40,10 @@ class EngineError(FwlError):
     """An engine could not be built or read."""
 
 
+class DeviceError(FwlError):
+    """A GPU is missing, or it or its driver refused a call."""
+
+
 class PluginError(FwlError):
     """A plugin library is missing, or cannot be loaded."""
 

@@ -15,7 +15,7 @@ from fwl_export.errors import BundleError
 _MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
 _FUNCTION_NODE = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_NODE_INPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 4, 5, 7
 _ATTRIBUTE_TENSOR = 5
 _TENSOR_EXTERNAL_DATA = 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
@@ -67,6 +67,24 @@ def count_ops(path: Path) -> dict[str, int]:
         raise BundleError(f"'{path}' is not an ONNX file ({error}); export again") from None
     ranked = sorted(counts.items(), key=lambda item: ("::" not in item[0], -item[1], item[0]))
     return dict(ranked)
+
+
+def op_inputs(path: Path, domain: str, name: str) -> list[list[str]]:
+    """Return the names of the inputs of every node of an operator.
+
+    Raises:
+      BundleError: the file is no ONNX model.
+    """
+    try:
+        graphs = _fields(path.read_bytes(), _MODEL_GRAPH)
+        nodes = [node for graph in graphs for node in _fields(graph, _GRAPH_NODE)]
+        return [
+            [each.decode() for each in _fields(node, _NODE_INPUT)]
+            for node in nodes
+            if (_text(node, _NODE_DOMAIN), _text(node, _NODE_OP_TYPE)) == (domain, name)
+        ]
+    except (IndexError, ValueError) as error:
+        raise BundleError(f"'{path}' is not an ONNX file ({error}); export again") from None
 
 
 def _text(message: bytes, field: int) -> str:

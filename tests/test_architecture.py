@@ -32,6 +32,7 @@ FLOORS = (
 )
 
 OPTIONAL = (
+    "cuda",
     "matplotlib",
     "onnxruntime",
     "polygraphy",

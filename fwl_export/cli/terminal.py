@@ -23,7 +23,7 @@ LearningRateScaleOption = Annotated[
         "--learning-rate-scale", help="Times the model's step sizes; 0 = learn nothing.", min=0
     ),
 ]
-BackendOption = Annotated[str, typer.Option(help="onnxruntime or torch.")]
+BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt or torch.")]
 
 
 def print_json(data: Any) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from fwl_export.errors import EngineError
 
 SCHEMA_VERSION = 1
 
@@ -94,3 +96,27 @@ class EngineFacts:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str) -> EngineFacts:
+        """Read what `to_dict` wrote.
+
+        Raises:
+          EngineError: the schema is another one, or a part is missing or malformed.
+        """
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise EngineError(
+                f"{source}: schema_version is {version!r}, but this fwl-export reads "
+                f"{SCHEMA_VERSION}; build the engine again"
+            )
+        try:
+            known = {field.name: data[field.name] for field in fields(cls)}
+            for name in ("inputs", "outputs"):
+                known[name] = [TensorFacts(**tensor) for tensor in known[name]]
+            known["profiles"] = [ProfileFacts(**profile) for profile in known["profiles"]]
+        except (KeyError, TypeError) as error:
+            raise EngineError(
+                f"{source} is malformed ({type(error).__name__}: {error}); build the engine again"
+            ) from None
+        return cls(**known)

@@ -111,11 +111,38 @@ def check_installed(flavour: Flavour) -> None:
       MissingDependencyError: they cannot.
     """
     for module in (flavour.module, "polygraphy"):
-        if importlib.util.find_spec(module) is None:
-            raise MissingDependencyError(
-                f"{flavour.title} engines need the package {module}, which is not installed; "
-                f"{flavour.remedy}"
+        _check_package(flavour, module)
+
+
+def _check_package(flavour: Flavour, module: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise MissingDependencyError(
+            f"{flavour.title} engines need the package {module}, which is not installed; "
+            f"{flavour.remedy}"
+        )
+
+
+def import_flavour(flavour: Flavour) -> Any:
+    """Import a flavour's module, for the life of this process; running engines needs no more.
+
+    Raises:
+      EngineError: the process already uses the other flavour.
+      MissingDependencyError: it is not installed, or its libraries cannot be loaded.
+    """
+    _check_package(flavour, flavour.module)
+    for other in FLAVOURS.values():
+        if other != flavour and other.module in sys.modules:
+            raise EngineError(
+                f"this process already uses {other.title}; {flavour.title} needs a process of its "
+                "own"
             )
+    try:
+        return importlib.import_module(flavour.module)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingDependencyError(
+            f"{flavour.title} is installed, but its libraries cannot be loaded ({error}); "
+            f"{flavour.remedy}"
+        ) from None
 
 
 def load_flavour(name: str) -> LoadedFlavour:
@@ -127,19 +154,7 @@ def load_flavour(name: str) -> LoadedFlavour:
     """
     flavour = find_flavour(name)
     check_installed(flavour)
-    for other in FLAVOURS.values():
-        if other != flavour and other.module in sys.modules:
-            raise EngineError(
-                f"this process already uses {other.title}; {flavour.title} needs a process of its "
-                "own"
-            )
-    try:
-        trt = importlib.import_module(flavour.module)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise MissingDependencyError(
-            f"{flavour.title} is installed, but its libraries cannot be loaded ({error}); "
-            f"{flavour.remedy}"
-        ) from None
+    trt = import_flavour(flavour)
     import polygraphy
     from polygraphy import config
 

@@ -13,7 +13,7 @@ from fwl_export.runtimes.session import Session
 from fwl_export.runtimes.slots import Slots
 from fwl_export.state import TensorSpec
 
-BACKENDS = ("onnxruntime", "torch")
+BACKENDS = ("onnxruntime", "tensorrt", "torch")
 
 
 def open_session(
@@ -23,23 +23,32 @@ def open_session(
     precision: Literal["fp32", "fp16", "fp64"] | None = None,
     threads: int | None = None,
     plugin: str | Path = "auto",
-    device: str = "cpu",
+    device: str | None = None,
+    flavour: str | None = None,
+    cuda_graph: bool = True,
 ) -> Session:
     """Open a bundle for reading text.
 
     Args:
       bundle: its folder, or a bundle that was read.
-      backend: "onnxruntime" or "torch".
+      backend: "onnxruntime", "tensorrt" (an engine of the bundle, on the GPU it was built for) or
+        "torch".
       batch: rows, each a session of its own.
       precision: backend "torch" only: compute in this precision instead of the bundle's.
       threads: backend "onnxruntime" only: threads inside one operator.
-      plugin: backend "onnxruntime" only: the library with our kernel for the fast-weight update.
+      plugin: not for backend "torch": the library with our kernel for the fast-weight update.
         "auto" takes the package's own where there is one, else the model's standard operators;
-        "none" takes those; "required" is an error without the library; or a library's path.
-      device: backend "onnxruntime" only: "cpu", "cuda" or, say, "cuda:1".
+        "none" takes those; "required" is an error without the library; or a library's path. An
+        engine was built for one or the other; "auto" is what it needs.
+      device: "cpu", "cuda" or, say, "cuda:1"; None is "cuda" for backend "tensorrt", else "cpu".
+        Backend "torch" knows only that.
+      flavour: backend "tensorrt" only: "rtx" or "tensorrt"; None takes one that has an engine for
+        this GPU and is installed.
+      cuda_graph: backend "tensorrt" only: replay calls with one token as CUDA graphs.
 
     Raises:
       BundleError: the bundle is missing, changed or cannot be loaded.
+      DeviceError, EngineError: backend "tensorrt": there is no GPU, or no engine for it.
       PluginError: the library is missing and was asked for, or cannot be loaded.
       MissingDependencyError: the backend's package is not installed, or without the device.
       ConfigError: there is no such backend, or an argument is for another one.
@@ -47,21 +56,29 @@ def open_session(
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))
     manifest = opened.manifest
     specs: list[TensorSpec] = list(manifest.state)
+    max_tokens = manifest.max_tokens
     runner: Runner
+    if precision is not None and backend in ("onnxruntime", "tensorrt"):
+        raise ConfigError("precision can be chosen for backend 'torch' only")
+    if threads is not None and backend in ("tensorrt", "torch"):
+        raise ConfigError("threads can be chosen for backend 'onnxruntime' only")
+    if flavour is not None and backend != "tensorrt":
+        raise ConfigError("a flavour can be chosen for backend 'tensorrt' only")
     if backend == "onnxruntime":
-        if precision is not None:
-            raise ConfigError("precision can be chosen for backend 'torch' only")
         from fwl_export.runtimes import onnxruntime
 
-        loaded = onnxruntime.load_model(opened, threads, plugin, device)
+        loaded = onnxruntime.load_model(opened, threads, plugin, device or "cpu")
         runner = onnxruntime.OnnxRuntimeRunner(loaded)
+    elif backend == "tensorrt":
+        from fwl_export.runtimes import tensorrt, tensorrt_engine
+
+        engine = tensorrt_engine.load_model(opened, flavour, plugin, device, cuda_graph)
+        runner, max_tokens = tensorrt.TensorRTRunner(engine), engine.max_tokens
     elif backend == "torch":
-        if threads is not None:
-            raise ConfigError("threads can be chosen for backend 'onnxruntime' only")
         if plugin not in ("auto", "none"):
-            raise ConfigError("a plugin can be chosen for backend 'onnxruntime' only")
-        if device != "cpu":
-            raise ConfigError("a device can be chosen for backend 'onnxruntime' only")
+            raise ConfigError("a plugin cannot be chosen for backend 'torch'")
+        if device not in (None, "cpu"):
+            raise ConfigError("a device cannot be chosen for backend 'torch'")
         try:
             from fwl_export.runtimes import torch
         except ModuleNotFoundError as error:
@@ -71,12 +88,12 @@ def open_session(
         model = torch.load_model(opened, precision)
         runner, specs = torch.TorchRunner(model), model.specs
     else:
-        raise ConfigError(f"backend '{backend}' is unknown; expected {' or '.join(BACKENDS)}")
+        raise ConfigError(f"backend '{backend}' is unknown; expected {', '.join(BACKENDS)}")
     return Session(
         runner,
         specs,
         manifest.config.vocab_size,
-        manifest.max_tokens,
+        max_tokens,
         batch,
         manifest.config.fast_weights.anchor_interval,
         manifest.model_id,

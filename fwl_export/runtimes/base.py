@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fwl_export.errors import ConfigError
 from fwl_export.state import State
 
 Array = npt.NDArray[Any]
@@ -56,3 +58,15 @@ class Runner(Protocol):
 
     def release(self, buffers: Any) -> None:
         """Forget buffers that no call will use again."""
+
+
+def parse_device(device: str) -> tuple[str, int]:
+    """Return kind and number of a device such as "cpu", "cuda" or "cuda:1".
+
+    Raises:
+      ConfigError: it is none.
+    """
+    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
+    if found is None:
+        raise ConfigError(f"device is '{device}'; expected cpu, cuda or, say, cuda:1")
+    return found[1], int(found[2] or 0)

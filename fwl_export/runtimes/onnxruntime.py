@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fwl_export.bundle import Bundle
-from fwl_export.errors import BundleError, ConfigError, MissingDependencyError, PluginError
+from fwl_export.errors import BundleError, MissingDependencyError, PluginError
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
-from fwl_export.runtimes.base import Call
+from fwl_export.runtimes.base import Call, parse_device
 from fwl_export.state import PAST, PRESENT, State, TensorSpec
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def load_model(
       MissingDependencyError: ONNX Runtime is not installed, or without the device's provider.
       ConfigError: the device is unknown.
     """
-    place = _device(device)
+    place = parse_device(device)
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     if threads is not None:
@@ -214,13 +213,6 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> Array:
     memory = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _device(device: str) -> tuple[str, int]:
-    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
-    if found is None:
-        raise ConfigError(f"device is '{device}'; expected cpu, cuda or, say, cuda:1")
-    return found[1], int(found[2] or 0)
 
 
 def _register(options: onnxruntime.SessionOptions, plugin: Path) -> None:

@@ -153,7 +153,7 @@ def test_an_unusable_prompt_or_backend(
     result = run(capsys, "generate", tiny_bundle, "--prompt", "")
     assert "the prompt is empty" in result.err
     result = run(capsys, "generate", tiny_bundle, "--prompt", "A", "--backend", "jax")
-    assert "backend 'jax' is unknown; expected onnxruntime or torch" in result.err
+    assert "backend 'jax' is unknown; expected onnxruntime, tensorrt, torch" in result.err
     result = run(capsys, "generate", tmp_path, "--prompt", "A")
     assert "is not a bundle" in result.err
     assert result.code == 1

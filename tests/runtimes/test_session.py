@@ -372,7 +372,7 @@ def test_a_foreign_state_is_refused(tiny_bundle: Path, backend: str) -> None:
 
 
 def test_arguments_of_open_session(tiny_bundle: Path, own_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="backend 'jax' is unknown; expected onnxruntime or to"):
+    with pytest.raises(ConfigError, match="backend 'jax' is unknown; expected onnxruntime, ten"):
         open_session(tiny_bundle, "jax")
     with pytest.raises(ConfigError, match="backend 'torch' only"):
         open_session(tiny_bundle, precision="fp64")

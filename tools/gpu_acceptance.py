@@ -1,0 +1,245 @@
+"""Accept an NVIDIA machine: build engines for its GPU, check parity, bench, run the GPU's tests.
+
+    python tools/gpu_acceptance.py -o gpu-acceptance.json
+
+Writes one JSON report, with the text for people inside, to send in. Exit code 1 if there is no GPU,
+or if a step failed; the steps after it run all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fwl_export import __version__
+from fwl_export.bundle import Bundle, read_bundle
+from fwl_export.demo import CHECKPOINT, HELD_OUT_PLAY
+from fwl_export.engines import FLAVOURS, Device, build_engines, probe_flavour, query_driver
+from fwl_export.errors import DeviceError, FwlError
+from fwl_export.files import replaced_file
+
+TOKENS = 2000
+DECODE_STEPS, PREFILL_CALLS = 200, 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of a step.
+
+    Attributes:
+      name: of the step.
+      passed: whether it did what it should.
+      text: for people.
+      data: for programs.
+      seconds: it took.
+    """
+
+    name: str
+    passed: bool
+    text: str
+    data: Any
+    seconds: float
+
+
+Outcome = tuple[bool, str, Any]
+
+
+def run_step(name: str, do: Callable[[], Outcome]) -> Step:
+    """Run a step; an error is its outcome, so that the next step still runs."""
+    began = time.perf_counter()
+    try:
+        passed, text, data = do()
+    except FwlError as error:
+        passed, text, data = False, f"{type(error).__name__}: {error}", None
+    except Exception:  # a bug is what this program is there to find
+        passed, text, data = False, traceback.format_exc(), None
+    return Step(name, passed, text, data, round(time.perf_counter() - began, 3))
+
+
+def this_gpu() -> Device:
+    """Return the first GPU.
+
+    Raises:
+      DeviceError: there is none.
+    """
+    driver = query_driver()
+    if not driver.devices:
+        raise DeviceError(
+            f"this needs an NVIDIA GPU, and there is no CUDA device: {driver.reason}; run it on a "
+            "machine with one"
+        )
+    return driver.devices[0]
+
+
+def usable_flavours(sm: int) -> list[str]:
+    """Return the flavours that are installed and build for an SM."""
+    return [name for name in FLAVOURS if sm in probe_flavour(name).sms]
+
+
+def build(bundle: Bundle, flavour: str, sm: int) -> Outcome:
+    """Build the engine for a GPU."""
+    (facts,) = build_engines(bundle, flavour, [sm], progress=say)
+    return True, f"{facts.name}: {facts.update_path}, {facts.build_seconds} s", facts.to_dict()
+
+
+def parity(bundle: Bundle, flavour: str) -> Outcome:
+    """Check a session over the engine against PyTorch in float64."""
+    from fwl_export.parity import check_bundle
+    from fwl_export.parity.schedule import ROWS
+    from fwl_export.runtimes import open_session
+    from fwl_export.runtimes.text import bundle_tokenizer
+    from fwl_export.text import read_ids
+
+    name = FLAVOURS[flavour].title
+    session = open_session(bundle, "tensorrt", ROWS, flavour=flavour)
+    ids = read_ids(HELD_OUT_PLAY, bundle_tokenizer(bundle))
+    report = check_bundle(bundle, ids, TOKENS, candidates={name: session}, text=HELD_OUT_PLAY.name)
+    return report.passed, report.to_text(), report.to_dict()
+
+
+def bench(bundle: Bundle, flavour: str, cuda_graph: bool) -> Outcome:
+    """Measure calls of a session: milliseconds of one token, and of the largest call."""
+    import statistics
+
+    import numpy as np
+
+    from fwl_export.runtimes import open_session
+
+    session = open_session(bundle, "tensorrt", flavour=flavour, cuda_graph=cuda_graph)
+    text = np.random.default_rng(0).integers(0, session.vocab_size, session.max_tokens)
+    data = {}
+    for name, ids, count in (
+        ("decode", text[:1], DECODE_STEPS),
+        ("prefill", text, PREFILL_CALLS),
+    ):
+        times = []
+        for _ in range(3 + count):  # kernels are compiled and graphs captured in the first three
+            began = time.perf_counter()
+            session.feed(ids, last_only=True)
+            times.append((time.perf_counter() - began) * 1e3)
+        p50 = statistics.median(times[3:])
+        data[name] = {"tokens": len(ids), "p50_ms": p50, "tokens_per_second": len(ids) / p50 * 1e3}
+    text = "; ".join(
+        f"{name}: {found['p50_ms']:.3f} ms, {found['tokens_per_second']:.0f} tokens/s"
+        for name, found in data.items()
+    )
+    return True, text, data
+
+
+def command(*arguments: str) -> Outcome:
+    """Run a Python program to its end; its last lines are the outcome's text."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    text = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
+    return done.returncode == 0, text, {"exit_code": done.returncode}
+
+
+def steps_of(bundle: Bundle, gpu: Device, flavours: list[str]) -> dict[str, Callable[[], Outcome]]:
+    """Return what is to be done, by name, in order."""
+    steps: dict[str, Callable[[], Outcome]] = {}
+    for name in flavours:
+        steps[f"build {name}"] = lambda name=name: build(bundle, name, gpu.sm)
+        # The bundle is read again: it has got an engine. One flavour lives in a process.
+        again = [__file__, "--in", str(bundle.folder), "--flavour", name, "--step"]
+        for kind in ("parity", "bench-graph", "bench"):
+            steps[f"{kind} {name}"] = lambda again=again, kind=kind: child(*again, kind)
+    # The op on the CPU, for comparison; on the GPU it is measured inside the sessions.
+    cli = "from fwl_export.cli.main import main; main()"
+    steps["bench op"] = lambda: command("-c", cli, "bench", "op", "--tokens", "1,256")
+    steps["gpu tests"] = lambda: command("-m", "pytest", "-m", "gpu", "-q", "tests/gpu")
+    if not flavours:
+        steps["build"] = lambda: (False, f"no flavour here builds for SM{gpu.sm}", None)
+    return steps
+
+
+def child(*arguments: str) -> Outcome:
+    """Run a step of this program in a process of its own."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return False, "\n".join(done.stderr.splitlines()[-40:]), None
+    passed, text, data = json.loads(done.stdout.splitlines()[-1])
+    return passed, text, data
+
+
+def assemble(gpu: Device, steps: list[Step]) -> dict[str, Any]:
+    """Return the report."""
+    passed = bool(steps) and all(step.passed for step in steps)
+    lines = [f"{gpu.name}, SM{gpu.sm}, fwl-export {__version__}"]
+    for step in steps:
+        lines.append(f"\n{'ok' if step.passed else 'FAILED'}  {step.name}, {step.seconds:.0f} s")
+        lines += [f"    {line}" for line in step.text.splitlines()]
+    lines.append(f"\n{'accepted' if passed else 'not accepted'}")
+    return {
+        "schema_version": 1,
+        "passed": passed,
+        "gpu": asdict(gpu),
+        "driver": query_driver().version,
+        "fwl_export": __version__,
+        "steps": [asdict(step) for step in steps],
+        "text": "\n".join(lines),
+    }
+
+
+def say(message: str) -> None:
+    """Show what is being done."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def accept(output: Path) -> int:
+    """Run all steps and write the report; returns the exit code."""
+    gpu = this_gpu()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = export(Path(folder) / "bundle")
+        done = []
+        for name, do in steps_of(bundle, gpu, usable_flavours(gpu.sm)).items():
+            say(name)
+            done.append(run_step(name, do))
+    report = assemble(gpu, done)
+    with replaced_file(output) as path:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(report["text"])
+    print(f"report: {output}")
+    return 0 if report["passed"] else 1
+
+
+def export(folder: Path) -> Bundle:
+    """Export the demo model."""
+    from fwl_export.export import export_bundle
+
+    say("export")
+    export_bundle(CHECKPOINT, folder)
+    return read_bundle(folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("gpu-acceptance.json"))
+    parser.add_argument("--in", dest="bundle", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--flavour", help=argparse.SUPPRESS)
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        if options.step is None:
+            return accept(options.output)
+        bundle = read_bundle(options.bundle)
+        if options.step == "parity":
+            outcome = parity(bundle, options.flavour)
+        else:
+            outcome = bench(bundle, options.flavour, options.step == "bench-graph")
+        print(json.dumps(outcome))
+        return 0
+    except FwlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

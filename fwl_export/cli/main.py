@@ -19,6 +19,7 @@ from fwl_export.cli.demo import demo
 from fwl_export.cli.doctor import doctor
 from fwl_export.cli.export import export
 from fwl_export.cli.generate import generate
+from fwl_export.cli.import_block import import_block_group
 from fwl_export.cli.inspect import inspect
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
@@ -55,6 +56,7 @@ def app() -> typer.Typer:
     for verb in VERBS:
         application.command(name=verb.__name__)(verb)
     application.add_typer(bench)
+    application.add_typer(import_block_group)
     return application
 
 

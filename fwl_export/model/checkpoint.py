@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fwl_export.errors import CheckpointError
+from fwl_export.errors import CheckpointError, OutputExistsError
 from fwl_export.files import replaced_folder
 from fwl_export.model.config import ModelConfig
 from fwl_export.model.language_model import FWLModel
@@ -100,6 +100,24 @@ def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, beside / WEIGHTS_FILE)
         tokenizer.save(str(beside / TOKENIZER_FILE))
+
+
+def check_output(folder: Path, force: bool) -> None:
+    """Refuse to write a checkpoint over something, unless it is one and may be replaced.
+
+    Raises:
+      OutputExistsError: there is something and `force` is off, or it is no checkpoint.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise OutputExistsError(
+            f"output '{folder}' exists and is not a checkpoint; choose another name"
+        )
+    if not force:
+        raise OutputExistsError(
+            f"output '{folder}' is a checkpoint; choose another name or pass --force to replace it"
+        )
 
 
 def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

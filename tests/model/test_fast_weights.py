@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,66 +12,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwl_export.model.config import FastWeightsConfig
+from fwl_export.importers import import_block
 from fwl_export.model.fast_weights import (
     DENSE_BIASES,
     FAST_TENSORS,
     FastWeights,
     squared_relu,
-    step_shapes,
 )
 from tests.model.models import VARIANTS, VOCABULARY, small_model
 from tests.tolerances import assert_close
 
 DATA = Path(__file__).parents[1] / "data"
 
-JAX_NAMES = {
-    "up_kernel": "params/layers_0/Dense_0/kernel",
-    "up_bias": "params/layers_0/Dense_0/bias",
-    "down_kernel": "params/layers_2/Dense_0/kernel",
-    "down_bias": "params/layers_2/Dense_0/bias",
-    "norm_scale": "params/layers_3/LayerNorm_0/scale",
-    "norm_bias": "params/layers_3/LayerNorm_0/bias",
-    "unembed": "params/unembed/kernel",
-    "unembed_bias": "params/unembed/bias",
-    "steps.up": "params/step_size_0",
-    "steps.down": "params/step_size_2",  # 1 belongs to the activation, which has no weights
-    "steps.norm": "params/step_size_3",
-}
-TENSORFLOW_NAMES = {
-    **{name: name for name in JAX_NAMES if "." not in name},
-    "unembed": "unembed_kernel",
-    **{f"steps.{name}": f"step_{name}" for name, _ in step_shapes(FastWeightsConfig())},
-}
 
-
-def paper_layer(variant: str) -> tuple[FastWeights, dict[str, Tensor]]:
+def paper_layer(variant: Literal["jax", "tf"]) -> tuple[FastWeights, dict[str, Tensor]]:
     """Return the layer with the published parameters, and the arrays of the file."""
-    with np.load(DATA / f"fwl_reference_{variant}.npz") as file:
+    path = DATA / f"fwl_reference_{variant}.npz"
+    with np.load(path) as file:
         arrays = {name: torch.tensor(file[name]) for name in file.files if name != "variant"}
-    names = JAX_NAMES if variant == "jax" else TENSORFLOW_NAMES
-    inputs, hidden = arrays[names["up_kernel"]].shape
-    outputs, vocabulary = arrays[names["unembed"]].shape
-    config = FastWeightsConfig(
-        inputs,
-        hidden,
-        outputs,
-        update_dense_bias=variant == "tf",
-        step_sizes="per_layer" if variant == "jax" else "per_tensor",
-        norm_epsilon=float(arrays["norm_epsilon"]) if variant == "jax" else 0.0,
-        loss_normalizer=float(arrays["loss_normalizer"]),
-        decay="none",
-    )
-    layer = FastWeights(config, vocabulary).double().requires_grad_(False)
-    tensors = {name: arrays[source] for name, source in names.items()}
-    tensors["unembed"] = tensors["unembed"].T
-    layer.load_state_dict(tensors)
+    block = import_block(variant, path, float(arrays["loss_normalizer"]))
+    assert block.vocab_size is not None
+    layer = FastWeights(block.config, block.vocab_size).double().requires_grad_(False)
+    layer.load_state_dict(dict(block.tensors))
     return layer, arrays
 
 
 @pytest.mark.parametrize("variant", ["jax", "tf"])
 @pytest.mark.parametrize("chunk", [1, 7, 256])
-def test_equals_the_code_of_the_paper(variant: str, chunk: int) -> None:
+def test_equals_the_code_of_the_paper(variant: Literal["jax", "tf"], chunk: int) -> None:
     layer, arrays = paper_layer(variant)
     fast, slow = layer.parallel(arrays["hidden"], arrays["labels"], arrays["weights"], chunk)
     assert_close("model.paper_code", slow, arrays["slow_logits"])

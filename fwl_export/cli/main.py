@@ -23,6 +23,7 @@ from fwl_export.cli.import_block import import_block_group
 from fwl_export.cli.inspect import inspect
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
+from fwl_export.cli.train import train
 from fwl_export.errors import FwlError
 
 VERBS: tuple[Callable[..., None], ...] = (
@@ -33,6 +34,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     read,
     generate,
     inspect,
+    train,
     doctor,
     demo,
 )

@@ -332,7 +332,8 @@ class FastWeights(nn.Module):
 
         Args:
           hidden: [B, C, input].
-          known, taught: [B, C] label and weight of the position before each.
+          known: [B, C] label of the position before each.
+          taught: [B, C] weight of the position before each.
           totals: the sums over all positions before the chunk.
           anchor: see `slow`.
           last: what the position before the chunk left.

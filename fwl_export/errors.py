@@ -16,6 +16,10 @@ class CheckpointError(FwlError):
     """A checkpoint folder is incomplete, truncated or does not fit its config."""
 
 
+class TrainingError(FwlError):
+    """A training cannot begin or go on: too little text, or a loss that is no number."""
+
+
 class BundleError(FwlError):
     """A bundle is missing, incomplete, changed on disk, or of another schema."""
 

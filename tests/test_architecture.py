@@ -24,7 +24,7 @@ FLOORS = (
     ("state_file",),
     ("model",),
     ("bundle",),
-    ("export", "engines", "serving"),
+    ("export", "engines", "importers", "serving"),
     ("runtimes",),
     ("parity", "bench"),
     ("demo",),
@@ -33,12 +33,15 @@ FLOORS = (
 
 OPTIONAL = (
     "cuda",
+    "google_crc32c",
     "matplotlib",
+    "msgpack",
     "onnxruntime",
     "polygraphy",
     "tensorrt",
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",
+    "tensorstore",
     "triton",
 )
 

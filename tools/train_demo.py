@@ -8,8 +8,6 @@ Both runs see the same texts in the same order from the same initial weights.
 
 from __future__ import annotations
 
-import csv
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +20,7 @@ from fwl_export.model.checkpoint import save_checkpoint
 from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
+from fwl_export.model.training_files import TrainingLog
 from tools.demo_data import encode, load_plays, train_tokenizer, training_texts
 
 MODEL = ModelConfig(
@@ -73,7 +72,7 @@ class _Log:
     """A CSV line per update, and a progress bar."""
 
     def __init__(self, path: Path, steps: int, title: str) -> None:
-        self._path = path
+        self._log = TrainingLog(path)
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         )
@@ -81,24 +80,17 @@ class _Log:
         self._title = title
 
     def __enter__(self) -> _Log:
-        new = not self._path.exists()
-        self._stream = self._path.open("a", newline="")
-        self._writer = csv.writer(self._stream)
-        if new:
-            names = ("step", "loss", "slow_loss", "gradient_norm", "seconds", "time")
-            self._writer.writerow(names)
         self._progress.start()
         return self
 
     def add(self, row: dict[str, float]) -> None:
-        self._writer.writerow([*(f"{value:.6g}" for value in row.values()), f"{time.time():.0f}"])
-        self._stream.flush()
+        self._log.add(row)
         description = f"{self._title} loss {row['loss']:.3f}"
         self._progress.update(self._task, completed=row["step"] + 1, description=description)
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
-        self._stream.close()
+        self._log.close()
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ from fwl_export.cli.demo import demo
 from fwl_export.cli.doctor import doctor
 from fwl_export.cli.export import export
 from fwl_export.cli.generate import generate
+from fwl_export.cli.import_block import import_block_group
 from fwl_export.cli.inspect import inspect
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
+from fwl_export.cli.train import train
 from fwl_export.errors import FwlError
 
 VERBS: tuple[Callable[..., None], ...] = (
@@ -32,6 +34,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     read,
     generate,
     inspect,
+    train,
     doctor,
     demo,
 )
@@ -55,6 +58,7 @@ def app() -> typer.Typer:
     for verb in VERBS:
         application.command(name=verb.__name__)(verb)
     application.add_typer(bench)
+    application.add_typer(import_block_group)
     return application
 
 

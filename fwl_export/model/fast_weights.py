@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fwl_export.model.config import FastWeightsConfig
 from fwl_export.model.numerics import wide
@@ -92,7 +93,15 @@ class FastWeights(nn.Module):
     `down_bias`, `norm_scale`, `norm_bias` [output], `unembed` [V, output], `unembed_bias` [V],
     `steps`: the step sizes (one per tensor or layer), `horizon` []: tokens after which a
     gradient has faded to 1/e (only with decay "learned").
+
+    For training, two attributes of the parallel form that change no output: `first_order` takes
+    the gradient steps for constants (no gradient goes through them, but for step sizes and
+    horizon), and `gradient_checkpointing` computes each chunk again in the backward pass instead
+    of keeping what it computed.
     """
+
+    first_order = False
+    gradient_checkpointing = False
 
     def __init__(self, config: FastWeightsConfig, vocab_size: int) -> None:
         super().__init__()
@@ -298,16 +307,52 @@ class FastWeights(nn.Module):
                 if start and start % interval == 0:
                     anchor = dict(totals)
             part = slice(start, stop)
-            slow = self.slow(hidden[:, part], anchor)
-            slow_logits = self.logits(slow.output)
-            pending = slow.pending(self.expected_embedding(slow_logits))
-            before = pending.one_later(last)
-            gradients = self.gradients(before, known[:, part], taught[:, part], anchor)
-            sums = _DecayedSums(totals, self.log_decay(taught[:, part]))
-            outputs.append(self.fast(slow, before, gradients, sums))
+            arguments = (hidden[:, part], known[:, part], taught[:, part], totals, anchor, last)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                output, slow_logits, totals, last = checkpoint(
+                    self._chunk, *arguments, use_reentrant=False
+                )
+            else:
+                output, slow_logits, totals, last = self._chunk(*arguments)
+            outputs.append(output)
             slow_outputs.append(slow_logits)
-            last, start = Pending(*(tensor[:, -1] for tensor in pending)), stop
+            start = stop
         return self.logits(torch.cat(outputs, 1)), torch.cat(slow_outputs, 1)
+
+    def _chunk(
+        self,
+        hidden: Tensor,
+        known: Tensor,
+        taught: Tensor,
+        totals: Mapping[str, Tensor],
+        anchor: Sums | None,
+        last: Pending | None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Pending]:
+        """Read the next positions of every text.
+
+        Args:
+          hidden: [B, C, input].
+          known: [B, C] label of the position before each.
+          taught: [B, C] weight of the position before each.
+          totals: the sums over all positions before the chunk.
+          anchor: see `slow`.
+          last: what the position before the chunk left.
+
+        Returns:
+          z [B, C, output] with the fast weights, logits [B, C, V] with the slow ones, and totals
+          and last for the next chunk.
+        """
+        slow = self.slow(hidden, anchor)
+        slow_logits = self.logits(slow.output)
+        pending = slow.pending(self.expected_embedding(slow_logits))
+        before = pending.one_later(last)
+        gradients = self.gradients(before, known, taught, anchor)
+        if self.first_order:
+            before = Pending(*(tensor.detach() for tensor in before))
+            gradients = Gradients(*(tensor.detach() for tensor in gradients))
+        sums = _DecayedSums(dict(totals), self.log_decay(taught))
+        output = self.fast(slow, before, gradients, sums)
+        return output, slow_logits, sums.totals, Pending(*(tensor[:, -1] for tensor in pending))
 
 
 class GradientSums(Protocol):
@@ -321,7 +366,10 @@ class GradientSums(Protocol):
 
 
 class _DecayedSums:
-    """`GradientSums` of one chunk of positions, differentiable; `totals` is carried on."""
+    """`GradientSums` of one chunk of positions, differentiable; `totals` is carried on.
+
+    In float32 under autocast too: thousands of small updates vanish in bfloat16.
+    """
 
     def __init__(self, totals: dict[str, Tensor], log_decay: Tensor) -> None:
         size = log_decay.shape[1]
@@ -332,29 +380,31 @@ class _DecayedSums:
         self._read = torch.exp(faded)[..., None]  # of the sums at the chunk's start
         self._keep = torch.exp(faded[:, -1:] - faded)[..., None]  # to the chunk's end
         self._total = torch.exp(faded[:, -1:])[..., None]
-        self._totals = totals
+        self.totals = totals
 
     def matrix(self, name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        past = self._totals.get(name)
-        result, self._totals[name] = self._add_and_read(past, query, key, value)
+        past = self.totals.get(name)
+        result, self.totals[name] = self._add_and_read(past, query, key, value)
         return result
 
     def vector(self, name: str, value: Tensor) -> Tensor:
-        past = self._totals.get(name)
+        past = self.totals.get(name)
         past = None if past is None else past[:, None]
         ones = value.new_ones(*value.shape[:2], 1)
         result, total = self._add_and_read(past, ones, ones, value)
-        self._totals[name] = total[:, 0]
+        self.totals[name] = total[:, 0]
         return result
 
     def _add_and_read(
         self, past: Tensor | None, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        result = ((query @ key.transpose(1, 2)) * self._mask) @ value
-        total = key.transpose(1, 2) @ (value * self._keep)
-        if past is not None:
-            result = result + (query @ past) * self._read
-            total = total + past * self._total
+        with torch.autocast(query.device.type, enabled=False):
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            result = ((query @ key.transpose(1, 2)) * self._mask) @ value
+            total = key.transpose(1, 2) @ (value * self._keep)
+            if past is not None:
+                result = result + (query @ past) * self._read
+                total = total + past * self._total
         return result, total
 
 

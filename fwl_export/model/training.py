@@ -4,26 +4,32 @@ The recipe: Muon for the matrices inside the network, AdamW for the rest, and a 
 of their own for step sizes and horizon, which are trained in log space (they stay positive
 and move by ratios). The loss is that of the adapting logits, differentiated through the
 gradient step (second order).
+
+A loop of one's own, under DDP for example, needs `log_space`, `build_optimizers` and
+`model(inputs, labels)`, which is an ordinary `nn.Module`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
+import math
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fwl_export.errors import ConfigError, TrainingError
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.muon import Muon
+from fwl_export.model.numerics import wide
+from fwl_export.model.training_files import load_progress, save_progress
 
 # Where the step sizes of unnormalised gradients start. Short runs of the demo model moved
 # them to about 4e-2, 2e-3, 1e-3, 2e-3, 2e-2, 5e-3; starting there makes the first updates erratic.
@@ -34,6 +40,10 @@ INITIAL_STEPS = {
     "down_bias": 3e-3,
     "norm_scale": 1.5e-2,
     "norm_bias": 8e-3,
+    # One per layer: that of its kernel or scale.
+    "up": 4e-3,
+    "down": 1e-3,
+    "norm": 1.5e-2,
 }
 
 
@@ -52,7 +62,14 @@ class TrainingConfig:
       warmup: updates until the full learning rate.
       cooldown: last fraction of the updates, over which the learning rate falls.
       clip: largest norm of the gradient.
-      seed: of the order of the texts.
+      seed: of the order of the texts, and of dropout where a backbone has it.
+      first_order: take the gradient steps for constants instead of differentiating through them:
+        less time and memory per update, a worse model.
+      train_backbone: False trains the Fast Weight Layer on the backbone as it is.
+      optimizer: of the matrices: "muon", or "adamw" like the rest.
+      precision: "float32", or "bfloat16": autocast; weights, sums and losses stay float32.
+      gradient_checkpointing: compute activations again in the backward pass: less memory, more
+        time, the same result.
     """
 
     adapt: bool = True
@@ -66,6 +83,19 @@ class TrainingConfig:
     cooldown: float = 0.6
     clip: float = 1.0
     seed: int = 0
+    first_order: bool = False
+    train_backbone: bool = True
+    optimizer: Literal["muon", "adamw"] = "muon"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequence_length", "batch_size", "learning_rate", "warmup", "clip"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ConfigError(f"training.{name} is {value}; expected more than 0")
+        if not 0 < self.cooldown <= 1:
+            raise ConfigError(f"training.cooldown is {self.cooldown}; expected 0 to 1, without 0")
 
 
 def train(
@@ -79,24 +109,42 @@ def train(
     """Train `model` in place.
 
     Args:
-      model: on the CPU, in float32.
+      model: in float32, on any device.
       tokens: [N] int64, the training text.
       config: how to train.
       resume_file: written every `save_every` updates; where it exists, training goes on from
         it and ends with the same weights as an uninterrupted run.
-      report: called after every update with step, losses and seconds.
+      report: called after every update with step, losses, seconds, and the highest memory so
+        far in MB: of the process on a CPU, of its tensors on a GPU.
       save_every: updates between two writes of `resume_file`.
+
+    Raises:
+      TrainingError: the text is shorter than a text of a batch, or the loss is not finite.
+      CheckpointError: `resume_file` is of other settings.
     """
-    with _log_space(model):
-        optimizers = _optimizers(model, config)
-        first = _resume(resume_file, model, optimizers, config) if resume_file.exists() else 0
+    if len(tokens) <= config.sequence_length:
+        raise TrainingError(
+            f"the texts have {len(tokens)} tokens; expected more than sequence_length, "
+            f"{config.sequence_length}"
+        )
+    device = model.fast_weights.unembed.device
+    _prepare(model, config)
+    with log_space(model):
+        optimizers = build_optimizers(model, config)
+        first = load_progress(resume_file, model, optimizers, config) if resume_file.exists() else 0
         adaptive = _adaptive_parameters(model)
-        others = [p for p in model.parameters() if id(p) not in {id(q) for q in adaptive}]
+        others = [p for p in _trained(model) if id(p) not in {id(q) for q in adaptive}]
         for step in range(first, config.steps):
             began = time.perf_counter()
+            torch.manual_seed(_step_seed(config, step))
             _set_learning_rate(optimizers, config, step)
-            inputs, labels = _batch(tokens, config, step)
-            loss, slow_loss = _losses(model, inputs, labels, config.adapt)
+            inputs, labels = (part.to(device) for part in _batch(tokens, config, step))
+            loss, slow_loss = _losses(model, inputs, labels, config)
+            if not math.isfinite(loss.item()):
+                raise TrainingError(
+                    f"the loss of step {step} is {loss.item()}; lower learning_rate or "
+                    f"step_learning_rate and remove {resume_file}"
+                )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(others, config.clip)
             if config.adapt:
@@ -111,37 +159,65 @@ def train(
                     "slow_loss": slow_loss.item(),
                     "gradient_norm": norm.item(),
                     "seconds": time.perf_counter() - began,
+                    "peak_memory_mb": peak_memory(device) / 1e6,
                 }
             )
             if (step + 1) % save_every == 0 or step + 1 == config.steps:
-                _save(resume_file, model, optimizers, config, step + 1)
+                save_progress(resume_file, model, optimizers, config, step + 1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the highest memory so far in bytes: of the process, or of tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def initialize_steps(model: FWLModel) -> None:
     """Set the step sizes to where training starts."""
     with torch.no_grad():
         for name, step in model.fast_weights.steps.items():
-            step.fill_(INITIAL_STEPS[name])
+            step.fill_(INITIAL_STEPS[name] * model.fast_weights.config.loss_normalizer)
 
 
-def _losses(model: FWLModel, inputs: Tensor, labels: Tensor, adapt: bool) -> tuple[Tensor, Tensor]:
+def _prepare(model: FWLModel, config: TrainingConfig) -> None:
+    """Set what is trained, and how the forward pass is done; no number changes."""
+    model.train().requires_grad_(True)
+    model.backbone.train(config.train_backbone).requires_grad_(config.train_backbone)
+    model.fast_weights.first_order = config.first_order
+    model.fast_weights.gradient_checkpointing = config.gradient_checkpointing
+    model.backbone.gradient_checkpointing = config.gradient_checkpointing
+
+
+def _losses(
+    model: FWLModel, inputs: Tensor, labels: Tensor, config: TrainingConfig
+) -> tuple[Tensor, Tensor]:
     target = labels.flatten()
-    if not adapt:
-        loss = F.cross_entropy(model.plain(inputs).flatten(0, 1), target)
+    half = config.precision == "bfloat16"
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half):
+        fast, slow = model(inputs, labels) if config.adapt else (model.plain(inputs), None)
+    loss = F.cross_entropy(wide(fast).flatten(0, 1), target)
+    if slow is None:
         return loss, loss.detach()
-    fast, slow = model(inputs, labels)
     with torch.no_grad():
-        slow_loss = F.cross_entropy(slow.flatten(0, 1), target)
-    return F.cross_entropy(fast.flatten(0, 1), target), slow_loss
+        return loss, F.cross_entropy(wide(slow).flatten(0, 1), target)
 
 
 def _batch(tokens: Tensor, config: TrainingConfig, step: int) -> tuple[Tensor, Tensor]:
     """Return the inputs and labels of an update; they depend on seed and step alone."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(_step_seed(config, step))
     last = len(tokens) - config.sequence_length
     starts = torch.randint(0, last, (config.batch_size, 1), generator=generator)
     texts = tokens[starts + torch.arange(config.sequence_length + 1)]
     return texts[:, :-1], texts[:, 1:]
+
+
+def _step_seed(config: TrainingConfig, step: int) -> int:
+    return config.seed * 1_000_003 + step
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _adaptive_parameters(model: FWLModel) -> list[nn.Parameter]:
@@ -152,21 +228,39 @@ def _adaptive_parameters(model: FWLModel) -> list[nn.Parameter]:
     ]
 
 
-def _optimizers(model: FWLModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: FWLModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Return the optimisers of what requires a gradient, with their learning rates.
+
+    Args:
+      model: in `log_space`.
+      config: how to train.
+    """
     adaptive = _adaptive_parameters(model)
     layer = model.fast_weights
-    matrices = [layer.up_kernel, layer.down_kernel] + [
-        p for p in model.backbone.blocks.parameters() if p.ndim == 2
-    ]
+    matrices = [layer.up_kernel, layer.down_kernel, *_matrices(model.backbone)]
     taken = {id(p) for p in [*adaptive, *matrices]}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    rest = [p for p in _trained(model) if id(p) not in taken]
     groups = [
         {"params": rest, "lr": config.learning_rate},
         {"params": adaptive, "lr": config.step_learning_rate},
     ]
+    if config.optimizer == "adamw":
+        group = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        groups.append({"params": matrices, **group})
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    if config.optimizer == "adamw":
+        return [adamw]
+    return [adamw, Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)]
+
+
+def _matrices(backbone: nn.Module) -> list[nn.Parameter]:
+    """Return the matrices inside a backbone that are trained: all but embeddings."""
     return [
-        torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0),
-        Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay),
+        parameter
+        for module in backbone.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 2 and parameter.requires_grad
     ]
 
 
@@ -191,7 +285,7 @@ class _Exp(nn.Module):
 
 
 @contextmanager
-def _log_space(model: FWLModel) -> Iterator[None]:
+def log_space(model: FWLModel) -> Iterator[None]:
     """Train step sizes and horizon as logs; afterwards they are plain parameters again."""
     layer = model.fast_weights
     places: list[tuple[nn.Module, str]] = [(layer.steps, name) for name in layer.steps]
@@ -204,36 +298,3 @@ def _log_space(model: FWLModel) -> Iterator[None]:
     finally:
         for module, name in places:
             parametrize.remove_parametrizations(module, name)
-
-
-def _save(
-    path: Path,
-    model: FWLModel,
-    optimizers: list[torch.optim.Optimizer],
-    config: TrainingConfig,
-    step: int,
-) -> None:
-    state: dict[str, Any] = {
-        "step": step,
-        "config": dataclasses.asdict(config),
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
-    beside = path.with_suffix(".partial")
-    torch.save(state, beside)
-    os.replace(beside, path)
-
-
-def _resume(
-    path: Path,
-    model: FWLModel,
-    optimizers: list[torch.optim.Optimizer],
-    config: TrainingConfig,
-) -> int:
-    state = torch.load(path, weights_only=True)
-    if state["config"] != dataclasses.asdict(config):
-        raise ValueError(f"{path} is of a run with other settings; remove it to start again")
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return int(state["step"])

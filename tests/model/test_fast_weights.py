@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,66 +13,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwl_export.importers import import_block
 from fwl_export.model.config import FastWeightsConfig
 from fwl_export.model.fast_weights import (
     DENSE_BIASES,
     FAST_TENSORS,
     FastWeights,
+    _DecayedSums,
     squared_relu,
-    step_shapes,
 )
 from tests.model.models import VARIANTS, VOCABULARY, small_model
-from tests.tolerances import assert_close
+from tests.tolerances import TOLERANCES, assert_close
 
 DATA = Path(__file__).parents[1] / "data"
 
-JAX_NAMES = {
-    "up_kernel": "params/layers_0/Dense_0/kernel",
-    "up_bias": "params/layers_0/Dense_0/bias",
-    "down_kernel": "params/layers_2/Dense_0/kernel",
-    "down_bias": "params/layers_2/Dense_0/bias",
-    "norm_scale": "params/layers_3/LayerNorm_0/scale",
-    "norm_bias": "params/layers_3/LayerNorm_0/bias",
-    "unembed": "params/unembed/kernel",
-    "unembed_bias": "params/unembed/bias",
-    "steps.up": "params/step_size_0",
-    "steps.down": "params/step_size_2",  # 1 belongs to the activation, which has no weights
-    "steps.norm": "params/step_size_3",
-}
-TENSORFLOW_NAMES = {
-    **{name: name for name in JAX_NAMES if "." not in name},
-    "unembed": "unembed_kernel",
-    **{f"steps.{name}": f"step_{name}" for name, _ in step_shapes(FastWeightsConfig())},
-}
 
-
-def paper_layer(variant: str) -> tuple[FastWeights, dict[str, Tensor]]:
+def paper_layer(variant: Literal["jax", "tf"]) -> tuple[FastWeights, dict[str, Tensor]]:
     """Return the layer with the published parameters, and the arrays of the file."""
-    with np.load(DATA / f"fwl_reference_{variant}.npz") as file:
+    path = DATA / f"fwl_reference_{variant}.npz"
+    with np.load(path) as file:
         arrays = {name: torch.tensor(file[name]) for name in file.files if name != "variant"}
-    names = JAX_NAMES if variant == "jax" else TENSORFLOW_NAMES
-    inputs, hidden = arrays[names["up_kernel"]].shape
-    outputs, vocabulary = arrays[names["unembed"]].shape
-    config = FastWeightsConfig(
-        inputs,
-        hidden,
-        outputs,
-        update_dense_bias=variant == "tf",
-        step_sizes="per_layer" if variant == "jax" else "per_tensor",
-        norm_epsilon=float(arrays["norm_epsilon"]) if variant == "jax" else 0.0,
-        loss_normalizer=float(arrays["loss_normalizer"]),
-        decay="none",
-    )
-    layer = FastWeights(config, vocabulary).double().requires_grad_(False)
-    tensors = {name: arrays[source] for name, source in names.items()}
-    tensors["unembed"] = tensors["unembed"].T
-    layer.load_state_dict(tensors)
+    block = import_block(variant, path, float(arrays["loss_normalizer"]))
+    assert block.vocab_size is not None
+    layer = FastWeights(block.config, block.vocab_size).double().requires_grad_(False)
+    layer.load_state_dict(dict(block.tensors))
     return layer, arrays
 
 
 @pytest.mark.parametrize("variant", ["jax", "tf"])
 @pytest.mark.parametrize("chunk", [1, 7, 256])
-def test_equals_the_code_of_the_paper(variant: str, chunk: int) -> None:
+def test_equals_the_code_of_the_paper(variant: Literal["jax", "tf"], chunk: int) -> None:
     layer, arrays = paper_layer(variant)
     fast, slow = layer.parallel(arrays["hidden"], arrays["labels"], arrays["weights"], chunk)
     assert_close("model.paper_code", slow, arrays["slow_logits"])
@@ -201,3 +173,80 @@ def test_gradients_flow_through_the_gradient_step() -> None:
         assert parameter.grad.abs().sum() > 0, name
     numeric = (loss(at + delta) - loss(at - delta)) / (2 * delta)
     assert_close("model.central_difference", layer.steps["up_kernel"].grad, numeric.detach())
+
+
+def tiny_layer(variant: str) -> tuple[FastWeights, Tensor, Tensor, Tensor]:
+    """Return a layer of few parameters, float64, with hidden states, labels and weights."""
+    sizes = {"input_size": 3, "hidden_size": 4, "output_size": 3}
+    layer = FastWeights(dataclasses.replace(FastWeightsConfig(**sizes), **VARIANTS[variant]), 5)
+    layer = layer.double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.7)
+        for step in layer.steps.values():
+            step.copy_(0.1 + 0.2 * torch.rand_like(step))
+        if layer.config.decay == "learned":
+            layer.horizon.fill_(4.0)
+    hidden = torch.randn(1, 5, 3, dtype=torch.float64)
+    return layer, hidden, torch.randint(0, 5, (1, 5)), torch.rand(1, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("variant", "checkpointing"),
+    [("tensorflow", False), ("jax", False), ("learned decay", False), ("step per feature", True)],
+)
+def test_second_order_gradients_are_those_of_differences(variant: str, checkpointing: bool) -> None:
+    """Every parameter and the hidden states, through the gradient step, in chunks."""
+    layer, hidden, labels, weights = tiny_layer(variant)
+    layer.gradient_checkpointing = checkpointing
+    names = [name for name, _ in layer.named_parameters()]
+
+    def loss(hidden: Tensor, *parameters: Tensor) -> Tensor:
+        given = {f"layer.{n}": p for n, p in zip(names, parameters, strict=True)}
+        fast, _ = torch.func.functional_call(_Parallel(layer), given, (hidden, labels, weights))
+        return F.cross_entropy(fast.flatten(0, 1), labels.flatten())
+
+    inputs = (hidden.requires_grad_(), *layer.parameters())
+    tolerance = TOLERANCES["model.gradcheck"]
+    assert torch.autograd.gradcheck(loss, inputs, atol=tolerance.atol, rtol=tolerance.rtol)
+
+
+class _Parallel(torch.nn.Module):
+    def __init__(self, layer: FastWeights) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer.parallel(hidden, labels, weights, chunk=3)
+
+
+def test_first_order_gradients_take_the_steps_for_constants() -> None:
+    layer, hidden, labels, weights = tiny_layer("learned decay")
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    assert layer.parallel(hidden, labels, weights)[0].equal(
+        frozen.parallel(hidden, labels, weights)[0]
+    )
+
+    def gradients(logits: Tensor) -> dict[str, Tensor]:
+        layer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        return {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+
+    second = gradients(layer.parallel(hidden, labels, weights)[0])
+    layer.first_order = True
+    first = gradients(layer.parallel(hidden, labels, weights)[0])
+
+    # The same by hand: what the steps are made of comes from a layer that is not trained.
+    known, taught = (F.pad(x[:, :-1], (1, 0)) for x in (labels, weights))
+    slow = frozen.slow(hidden)
+    before = slow.pending(frozen.expected_embedding(frozen.logits(slow.output))).one_later(None)
+    sums = _DecayedSums({}, layer.log_decay(taught))
+    steps = frozen.gradients(before, known, taught)
+    by_hand = gradients(layer.logits(layer.fast(layer.slow(hidden), before, steps, sums)))
+    assert set(first) == set(by_hand) == set(second)
+    for name, gradient in by_hand.items():
+        assert_close("model.float64", first[name], gradient, name)
+    # Step sizes and horizon only scale the steps: for them the two orders agree.
+    scales = {name for name in first if name.startswith("steps.") or name == "horizon"}
+    for name in first:
+        assert torch.allclose(first[name], second[name]) == (name in scales), name

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fwl_export.model.config import BackboneConfig
 from fwl_export.model.numerics import wide
@@ -28,9 +29,14 @@ _MASKED_DEFAULT = -1e9
 
 
 class Decoder(nn.Module):
-    """Token embedding, `layers` blocks, and a norm: ids [B, T] -> hidden states [B, T, width]."""
+    """Token embedding, `layers` blocks, and a norm: ids [B, T] -> hidden states [B, T, width].
+
+    With the attribute `gradient_checkpointing`, training computes each block again in the
+    backward pass instead of keeping what it computed.
+    """
 
     rotary_cycles: Tensor
+    gradient_checkpointing = False
 
     def __init__(self, config: BackboneConfig, vocab_size: int) -> None:
         super().__init__()
@@ -60,8 +66,10 @@ class Decoder(nn.Module):
         rotary = self.rotary(positions, x.dtype)
         mask = self._block_mask(x)
         for block in self._blocks():
-            query, key, value = block.attention.project(block.norm_1(x), rotary)
-            x = block.rest(x, _windowed_attention(query, key, value, mask, window))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block.whole, x, rotary, mask, window, use_reentrant=False)
+            else:
+                x = block.whole(x, rotary, mask, window)
         return self.norm(x)[:, :length]
 
     def stream(
@@ -142,6 +150,11 @@ class Block(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
         nn.init.normal_(self.up.weight, std=width**-0.5)
         nn.init.zeros_(self.down.weight)
+
+    def whole(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, window: int) -> Tensor:
+        """Return the block's output [B, T, width] for whole texts; T is a multiple of window."""
+        query, key, value = self.attention.project(self.norm_1(x), rotary)
+        return self.rest(x, _windowed_attention(query, key, value, mask, window))
 
     def rest(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the attention's result [B, heads, T, head size] and then the MLP to x."""

@@ -1,0 +1,5 @@
+"""Import of Fast Weight Layers from the checkpoints of the paper's JAX and TensorFlow code."""
+
+from fwl_export.importers.paper import import_block, with_backbone
+
+__all__ = ["import_block", "with_backbone"]

@@ -1,0 +1,203 @@
+"""Arrays of checkpoints by their paths, read without the framework that wrote them.
+
+Paths are written with slashes, e.g. `params/layers_0/Dense_0/kernel`. Only what is asked for is
+read, because the rest of a checkpoint may be large; no format here can hold code.
+"""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fwl_export.errors import CheckpointError, MissingDependencyError
+from fwl_export.importers import tensor_bundle
+
+Array = npt.NDArray[Any]
+# Path to a function that reads that array.
+Arrays = Mapping[str, Callable[[], Array]]
+
+_EXTRA = "pip install 'fwl-export[import]'"
+
+# Types of msgpack's extensions in Flax (flax/serialization.py).
+_FLAX_ARRAY, _FLAX_COMPLEX, _FLAX_SCALAR = 1, 2, 3
+_FLAX_CHUNKED = "__msgpack_chunked_array__"
+
+
+def read_jax(source: Path) -> Arrays:
+    """Return the arrays of Flax parameters: a msgpack file, an orbax folder, or an .npz file.
+
+    Raises:
+      CheckpointError: it is none of these, or truncated.
+      MissingDependencyError: msgpack or tensorstore is not installed.
+    """
+    _check_exists(source)
+    if source.is_dir():
+        return _read_orbax(source)
+    return _read_npz(source) if _is_zip(source) else _read_msgpack(source)
+
+
+def read_tensorflow(source: Path) -> Arrays:
+    """Return the arrays of a TensorFlow 2 checkpoint or an .npz file.
+
+    Args:
+      source: the checkpoint's folder, or its files' path up to ".index", or an .npz file.
+
+    Raises:
+      CheckpointError: it is neither, or truncated.
+      MissingDependencyError: google-crc32c is not installed.
+    """
+    if source.is_file() and _is_zip(source):
+        return _read_npz(source)
+    suffix = "/.ATTRIBUTES/VARIABLE_VALUE"  # of variables, as against what optimisers keep
+    arrays = tensor_bundle.read_bundle(tensor_bundle.find_index(source))
+    return {name.removesuffix(suffix): read for name, read in arrays.items()}
+
+
+def _check_exists(source: Path) -> None:
+    if not source.exists():
+        raise CheckpointError(f"'{source}' does not exist; expected a checkpoint to import")
+
+
+def _is_zip(source: Path) -> bool:
+    with source.open("rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _read_npz(source: Path) -> Arrays:
+    def read(name: str) -> Array:
+        try:
+            with np.load(source, allow_pickle=False) as file:
+                return file[name]
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{source}: '{name}' cannot be read ({error})") from None
+
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            names = list(file.files)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{source} cannot be read as .npz ({error}); is it truncated? copy it again"
+        ) from None
+    return {name: functools.partial(read, name) for name in names}
+
+
+def _read_msgpack(source: Path) -> Arrays:
+    try:
+        import msgpack
+    except ImportError:
+        raise MissingDependencyError(
+            f"Flax's msgpack files need 'msgpack', which is not installed; {_EXTRA}"
+        ) from None
+    try:
+        tree = msgpack.unpackb(
+            source.read_bytes(), ext_hook=_flax_extension, raw=False, strict_map_key=False
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise CheckpointError(
+            f"{source} cannot be read as Flax's msgpack "
+            f"({error or type(error).__name__}); is it truncated, or another format? Expected a "
+            "msgpack file, an orbax folder, or an .npz file"
+        ) from None
+    arrays: dict[str, Array] = {}
+    _flatten(tree, "", arrays)
+    return {name: functools.partial(np.asarray, array) for name, array in arrays.items()}
+
+
+def _flax_extension(code: int, data: bytes) -> Any:
+    import msgpack
+
+    if code in (_FLAX_ARRAY, _FLAX_SCALAR):
+        shape, kind, raw = msgpack.unpackb(data, raw=True)
+        array = tensor_bundle.array_from_bytes(raw, kind.decode(), shape)
+        return array if code == _FLAX_ARRAY else array[()]
+    if code == _FLAX_COMPLEX:
+        return None  # no parameter of ours is complex
+    return msgpack.ExtType(code, data)
+
+
+def _flatten(tree: Any, path: str, arrays: dict[str, Array]) -> None:
+    """Collect the arrays of nested dictionaries by their paths."""
+    if isinstance(tree, dict) and _FLAX_CHUNKED in tree:
+        # Flax cuts arrays of more than 2^30 bytes, and writes lists as {"0": ..., "1": ...}.
+        chunks, shape = (
+            [part for _, part in sorted(tree[key].items(), key=lambda item: int(item[0]))]
+            for key in ("chunks", "shape")
+        )
+        arrays[path] = np.concatenate([np.ravel(chunk) for chunk in chunks]).reshape(shape)
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            _flatten(value, f"{path}/{key}" if path else str(key), arrays)
+    elif isinstance(tree, (np.ndarray, np.generic, float)):
+        arrays[path] = np.asarray(tree)
+
+
+def _read_orbax(source: Path) -> Arrays:
+    """Return the arrays of an orbax folder: zarr arrays in files, or in an OCDBT store."""
+    try:
+        import tensorstore
+    except ImportError:
+        raise MissingDependencyError(
+            f"orbax folders need 'tensorstore', which is not installed; {_EXTRA}"
+        ) from None
+    folder = _orbax_item(source)
+    store: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
+    if (folder / "manifest.ocdbt").exists():
+        store = {"driver": "ocdbt", "base": store}
+
+    def read(place: str, driver: str) -> Array:
+        part = {**store, "path": f"{store.get('path', '')}{place}/"}
+        # A missing file would read as zeros; orbax writes arrays of zeros like all others.
+        spec = {"driver": driver, "kvstore": part, "fill_missing_data_reads": False}
+        try:
+            array = tensorstore.open(spec, read=True).result()
+            return _plain(np.asarray(array.read().result()))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                f"{source}: '{place}' cannot be read ({_first_line(error)}); is the folder "
+                "complete? copy it again"
+            ) from None
+
+    try:
+        keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{source} cannot be read as an orbax folder ({_first_line(error)}); is it complete? "
+            "copy it again"
+        ) from None
+    arrays = {}
+    for key in keys:
+        place, _, name = key.rpartition("/")
+        driver = {".zarray": "zarr", "zarr.json": "zarr3"}.get(name)
+        if driver and place:
+            arrays[place.replace(".", "/")] = functools.partial(read, place, driver)
+    if not arrays:
+        raise CheckpointError(
+            f"'{source}' holds no arrays; expected an orbax folder of Flax parameters, a msgpack "
+            "file, or an .npz file"
+        )
+    return arrays
+
+
+def _orbax_item(source: Path) -> Path:
+    """Return the folder of the parameters: a CheckpointManager puts them in STEP/default."""
+    if (source / "_METADATA").exists() or (source / "manifest.ocdbt").exists():
+        return source
+    steps = [path for path in source.iterdir() if path.is_dir() and path.name.isdigit()]
+    if steps:
+        source = max(steps, key=lambda path: int(path.name))
+    return next((source / n for n in ("default", "params") if (source / n).is_dir()), source)
+
+
+def _plain(array: Array) -> Array:
+    """Return bfloat16 and other types that numpy does not have itself as float32."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]

@@ -1,0 +1,249 @@
+"""The block of the paper's JAX and TensorFlow code (fwl/jax/fwl.py, fwl/tf/fwl.py) as ours.
+
+Clark et al., EMNLP 2022. The two differ: TensorFlow's has a fast part of the dense biases, a step
+size per tensor and no epsilon in the norm; JAX's has one step size per layer, leaves the dense
+biases alone and uses Flax's epsilon.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fwl_export.errors import CheckpointError
+from fwl_export.importers.arrays import Arrays, read_jax, read_tensorflow
+from fwl_export.model.checkpoint import Checkpoint
+from fwl_export.model.config import FastWeightsConfig
+from fwl_export.model.fwl_checkpoint import UNEMBEDDING, FastWeightsCheckpoint
+from fwl_export.model.language_model import FWLModel
+
+# Our parameters and the sizes of the source's arrays: d input, h hidden, s output, V vocabulary.
+_SIZES = {
+    "up_kernel": "dh",
+    "up_bias": "h",
+    "down_kernel": "hs",
+    "down_bias": "s",
+    "norm_scale": "s",
+    "norm_bias": "s",
+    "unembed": "sV",  # ours is the transpose
+    "unembed_bias": "V",
+}
+
+_JAX_NAMES = {
+    "up_kernel": "layers_0/Dense_0/kernel",
+    "up_bias": "layers_0/Dense_0/bias",
+    "down_kernel": "layers_2/Dense_0/kernel",
+    "down_bias": "layers_2/Dense_0/bias",
+    "norm_scale": "layers_3/LayerNorm_0/scale",
+    "norm_bias": "layers_3/LayerNorm_0/bias",
+    "unembed": "unembed/kernel",
+    "unembed_bias": "unembed/bias",
+    # 1 belongs to the activation, which has no weights.
+    "steps.up": "step_size_0",
+    "steps.down": "step_size_2",
+    "steps.norm": "step_size_3",
+}
+# The attributes of the Keras layers, as tf.train.Checkpoint names them.
+_TENSORFLOW_NAMES = {
+    "up_kernel": "layers/0/kernel",
+    "up_bias": "layers/0/bias",
+    "down_kernel": "layers/2/kernel",
+    "down_bias": "layers/2/bias",
+    "norm_scale": "layers/3/alpha",
+    "norm_bias": "layers/3/beta",
+    "unembed": "layers/4/unembed/kernel",
+    "unembed_bias": "layers/4/unembed/bias",
+    "steps.up_kernel": "layers/0/kernel_step_size",
+    "steps.up_bias": "layers/0/bias_step_size",
+    "steps.down_kernel": "layers/2/kernel_step_size",
+    "steps.down_bias": "layers/2/bias_step_size",
+    "steps.norm_scale": "layers/3/alpha_step_size",
+    "steps.norm_bias": "layers/3/beta_step_size",
+}
+# Names for an .npz file, which its owner writes: what the arrays are.
+_TENSORFLOW_FLAT_NAMES = {
+    **{name: name.replace("steps.", "step_") for name in _TENSORFLOW_NAMES},
+    "unembed": "unembed_kernel",
+}
+
+
+class _Framework(NamedTuple):
+    """What a framework's block looks like: how to read it, and its settings in our config."""
+
+    title: str
+    read: Callable[[Path], Arrays]
+    names: tuple[Mapping[str, str], ...]
+    norm_epsilon: float
+    settings: Mapping[str, Any]
+
+
+_FRAMEWORKS = {
+    "jax": _Framework(
+        "JAX",
+        read_jax,
+        (_JAX_NAMES,),
+        1e-6,  # the default of flax.linen.LayerNorm
+        {"update_dense_bias": False, "step_sizes": "per_layer"},
+    ),
+    "tf": _Framework(
+        "TensorFlow",
+        read_tensorflow,
+        (_TENSORFLOW_NAMES, _TENSORFLOW_FLAT_NAMES),
+        0.0,
+        {"update_dense_bias": True, "step_sizes": "per_tensor"},
+    ),
+}
+
+
+def import_block(
+    framework: Literal["jax", "tf"],
+    source: Path,
+    loss_normalizer: float | None,
+    norm_epsilon: float | None = None,
+    prefix: str | None = None,
+) -> FastWeightsCheckpoint:
+    """Read the Fast Weight Layer of a checkpoint of the paper's code.
+
+    Args:
+      framework: which of the two.
+      source: see `read_jax` and `read_tensorflow`.
+      loss_normalizer: N; the training code divides the loss by the sum of its batch's weights,
+        which no checkpoint holds.
+      norm_epsilon: inside the norm's square root; None = that of the framework's code.
+      prefix: path of the block, where a checkpoint has several; None = find it.
+
+    Returns:
+      The layer in the source's precision, float32 or float64; without the unembedding where the
+      source has none.
+
+    Raises:
+      CheckpointError: it cannot be read, has no such block, or one of other shapes, with NaN.
+      ConfigError: a number is out of range.
+    """
+    if loss_normalizer is None:
+        raise CheckpointError(
+            "--loss-normalizer is missing: the training code divides the loss by the sum of its "
+            "batch's token weights and a stream has no batch, so give that sum as a constant, "
+            "texts per batch (of one device) times tokens with weight 1 per text, e.g. 8 x 511 = "
+            "4088 for 8 texts of 512 tokens whose last has weight 0"
+        )
+    kind = _FRAMEWORKS[framework]
+    arrays = kind.read(source)
+    names, place = _find_block(source, arrays, kind, prefix)
+    absent = [n for n in UNEMBEDDING if place + names[n] not in arrays]
+    wanted = {n: path for n, path in names.items() if len(absent) < 2 or n not in absent}
+    tensors, sizes = _read_block(source, arrays, wanted, place)
+    config = FastWeightsConfig(
+        sizes["d"],
+        sizes["h"],
+        sizes["s"],
+        norm_epsilon=kind.norm_epsilon if norm_epsilon is None else norm_epsilon,
+        loss_normalizer=float(loss_normalizer),
+        decay="none",
+        **kind.settings,
+    )
+    return FastWeightsCheckpoint(config, tensors)
+
+
+def with_backbone(block: FastWeightsCheckpoint, backbone: Checkpoint) -> FWLModel:
+    """Return a model of the imported block on the backbone of a checkpoint.
+
+    Raises:
+      CheckpointError: the block has no unembedding, or one of another vocabulary.
+      ConfigError: the backbone's width is not the block's input size.
+    """
+    if block.vocab_size != backbone.config.vocab_size:
+        found = "no unembedding" if block.vocab_size is None else f"{block.vocab_size} entries"
+        raise CheckpointError(
+            f"the block has {found}, but the backbone's vocabulary has "
+            f"{backbone.config.vocab_size}; is the backbone of another model?"
+        )
+    config = dataclasses.replace(backbone.config, fast_weights=block.config)
+    model = FWLModel(config)
+    model.backbone.load_state_dict(backbone.model.backbone.state_dict())
+    model.fast_weights.load_state_dict(dict(block.tensors))
+    return model.eval().requires_grad_(False)
+
+
+def _find_block(
+    source: Path, arrays: Arrays, kind: _Framework, prefix: str | None
+) -> tuple[Mapping[str, str], str]:
+    """Return the names that the source uses and the path before them."""
+    found = [
+        (names, path.removesuffix(names["up_kernel"]))
+        for names in kind.names
+        for path in arrays
+        if f"/{path}".endswith("/" + names["up_kernel"])
+    ]
+    if prefix is not None:
+        found = [(n, place) for n, place in found if place.rstrip("/") == prefix.rstrip("/")]
+    else:  # an optimiser keeps averages under the same names
+        found = [(n, p) for n, p in found if "opt_state" not in p.split("/")]
+    if not found:
+        expected = " or ".join(f"'{names['up_kernel']}'" for names in kind.names)
+        where = "" if prefix is None else f" under '{prefix}'"
+        shown = ", ".join(sorted(arrays)[:3]) or "nothing"
+        raise CheckpointError(
+            f"{source} has no block of the paper's {kind.title} code{where}: no path ends with "
+            f"{expected}; it holds {len(arrays)} arrays, e.g. {shown}"
+        )
+    if len(found) > 1:
+        places = " and ".join(sorted(f"'{place.rstrip('/')}'" for _, place in found))
+        raise CheckpointError(f"{source} has several blocks, at {places}; choose with --prefix")
+    return found[0]
+
+
+def _read_block(
+    source: Path, arrays: Arrays, names: Mapping[str, str], place: str
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return our tensors and the sizes d, h, s and, with an unembedding, V."""
+    sizes: dict[str, int] = {}
+    tensors = {}
+    for name, path in names.items():
+        full = place + path
+        if full not in arrays:
+            raise CheckpointError(
+                f"{source} has no '{full}', which a block beside "
+                f"'{place}{names['up_kernel']}' needs; is it of other code?"
+            )
+        array = arrays[full]()
+        _check_array(f"{source}: '{full}'", array, _SIZES.get(name, ""), sizes)
+        kind = np.float64 if array.dtype == np.float64 else np.float32
+        tensor = torch.from_numpy(np.array(array, dtype=kind))
+        tensors[name] = tensor.T.contiguous() if name == "unembed" else tensor
+    return tensors, sizes
+
+
+def _check_array(where: str, array: npt.NDArray[Any], letters: str, sizes: dict[str, int]) -> None:
+    """Check a shape against the sizes seen before, which grow; refuse values that are no numbers.
+
+    Args:
+      where: begins the message.
+      array: of any shape.
+      letters: one letter per dimension, see `_SIZES`.
+      sizes: of the letters seen so far.
+    """
+    if array.dtype.kind not in "fiu":
+        raise CheckpointError(f"{where} is of type {array.dtype}; expected numbers")
+    fits = array.ndim == len(letters) and all(
+        size == sizes.setdefault(letter, size)
+        for letter, size in zip(letters, array.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(str(sizes.get(letter, "any")) for letter in letters)
+        raise CheckpointError(
+            f"{where} has shape {list(array.shape)}, but the block's other arrays ask for "
+            f"[{expected}]"
+        )
+    if not math.prod(array.shape):
+        raise CheckpointError(f"{where} is empty; expected a parameter")
+    if not np.isfinite(array).all():
+        raise CheckpointError(f"{where} holds NaN or infinite values; train it again")

@@ -1,0 +1,222 @@
+"""A training as a TOML file says it: texts and a tokenizer in, a checkpoint out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fwl_export.errors import ConfigError
+from fwl_export.model.checkpoint import check_output, load_checkpoint, save_checkpoint
+from fwl_export.model.config import (
+    BackboneConfig,
+    FastWeightsConfig,
+    ModelConfig,
+    config_from_dict,
+)
+from fwl_export.model.language_model import FWLModel
+from fwl_export.model.training import TrainingConfig, initialize_steps, train
+from fwl_export.model.training_files import TrainingLog
+from fwl_export.text import load_tokenizer, read_ids
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RESUME_FILE, LOG_FILE, CHECKPOINT_FOLDER = "resume.safetensors", "log.csv", "checkpoint"
+
+_TABLES = ("model", "training")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The keys of a training's TOML file; paths are relative to the file.
+
+    Attributes:
+      output: folder of the run: resume file, log, and in the end the checkpoint.
+      texts: UTF-8 files, or patterns such as "plays/*.txt"; read in order of names.
+      tokenizer: tokenizer.json; not with `checkpoint`, which has its own.
+      checkpoint: whose weights training starts from; without it they are random.
+      save_every: updates between two writes of the resume file.
+      device: "cpu", or "cuda".
+      tensorboard: write TensorBoard's files too.
+      backbone: of a new model, table [model.backbone]; keys that are missing have defaults.
+      fast_weights: of a new model, table [model.fast_weights]; sizes fit the backbone.
+      training: table [training].
+    """
+
+    output: Path
+    texts: tuple[str, ...]
+    tokenizer: Path | None = None
+    checkpoint: Path | None = None
+    save_every: int = 50
+    device: str = "cpu"
+    tensorboard: bool = False
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    fast_weights: FastWeightsConfig = field(default_factory=FastWeightsConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1:
+            raise ConfigError(f"save_every is {self.save_every}; expected 1 or more")
+
+
+_TYPES: dict[str, tuple[type, str]] = {
+    "output": (str, "a path"),
+    "texts": (list, "a list of files or patterns"),
+    "tokenizer": (str, "a path"),
+    "checkpoint": (str, "a path"),
+    "save_every": (int, "a whole number"),
+    "device": (str, '"cpu" or "cuda"'),
+    "tensorboard": (bool, "true or false"),
+}
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """Read the TOML file of a training.
+
+    Raises:
+      ConfigError: it is not TOML, a key is unknown, missing or of another type, or a value is
+        out of range.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{path} is not TOML ({error})") from None
+    known = {*_TYPES, *_TABLES}
+    if unknown := sorted(set(data) - known):
+        raise ConfigError(
+            f"{path}: unknown key '{unknown[0]}'; known keys: {', '.join(sorted(known))}"
+        )
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in _TYPES:
+            continue
+        kind, expected = _TYPES[key]
+        if type(value) is not kind:
+            raise ConfigError(f"{path}: '{key}' is {value!r}; expected {expected}")
+        # "demo" is a checkpoint's name, which the caller knows.
+        place = key in ("output", "tokenizer", "checkpoint") and value != "demo"
+        values[key] = path.parent / str(value) if place else value
+    for key in ("output", "texts"):
+        if not values.get(key):
+            raise ConfigError(f"{path}: key '{key}' is missing or empty")
+    values["texts"] = tuple(str(path.parent / str(text)) for text in values["texts"])
+    _check_start(path, data)
+    training = config_from_dict(
+        TrainingConfig, data.get("training", {}), str(path), "training.", partial=True
+    )
+    return RunConfig(**values, **_model_tables(path, data), training=training)
+
+
+def _check_start(path: Path, data: dict[str, Any]) -> None:
+    if "checkpoint" in data and ("tokenizer" in data or "model" in data):
+        raise ConfigError(
+            f"{path}: a 'checkpoint' brings its own tokenizer and model; remove 'tokenizer' and "
+            "[model], or 'checkpoint'"
+        )
+    if "checkpoint" not in data and "tokenizer" not in data:
+        raise ConfigError(
+            f"{path}: key 'tokenizer' is missing; or give a 'checkpoint' to start from"
+        )
+
+
+def _model_tables(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Return backbone and fast_weights; sizes of the latter that are missing fit the former."""
+    tables = data.get("model", {})
+    if not isinstance(tables, dict) or (
+        unknown := sorted(set(tables) - {"backbone", "fast_weights"})
+    ):
+        name = unknown[0] if isinstance(tables, dict) else tables
+        raise ConfigError(f"{path}: 'model' has {name!r}; expected tables backbone, fast_weights")
+    backbone = config_from_dict(
+        BackboneConfig, tables.get("backbone", {}), str(path), "model.backbone.", partial=True
+    )
+    layer = tables.get("fast_weights", {})
+    if isinstance(layer, dict):
+        width = backbone.width
+        sizes = {"input_size": width, "hidden_size": 4 * width, "output_size": width}
+        layer = {**sizes, **layer}
+    fast_weights = config_from_dict(
+        FastWeightsConfig, layer, str(path), "model.fast_weights.", partial=True
+    )
+    return {"backbone": backbone, "fast_weights": fast_weights}
+
+
+def run_training(
+    config: RunConfig,
+    report: Callable[[dict[str, float]], None] = lambda row: None,
+    say: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Train as the config says, going on where an earlier run was interrupted.
+
+    Args:
+      config: see `read_run_config`.
+      report: called after every update, see `train`.
+      say: called with what is being done.
+
+    Returns:
+      The folder of the checkpoint.
+
+    Raises:
+      ConfigError, CheckpointError, TokenError, TrainingError: something cannot be used.
+    """
+    folder = config.output / CHECKPOINT_FOLDER
+    check_output(folder, force=True)
+    model, tokenizer = _start(config)
+    tokens = _tokens(config, tokenizer)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    say(f"{count:,} parameters, {len(tokens):,} tokens, {config.training.steps} updates")
+    config.output.mkdir(parents=True, exist_ok=True)
+    log = TrainingLog(
+        config.output / LOG_FILE, config.output / "tensorboard" if config.tensorboard else None
+    )
+
+    def add(row: dict[str, float]) -> None:
+        log.add(row)
+        report(row)
+
+    resume = config.output / RESUME_FILE
+    try:
+        train(model, tokens, config.training, resume, add, config.save_every)
+    finally:
+        log.close()
+    save_checkpoint(folder, model.cpu(), tokenizer)
+    return folder
+
+
+def _start(config: RunConfig) -> tuple[FWLModel, Tokenizer]:
+    """Return the model that training starts from, and its tokenizer."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no CUDA device; expected 'cpu' here")
+    if config.device not in ("cpu", "cuda"):
+        raise ConfigError(f"device is '{config.device}'; expected 'cpu' or 'cuda'")
+    if config.checkpoint is not None:
+        loaded = load_checkpoint(Path(config.checkpoint))
+        return loaded.model.to(config.device), loaded.tokenizer
+    assert config.tokenizer is not None
+    tokenizer = load_tokenizer(config.tokenizer)
+    sizes = ModelConfig(tokenizer.get_vocab_size(), config.backbone, config.fast_weights)
+    torch.manual_seed(config.training.seed)
+    model = FWLModel(sizes)
+    initialize_steps(model)
+    return model.to(config.device), tokenizer
+
+
+def _tokens(config: RunConfig, tokenizer: Tokenizer) -> Tensor:
+    """Return the ids [N] of all texts, one after the other."""
+    parts = []
+    for pattern in config.texts:
+        path = Path(pattern)
+        files = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+        if not files:
+            raise ConfigError(f"texts: no file fits '{pattern}'")
+        parts += [torch.from_numpy(read_ids(file, tokenizer)) for file in files]
+    return torch.cat(parts)

@@ -6,8 +6,10 @@ Nothing in it can run code: JSON and safetensors only, never pickle.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -63,7 +65,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             )
     config = load_config(folder / CONFIG_FILE)
     model = FWLModel(config)
-    _load_weights(model, folder / WEIGHTS_FILE)
+    model.load_state_dict(read_tensors(folder / WEIGHTS_FILE, model.state_dict()))
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE, config.vocab_size)
     return Checkpoint(model.eval().requires_grad_(False), tokenizer)
 
@@ -75,11 +77,19 @@ def load_config(path: Path) -> ModelConfig:
       CheckpointError: it is not JSON.
       ConfigError: it is not a model's config.
     """
+    return ModelConfig.from_dict(read_json(path), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Return the data of a JSON file.
+
+    Raises:
+      CheckpointError: it is not JSON.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); was it cut off?") from None
-    return ModelConfig.from_dict(data, str(path))
 
 
 def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None:
@@ -92,18 +102,36 @@ def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None
         tokenizer.save(str(beside / TOKENIZER_FILE))
 
 
-def _load_weights(model: FWLModel, path: Path) -> None:
+def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, as float32.
+
+    Args:
+      path: of the file.
+      expected: a tensor of the right shape for every name that the file must have.
+
+    Raises:
+      CheckpointError: the file cannot be read, or a tensor is missing, unknown, of another
+        shape, or not finite.
+    """
+    tensors = load_tensors(path)
+    _check_names(path, set(tensors), set(expected))
+    for name, tensor in expected.items():
+        _check_tensor(path, name, tensors[name], tensor)
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error}); is it truncated? copy it again"
         ) from None
-    expected = model.state_dict()
-    _check_names(path, set(tensors), set(expected))
-    for name, tensor in expected.items():
-        _check_tensor(path, name, tensors[name], tensor)
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
 def _check_names(path: Path, found: set[str], expected: set[str]) -> None:

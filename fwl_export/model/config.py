@@ -195,7 +195,27 @@ class ModelConfig:
         return _build(cls, values, source, "")
 
 
-def _build(cls: type[_Dataclass], data: Any, source: str, prefix: str) -> _Dataclass:
+def config_from_dict(
+    cls: type[_Dataclass], data: Any, source: str, prefix: str, partial: bool = False
+) -> _Dataclass:
+    """Build a part of a config, e.g. `FastWeightsConfig`, from parsed JSON or TOML.
+
+    Args:
+      cls: the part's dataclass.
+      data: an object with the part's keys.
+      source: named in error messages, e.g. the file's name.
+      prefix: of the part's keys in error messages, e.g. "fast_weights.".
+      partial: keys that are missing take their defaults.
+
+    Raises:
+      ConfigError: see `ModelConfig.from_dict`.
+    """
+    return _build(cls, data, source, prefix, partial)
+
+
+def _build(
+    cls: type[_Dataclass], data: Any, source: str, prefix: str, partial: bool = False
+) -> _Dataclass:
     """Build a config dataclass from JSON data, checking every key and type."""
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: '{prefix.rstrip('.')}' must be an object, got {data!r}")
@@ -207,14 +227,16 @@ def _build(cls: type[_Dataclass], data: Any, source: str, prefix: str) -> _Datac
             )
     values: dict[str, Any] = {}
     for key, hint in hints.items():
-        if key not in data and key in _ADDED_LATER:
+        if key not in data and (partial or key in _ADDED_LATER):
             continue
         if key not in data:
             raise ConfigError(f"{source}: key '{prefix}{key}' is missing")
         if hint == AnyBackboneConfig:
             hint = _backbone_class(data[key], source)
         if dataclasses.is_dataclass(hint):
-            values[key] = _build(typing.cast(type, hint), data[key], source, f"{prefix}{key}.")
+            values[key] = _build(
+                typing.cast(type, hint), data[key], source, f"{prefix}{key}.", partial
+            )
         else:
             values[key] = _checked(data[key], hint, f"{source}: '{prefix}{key}'")
     return cls(**values)

@@ -11,8 +11,13 @@ from tokenizers import Tokenizer
 from fwl_export.errors import CheckpointError, TokenError
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: Path, vocab_size: int, padded: bool = False) -> Tokenizer:
     """Read a tokenizer.json.
+
+    Args:
+      path: the file.
+      vocab_size: of the model.
+      padded: the model may have more entries than the tokenizer, as published models do.
 
     Raises:
       CheckpointError: it cannot be read, or has another number of entries than the model.
@@ -22,7 +27,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a tokenizer file ({error})") from None
     found = tokenizer.get_vocab_size()
-    if found != vocab_size:
+    if found > vocab_size or (found < vocab_size and not padded):
         raise CheckpointError(
             f"{path} has {found} entries, but the model's vocab_size is {vocab_size}; "
             "is the tokenizer of another model?"

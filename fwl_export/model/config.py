@@ -167,6 +167,11 @@ class ModelConfig:
                 f"width is {self.backbone.width}; they must be equal"
             )
 
+    @property
+    def padded_vocabulary(self) -> bool:
+        """Whether the tokenizer may have fewer entries than the model."""
+        return isinstance(self.backbone, HuggingFaceConfig)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-ready data, with its schema version."""
         return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
@@ -231,11 +236,10 @@ def _build(
             continue
         if key not in data:
             raise ConfigError(f"{source}: key '{prefix}{key}' is missing")
-        if hint == AnyBackboneConfig:
-            hint = _backbone_class(data[key], source)
-        if dataclasses.is_dataclass(hint):
+        part = _backbone_class(data[key], source) if hint == AnyBackboneConfig else hint
+        if dataclasses.is_dataclass(part):
             values[key] = _build(
-                typing.cast(type, hint), data[key], source, f"{prefix}{key}.", partial
+                typing.cast(type, part), data[key], source, f"{prefix}{key}.", partial
             )
         else:
             values[key] = _checked(data[key], hint, f"{source}: '{prefix}{key}'")

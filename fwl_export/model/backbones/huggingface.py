@@ -54,9 +54,16 @@ class HuggingFaceBackbone(nn.Module):
         self._cache_shapes = _cache_shapes(self.body)
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         """The token embedding, whose weights a tied head shares."""
-        return self.body.get_input_embeddings()
+        embedding: nn.Embedding = self.body.get_input_embeddings()
+        return embedding
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        lists = (m for m in self.body.modules() if isinstance(m, nn.ModuleList))
+        return next(m for m in lists if len(m) == len(self.layer_types))
 
     def forward(self, input_ids: Tensor, first: int = 0) -> Tensor:
         """Read whole texts from their beginning; see `Decoder.forward`.
@@ -119,7 +126,7 @@ class HuggingFaceBackbone(nn.Module):
         `capacity - window + 1` tokens.
         """
         max_tokens = capacity - self.config.window + 1
-        specs = []
+        specs: list[tuple[str, tuple[int, ...]]] = []
         for layer, (kind, shapes) in enumerate(
             zip(self.layer_types, self._cache_shapes, strict=True)
         ):
@@ -141,7 +148,7 @@ class HuggingFaceBackbone(nn.Module):
         masks: dict[str, Tensor],
         layers: list[Any] | None,
     ) -> Tensor:
-        # An architecture with one type of layer takes its mask, one with several takes them by type.
+        # An architecture with one type of layer takes a mask, one with several takes them by type.
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         with _Double() if self._dtype == torch.float64 else contextlib.nullcontext():
             output = self.body(
@@ -195,9 +202,10 @@ def replace_rotary(body: nn.Module) -> None:
       ConfigError: the frequencies depend on the length of the text, which a stream does not have.
     """
     for name, module in list(body.named_modules()):
-        if any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False)):
-            if exact := _exact_rotary(module):
-                body.set_submodule(name, exact)
+        buffers = [key for key, _ in module.named_buffers(recurse=False)]
+        is_rotary = any(key.endswith("inv_freq") for key in buffers)
+        if is_rotary and (exact := _exact_rotary(module)):
+            body.set_submodule(name, exact)
 
 
 def _exact_rotary(module: nn.Module) -> ExactRotary | None:
@@ -306,15 +314,17 @@ def _ring_layer() -> Any:
     """Return the class of a layer of our cache; transformers is an optional package."""
     from transformers.cache_utils import CacheLayerMixin
 
-    class RingLayer(CacheLayerMixin):
+    class RingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Keys and values of one layer [B, heads, capacity, size] for one call."""
 
         is_compileable = True
         is_sliding = False
 
         def __init__(self, ring: Ring, keys: Tensor, values: Tensor) -> None:
-            super().__init__()
-            self._ring, self.keys, self.values = ring, keys, values
+            super().__init__()  # type: ignore[no-untyped-call]
+            self._ring = ring
+            self.keys: Tensor = keys
+            self.values: Tensor = values
             self.is_initialized = True
 
         def lazy_initialization(self, *_: Any, **__: Any) -> None:
@@ -384,7 +394,7 @@ def _cache_shapes(body: Any) -> list[list[tuple[int, int]]]:
             use_cache=True,
             **{cache_argument(body): cache},
         )
-    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    layers: list[Any] = [x for x in cache.layers if getattr(x, "keys", None) is not None]
     if len(layers) != body.config.num_hidden_layers:
         raise ConfigError(
             f"architecture '{body.config.model_type}': {len(layers)} of its "

@@ -25,7 +25,7 @@ from fwl_export.model.backbones.huggingface import (
     import_transformers,
     layer_types,
 )
-from fwl_export.model.config import HuggingFaceConfig
+from fwl_export.model.config import FastWeightsConfig, HuggingFaceConfig
 
 # A cache for a model's whole context may not fit into memory; `context` asks for more.
 DEFAULT_CONTEXT = 2048
@@ -54,6 +54,42 @@ class Imported:
     unembed: Tensor
     unembed_bias: Tensor
     logit_softcap: float
+
+    def layer_config(
+        self, layer: FastWeightsConfig | None, vocab_size: int | None
+    ) -> FastWeightsConfig:
+        """Return the config of a layer between this backbone and its head.
+
+        Args:
+          layer: None: one of the usual sizes. The head's soft cap becomes the layer's.
+          vocab_size: with which the layer was trained, where that is known.
+
+        Raises:
+          ConfigError: they do not fit.
+        """
+        width, size = self.backbone.config.width, self.unembed.shape[1]
+        if layer is None:
+            layer = FastWeightsConfig(width, 4 * width, size)
+        if vocab_size not in (None, self.vocab_size):
+            raise ConfigError(
+                f"the fast weights have a vocabulary of {vocab_size}, but the backbone has "
+                f"{self.vocab_size}; give the backbone they were trained on"
+            )
+        for name, found, expected in (
+            ("input_size", layer.input_size, width),
+            ("output_size", layer.output_size, size),
+            ("logit_softcap", layer.logit_softcap or self.logit_softcap, self.logit_softcap),
+        ):
+            if found != expected:
+                raise ConfigError(
+                    f"fast_weights.{name} is {found}, but the backbone's is {expected}; give the "
+                    "backbone they were trained on"
+                )
+        return replace(layer, logit_softcap=self.logit_softcap)
+
+    def untie(self) -> None:
+        """Let the layer have an unembedding of its own."""
+        self.backbone.config = replace(self.backbone.config, tied=False)
 
 
 def import_backbone(
@@ -178,9 +214,9 @@ def _streamed(backbone: HuggingFaceBackbone, ids: Tensor) -> Tensor:
     parts: list[list[Tensor]] = [[], []]
     for call in _PROBE_CALLS:
         lengths = torch.minimum(torch.tensor(call), ids.shape[1] - done)
-        size = max(int(lengths.max()), 2)
-        taken = [F.pad(ids[r, done[r] : done[r] + lengths[r]], (0, size - lengths[r])) for r in (0, 1)]
-        hidden, caches = backbone.stream(torch.stack(taken), done, lengths, caches)
+        columns = done[:, None] + torch.arange(max(call))
+        taken = ids.gather(1, columns.clamp(max=ids.shape[1] - 1))
+        hidden, caches = backbone.stream(taken, done, lengths, caches)
         for row in (0, 1):
             parts[row].append(hidden[row, : lengths[row]])
         done = done + lengths

@@ -38,6 +38,7 @@ OPTIONAL = (
     "tensorrt",
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",
+    "transformers",
     "triton",
 )
 

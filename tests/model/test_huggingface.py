@@ -122,7 +122,7 @@ def test_where_a_model_ends() -> None:
     sliding = tiny_pretrained("Llama", context=9, slide=True).backbone
     assert (sliding.config.window, sliding.config.max_positions) == (9, 0)
     ids = torch.randint(0, VOCABULARY, (1, 300))  # far beyond window and trained positions
-    double = in_precision(FWLModel.from_pretrained(tiny_causal("Mistral")), "fp64").backbone
+    double = in_precision(tiny_pretrained("Mistral"), "fp64").backbone
     for backbone in (sliding.double(), double):
         assert_close("model.float64", streamed(backbone, ids), backbone(ids))
 

@@ -5,7 +5,7 @@
 # Any of these can be given on the command line, e.g. make test WORKERS=8.
 PYTHON  ?= python3
 VENV    ?= .venv
-EXTRAS  ?= export,cpu,rtx,dev
+EXTRAS  ?= export,cpu,rtx,hf,dev
 # More options for pip, e.g. the index of a torch build without CUDA.
 PIP_ARGS ?=
 WORKERS ?= 2

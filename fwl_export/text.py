@@ -11,12 +11,15 @@ from tokenizers import Tokenizer
 from fwl_export.errors import CheckpointError, TokenError
 
 
-def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: Path, vocab_size: int | None = None, padded: bool = False
+) -> Tokenizer:
     """Read a tokenizer.json.
 
     Args:
       path: of the file.
-      vocab_size: entries that it must have; None = any number.
+      vocab_size: of the model: entries that it must have; None = any number.
+      padded: the model may have more entries than the tokenizer, as published models do.
 
     Raises:
       CheckpointError: it cannot be read, or has another number of entries than the model.
@@ -26,7 +29,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a tokenizer file ({error})") from None
     found = tokenizer.get_vocab_size()
-    if vocab_size is not None and found != vocab_size:
+    if vocab_size is not None and (found > vocab_size or (found < vocab_size and not padded)):
         raise CheckpointError(
             f"{path} has {found} entries, but the model's vocab_size is {vocab_size}; "
             "is the tokenizer of another model?"

@@ -42,6 +42,7 @@ OPTIONAL = (
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",
     "tensorstore",
+    "transformers",
     "triton",
 )
 

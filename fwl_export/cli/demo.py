@@ -39,7 +39,7 @@ def demo(
 
     began = time.perf_counter()
     _title(1, f"export demo -o {output} --force")
-    export("demo", output, force=True)
+    export(output, "demo", force=True)
     _title(2, f"build {output} --sm {sm}")
     build(output, sm=sm)
     _title(3, f"check {output}")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json as json_module
 import textwrap
+from typing import TYPE_CHECKING
 
 from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, size, table
+
+if TYPE_CHECKING:
+    from fwl_export.model.config import AnyBackboneConfig
 
 
 def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
@@ -37,11 +41,8 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
         f"model     {manifest.model_id[:12]}, {manifest.precision}, opset {manifest.opset}, up to "
         f"{manifest.max_tokens} tokens per call"
     )
-    b, f = config.backbone, config.fast_weights
-    print(
-        f"backbone  {b.type}, width {b.width}, {b.layers} layers, {b.heads} heads, "
-        f"window {b.window}, vocabulary {config.vocab_size}"
-    )
+    f = config.fast_weights
+    print(f"backbone  {_backbone(config.backbone)}, vocabulary {config.vocab_size}")
     print(
         f"FWL       {f.input_size} -> {f.hidden_size} -> {f.output_size}, dense biases "
         f"{'learn' if f.update_dense_bias else 'fixed'},\n"
@@ -77,3 +78,16 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
                 ],
             )
         )
+
+
+def _backbone(backbone: AnyBackboneConfig) -> str:
+    from fwl_export.model.config import HuggingFaceConfig
+
+    if isinstance(backbone, HuggingFaceConfig):
+        end = f"ends at {backbone.max_positions}" if backbone.max_positions else "reads without end"
+        kind, parts = backbone.model["model_type"], f"window {backbone.window} ({end})"
+        return f"{kind} (Hugging Face), width {backbone.width}, {parts}"
+    return (
+        f"{backbone.type}, width {backbone.width}, {backbone.layers} layers, {backbone.heads} "
+        f"heads, window {backbone.window}"
+    )

@@ -110,10 +110,9 @@ def count_updates(proto: onnx.ModelProto) -> int:
 
 def _trace(streaming: StreamingModel, opset: int) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1, max=4096)
-    # The upper bound is that of T in a call; the ring buffers are sized by it.
-    capacity = next(s.shape[1] for s in streaming.specs if s.name.startswith("cache."))
-    window = streaming.model.config.backbone.window
-    tokens = torch.export.Dim("tokens", min=1, max=max(capacity - window + 1, 2))
+    # The ring buffers are sized by the largest T of a call.
+    largest = max(streaming.max_tokens, 2)
+    tokens = torch.export.Dim("tokens", min=1, max=largest)
     # Two rows and two tokens: sizes of 1 would be taken for constants.
     arguments = (*example_inputs(2, 2), *_example_state(streaming.specs, 2))
     names = [spec.name for spec in streaming.specs]
@@ -121,7 +120,7 @@ def _trace(streaming: StreamingModel, opset: int) -> onnx.ModelProto:
         {0: batch, 1: tokens},
         {0: batch, 1: tokens},
         {0: batch},
-        {0: batch, 1: torch.export.Dim("positions", min=1, max=max(capacity - window + 1, 2))},
+        {0: batch, 1: torch.export.Dim("positions", min=1, max=largest)},
         {0: batch},
         tuple({0: batch} for _ in names),
     )

@@ -17,12 +17,8 @@ from fwl_export.errors import ExportError, MissingDependencyError, OutputExistsE
 from fwl_export.export.precision import EXPORTED
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import replaced_folder
-from fwl_export.model.checkpoint import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    WEIGHTS_FILE,
-    load_checkpoint,
-)
+from fwl_export.model.checkpoint import TOKENIZER_FILE, load_checkpoint
+from fwl_export.model.stored import CONFIG_FILE, WEIGHTS_FILE
 from fwl_export.model.streaming import INPUTS
 from fwl_export.op.spec import DOMAIN, NAME, VERSION
 from fwl_export.state import PAST, PRESENT, TensorSpec, zeros
@@ -30,7 +26,7 @@ from fwl_export.state import PAST, PRESENT, TensorSpec, zeros
 DEFAULT_OPSET = 20
 DEFAULT_MAX_TOKENS = 256
 
-_TOOLS = ("fwl-export", "torch", "onnx", "onnxscript", "onnxruntime")
+_TOOLS = ("fwl-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 def export_bundle(
@@ -70,6 +66,8 @@ def export_bundle(
     loaded = load_checkpoint(checkpoint)
     if interval := loaded.config.fast_weights.anchor_interval:
         max_tokens = min(max_tokens, interval)  # no call may cross an anchor
+    if limit := loaded.config.backbone.max_positions:
+        max_tokens = min(max_tokens, limit)
     with replaced_folder(output) as folder:
         progress("tracing the model (10 to 30 s)")
         model_path = folder / bundles.MODEL_FILE

@@ -6,25 +6,19 @@ Nothing in it can run code: JSON and safetensors only, never pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from fwl_export.errors import CheckpointError, OutputExistsError
 from fwl_export.files import replaced_folder
 from fwl_export.model.config import ModelConfig
 from fwl_export.model.language_model import FWLModel
+from fwl_export.model.stored import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
 from fwl_export.text import load_tokenizer
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -65,8 +59,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             )
     config = load_config(folder / CONFIG_FILE)
     model = FWLModel(config)
-    model.load_state_dict(read_tensors(folder / WEIGHTS_FILE, model.state_dict()))
-    tokenizer = load_tokenizer(folder / TOKENIZER_FILE, config.vocab_size)
+    model.load_stored_tensors(read_tensors(folder / WEIGHTS_FILE, model.stored_tensors()))
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE, config.vocab_size, config.padded_vocabulary)
     return Checkpoint(model.eval().requires_grad_(False), tokenizer)
 
 
@@ -80,24 +74,12 @@ def load_config(path: Path) -> ModelConfig:
     return ModelConfig.from_dict(read_json(path), str(path))
 
 
-def read_json(path: Path) -> Any:
-    """Return the data of a JSON file.
-
-    Raises:
-      CheckpointError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); was it cut off?") from None
-
-
 def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None:
     """Write a checkpoint folder, all of it or nothing; an older one there is replaced."""
     with replaced_folder(folder) as beside:
         text = json.dumps(model.config.to_dict(), indent=2)
         (beside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in model.stored_tensors().items()}
         save_file(tensors, beside / WEIGHTS_FILE)
         tokenizer.save(str(beside / TOKENIZER_FILE))
 
@@ -118,62 +100,3 @@ def check_output(folder: Path, force: bool) -> None:
         raise OutputExistsError(
             f"output '{folder}' is a checkpoint; choose another name or pass --force to replace it"
         )
-
-
-def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, as float32.
-
-    Args:
-      path: of the file.
-      expected: a tensor of the right shape for every name that the file must have.
-
-    Raises:
-      CheckpointError: the file cannot be read, or a tensor is missing, unknown, of another
-        shape, or not finite.
-    """
-    tensors = load_tensors(path)
-    _check_names(path, set(tensors), set(expected))
-    for name, tensor in expected.items():
-        _check_tensor(path, name, tensors[name], tensor)
-    return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-      CheckpointError: it cannot be read.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}); is it truncated? copy it again"
-        ) from None
-
-
-def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
-    missing, unknown = sorted(expected - found), sorted(found - expected)
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors that config.json asks for, e.g. '{missing[0]}'; "
-            "is it of another model?"
-        )
-    if unknown:
-        raise CheckpointError(
-            f"{path} has {len(unknown)} tensors that config.json has no place for, e.g. "
-            f"'{unknown[0]}'; is it of another model?"
-        )
-
-
-def _check_tensor(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
-    if found.shape != expected.shape:
-        raise CheckpointError(
-            f"{path}: '{name}' has shape {list(found.shape)}, but config.json says "
-            f"{list(expected.shape)}"
-        )
-    if not torch.isfinite(found).all():
-        raise CheckpointError(f"{path}: '{name}' holds NaN or infinite values; train it again")
-    positive = name.endswith("horizon")
-    if positive and not (found > 0).all():
-        raise CheckpointError(f"{path}: '{name}' is {found.item():g}; expected more than 0")

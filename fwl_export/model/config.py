@@ -18,7 +18,7 @@ from fwl_export.errors import ConfigError
 SCHEMA_VERSION = 1
 
 # Keys that older files of this schema lack; their defaults mean what those files meant.
-_ADDED_LATER = ("anchor_interval",)
+_ADDED_LATER = ("anchor_interval", "logit_softcap")
 
 _Dataclass = typing.TypeVar("_Dataclass")
 
@@ -57,6 +57,43 @@ class BackboneConfig:
                 f"{self.width / self.heads:g}; expected an even whole number"
             )
 
+    @property
+    def max_positions(self) -> int:
+        """See `HuggingFaceConfig`: a decoder reads without end."""
+        return 0
+
+
+@dataclass(frozen=True)
+class HuggingFaceConfig:
+    """A decoder-only language model of Hugging Face's transformers, without its head.
+
+    Attributes:
+      type: see `BackboneConfig`.
+      width: size of the hidden state that goes into the head.
+      window: tokens that layers with full attention see: a token and the `window - 1` before it;
+        the largest sliding window in a model without such layers.
+      max_positions: tokens a session may read; 0: without end.
+      tied: whether the head's weights are those of the token embedding.
+      model: the configuration of transformers (`PretrainedConfig.to_dict`).
+    """
+
+    type: Literal["huggingface"]
+    width: int
+    window: int
+    max_positions: int
+    tied: bool
+    model: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", "window")
+        if self.max_positions < 0:
+            raise ConfigError(f"backbone.max_positions is {self.max_positions}; expected 0 or more")
+        if not isinstance(self.model.get("model_type"), str):
+            raise ConfigError("backbone.model has no model_type; expected a config of transformers")
+
+
+AnyBackboneConfig = BackboneConfig | HuggingFaceConfig
+
 
 @dataclass(frozen=True)
 class FastWeightsConfig:
@@ -78,6 +115,7 @@ class FastWeightsConfig:
         position divisible by this (the *anchor*), so that what was learned is not learned
         again (an extension, as in mini-batch test-time training, arXiv 2407.04620);
         0: at the slow weights, as in the paper.
+      logit_softcap: logits are softcap * tanh((z U + c) / softcap), as in Gemma 2; 0: z U + c.
     """
 
     input_size: int = 192
@@ -90,6 +128,7 @@ class FastWeightsConfig:
     loss_normalizer: float = 1.0
     decay: Literal["learned", "none"] = "learned"
     anchor_interval: int = 0
+    logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
         _positive(self, "input_size", "hidden_size", "output_size", "loss_normalizer")
@@ -100,6 +139,10 @@ class FastWeightsConfig:
         if self.anchor_interval < 0:
             raise ConfigError(
                 f"fast_weights.anchor_interval is {self.anchor_interval}; expected 0 or more"
+            )
+        if not 0 <= self.logit_softcap < math.inf:
+            raise ConfigError(
+                f"fast_weights.logit_softcap is {self.logit_softcap}; expected 0 or more"
             )
         if self.step_size_shape == "input" and self.step_sizes == "per_layer":
             raise ConfigError(
@@ -113,7 +156,7 @@ class ModelConfig:
     """A backbone, a Fast Weight Layer on top of it, and the size of the vocabulary."""
 
     vocab_size: int = 2048
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbone: AnyBackboneConfig = field(default_factory=BackboneConfig)
     fast_weights: FastWeightsConfig = field(default_factory=FastWeightsConfig)
 
     def __post_init__(self) -> None:
@@ -123,6 +166,11 @@ class ModelConfig:
                 f"fast_weights.input_size is {self.fast_weights.input_size}, but the backbone's "
                 f"width is {self.backbone.width}; they must be equal"
             )
+
+    @property
+    def padded_vocabulary(self) -> bool:
+        """Whether the tokenizer may have fewer entries than the model."""
+        return isinstance(self.backbone, HuggingFaceConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-ready data, with its schema version."""
@@ -188,13 +236,24 @@ def _build(
             continue
         if key not in data:
             raise ConfigError(f"{source}: key '{prefix}{key}' is missing")
-        if dataclasses.is_dataclass(hint):
+        part = _backbone_class(data[key], source) if hint == AnyBackboneConfig else hint
+        if dataclasses.is_dataclass(part):
             values[key] = _build(
-                typing.cast(type, hint), data[key], source, f"{prefix}{key}.", partial
+                typing.cast(type, part), data[key], source, f"{prefix}{key}.", partial
             )
         else:
             values[key] = _checked(data[key], hint, f"{source}: '{prefix}{key}'")
     return cls(**values)
+
+
+def _backbone_class(data: Any, source: str) -> type[AnyBackboneConfig]:
+    kinds = {"decoder": BackboneConfig, "huggingface": HuggingFaceConfig}
+    kind = data.get("type", "decoder") if isinstance(data, dict) else "decoder"
+    if kind not in kinds:
+        raise ConfigError(
+            f"{source}: 'backbone.type' is {kind!r}; expected {' or '.join(map(repr, kinds))}"
+        )
+    return kinds[kind]
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
@@ -205,6 +264,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    hint = typing.get_origin(hint) or hint  # dict[str, Any] is a dict
     if type(value) is not hint:
         raise ConfigError(f"{where} is {value!r}; expected {hint.__name__}")
     return value

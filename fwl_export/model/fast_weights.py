@@ -200,12 +200,40 @@ class FastWeights(nn.Module):
         return wide(self.norm_scale) - self._learned_vector("norm.scale", anchor["norm.scale"])
 
     def logits(self, output: Tensor) -> Tensor:
-        """Return z U + c: [B, T, output] -> [B, T, V]."""
-        return F.linear(output, self.unembed, self.unembed_bias)
+        """Return z U + c, soft-capped where the config says so: [B, T, output] -> [B, T, V]."""
+        logits = F.linear(output, self.unembed, self.unembed_bias)
+        if cap := self.config.logit_softcap:
+            logits = (cap * torch.tanh(wide(logits) / cap)).to(logits.dtype)
+        return logits
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
-        """Return p U^T, the unembedding row expected under the prediction: [B, T, output]."""
-        return torch.softmax(wide(logits), -1).to(logits.dtype) @ self.unembed
+        """Return p U^T, the unembedding row expected under the prediction: [B, T, output].
+
+        With soft-capped logits l = cap tanh(u / cap), where dl/du = 1 - (l / cap)^2, the gradient
+        at z is sum_v (p_v - [v = label]) dl_v/du_v U_v: this returns the part with p, and
+        `_label_embedding` the rest.
+        """
+        weights = torch.softmax(wide(logits), -1)
+        if cap := self.config.logit_softcap:
+            weights = weights * (1 - (wide(logits) / cap).square())
+        return weights.to(logits.dtype) @ self.unembed
+
+    def _label_embedding(self, at: Pending, labels: Tensor, anchor: Sums | None) -> Tensor:
+        """Return what is subtracted from the expected embedding: U of the label [B, T, output].
+
+        With soft-capped logits it is scaled by the cap's slope at the label's own logit. That
+        takes one product of size output, z being the norm's result again: no state of the
+        vocabulary's size is kept.
+        """
+        embedding = wide(F.embedding(labels, self.unembed))
+        if not (cap := self.config.logit_softcap):
+            return embedding
+        bias = wide(self.norm_bias)
+        if anchor is not None:
+            bias = bias - self._learned_vector("norm.bias", anchor["norm.bias"])
+        output = wide(at.normed) * self._anchored_scale(anchor) + bias
+        raw = (output * embedding).sum(-1) + wide(self.unembed_bias[labels])
+        return embedding * (1 - torch.tanh(raw / cap).square())[..., None]
 
     def gradients(
         self,
@@ -222,7 +250,7 @@ class FastWeights(nn.Module):
           weights: [B, T], 1 to learn from it, 0 not to.
           anchor: see `slow`; the gradient goes back through these weights.
         """
-        surprise = wide(at.expected) - wide(F.embedding(labels, self.unembed))
+        surprise = wide(at.expected) - self._label_embedding(at, labels, anchor)
         norm_bias = surprise * weights[..., None]
         at_normed = norm_bias * self._anchored_scale(anchor)
         normed = wide(at.normed)

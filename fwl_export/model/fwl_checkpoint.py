@@ -18,15 +18,15 @@ from torch import Tensor
 
 from fwl_export.errors import CheckpointError, ConfigError
 from fwl_export.files import replaced_folder
-from fwl_export.model.checkpoint import (
+from fwl_export.model.config import SCHEMA_VERSION, FastWeightsConfig, config_from_dict
+from fwl_export.model.fast_weights import FastWeights
+from fwl_export.model.stored import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     load_tensors,
     read_json,
     read_tensors,
 )
-from fwl_export.model.config import SCHEMA_VERSION, FastWeightsConfig, config_from_dict
-from fwl_export.model.fast_weights import FastWeights
 
 UNEMBEDDING = ("unembed", "unembed_bias")
 

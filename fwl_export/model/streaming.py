@@ -82,6 +82,7 @@ class StreamingModel(nn.Module):
         """
         super().__init__()
         self.model = model
+        self.max_tokens = max_tokens
         self.specs = state_specs(model.config, model, max_tokens)
         self._update = update
 
@@ -110,7 +111,7 @@ class StreamingModel(nn.Module):
         Returns:
           logits [B, P, V] float32 (float64 in a float64 model; those of padding mean nothing),
           then the present tensors in the order of `specs`. All logits of a row that crosses an
-          anchor are NaN.
+          anchor, or goes beyond the backbone's `max_positions`, are NaN.
         """
         layer = self.model.fast_weights
         past = dict(zip((s.name for s in self.specs), state, strict=True))
@@ -149,6 +150,9 @@ class StreamingModel(nn.Module):
         if interval := layer.config.anchor_interval:
             crosses = past["position"] % interval + lengths > interval
             logits = torch.where(crosses[:, None, None], torch.nan, logits)
+        if limit := self.model.config.backbone.max_positions:
+            beyond = past["position"] + lengths > limit
+            logits = torch.where(beyond[:, None, None], torch.nan, logits)
         return logits, *(present[s.name] for s in self.specs)
 
     def _anchor(self, past: dict[str, Tensor], lengths: Tensor) -> dict[str, Tensor] | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy.typing as npt
 
 from fwl_export.bundle import CHECKPOINT_FOLDER, Bundle
-from fwl_export.model.checkpoint import WEIGHTS_FILE
+from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.drift import Pair, measure_drift
 from fwl_export.parity.report import Report
 from fwl_export.parity.schedule import ROWS, Schedule
@@ -39,7 +39,7 @@ def check_bundle(
     Args:
       bundle: must hold its checkpoint.
       ids: [N] int64, the text; N of `tokens + 1` or more.
-      tokens: how many the first row reads.
+      tokens: how many the first row reads; no more than the model can take.
       seed: of the calls.
       candidates: fresh sessions of `ROWS` rows by name, in the bundle's precision; None is the
         bundle's ONNX file in ONNX Runtime.
@@ -53,7 +53,9 @@ def check_bundle(
       TokenError: the text is too short.
     """
     manifest = bundle.manifest
-    schedule = Schedule(ids, tokens, manifest.max_tokens, seed)
+    limit = manifest.config.backbone.max_positions
+    tokens = min(tokens, limit) if limit else tokens
+    schedule = Schedule(ids, tokens, manifest.max_tokens, seed, limit)
     began = time.perf_counter()
     own = f"PyTorch {manifest.precision}"
     with _torch_threads(threads):

@@ -71,12 +71,14 @@ class Schedule:
       tokens: how many the first row reads.
       max_tokens: largest T.
       seed: of everything random.
+      limit: tokens that a row may read; 0: without end.
     """
 
     ids: Array
     tokens: int
     max_tokens: int
     seed: int = 0
+    limit: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -121,6 +123,9 @@ class Schedule:
         lengths = np.where(begun, lengths, 0)
         if force_ragged or not lengths.any():
             lengths[0] = size
+        if self.limit:
+            lengths = np.minimum(lengths, self.limit - positions)
+            lengths[0] = lengths[0] if lengths.any() else size
         return lengths
 
     def _call(

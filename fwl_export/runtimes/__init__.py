@@ -97,6 +97,7 @@ def open_session(
         batch,
         manifest.config.fast_weights.anchor_interval,
         manifest.model_id,
+        manifest.config.backbone.max_positions,
     )
 
 

@@ -38,6 +38,7 @@ class Session:
         batch: int,
         anchor_interval: int = 0,
         model_id: str = "",
+        max_positions: int = 0,
     ) -> None:
         """Start `batch` fresh rows. Use `fwl_export.open_session`.
 
@@ -49,6 +50,7 @@ class Session:
           batch: number of rows.
           anchor_interval: see `FastWeightsConfig`; calls of the runner do not cross an anchor.
           model_id: of the bundle's manifest; tells whose state a file is.
+          max_positions: tokens that a row may read; 0: without end.
         """
         if batch < 1:
             raise ShapeError(f"batch is {batch}; expected 1 or more rows")
@@ -58,6 +60,7 @@ class Session:
         self.batch = batch
         self.anchor_interval = anchor_interval
         self.model_id = model_id
+        self.max_positions = max_positions
         self._lock = threading.RLock()
         self._positions = np.zeros(batch, np.int64)
         self._learning_rate_scale = np.ones(batch, np.float32)
@@ -75,6 +78,7 @@ class Session:
             batch,
             self.anchor_interval,
             self.model_id,
+            self.max_positions,
         )
 
     def feed(
@@ -102,11 +106,23 @@ class Session:
         Raises:
           ShapeError: a shape does not fit, or T is 0.
           TokenError: an id is out of range, a weight is negative or not finite, a length is out
-            of range, or the model's output is not finite. No row has moved.
+            of range, a row would read more tokens than the model can take, or the model's output
+            is not finite. No row has moved.
         """
         ids, weights, counts = self._checked(tokens, label_weights, lengths)
         with self._lock:
+            self._check_positions(counts)
             return self._feed(ids, weights, counts, last_only)
+
+    def _check_positions(self, counts: Array) -> None:
+        beyond = self._positions + counts > self.max_positions
+        if self.max_positions and beyond.any():
+            row = int(np.argmax(beyond))
+            raise TokenError(
+                f"row {row} has read {self._positions[row]} tokens and is to read {counts[row]} "
+                f"more, but this model takes {self.max_positions} at most; reset the row, or read "
+                "a shorter text"
+            )
 
     def _feed(self, ids: Array, weights: Array, counts: Array, last_only: bool) -> Array:
         done, left = np.zeros(self.batch, np.int64), counts

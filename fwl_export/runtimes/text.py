@@ -47,7 +47,8 @@ class Score:
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
     """Return the bundle's tokenizer, after checking its file."""
-    return load_tokenizer(bundle.file(TOKENIZER_FILE), bundle.manifest.config.vocab_size)
+    config = bundle.manifest.config
+    return load_tokenizer(bundle.file(TOKENIZER_FILE), config.vocab_size, config.padded_vocabulary)
 
 
 def score_ids(
@@ -63,7 +64,16 @@ def score_ids(
       ids: [N] int64, N of 2 or more.
       label_weight: how much to learn from each token; 0 = adaptation off.
       advance: called with the number of tokens read, for a progress bar.
+
+    Raises:
+      TokenError: see `Session.feed`; a text too long for the model is refused at once.
     """
+    room = session.max_positions - session.positions[0]
+    if session.max_positions and len(ids) - 1 > room:
+        raise TokenError(
+            f"the text has {len(ids)} tokens, but this model can read {room} more at most; score "
+            f"fewer (`--tokens {room + 1}`)"
+        )
     total, seconds = 0.0, 0.0
     inputs, labels = ids[:-1], ids[1:]
     for start in range(0, len(inputs), session.max_tokens):

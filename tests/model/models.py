@@ -30,6 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "update_dense_bias": False,
         "step_sizes": "per_layer",
     },
+    "soft cap": {"logit_softcap": 2.0},
+    "anchor, soft cap": {"logit_softcap": 2.0, "anchor_interval": 9},
 }
 
 

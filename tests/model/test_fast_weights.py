@@ -56,7 +56,9 @@ def slow_logits(layer: FastWeights, weights: dict[str, Tensor], hidden: Tensor) 
     m = r @ weights["down_kernel"] + weights["down_bias"]
     eps = layer.config.norm_epsilon
     n = F.layer_norm(m, m.shape[-1:], weights["norm_scale"], weights["norm_bias"], eps)
-    return n @ layer.unembed.T + layer.unembed_bias
+    logits = n @ layer.unembed.T + layer.unembed_bias
+    cap = layer.config.logit_softcap
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def gradient_step(layer: FastWeights, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -86,9 +88,12 @@ def logits_by_autograd(layer: FastWeights, hidden: Tensor, labels: Tensor) -> Te
     )
 
 
-@pytest.mark.parametrize("variant", ["tensorflow", "jax"])
-def test_equals_a_literal_gradient_step(variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "softcap"), [("tensorflow", 0.0), ("jax", 0.0), ("tensorflow", 2.0)]
+)
+def test_equals_a_literal_gradient_step(variant: str, softcap: float) -> None:
     layer = small_model(variant).fast_weights
+    layer.config = dataclasses.replace(layer.config, logit_softcap=softcap)
     hidden = torch.randn(1, 12, 16, dtype=torch.float64)
     labels = torch.randint(0, VOCABULARY, (1, 12))
     fast, _ = layer.parallel(hidden, labels, chunk=5)

@@ -4,18 +4,23 @@ A backbone is an `nn.Module` with
   `forward(input_ids [B, T]) -> hidden [B, T, width]` for whole texts,
   `stream(input_ids [B, T], position [B], lengths [B], caches) -> (hidden, caches)`, and
   `cache_specs(capacity) -> list of (name, shape without batch)` for its recurrent state.
-To add one: write its file, give its config a `type`, and name it in `_BACKBONES`.
+To add one: write its file, give it a config with a `type`, and name it in `build_backbone`.
 """
 
+from __future__ import annotations
+
 from fwl_export.model.backbones.decoder import Decoder
-from fwl_export.model.config import BackboneConfig
+from fwl_export.model.backbones.huggingface import HuggingFaceBackbone
+from fwl_export.model.config import AnyBackboneConfig, HuggingFaceConfig
 
-_BACKBONES = {"decoder": Decoder}
+Backbone = Decoder | HuggingFaceBackbone
 
 
-def build_backbone(config: BackboneConfig, vocab_size: int) -> Decoder:
+def build_backbone(config: AnyBackboneConfig, vocab_size: int) -> Backbone:
     """Return a randomly initialised backbone of the configured type."""
-    return _BACKBONES[config.type](config, vocab_size)
+    if isinstance(config, HuggingFaceConfig):
+        return HuggingFaceBackbone(config, vocab_size)
+    return Decoder(config, vocab_size)
 
 
-__all__ = ["Decoder", "build_backbone"]
+__all__ = ["Backbone", "Decoder", "HuggingFaceBackbone", "build_backbone"]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fwl_export.model.backbones.ring import Ring, float_mask
 from fwl_export.model.config import BackboneConfig
 from fwl_export.model.numerics import wide
 
@@ -22,10 +23,6 @@ from fwl_export.model.numerics import wide
 # then an integer product modulo the period: exact at any position, where a float32 angle
 # would have lost 0.06 rad after a million tokens.
 ROTARY_PERIOD = 1 << 20
-
-# A finite mask: with -inf, rows that see no key would become NaN. float16 ends at 65504.
-_MASKED = {torch.float16: -3e4}
-_MASKED_DEFAULT = -1e9
 
 
 class Decoder(nn.Module):
@@ -91,7 +88,7 @@ class Decoder(nn.Module):
         x = self.embedding(input_ids)
         positions = position[:, None] + steps
         rotary = self.rotary(positions, x.dtype)
-        ring = _Ring(position, lengths, steps, caches[0].shape[2])
+        ring = Ring(position, lengths, steps, caches[0].shape[2])
         mask = ring.mask(positions, self.config.window, x.dtype)
         present = []
         for index, block in enumerate(self._blocks()):
@@ -134,7 +131,7 @@ class Decoder(nn.Module):
         allowed = (key <= query) & (key > query - window)
         allowed = allowed.repeat(x.shape[1] // window, 1, 1)
         allowed[0, :, :window] = False
-        return _float_mask(allowed, x.dtype)[None, None]
+        return float_mask(allowed, x.dtype)[None, None]
 
 
 class Block(nn.Module):
@@ -191,35 +188,6 @@ class _Norm(nn.Module):
         return _rms(x, self.epsilon) * self.weight
 
 
-class _Ring:
-    """Where the tokens of one call go in the ring buffers, and what each may see there.
-
-    Token t of a row goes to slot `(position + t) % capacity`. After the write, a row whose last
-    token is at `last` holds position `last - (last - slot) % capacity` in each slot; negative
-    means empty. Padding writes back what was there.
-    """
-
-    def __init__(self, position: Tensor, lengths: Tensor, steps: Tensor, capacity: int) -> None:
-        self._slot = torch.remainder(position[:, None] + steps, capacity)[:, None]  # [B, 1, T]
-        self._valid = (steps < lengths[:, None])[:, None, :, None]
-        last = (position + lengths - 1)[:, None]
-        slots = torch.arange(capacity, device=position.device)
-        self._held = last - torch.remainder(last - slots, capacity)  # [B, capacity]
-
-    def mask(self, positions: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-        """Return the additive mask [B, 1, T, capacity] of queries at `positions` [B, T]."""
-        held, query = self._held[:, None], positions[..., None]
-        allowed = (held >= 0) & (held <= query) & (held > query - window)
-        return _float_mask(allowed, dtype)[:, None]
-
-    def write(self, cache: Tensor, new: Tensor) -> Tensor:
-        """Return the cache [B, heads, capacity, size] with `new` [B, heads, T, size] written."""
-        row = torch.arange(cache.shape[0], device=cache.device)[:, None, None]
-        head = torch.arange(cache.shape[1], device=cache.device)[None, :, None]
-        index = (row, head, self._slot)
-        return cache.index_put(index, torch.where(self._valid, new, cache[index]))
-
-
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     return torch.softmax(wide(scores + mask), -1).to(value.dtype) @ value
@@ -233,10 +201,6 @@ def _windowed_attention(
     q, k, v = (x.unflatten(2, blocks) for x in (query, key, value))
     k, v = (torch.cat((F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), 3) for x in (k, v))
     return _attention(q, k, v, mask).flatten(2, 3)
-
-
-def _float_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(allowed, 0.0, _MASKED.get(dtype, _MASKED_DEFAULT)).to(dtype)
 
 
 def _rms(x: Tensor, epsilon: float) -> Tensor:

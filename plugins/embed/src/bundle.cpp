@@ -129,6 +129,7 @@ Bundle read_bundle(const std::string& folder) {
     bundle.vocab_size = manifest.at("config").at("vocab_size");
     bundle.anchor_interval =
         manifest.at("config").at("fast_weights").value("anchor_interval", int64_t{0});
+    bundle.max_positions = manifest.at("config").at("backbone").value("max_positions", int64_t{0});
     for (const json& spec : manifest.at("state")) {
       bundle.state.push_back(read_spec(spec));
     }

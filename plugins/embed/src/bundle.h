@@ -28,6 +28,7 @@ struct Bundle {
   int64_t vocab_size;
   int64_t max_tokens;
   int64_t anchor_interval;
+  int64_t max_positions; // tokens that a row may read; 0: without end
   std::vector<TensorSpec> state;
 
   size_t state_bytes() const;

@@ -72,6 +72,16 @@ void Session::feed(const int64_t* tokens, size_t count, const float* label_weigh
     left.assign(lengths, lengths + rows_);
   }
   const std::vector<int64_t> total = left;
+  const int64_t limit = model_->bundle.max_positions;
+  for (size_t r = 0; r < rows_ && limit > 0; ++r) {
+    if (total[r] > limit - positions_[r]) {
+      refuse(FWL_ERROR_TOKEN, "row " + std::to_string(r) + " has read " +
+                                  std::to_string(positions_[r]) + " tokens and is to read " +
+                                  std::to_string(total[r]) + " more, but this model takes " +
+                                  std::to_string(limit) +
+                                  " at most; reset the row, or read a shorter text");
+    }
+  }
   // Logits are only written once all has gone well; one call's need no copy of their own.
   std::vector<float> results;
   std::unique_ptr<Buffers> intermediate; // the past of a later call, then its successor's present

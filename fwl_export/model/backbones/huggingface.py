@@ -1,0 +1,424 @@
+"""A decoder-only language model of Hugging Face's transformers as a backbone.
+
+Any architecture fits whose attention keeps keys and values in transformers' `Cache` and takes
+`position_ids` and a four-dimensional mask. Its cache is ours: ring buffers of fixed capacity with
+a position per row (see `ring.py`), so that rows, lengths and resets work as in the decoder.
+`huggingface_import.py` finds out whether an architecture fits, when a model is taken in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fwl_export.errors import ConfigError, MissingDependencyError
+from fwl_export.model.backbones.ring import Ring, float_mask
+from fwl_export.model.config import HuggingFaceConfig
+
+# Rotary phases are integers modulo this, so exact at any position, as in the decoder: a float32
+# angle has lost 0.06 rad after a million tokens. The period is that large because frequencies are
+# given here, and must become multiples of 2 pi / period: they move by 7e-10 rad per token.
+ROTARY_PERIOD = 1 << 32
+
+# How architectures lay out cosine and sine over a head's features.
+_LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda angle: torch.cat((angle, angle), -1),
+    lambda angle: angle.repeat_interleave(2, -1),
+    lambda angle: angle,
+)
+
+
+class HuggingFaceBackbone(nn.Module):
+    """Ids [B, T] -> hidden states [B, T, width] before the head; see `Decoder` for the calls."""
+
+    def __init__(self, config: HuggingFaceConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        causal = causal_model(config.model)
+        if causal.config.vocab_size != vocab_size:
+            raise ConfigError(
+                f"vocab_size is {vocab_size}, but backbone.model says {causal.config.vocab_size}"
+            )
+        self.body: Any = causal.base_model
+        replace_rotary(self.body)
+        self.layer_types = layer_types(self.body.config)
+        self._cache_shapes = _cache_shapes(self.body)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding, whose weights a tied head shares."""
+        embedding: nn.Embedding = self.body.get_input_embeddings()
+        return embedding
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        lists = (m for m in self.body.modules() if isinstance(m, nn.ModuleList))
+        return next(m for m in lists if len(m) == len(self.layer_types))
+
+    def forward(self, input_ids: Tensor, first: int = 0) -> Tensor:
+        """Read whole texts from their beginning; see `Decoder.forward`.
+
+        Args:
+          input_ids: [B, T] int64.
+          first: position of the first token.
+
+        Returns:
+          Hidden states [B, T, width].
+
+        Raises:
+          ConfigError: the texts are longer than the model can take.
+        """
+        length, limit = input_ids.shape[1], self.config.max_positions
+        if limit and length > limit:
+            raise ConfigError(f"texts have {length} tokens; this model takes {limit} at most")
+        positions = torch.arange(first, first + length, device=input_ids.device)
+        masks = {}
+        for kind in set(self.layer_types):
+            query, key = positions[:, None], positions
+            allowed = (key <= query) & (key > query - self.window(kind))
+            mask = float_mask(allowed, self._dtype)[None, None]
+            masks[kind] = mask.expand(len(input_ids), -1, -1, -1)
+        return self._run(input_ids, positions.expand_as(input_ids), masks, None)
+
+    def stream(
+        self, input_ids: Tensor, position: Tensor, lengths: Tensor, caches: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Read the next tokens of every row; see `Decoder.stream`.
+
+        A row that goes beyond `max_positions` gets hidden states that mean nothing.
+        """
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = position[:, None] + steps
+        rings: dict[str, Ring] = {}
+        layers: list[Any] = []
+        for index, kind in enumerate(self.layer_types):
+            keys, values = caches[2 * index : 2 * index + 2]
+            if kind not in rings:
+                rings[kind] = Ring(position, lengths, steps, keys.shape[2])
+            layers.append(_ring_layer()(rings[kind], keys, values))
+        masks = {
+            kind: ring.mask(positions, self.window(kind), self._dtype)
+            for kind, ring in rings.items()
+        }
+        if limit := self.config.max_positions:  # a table of positions ends there
+            positions = positions.clamp(max=limit - 1)
+        hidden = self._run(input_ids, positions, masks, layers)
+        return hidden, [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+
+    def window(self, kind: str) -> int:
+        """Return how many tokens a layer of the type sees."""
+        if kind == "sliding_attention":
+            return int(self.body.config.sliding_window)
+        return self.config.window
+
+    def cache_specs(self, capacity: int) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape without batch of the caches for calls of at most
+        `capacity - window + 1` tokens.
+        """
+        max_tokens = capacity - self.config.window + 1
+        specs: list[tuple[str, tuple[int, ...]]] = []
+        for layer, (kind, shapes) in enumerate(
+            zip(self.layer_types, self._cache_shapes, strict=True)
+        ):
+            slots = self.window(kind) + max_tokens - 1
+            if kind != "sliding_attention" and self.config.max_positions:
+                slots = max(self.config.max_positions, max_tokens)  # never goes round
+            for name, (heads, size) in zip(("key", "value"), shapes, strict=True):
+                specs.append((f"cache.{layer}.{name}", (heads, slots, size)))
+        return specs
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.body.dtype
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        masks: dict[str, Tensor],
+        layers: list[Any] | None,
+    ) -> Tensor:
+        # An architecture with one type of layer takes a mask, one with several takes them by type.
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        with _Double() if self._dtype == torch.float64 else contextlib.nullcontext():
+            output = self.body(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=layers is not None,
+                **({} if layers is None else {cache_argument(self.body): _cache(layers)}),
+            )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+
+class ExactRotary(nn.Module):
+    """Cosine and sine of positions as exact phases, in place of an architecture's own module.
+
+    Buffers: `<kind>cycles` [pairs] int64, the frequencies in 1 / ROTARY_PERIOD turns per token.
+    """
+
+    def __init__(self, frequencies: dict[str, Tensor], scales: dict[str, float], layout: int):
+        """Take over the frequencies.
+
+        Args:
+          frequencies: [pairs] rad per token, by type of layer ("" where all are alike).
+          scales: factor on cosine and sine, by type of layer.
+          layout: index into the layouts of a head's features.
+        """
+        super().__init__()
+        self._scales, self._layout = scales, layout
+        for kind, values in frequencies.items():
+            cycles = (values.double() * (ROTARY_PERIOD / (2 * math.pi))).round().long()
+            self.register_buffer(f"{kind}cycles", cycles, persistent=False)
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine [B, T, features] in the type of x for positions [B, T]."""
+        kind = f"{layer_type}_" if layer_type else ""
+        positions = torch.remainder(position_ids, ROTARY_PERIOD)[..., None]
+        phase = torch.remainder(positions * getattr(self, f"{kind}cycles"), ROTARY_PERIOD)
+        angle_type = torch.float64 if x.dtype == torch.float64 else torch.float32
+        angle = _LAYOUTS[self._layout](phase.to(angle_type) * (2 * math.pi / ROTARY_PERIOD))
+        scale = self._scales[kind]
+        return (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
+
+
+def replace_rotary(body: nn.Module) -> None:
+    """Put `ExactRotary` in the place of every rotary module that it can stand for.
+
+    Raises:
+      ConfigError: the frequencies depend on the length of the text, which a stream does not have.
+    """
+    for name, module in list(body.named_modules()):
+        buffers = [key for key, _ in module.named_buffers(recurse=False)]
+        is_rotary = any(key.endswith("inv_freq") for key in buffers)
+        if is_rotary and (exact := _exact_rotary(module)):
+            body.set_submodule(name, exact)
+
+
+def _exact_rotary(module: nn.Module) -> ExactRotary | None:
+    kinds = getattr(module, "rope_type", "default")
+    for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+        if kind in ("dynamic", "longrope"):
+            raise ConfigError(
+                f"rope_type '{kind}' changes the rotary frequencies with the length of the text, "
+                "which a stream does not know; choose a model or a rope_type with fixed ones"
+            )
+    frequencies = {
+        name.removesuffix("inv_freq"): buffer
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    }
+    scales = {k: float(getattr(module, f"{k}attention_scaling", 1.0)) for k in frequencies}
+    x, positions = torch.zeros(1, 16, 1), torch.arange(16)[None]
+    for layout in range(len(_LAYOUTS)):
+        exact = ExactRotary(frequencies, scales, layout)
+        if all(_same_rotary(module, exact, x, positions, kind) for kind in frequencies):
+            return exact
+    return None
+
+
+def _same_rotary(
+    module: nn.Module, exact: ExactRotary, x: Tensor, positions: Tensor, kind: str
+) -> bool:
+    arguments = (x, positions, kind.removesuffix("_")) if kind else (x, positions)
+    try:
+        own, ours = module(*arguments), exact(*arguments)
+    except (TypeError, RuntimeError, KeyError, AttributeError):
+        return False
+    return (
+        isinstance(own, tuple)
+        and len(own) == 2
+        and all(
+            a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4)
+            for a, b in zip(own, ours, strict=True)
+        )
+    )
+
+
+def causal_model(config: dict[str, Any]) -> Any:
+    """Return a randomly initialised language model of transformers, float32.
+
+    Raises:
+      ConfigError: transformers has no such language model.
+      MissingDependencyError: transformers is not installed.
+    """
+    transformers = import_transformers()
+    kind = config["model_type"]
+    try:
+        settings = transformers.AutoConfig.for_model(**copy.deepcopy(config))
+        return transformers.AutoModelForCausalLM.from_config(
+            settings, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+        ).eval()
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ConfigError(
+            f"transformers {transformers.__version__} cannot build a language model of "
+            f"model_type '{kind}' from this config ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def import_transformers() -> Any:
+    """Return the package, offline and quiet about what does not matter here.
+
+    Raises:
+      MissingDependencyError: it is not installed, or too old.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MissingDependencyError(
+            "Hugging Face backbones need transformers, which is not installed; "
+            "pip install 'fwl-export[hf]'"
+        ) from None
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise MissingDependencyError(
+            f"Hugging Face backbones need transformers 5 or newer, this is "
+            f"{transformers.__version__}; pip install -U 'fwl-export[hf]'"
+        )
+    return transformers
+
+
+def layer_types(config: Any) -> list[str]:
+    """Return "full_attention" or "sliding_attention" for every layer of a transformers config.
+
+    Raises:
+      ConfigError: a layer is of another type.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        sliding = getattr(config, "sliding_window", None)
+        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ConfigError(
+                f"architecture '{config.model_type}' has layers of type '{kind}'; expected "
+                "full_attention or sliding_attention, whose keys and values can be kept in a ring"
+            )
+    return list(kinds)
+
+
+@functools.cache
+def _ring_layer() -> Any:
+    """Return the class of a layer of our cache; transformers is an optional package."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    class RingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+        """Keys and values of one layer [B, heads, capacity, size] for one call."""
+
+        is_compileable = True
+        is_sliding = False
+
+        def __init__(self, ring: Ring, keys: Tensor, values: Tensor) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self._ring = ring
+            self.keys: Tensor = keys
+            self.values: Tensor = values
+            self.is_initialized = True
+
+        def lazy_initialization(self, *_: Any, **__: Any) -> None:
+            """Nothing is left to do."""
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            """Write the call's keys and values; the layer then attends to all slots."""
+            self.keys = self._ring.write(self.keys, key_states)
+            self.values = self._ring.write(self.values, value_states)
+            return self.keys, self.values
+
+        def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+            """Return the number of slots and the offset of the first."""
+            return self.keys.shape[2], 0
+
+        def get_seq_length(self, *_: Any) -> int:
+            """Return 0: positions are given, and must not be counted from here."""
+            return 0
+
+        def get_max_length(self) -> int:
+            """Return the number of slots."""
+            return self.keys.shape[2]
+
+        def get_max_cache_shape(self) -> int:
+            """Return the number of slots; the name of early releases of transformers 5."""
+            return self.keys.shape[2]
+
+    return RingLayer
+
+
+def _cache(layers: list[Any]) -> Any:
+    from transformers.cache_utils import Cache
+
+    return Cache(layers=layers)
+
+
+def cache_argument(body: nn.Module) -> str:
+    """Return the name under which a model takes its cache; releases of transformers differ.
+
+    Raises:
+      ConfigError: it takes none.
+    """
+    parameters = inspect.signature(body.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in parameters:
+            return name
+    raise ConfigError(
+        f"{type(body).__name__} takes no cache of keys and values; expected a decoder whose "
+        "attention goes through transformers' Cache"
+    )
+
+
+def _cache_shapes(body: Any) -> list[list[tuple[int, int]]]:
+    """Return (heads, size) of key and value of every layer, as the architecture itself has them.
+
+    Raises:
+      ConfigError: a layer does not write to the cache.
+    """
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    with torch.no_grad():
+        body(
+            input_ids=torch.zeros(1, 2, dtype=torch.int64),
+            use_cache=True,
+            **{cache_argument(body): cache},
+        )
+    layers: list[Any] = [x for x in cache.layers if getattr(x, "keys", None) is not None]
+    if len(layers) != body.config.num_hidden_layers:
+        raise ConfigError(
+            f"architecture '{body.config.model_type}': {len(layers)} of its "
+            f"{body.config.num_hidden_layers} layers keep keys and values in transformers' Cache; "
+            "expected all"
+        )
+    return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in layers]
+
+
+class _Double(TorchFunctionMode):
+    """Computes in float64 where an architecture asks for float32.
+
+    Norms and softmax of transformers go to float32 whatever the model's type is. That is meant
+    for half precision; a float64 model is a reference here and must not lose half of its digits.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        if func is torch.Tensor.to:
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return func(*args, **kwargs)

@@ -50,8 +50,8 @@ from fwl_export.text import read_ids
 STANDARD, OFF, ON, SGD, RMS = "standard", "off", "adapting", "sgd", "rms"
 
 SEGMENTS = (128, 32, 16)
-# Where the grids of learning rates begin; those of the RMS rule are relative to no gradient.
-FIRST_RATES = {SGD: 0.3, RMS: 1e-3}
+# Where the grids of learning rates begin.
+FIRST_RATES = {SGD: 0.1, RMS: 5e-4}
 # Krause's lambda, tried with the segment and rate that were best without it.
 DECAYS = (1e-3, 1e-2)
 
@@ -75,12 +75,13 @@ class Plan:
 
     Attributes:
       segments: tried for dynamic evaluation; divisors of 256.
-      tuning_tokens: of the validation text, at most.
+      tuning_tokens: of the validation text, at most. Its first half gives the statistics of the
+        RMS rule, the second is what is tuned on.
       max_tokens: of the texts together, at most; 0 = all.
     """
 
     segments: tuple[int, ...] = SEGMENTS
-    tuning_tokens: int = 4000
+    tuning_tokens: int = 6000
     max_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -139,10 +140,11 @@ def read_texts(
             f"the texts leave {len(stream)} tokens to read; expected {least} or more: give more "
             "text, or a larger --max-tokens"
         )
-    if len(held_out) <= 2 * max(plan.segments):
+    least = 4 * max(plan.segments)
+    if len(held_out) <= least:
         raise TokenError(
             f"the validation text leaves {len(held_out)} tokens to tune on; expected more than "
-            f"{2 * max(plan.segments)}: give a longer one with --validation"
+            f"{least}: give more text, a longer one with --validation, or a larger --tuning-tokens"
         )
     last = sum(start < len(stream) for start in starts)
     return Texts(names[:last], starts[:last], stream, held_out, name)
@@ -311,15 +313,20 @@ def compare(
 def tune(
     model: FWLModel, text: Tensor, rule: str, plan: Plan, progress: Progress
 ) -> dict[str, Any]:
-    """Choose segment, learning rate and decay of a rule on the validation text."""
+    """Choose segment, learning rate and decay of a rule on the validation text's second half.
+
+    Statistics of the RMS rule come from the first half: on the text that they were taken from
+    every weight that learns has some, and the choice would be too bold.
+    """
     trials: dict[tuple[int, float, float], float] = {}
     statistics: dict[int, dict[str, Tensor]] = {}
+    first, text = _halves(text)
 
     def trial(segment: int, rate: float, decay: float = 0.0) -> float:
         setting = segment, rate, decay
         if setting not in trials:
             if rule == RMS and segment not in statistics:
-                statistics[segment] = gradient_rms(model, text, segment)
+                statistics[segment] = gradient_rms(model, first, segment)
             reader = DynamicReader(model, segment, rate, decay, statistics.get(segment))
             title = f"tuning {rule}: segment {segment}, rate {rate:g}, decay {decay:g}"
             with progress(title, len(text) - 1) as advance:
@@ -342,9 +349,13 @@ def tune(
     }
 
 
+def _halves(text: Tensor) -> tuple[Tensor, Tensor]:
+    return text[: len(text) // 2], text[len(text) // 2 :]
+
+
 def _dynamic_way(model: FWLModel, text: Tensor, tuned: dict[str, Any], rule: str) -> _Way:
     segment, rate, decay = (tuned[name] for name in ("segment", "learning_rate", "decay"))
-    rms = gradient_rms(model, text, segment) if rule == RMS else None
+    rms = gradient_rms(model, _halves(text)[0], segment) if rule == RMS else None
     name = f"dynamic evaluation, {rule.upper()}, every {segment}"
     return _Way(name, lambda: DynamicReader(model, segment, rate, decay, rms), segment)
 

@@ -49,14 +49,16 @@ def write_plots(found: Comparison, folder: Path) -> None:
     """Write adaptation.png, 1000 pixels wide, and adaptation.svg."""
     figure = import_figure()(figsize=(10, 8), dpi=100)
     grid = figure.add_gridspec(
-        2, 2, left=0.075, right=0.965, bottom=0.09, top=0.95, hspace=0.32, wspace=0.2
+        2, 2, left=0.075, right=0.965, bottom=0.11, top=0.95, hspace=0.32, wspace=0.2
     )
     upper = grid[0, :].subgridspec(1, 2, width_ratios=(3.4, 1))
     _plot_position(figure.add_subplot(upper[0]), found)
     left, right = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
-    _plot_classes(left, found.frequency, "Gain by frequency per 10 000 tokens elsewhere")
+    _plot_classes(left, found.frequency, "Gain by frequency in the validation text")
     _plot_classes(right, found.repetition, "Gain by what was read before")
     left.set_ylabel("loss saved, nats per token", fontsize=11)
+    left.set_xlabel("occurrences per 10 000 tokens; share of the text", fontsize=11)
+    right.set_xlabel("share of the text", fontsize=11)
     _legend(left, right, found)
     figure.savefig(folder / f"{NAME}.png")
     figure.savefig(folder / f"{NAME}.svg", metadata={"Date": None})
@@ -117,7 +119,7 @@ def _plot_classes(axes: Any, classes: Sequence[Class], title: str) -> None:
 
 
 def _share(part: Class, classes: Sequence[Class]) -> str:
-    return f"{part.tokens / max(sum(c.tokens for c in classes), 1):.0%} of text"
+    return f"{part.tokens / max(sum(c.tokens for c in classes), 1):.0%}"
 
 
 def _legend(left: Any, right: Any, found: Comparison) -> None:

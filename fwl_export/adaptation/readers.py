@@ -23,9 +23,10 @@ from fwl_export.model.streaming import StreamingModel
 # Tokens per call where nothing asks for fewer; ring buffers are sized for it.
 CHUNK = 256
 
-# Of the RMS rule, relative to the mean over all weights, so that it suits any model: Krause's
-# code has an absolute one. It keeps weights that hardly ever had a gradient from jumping.
-RMS_EPSILON = 0.1
+# Of the RMS rule, relative to the mean over all weights so that it suits any model; an absolute one
+# does not. Weights that hardly ever had a gradient, e.g. embeddings of rare tokens, would jump
+# without it. On the demo model 1, 3 and 10 are within 0.5 % of each other, 0.1 is 2 % worse.
+RMS_EPSILON = 1.0
 
 Losses = npt.NDArray[np.float32]
 

@@ -36,7 +36,7 @@ def compare_adaptation(
         typer.Option("-o", "--output", help="Folder for results.json, results.md and plots."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Read at most this many; 0 = all.", min=0)] = 0,
-    tuning_tokens: Annotated[int, typer.Option(help="Tune on at most this many.", min=1)] = 4000,
+    tuning_tokens: Annotated[int, typer.Option(help="Tune on at most this many.", min=1)] = 6000,
     segments: Annotated[
         str, typer.Option(help="Segments tried for dynamic evaluation.")
     ] = "128,32,16",

@@ -21,6 +21,7 @@ from fwl_export.adaptation import (
     linear_attention_flops,
     minimize_on_grid,
     perplexity,
+    read_interleaved,
 )
 from fwl_export.adaptation.plots import spread_apart
 from fwl_export.errors import OutputExistsError

@@ -25,7 +25,7 @@ from fwl_export.model.config import ModelConfig
 from fwl_export.onnx_file import external_data_locations
 from fwl_export.state import TensorSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 MODEL_DATA_FILE = "model.onnx.data"

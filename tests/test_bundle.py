@@ -39,8 +39,8 @@ def test_no_bundle(tmp_path: Path) -> None:
 
 
 def test_a_newer_schema(own_bundle: Path) -> None:
-    edit(own_bundle, lambda data: data.update(schema_version=3))
-    refused(own_bundle, "schema_version is 3, but this fwl-export reads 2; update fwl-export")
+    edit(own_bundle, lambda data: data.update(schema_version=4))
+    refused(own_bundle, "schema_version is 4, but this fwl-export reads 3; update fwl-export")
 
 
 def test_an_older_schema(own_bundle: Path) -> None:

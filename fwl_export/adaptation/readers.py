@@ -235,6 +235,7 @@ class AdaptingReader:
                 torch.ones(1, length, device=self._device),
                 torch.tensor([length], device=self._device),
                 torch.arange(length, device=self._device)[None],
+                torch.ones(1, device=self._device),
                 *self._state,
             )
             parts.append(logits)

@@ -168,6 +168,7 @@ def _raw(model: Any, ids: Any) -> Callable[[], object]:
         np.ones(ids.shape, np.float32),
         np.full(batch, tokens),
         np.full((batch, 1), tokens - 1),
+        np.ones(batch, np.float32),
     )
     buffers = [runner.new_buffers(batch) for _ in range(2)]
     bound = [onnxruntime.BoundCall(model, call, buffers[i], buffers[1 - i]) for i in range(2)]

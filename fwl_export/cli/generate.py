@@ -9,7 +9,12 @@ from typing import Annotated
 import typer
 
 from fwl_export.cli.read import StateOption, read_tokens
-from fwl_export.cli.terminal import BackendOption, BundleArgument, NoPluginOption
+from fwl_export.cli.terminal import (
+    BackendOption,
+    BundleArgument,
+    LearningRateScaleOption,
+    NoPluginOption,
+)
 
 
 def generate(
@@ -29,6 +34,7 @@ def generate(
     no_learn: Annotated[
         bool, typer.Option("--no-learn", help="Do not learn from prompt and own output.")
     ] = False,
+    learning_rate_scale: LearningRateScaleOption = 1.0,
     backend: BackendOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
 ) -> None:
@@ -44,6 +50,7 @@ def generate(
     opened = read_bundle(bundle)
     tokenizer = bundle_tokenizer(opened)
     session = open_session(opened, backend, plugin="none" if no_plugin else "auto")
+    session.learning_rate_scale = learning_rate_scale
     if state is not None:
         session.load_state(state)
     if read is not None:

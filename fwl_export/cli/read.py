@@ -12,6 +12,7 @@ from fwl_export.cli.terminal import (
     BackendOption,
     BundleArgument,
     JsonOption,
+    LearningRateScaleOption,
     NoPluginOption,
     print_json,
     progress_bar,
@@ -36,6 +37,7 @@ def read(
     compress: Annotated[
         str, typer.Option(help="none, fp16 (half the size), or lowrank (small after short texts).")
     ] = "none",
+    learning_rate_scale: LearningRateScaleOption = 1.0,
     backend: BackendOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
     json: JsonOption = False,
@@ -61,6 +63,7 @@ def read(
     opened = read_bundle(bundle)
     ids = read_ids(file, bundle_tokenizer(opened))
     session = open_session(opened, backend, plugin="none" if no_plugin else "auto")
+    session.learning_rate_scale = learning_rate_scale
     if state is not None:
         session.load_state(state)
     began = time.perf_counter()

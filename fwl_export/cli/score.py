@@ -12,6 +12,7 @@ from fwl_export.cli.terminal import (
     BackendOption,
     BundleArgument,
     JsonOption,
+    LearningRateScaleOption,
     NoPluginOption,
     print_json,
     progress_bar,
@@ -29,6 +30,7 @@ def score(
     backend: BackendOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
     state: StateOption = None,
+    learning_rate_scale: LearningRateScaleOption = 1.0,
     tokens: Annotated[int, typer.Option(help="Read at most this many; 0 = all.", min=0)] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -37,7 +39,7 @@ def score(
     Example: fwl-export score demo-bundle play.txt
     """
     plugin = "none" if no_plugin else "auto"
-    on, off = score_both(bundle, file, backend, tokens, plugin, state)
+    on, off = score_both(bundle, file, backend, tokens, plugin, state, learning_rate_scale)
     if json:
         print_json(
             {
@@ -69,6 +71,7 @@ def score_both(
     tokens: int = 0,
     plugin: str = "auto",
     state: Path | None = None,
+    learning_rate_scale: float = 1.0,
 ) -> tuple[Score, Score]:
     """Score a text with adaptation and without, see `score`."""
     from fwl_export.bundle import read_bundle
@@ -82,6 +85,7 @@ def score_both(
     results = []
     for name, weight in ((ADAPTING, 1.0), (OFF, 0.0)):
         session = open_session(opened, backend, plugin=plugin)
+        session.learning_rate_scale = learning_rate_scale
         if state is not None:
             session.load_state(state)
         with progress_bar(name, len(ids) - 1) as advance:

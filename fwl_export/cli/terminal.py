@@ -17,6 +17,12 @@ NoPluginOption = Annotated[
     bool,
     typer.Option("--no-plugin", help="Run the update in standard operators, without our kernel."),
 ]
+LearningRateScaleOption = Annotated[
+    float,
+    typer.Option(
+        "--learning-rate-scale", help="Times the model's step sizes; 0 = learn nothing.", min=0
+    ),
+]
 BackendOption = Annotated[str, typer.Option(help="onnxruntime or torch.")]
 
 

@@ -122,6 +122,7 @@ def _trace(streaming: StreamingModel, opset: int) -> onnx.ModelProto:
         {0: batch, 1: tokens},
         {0: batch},
         {0: batch, 1: torch.export.Dim("positions", min=1, max=max(capacity - window + 1, 2))},
+        {0: batch},
         tuple({0: batch} for _ in names),
     )
     with _quiet(), torch.no_grad():
@@ -139,13 +140,14 @@ def _trace(streaming: StreamingModel, opset: int) -> onnx.ModelProto:
     return program.model_proto
 
 
-def example_inputs(batch: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def example_inputs(batch: int, length: int) -> tuple[Tensor, ...]:
     """Return the inputs, but for the state, of a call that reads token 0; see `INPUTS`."""
     return (
         torch.zeros(batch, length, dtype=torch.int64),
         torch.ones(batch, length),
         torch.full((batch,), length),
         torch.arange(length).repeat(batch, 1),
+        torch.ones(batch),
     )
 
 

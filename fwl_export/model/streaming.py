@@ -23,7 +23,7 @@ from fwl_export.state import TensorSpec
 
 UpdateOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-INPUTS = ("input_ids", "label_weights", "lengths", "logit_positions")
+INPUTS = ("input_ids", "label_weights", "lengths", "logit_positions", "learning_rate_scale")
 OUTPUTS = ("logits",)
 
 
@@ -91,6 +91,7 @@ class StreamingModel(nn.Module):
         label_weights: Tensor,
         lengths: Tensor,
         logit_positions: Tensor,
+        learning_rate_scale: Tensor,
         *state: Tensor,
     ) -> tuple[Tensor, ...]:
         """Read the next tokens.
@@ -102,6 +103,8 @@ class StreamingModel(nn.Module):
           lengths: [B] int64 in 0..T; a row of length 0 is left as it is.
           logit_positions: [B, P] int64 in 0..T-1, the places in this call whose logits are
             wanted; all T, or only the last, which saves the product with the vocabulary.
+          learning_rate_scale: [B] float32, times the step sizes for what this call's tokens
+            teach; what was learned before stays as it is, and forgetting does not change.
           state: past tensors in the order of `specs`, [B, ...] each.
 
         Returns:
@@ -125,7 +128,8 @@ class StreamingModel(nn.Module):
         started = shift(past["pending.valid"], torch.ones_like(weights))
         pending = slow.pending(expected)
         before = pending.one_later(Pending(*(past[f"pending.{n}"] for n in Pending._fields)))
-        gradients = layer.gradients(before, input_ids, weights * started, anchor)
+        scale = learning_rate_scale.to(weights.dtype)[:, None]
+        gradients = layer.gradients(before, input_ids, weights * started * scale, anchor)
         sums = _StateSums(self._update, past, torch.exp(layer.log_decay(weights)))
         fast = layer.fast(slow, before, gradients, sums)
         rows = torch.arange(fast.shape[0], device=fast.device)[:, None]

@@ -23,12 +23,14 @@ class Call:
       label_weights: [B, T] float32.
       lengths: [B] int64.
       logit_positions: [B, P] int64, the positions in the call whose logits are wanted.
+      learning_rate_scale: [B] float32, times the model's step sizes.
     """
 
     input_ids: npt.NDArray[np.int64]
     label_weights: npt.NDArray[np.float32]
     lengths: npt.NDArray[np.int64]
     logit_positions: npt.NDArray[np.int64]
+    learning_rate_scale: npt.NDArray[np.float32]
 
 
 class Runner(Protocol):

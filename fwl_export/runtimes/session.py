@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fwl_export import state as states
 from fwl_export import state_file
-from fwl_export.errors import ShapeError, TokenError
+from fwl_export.errors import ConfigError, ShapeError, TokenError
 from fwl_export.runtimes.base import Array, Call, Runner
 from fwl_export.runtimes.sampling import Sampler
 from fwl_export.state import State, TensorSpec
@@ -60,6 +60,7 @@ class Session:
         self.model_id = model_id
         self._lock = threading.RLock()
         self._positions = np.zeros(batch, np.int64)
+        self._learning_rate_scale = np.ones(batch, np.float32)
         self._runner = runner
         self._current = runner.new_buffers(batch)
         self._spare = [runner.new_buffers(batch)]
@@ -113,7 +114,7 @@ class Session:
         past, taken = self._current, []
         while logits is None or left.any():
             here = self._next_lengths(left, done)
-            call = _call(_from(done, here, ids), _from(done, here, weights), here, last_only)
+            call = self._call(_from(done, here, ids), _from(done, here, weights), here, last_only)
             if not self._spare:
                 self._spare.append(self._runner.new_buffers(self.batch))
             present = self._spare.pop()
@@ -144,6 +145,14 @@ class Session:
         self._positions += counts
         self._keep_one_spare()
         return logits[:, 0] if last_only else logits
+
+    def _call(self, ids: Array, weights: Array, lengths: Array, last_only: bool) -> Call:
+        if last_only:
+            positions = np.maximum(lengths, 1)[:, None] - 1
+        else:
+            positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+        scale = self._learning_rate_scale
+        return Call(*map(np.ascontiguousarray, (ids, weights, lengths, positions, scale)))
 
     def _keep_one_spare(self) -> None:
         while len(self._spare) > 1:
@@ -203,6 +212,32 @@ class Session:
     def positions(self) -> list[int]:
         """How many tokens each row has read."""
         return [int(position) for position in self._positions]
+
+    @property
+    def learning_rate_scale(self) -> Array:
+        """What the model's step sizes are multiplied by, [B] float32; 1 at first.
+
+        It counts for what is read from then on: what was learned before stays as it is, and
+        forgetting does not change. With 0 a row learns nothing, but forgets as it reads; with
+        label weights of 0 it does neither. Set it to one number for all rows, or one for each.
+        It belongs to the row, not to the text in it: a reset leaves it, a state does not hold it.
+        """
+        return self._learning_rate_scale.copy()
+
+    @learning_rate_scale.setter
+    def learning_rate_scale(self, scale: npt.ArrayLike) -> None:
+        given = np.asarray(scale, np.float32)
+        if given.shape not in ((), (self.batch,)):
+            raise ShapeError(
+                f"learning_rate_scale has shape {list(given.shape)}; expected one number, or "
+                f"{self.batch}, one for each row"
+            )
+        if not (np.isfinite(given) & (given >= 0)).all():
+            raise ConfigError(
+                f"learning_rate_scale is {given.tolist()}; expected finite numbers of 0 or more"
+            )
+        with self._lock:
+            self._learning_rate_scale = np.broadcast_to(given, self.batch).copy()
 
     @property
     def state(self) -> State:
@@ -345,14 +380,6 @@ class Session:
         if not ((counts >= 0) & (counts <= size)).all():
             raise TokenError(f"lengths are {counts.tolist()}; expected 0 to {size}")
         return counts.astype(np.int64)
-
-
-def _call(ids: Array, weights: Array, lengths: Array, last_only: bool) -> Call:
-    if last_only:
-        positions = np.maximum(lengths, 1)[:, None] - 1
-    else:
-        positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
-    return Call(*(np.ascontiguousarray(a) for a in (ids, weights, lengths, positions)))
 
 
 def _from(start: Array, lengths: Array, values: Array) -> Array:

@@ -62,15 +62,10 @@ class TorchRunner:
 
     def run(self, call: Call, past: Buffers, present: Buffers) -> Array:
         """See `Runner.run`."""
-        inputs = (
-            call.input_ids,
-            call.label_weights,
-            call.lengths,
-            call.logit_positions,
-        )
         with torch.inference_mode():
             logits, *tensors = self.streaming(
-                *map(torch.from_numpy, inputs), *(past[spec.name] for spec in self.specs)
+                *map(torch.from_numpy, vars(call).values()),
+                *(past[spec.name] for spec in self.specs),
             )
         present.update(zip((spec.name for spec in self.specs), tensors, strict=True))
         result: Array = logits.numpy()

@@ -143,6 +143,9 @@ class Session:
         self.call("positions", _pointer(found))
         return list(map(int, found))
 
+    def set_learning_rate_scale(self, scale: Sequence[float]) -> None:
+        self.call("set_learning_rate_scale", _pointer(np.ascontiguousarray(scale, np.float32)))
+
     def reset(self, rows: Sequence[int] = ()) -> None:
         self.call("reset", *_rows(rows))
 

@@ -55,6 +55,9 @@ def test_calls_of_any_size_are_those_of_python(
         lengths = rng.integers(0, size + 1, 3) if call % 3 else None
         weights = rng.random((3, size)) if call % 4 == 1 else None
         tokens = ids(3, size, seed=call)
+        if call % 5 == 2:
+            python.learning_rate_scale = scale = rng.random(3)
+            ours.set_learning_rate_scale(scale)
         expected = python.feed(tokens, weights, lengths, last_only=which == LAST)
         found = ours.feed(tokens, weights, lengths, which)
         if which != NONE:
@@ -175,6 +178,12 @@ def test_wrong_arguments_move_no_row(model: Model) -> None:
     poisoned = before[0].copy()
     poisoned[8:12] = 255
     refused("state", "holds NaN or infinite values", lambda: session.write_row(0, poisoned))
+    for scale in ([1.0, np.nan], [-1.0, 1.0]):
+        refused(
+            "argument",
+            "learning_rate_scale must be 2 finite numbers of 0 or more",
+            lambda scale=scale: session.set_learning_rate_scale(scale),
+        )
     for row in range(2):
         np.testing.assert_array_equal(session.read_row(row), before[row])
     refused("argument", "rows is 0; expected 1 or more", lambda: model.session(0))
@@ -270,7 +279,7 @@ def test_bundles_that_cannot_be_used(
     text = manifest.read_text()
     data = json.loads(text)
     for change, message in (
-        ({"schema_version": 3}, "schema_version is 3, but this libfwl reads 2"),
+        ({"schema_version": 4}, "schema_version is 4, but this libfwl reads 3"),
         ({"state": []}, "is malformed"),
         ({"max_tokens": "x"}, "is malformed"),
         ({"files": {}}, "has no 'model.onnx' in its manifest"),

@@ -24,6 +24,7 @@ from fwl_export.engines import EngineFacts, build_engines
 from fwl_export.engines.build import _targets
 from fwl_export.engines.worker import Probe, describe_flavour
 from fwl_export.errors import BundleError, EngineError, MissingDependencyError
+from fwl_export.model.streaming import INPUTS
 from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.engines.conftest import QuickWorker
 
@@ -83,14 +84,13 @@ def test_facts_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> None
     assert facts.versions["tensorrt_rtx"] == facts.version
 
     state = bundle.manifest.state
-    names = ["input_ids", "label_weights", "lengths", "logit_positions"]
-    names += [*(f"past.{s.name}" for s in state)]
+    names = [*INPUTS, *(f"past.{s.name}" for s in state)]
     assert [tensor.name for tensor in facts.inputs] == names
     assert [tensor.name for tensor in facts.outputs] == [
         "logits",
         *(f"present.{spec.name}" for spec in state),
     ]
-    for tensors in (facts.inputs[4:], facts.outputs[1:]):
+    for tensors in (facts.inputs[len(INPUTS) :], facts.outputs[1:]):
         for tensor, spec in zip(tensors, state, strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == ((-1, *spec.shape), spec.dtype)
     assert (facts.outputs[0].shape, facts.outputs[0].dtype) == ([-1, -1, VOCABULARY], "float32")

@@ -47,7 +47,7 @@ def test_only_batch_and_tokens_are_dynamic(
         for value in [*graph.input, *graph.output]
     }
     assert sizes.pop("input_ids") == sizes.pop("label_weights") == ["batch", "tokens"]
-    assert sizes.pop("lengths") == ["batch"]
+    assert sizes.pop("lengths") == sizes.pop("learning_rate_scale") == ["batch"]
     assert sizes.pop("logit_positions") == ["batch", "positions"]
     assert sizes.pop("logits") == ["batch", "positions", VOCABULARY]
     state = read_bundle(bundle).manifest.state
@@ -217,4 +217,4 @@ def test_without_checkpoint(tmp_path: Path) -> None:
         checkpoint, tmp_path / "out", max_tokens=MAX_TOKENS, include_checkpoint=False
     )
     assert not any(name.startswith("checkpoint/") for name in bundle.manifest.files)
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 2
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 3

@@ -31,6 +31,7 @@ def read(
     weights: Tensor,
     calls: list[list[int]],
     state: list[Tensor] | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Read ids [B, T] in calls that bring `calls[i][row]` tokens; garbage pads shorter rows."""
     rows = len(ids)
@@ -46,7 +47,12 @@ def read(
             label_weights[row, :length] = weights[row, part]
         positions = torch.arange(size).repeat(rows, 1)
         logits, *present = streaming(
-            tokens, label_weights, torch.tensor(lengths), positions, *state
+            tokens,
+            label_weights,
+            torch.tensor(lengths),
+            positions,
+            torch.full((rows,), scale),
+            *state,
         )
         for row, length in enumerate(lengths):
             outputs[row].append(logits[row, :length])
@@ -140,9 +146,9 @@ def test_a_call_across_an_anchor_gives_no_numbers() -> None:
     state = fresh(streaming, 2)
     ids = torch.randint(0, VOCABULARY, (2, 9))
     weights = torch.ones(2, 9, dtype=torch.float64)
-    positions = torch.arange(9).repeat(2, 1)
-    _, *state = streaming(ids, weights, torch.tensor([9, 3]), positions, *state)
-    logits, *_ = streaming(ids, weights, torch.tensor([4, 9]), positions, *state)
+    positions, ones = torch.arange(9).repeat(2, 1), torch.ones(2)
+    _, *state = streaming(ids, weights, torch.tensor([9, 3]), positions, ones, *state)
+    logits, *_ = streaming(ids, weights, torch.tensor([4, 9]), positions, ones, *state)
     assert logits[0].isnan().all()
     assert logits[1].isfinite().all(), "the other row ends at its anchor"
 
@@ -150,12 +156,12 @@ def test_a_call_across_an_anchor_gives_no_numbers() -> None:
 def test_logits_of_some_positions_are_those_of_all() -> None:
     streaming = StreamingModel(small_model(), MAX_TOKENS)
     ids, weights = torch.randint(0, VOCABULARY, (2, 9)), torch.ones(2, 9, dtype=torch.float64)
-    lengths = torch.tensor([9, 4])
+    lengths, ones = torch.tensor([9, 4]), torch.ones(2)
     every, *after = streaming(
-        ids, weights, lengths, torch.arange(9).repeat(2, 1), *fresh(streaming, 2)
+        ids, weights, lengths, torch.arange(9).repeat(2, 1), ones, *fresh(streaming, 2)
     )
     for chosen in (torch.tensor([[8], [3]]), torch.tensor([[0, 7], [3, 3]])):
-        logits, *state = streaming(ids, weights, lengths, chosen, *fresh(streaming, 2))
+        logits, *state = streaming(ids, weights, lengths, chosen, ones, *fresh(streaming, 2))
         expected = torch.stack([every[row, places] for row, places in enumerate(chosen)])
         assert_close("model.float64", logits, expected)
         assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
@@ -181,6 +187,32 @@ def test_reading_without_learning_keeps_the_fast_weights() -> None:
         if spec.name.startswith("fast."):
             assert torch.equal(before, now), spec.name
             assert before.abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_learning_rate_scale_is_a_factor_of_the_step_sizes(variant: str) -> None:
+    model, scaled = small_model(variant), small_model(variant)
+    for step in scaled.fast_weights.steps.values():
+        step.mul_(0.5)
+    ids = torch.randint(0, VOCABULARY, (1, 30))
+    weights = torch.rand(1, 30, dtype=torch.float64)
+    calls = [[9], [1], [9], [9], [2]]
+    half, _ = read(StreamingModel(model, MAX_TOKENS), ids, weights, calls, scale=0.5)
+    expected, _ = read(StreamingModel(scaled, MAX_TOKENS), ids, weights, calls)
+    whole, _ = read(StreamingModel(model, MAX_TOKENS), ids, weights, calls)
+    assert_close("model.float64", half, expected)
+    assert (half - whole).abs().max() > 0.01
+
+
+def test_what_was_learned_stays_when_the_learning_rate_changes() -> None:
+    model = small_model("tensorflow")  # it forgets nothing
+    streaming = StreamingModel(model, MAX_TOKENS)
+    ids, ones = torch.randint(0, VOCABULARY, (1, 18)), torch.ones(1, 18, dtype=torch.float64)
+    _, learned = read(streaming, ids, ones, [[9], [9]])
+    _, after = read(streaming, ids, ones, [[9], [9]], state=learned, scale=0.0)
+    for spec, before, now in zip(streaming.specs, learned, after, strict=True):
+        if spec.name.startswith("fast."):
+            assert torch.equal(before, now), spec.name
 
 
 def test_float32_stays_near_float64_over_2000_tokens() -> None:

@@ -62,6 +62,28 @@ def test_a_session_learns(tiny_bundle: Path, backend: str) -> None:
     assert np.abs(learning - not_learning).max() > 0.05
 
 
+def test_the_learning_rate_scale_is_of_rows(tiny_bundle: Path, backend: str) -> None:
+    tokens = ids(3, 40)
+    session = open_session(tiny_bundle, backend, batch=3)
+    plain = session.feed(tokens)
+    session.reset()
+    session.learning_rate_scale = [1, 0, 3]
+    scaled = session.feed(tokens)
+    assert_close("runtime.float32", scaled[0], plain[0])
+    for row in (1, 2):
+        assert np.abs(scaled[row] - plain[row]).max() > 0.05
+    off = open_session(tiny_bundle, backend).feed(tokens[1], np.zeros(40))
+    assert_close("runtime.float32", scaled[1], off[0])
+    assert session.learning_rate_scale.tolist() == [1, 0, 3], "a reset leaves it"
+    session.learning_rate_scale = 0.5
+    assert session.learning_rate_scale.tolist() == [0.5] * 3
+    with pytest.raises(ShapeError, match=re.escape("shape [2]; expected one number, or 3, one")):
+        session.learning_rate_scale = [1, 2]
+    for wrong in (-1, np.nan, np.inf):
+        with pytest.raises(ConfigError, match="expected finite numbers of 0 or more"):
+            session.learning_rate_scale = wrong
+
+
 def test_reads_longer_than_a_call_are_split(tiny_bundle: Path, backend: str) -> None:
     tokens = ids(2, 5 * MAX_TOKENS + 3)
     whole, parts = (open_session(tiny_bundle, backend, batch=2) for _ in range(2))

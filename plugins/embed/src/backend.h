@@ -31,6 +31,7 @@ struct Call {
   std::vector<float> label_weights;
   std::vector<int64_t> lengths;         // [rows]
   std::vector<int64_t> logit_positions; // [rows, positions]
+  std::vector<float> learning_rate_scale; // [rows]
   size_t tokens;
   size_t positions;
 };

@@ -158,6 +158,14 @@ fwl_status fwl_session_positions(fwl_session* session, int64_t* positions, fwl_e
   });
 }
 
+fwl_status fwl_session_set_learning_rate_scale(fwl_session* session, const float* scale,
+                                               fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    session->session.set_learning_rate_scale(scale);
+  });
+}
+
 fwl_status fwl_session_reset(fwl_session* session, const size_t* rows, size_t count,
                              fwl_error* error) {
   return guarded(error, [&] {

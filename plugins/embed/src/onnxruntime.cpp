@@ -155,6 +155,8 @@ public:
     input("lengths", call_.lengths, {count}, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
     input("logit_positions", call_.logit_positions, {count, positions},
           ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
+    input("learning_rate_scale", call_.learning_rate_scale, {count},
+          ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
     for (size_t i = 0; i < runtime.specs.size(); ++i) {
       const TensorSpec& spec = runtime.specs[i];
       std::vector<int64_t> shape{count};
@@ -177,6 +179,8 @@ public:
     std::copy(call.lengths.begin(), call.lengths.end(), call_.lengths.begin());
     std::copy(call.logit_positions.begin(), call.logit_positions.end(),
               call_.logit_positions.begin());
+    std::copy(call.learning_rate_scale.begin(), call.learning_rate_scale.end(),
+              call_.learning_rate_scale.begin());
     runtime_.check(runtime_.api.RunWithBinding(runtime_.session(), nullptr, binding_.get()),
                    FWL_ERROR_RUNTIME);
     logits = logits_;

@@ -49,6 +49,7 @@ Session::Session(std::shared_ptr<const Model> model, size_t rows)
   current_ = std::make_unique<Buffers>(model_->bundle.state, rows);
   spare_ = std::make_unique<Buffers>(model_->bundle.state, rows);
   positions_.assign(rows, 0);
+  call_.learning_rate_scale.assign(rows, 1.0f);
 }
 
 void Session::feed(const int64_t* tokens, size_t count, const float* label_weights,
@@ -211,6 +212,16 @@ void Session::fill(const int64_t* tokens, size_t count, const float* label_weigh
 std::vector<int64_t> Session::positions() {
   const std::lock_guard<std::mutex> lock(mutex_);
   return positions_;
+}
+
+void Session::set_learning_rate_scale(const float* scale) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (scale == nullptr ||
+      !std::all_of(scale, scale + rows_, [](float x) { return std::isfinite(x) && x >= 0; })) {
+    refuse(FWL_ERROR_ARGUMENT, "learning_rate_scale must be " + std::to_string(rows_) +
+                                   " finite numbers of 0 or more, one for each row");
+  }
+  call_.learning_rate_scale.assign(scale, scale + rows_);
 }
 
 void Session::reset(const size_t* rows, size_t count) {

@@ -24,6 +24,7 @@ public:
   void feed(const int64_t* tokens, size_t count, const float* label_weights, const int64_t* lengths,
             fwl_logits which, float* logits, size_t logits_size);
   std::vector<int64_t> positions();
+  void set_learning_rate_scale(const float* scale);
   void reset(const size_t* rows, size_t count);
   void fork(size_t source, const size_t* targets, size_t count);
   void read_row(size_t row, void* state, size_t size);

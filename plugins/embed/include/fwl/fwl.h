@@ -116,6 +116,12 @@ FWL_API fwl_status fwl_session_feed(fwl_session* session, const int64_t* tokens,
 FWL_API fwl_status fwl_session_positions(fwl_session* session, int64_t* positions,
                                          fwl_error* error);
 
+/* What the model's step sizes are multiplied by, [rows], 1 at first. It counts for what is read
+ * from then on: what was learned before stays, and forgetting does not change. A reset leaves it.
+ */
+FWL_API fwl_status fwl_session_set_learning_rate_scale(fwl_session* session, const float* scale,
+                                                       fwl_error* error);
+
 /* Makes rows fresh. `rows` NULL and `count` 0: all, here and below. */
 FWL_API fwl_status fwl_session_reset(fwl_session* session, const size_t* rows, size_t count,
                                      fwl_error* error);

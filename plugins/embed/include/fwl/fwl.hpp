@@ -78,6 +78,13 @@ public:
     return found;
   }
 
+  void set_learning_rate_scale(const std::vector<float>& scale) {
+    if (scale.size() != rows_) {
+      throw std::invalid_argument("learning_rate_scale has not one number for each row");
+    }
+    detail::call(fwl_session_set_learning_rate_scale, handle_, scale.data());
+  }
+
   void reset(const std::vector<size_t>& rows = {}) {
     detail::call(fwl_session_reset, handle_, rows.data(), rows.size());
   }

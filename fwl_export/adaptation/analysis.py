@@ -15,7 +15,7 @@ from fwl_export.adaptation.readers import Losses
 
 Array = npt.NDArray[Any]
 
-FREQUENCIES = ("never", "under 1", "1 to 10", "10 to 100", "over 100")
+FREQUENCIES = ("never", "under 10", "10 to 100", "over 100")
 REPETITIONS = ("new token", "known token, new pair", "known pair")
 
 
@@ -45,7 +45,7 @@ def frequency_classes(labels: Array, reference: Array, vocabulary: int) -> Array
       vocabulary: number of ids.
     """
     counts = np.bincount(reference, minlength=vocabulary)
-    found: Array = np.digitize(counts / len(reference) * 1e4, [1, 10, 100]) + 1
+    found: Array = np.digitize(counts / len(reference) * 1e4, [10, 100]) + 1
     return np.where(counts == 0, 0, found)[labels]
 
 

@@ -27,6 +27,8 @@ POINT_TOKENS, POINTS = 500, 30
 # Labels beside a curve, relative to the plot's height.
 _LABEL_HEIGHT = 0.17
 _TEXTS_NAMED = 4
+# Perplexities that lie further apart than this are shown on a logarithmic scale.
+_LOG_ABOVE = 10
 
 
 def import_figure() -> type[Any]:
@@ -59,7 +61,6 @@ def write_plots(found: Comparison, folder: Path) -> None:
     left.set_ylabel("loss saved, nats per token", fontsize=11)
     left.set_xlabel("occurrences per 10 000 tokens; share of the text", fontsize=11)
     right.set_xlabel("share of the text", fontsize=11)
-    _legend(left, right, found)
     figure.savefig(folder / f"{NAME}.png")
     figure.savefig(folder / f"{NAME}.svg", metadata={"Date": None})
 
@@ -77,12 +78,22 @@ def _plot_position(axes: Any, found: Comparison) -> None:
             ends.append(float(values[np.isfinite(values)][-1]))
             colors.append(COLORS[key])
     axes.set_xlim(0, size / 1000)
-    axes.set_ylim(0, None)
+    low, high = _range(found, bins)
+    if high > _LOG_ABOVE * low:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, None)
     axes.set_xlabel("tokens read (thousands)", fontsize=11)
     axes.set_ylabel("perplexity", fontsize=11)
     _plain_axes(axes)
     _mark_texts(axes, found)
     label_curves(axes, labels, ends, colors, _LABEL_HEIGHT, 30)
+
+
+def _range(found: Comparison, bins: int) -> tuple[float, float]:
+    values = [perplexity_by_position(m.losses, bins)[1] for m in found.methods.values()]
+    finite = np.concatenate(values)[np.isfinite(np.concatenate(values))]
+    return (float(finite.min()), float(finite.max())) if finite.size else (1.0, 1.0)
 
 
 def _mark_texts(axes: Any, found: Comparison) -> None:
@@ -122,20 +133,6 @@ def _share(part: Class, classes: Sequence[Class]) -> str:
     return f"{part.tokens / max(sum(c.tokens for c in classes), 1):.0%}"
 
 
-def _legend(left: Any, right: Any, found: Comparison) -> None:
-    from matplotlib.patches import Patch
-
-    shown = [key for key in found.methods if key != STANDARD]
-    handles = [Patch(color=COLORS[key], label=found.methods[key].name) for key in shown]
-    emptier = max((left, right), key=lambda axes: axes.get_ylim()[1] - _highest(axes))
-    emptier.legend(handles=handles, fontsize=9, frameon=False)
-
-
-def _highest(axes: Any) -> float:
-    tops = [patch.get_height() for patch in axes.patches if math.isfinite(patch.get_height())]
-    return max(tops, default=0.0)
-
-
 def _plain_axes(axes: Any) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -160,10 +157,13 @@ def label_curves(
       height: of a label, relative to that of the axes.
       columns: of a label's lines.
     """
-    low, high = axes.get_ylim()
     order = sorted(range(len(ends)), key=lambda i: ends[i])
-    wanted = np.array([(ends[i] - low) / (high - low) for i in order])
-    for i, place in zip(order, spread_apart(wanted, height), strict=True):
+    pixels = axes.transData.transform([(0, ends[i]) for i in order])
+    wanted = axes.transAxes.inverted().transform(pixels)[:, 1]
+    placed = spread_apart(wanted, height)
+    placed -= max(0.0, placed[-1] - 1 + height / 2)
+    placed += max(0.0, height / 2 - placed[0])
+    for i, place in zip(order, placed, strict=True):
         axes.text(
             1.02,
             place,

@@ -17,7 +17,7 @@ def number(value: float) -> str:
     """Return a perplexity for people."""
     if not math.isfinite(value):
         return "infinite"
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+    return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.2e}"
 
 
 def method_table(found: Comparison) -> Table:

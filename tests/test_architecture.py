@@ -27,6 +27,7 @@ FLOORS = (
     ("export", "engines", "importers", "serving"),
     ("runtimes",),
     ("parity", "bench"),
+    ("adaptation",),
     ("demo",),
     ("cli",),
 )
@@ -96,7 +97,7 @@ def test_help_of_every_verb_imports_nothing_heavy() -> None:
         import contextlib, io, sys
         from fwl_export.cli.main import VERBS, main
 
-        for verb in (None, *(verb.__name__ for verb in VERBS)):
+        for verb in (None, *(verb.__name__.replace("_", "-") for verb in VERBS)):
             sys.argv = ["fwl-export", *([verb] if verb else []), "--help"]
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
                 main()

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fwl_export import demo
+from fwl_export.adaptation import CHUNK, AdaptingReader, PlainReader, iterate_losses, perplexity
 from fwl_export.model.checkpoint import load_checkpoint
 from fwl_export.text import read_ids
 from tests.bundles import write_checkpoint
 from tests.cli.run import run
-from tools.stream_readers import CHUNK, AdaptingReader, PlainReader, iterate_losses, perplexity
 
 
 def test_the_checkpoint_is_small_and_has_a_card() -> None:

@@ -28,14 +28,12 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,27 +51,30 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from fwl_export.bench import processor_name
-from fwl_export.errors import CheckpointError, FwlError, OutputExistsError
-from fwl_export.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fwl_export.model.language_model import FWLModel
-from tools import demo_data
-from tools.evaluation_report import growth, mean_difference, plot_perplexity, results_markdown
-from tools.stream_readers import (
+from fwl_export.adaptation import (
     CHUNK,
     AdaptingReader,
     DynamicReader,
     Losses,
     PlainReader,
     Reader,
-    anchored,
+    choose,
     count_flops,
+    finite,
     iterate_losses,
+    machine,
     minimize_on_grid,
-    paper_form,
     perplexity,
-    seconds_per_block,
+    read_interleaved,
+    stream_perplexity,
+    time_ratio,
 )
+from fwl_export.errors import CheckpointError, FwlError, OutputExistsError
+from fwl_export.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fwl_export.model.language_model import FWLModel
+from tools import demo_data
+from tools.evaluation_report import growth, mean_difference, plot_perplexity, results_markdown
+from tools.stream_readers import anchored, paper_form
 
 ROWS = ("a", "b", "c", "c0", "c'", "d")
 
@@ -108,9 +109,8 @@ QUICK = Plan(2000, 1500, 600, (128, 64), (256, None), CHUNK, 500, 4)
 # Whose losses are compared token by token.
 ROW_PAIRS = (("b", "a"), ("c", "a"), ("c0", "a"), ("c'", "a"), ("d", "a"), ("c", "c0"), ("c", "d"))
 
-# (d): first guess of the learning rate, and the ratios of the coarse and of the fine grid.
+# (d): first guess of the learning rate.
 FIRST_LEARNING_RATE = 0.3
-COARSE, FINE = 10**0.5, 10**0.25
 # (c): first guess of the factors of step sizes and horizon, and the ratios of their grids.
 FIRST_STEP_FACTOR, STEP_RATIO = 0.35, 2**0.5
 FIRST_HORIZON_FACTOR, HORIZON_RATIO = 64.0, 4.0
@@ -178,18 +178,8 @@ class Workspace:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, all of it or nothing; numbers that are not finite become null."""
     beside = path.with_suffix(".unfinished")
-    beside.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    beside.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
     beside.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _collect(chunks: Iterable[Losses], advance: Callable[[int], None]) -> Losses:
@@ -347,19 +337,17 @@ def tune_dynamic(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> 
         return _or_infinity(result["perplexity"])
 
     beginning = text[: plan.tuning_tokens]
-    coarse = {}
-    rate = FIRST_LEARNING_RATE
-    for segment in plan.segments:
-        rate, _ = minimize_on_grid(partial(trial, segment, beginning), rate, COARSE)
-        found = [t for t in trials if t["segment"] == segment]
-        coarse[segment] = (min(_or_infinity(t["perplexity"]) for t in found), rate)
-    segment = min(coarse, key=lambda s: coarse[s][0])
-    rate, interior = minimize_on_grid(partial(trial, segment, text), coarse[segment][1], FINE)
+    chosen = choose(
+        lambda segment, rate: trial(segment, beginning, rate),
+        lambda segment, rate: trial(segment, text, rate),
+        plan.segments,
+        FIRST_LEARNING_RATE,
+    )
     return {
-        "segment": segment,
-        "learning_rate": rate,
-        "learning_rate_is_interior": interior,
-        "segment_is_smallest_tried": segment == min(plan.segments),
+        "segment": chosen.segment,
+        "learning_rate": chosen.learning_rate,
+        "learning_rate_is_interior": chosen.interior,
+        "segment_is_smallest_tried": chosen.segment == min(plan.segments),
         "trials": trials,
     }
 
@@ -369,17 +357,9 @@ def _dynamic_trial(
 ) -> dict[str, Any]:
     """Return the perplexity of one setting; one that diverges is given up early."""
     title = f"segment {segment}, learning rate {rate:g}"
-    give_up = 1.5 * math.log(model.config.vocab_size)
-    total, count, diverged = 0.0, 0, False
+    reader = DynamicReader(model, segment, rate)
     with work.watched(title, len(tokens) - 1) as advance:
-        for losses in iterate_losses(DynamicReader(model, segment, rate), tokens, segment):
-            total, count = total + float(losses.sum(dtype=np.float64)), count + len(losses)
-            advance(len(losses))
-            # "not <" is also true of a NaN.
-            diverged = count >= 4 * segment and not total / count < give_up
-            if diverged:
-                break
-    found = math.inf if diverged else perplexity(np.array(total / count))
+        found = stream_perplexity(reader, tokens, segment, advance)
     work.console.print(f"{title}, {len(tokens)} tokens: perplexity {found:.2f}")
     return {
         "segment": segment,
@@ -426,36 +406,24 @@ def _paired_cost(
 ) -> dict[str, Any]:
     """Return cost per reader, relative to "a": medians over blocks of the ratios per block."""
     tokens = stream[: (WARM_UP + blocks) * block + 1]
-    seconds = seconds_per_block(readers, tokens, block, WARM_UP)
-    base = np.array(seconds["a"])
+    read = read_interleaved(readers, tokens, block)
+    seconds = {name: reading.seconds[WARM_UP:] for name, reading in read.items()}
     flops = {
         name: count_flops(reader, chunk, tokens[: block + 1])
         for name, (reader, chunk) in readers.items()
     }
     rows = {}
     for name, (_, chunk) in readers.items():
-        ratios = np.array(seconds[name]) / base
-        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        low, middle, high = time_ratio(seconds[name], seconds["a"])
         rows[name] = {
             "tokens_per_call": chunk,
             "milliseconds_per_token": float(np.median(seconds[name])) / block * 1e3,
-            "time_ratio": float(middle),
-            "time_ratio_quartiles": [float(low), float(high)],
+            "time_ratio": middle,
+            "time_ratio_quartiles": [low, high],
             "flops_per_token": flops[name] / block,
             "flops_ratio": flops[name] / flops["a"],
         }
-    return {"block_tokens": block, "blocks": len(base), "rows": rows}
-
-
-def machine() -> dict[str, Any]:
-    """Describe what this runs on."""
-    return {
-        "cpu": processor_name() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    return {"block_tokens": block, "blocks": len(seconds["a"]), "rows": rows}
 
 
 def load_pair(plain: Path, fwl: Path) -> tuple[Checkpoint, Checkpoint]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fwl_export.adaptation.plots import label_curves
+
 # The claim is about this many tokens; a shorter stream proves nothing either way.
 ENOUGH_TOKENS = 40_000
 END_TOKENS = 10_000
@@ -227,7 +229,10 @@ def plot_perplexity(results: Mapping[str, Any], folder: Path) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     _mark_plays(axes, results["tokens"]["test"])
-    _label_curves(axes, row_names(results), results["rows"], ends)
+    names = row_names(results)
+    labels = [f"{names[row]}: {_number(results['rows'][row]['perplexity'])}" for row in ends]
+    colors = [COLORS[row] for row in ends]
+    label_curves(axes, labels, list(ends.values()), colors, LABEL_HEIGHT, 20)
     figure.savefig(folder / "perplexity.png")
     figure.savefig(folder / "perplexity.svg", metadata={"Date": None})
 
@@ -242,38 +247,3 @@ def _mark_plays(axes: Any, plays: Mapping[str, int]) -> None:
         if start:
             axes.axvline(start, color="#999999", linewidth=1, linestyle=(0, (4, 3)))
         start = end
-
-
-def _label_curves(
-    axes: Any, names: Mapping[str, str], rows: Mapping[str, Any], ends: Mapping[str, float]
-) -> None:
-    """Write each curve's name right of the axes, near its end but clear of the others."""
-    low, high = axes.get_ylim()
-    ordered = sorted(ends, key=lambda row: ends[row])
-    heights = np.array([(ends[row] - low) / (high - low) for row in ordered])
-    for row, height in zip(ordered, spread_apart(heights, LABEL_HEIGHT), strict=True):
-        text = textwrap.fill(f"{names[row]}: {_number(rows[row]['perplexity'])}", 20)
-        axes.text(
-            1.02,
-            height,
-            text,
-            transform=axes.transAxes,
-            color=COLORS[row],
-            fontsize=11,
-            va="center",
-            linespacing=1.05,
-        )
-
-
-def spread_apart(
-    heights: npt.NDArray[np.float64], least: float, passes: int = 200
-) -> npt.NDArray[np.float64]:
-    """Move ascending heights as little as it takes to be `least` apart."""
-    placed = heights.astype(np.float64).copy()
-    for _ in range(passes):
-        for i in range(len(placed) - 1):
-            missing = least - (placed[i + 1] - placed[i])
-            if missing > 0:
-                placed[i] -= missing / 2
-                placed[i + 1] += missing / 2
-    return placed

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import typer
 
+from fwl_export.adaptation import CHUNK, AdaptingReader, PlainReader, iterate_losses, perplexity
 from fwl_export.files import replaced_file
 from fwl_export.model.checkpoint import load_checkpoint
 from tools.demo_data import TEST_PLAYS, encode, load_plays
-from tools.stream_readers import CHUNK, AdaptingReader, PlainReader, iterate_losses, perplexity
 from tools.train_demo import main as train_demo
 
 

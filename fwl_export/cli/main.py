@@ -15,6 +15,7 @@ import typer
 from fwl_export.cli.bench import bench
 from fwl_export.cli.build import build
 from fwl_export.cli.check import check
+from fwl_export.cli.compare_adaptation import compare_adaptation
 from fwl_export.cli.demo import demo
 from fwl_export.cli.doctor import doctor
 from fwl_export.cli.export import export
@@ -31,6 +32,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     build,
     check,
     score,
+    compare_adaptation,
     read,
     generate,
     inspect,
@@ -56,7 +58,7 @@ def app() -> typer.Typer:
     )
     application.callback(invoke_without_command=True)(_options)
     for verb in VERBS:
-        application.command(name=verb.__name__)(verb)
+        application.command(name=verb.__name__.replace("_", "-"))(verb)
     application.add_typer(bench)
     application.add_typer(import_block_group)
     return application

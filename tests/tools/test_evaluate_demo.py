@@ -11,24 +11,25 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from fwl_export.adaptation import (
+    AdaptingReader,
+    DynamicReader,
+    PlainReader,
+    count_flops,
+    finite,
+    iterate_losses,
+    linear_attention_flops,
+    minimize_on_grid,
+    perplexity,
+    read_interleaved,
+)
+from fwl_export.adaptation.plots import spread_apart
 from fwl_export.errors import OutputExistsError
 from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.op import torch_op
 from tools import evaluate_demo, evaluation_report
-from tools.stream_readers import (
-    AdaptingReader,
-    DynamicReader,
-    PlainReader,
-    anchored,
-    count_flops,
-    iterate_losses,
-    linear_attention_flops,
-    minimize_on_grid,
-    paper_form,
-    perplexity,
-    seconds_per_block,
-)
+from tools.stream_readers import anchored, paper_form
 
 VOCAB = 40
 # float32 sums in another order, over a few hundred tokens.
@@ -213,11 +214,14 @@ def test_flops_of_reading_are_those_of_the_layers(model, tokens):
     assert 2.8 * plain < dynamic <= 3 * plain  # one forward, two products back per product
 
 
-def test_blocks_are_timed_in_pairs(model, tokens):
+def test_blocks_are_read_and_timed_in_pairs(model, tokens):
     readers = {"a": (PlainReader(model, 4), 4), "c": (AdaptingReader(model, max_tokens=4), 1)}
-    seconds = seconds_per_block(readers, tokens[:41], block=8, warm_up=2)
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "c": 3}
-    assert all(value > 0 for values in seconds.values() for value in values)
+    found = read_interleaved(readers, tokens[:45], block=8)
+    assert {name: len(reading.seconds) for name, reading in found.items()} == {"a": 5, "c": 5}
+    assert all(value > 0 for reading in found.values() for value in reading.seconds)
+    alone = losses_of(AdaptingReader(model), tokens[:45], 1)
+    np.testing.assert_array_equal(found["c"].losses, alone)
+    assert len(found["a"].losses) == 44  # the last, shorter block is read too
 
 
 def test_perplexity_of_what_diverged_is_infinite():
@@ -268,7 +272,7 @@ def test_growth_is_found_and_its_absence_too():
 
 
 def test_labels_are_spread_apart():
-    placed = evaluation_report.spread_apart(np.array([0.1, 0.12, 0.13, 0.9]), 0.15)
+    placed = spread_apart(np.array([0.1, 0.12, 0.13, 0.9]), 0.15)
     assert np.all(np.diff(placed) >= 0.15 - 1e-6)
     assert placed[3] == 0.9
     assert placed[:3].mean() == pytest.approx(0.35 / 3)
@@ -335,7 +339,7 @@ def test_evaluation_goes_on_from_what_is_there(evaluated, model, monkeypatch):
         patch.setattr(DynamicReader, "read", fail)
         patch.setattr(AdaptingReader, "read", fail)
         again = run(workspace(folder, text=1))
-    assert evaluate_demo._finite(again) == evaluate_demo._finite(results)
+    assert finite(again) == finite(results)
 
 
 def test_parts_of_another_evaluation_are_refused(evaluated):

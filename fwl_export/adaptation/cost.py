@@ -1,0 +1,265 @@
+"""What a way of reading costs: seconds, floating-point operations by part, peak memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from fwl_export.adaptation.readers import (
+    AdaptingReader,
+    Losses,
+    PlainReader,
+    Reader,
+    iterate_losses,
+)
+from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
+from fwl_export.model.language_model import FWLModel
+from fwl_export.op import torch_op
+
+# The parts of the model that operations are counted for, in the order of a call.
+BACKBONE = "backbone"
+SLOW = "slow layer"
+SLOW_LOGITS = "slow logits, z U"
+EXPECTED = "expected embedding, p U^T"
+GRADIENT = "gradient"
+UPDATE = "update and read"
+VECTORS = "sums of biases and norm"
+FAST = "fast second layer"
+FAST_LOGITS = "fast logits, z' U"
+BACKWARD = "backward"
+PARTS = (
+    BACKBONE,
+    SLOW,
+    SLOW_LOGITS,
+    EXPECTED,
+    GRADIENT,
+    UPDATE,
+    VECTORS,
+    FAST,
+    FAST_LOGITS,
+    BACKWARD,
+)
+
+# Shapes whose operations can be counted without a checkpoint.
+SHAPES = {
+    # 124 M parameters in the paper's GPT-2 small with one embedding for both ends, with the Fast
+    # Weight Layer on top.
+    "gpt2-small": ModelConfig(
+        50257,
+        BackboneConfig(width=768, layers=12, heads=12, window=1024),
+        FastWeightsConfig(input_size=768, hidden_size=3072, output_size=768),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one reader did on a stream.
+
+    Attributes:
+      losses: [N - 1] nats.
+      seconds: of every whole block.
+    """
+
+    losses: Losses
+    seconds: list[float]
+
+
+def read_interleaved(
+    readers: Mapping[str, tuple[Reader, int]],
+    tokens: Tensor,
+    block: int,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Reading]:
+    """Read a stream with all readers, block by block, one after the other on every block.
+
+    Args:
+      readers: name -> (reader, tokens per call). Who goes first changes from block to block.
+      tokens: [N] int64.
+      block: tokens per block, a multiple of all tokens per call. The last may be shorter, and is
+        not timed.
+      advance: called with the number of tokens that one reader has read.
+    """
+    names = list(readers)
+    losses: dict[str, list[Losses]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number, start in enumerate(range(0, len(tokens) - 1, block)):
+        part = tokens[start : start + block + 1]
+        for turn in range(len(names)):
+            name = names[(number + turn) % len(names)]
+            began = time.perf_counter()
+            losses[name] += iterate_losses(*_reading(readers[name], part))
+            if len(part) == block + 1:
+                seconds[name].append(time.perf_counter() - began)
+            advance(len(part) - 1)
+    return {name: Reading(np.concatenate(losses[name]), seconds[name]) for name in names}
+
+
+def _reading(reader: tuple[Reader, int], tokens: Tensor) -> tuple[Reader, Tensor, int]:
+    return reader[0], tokens, reader[1]
+
+
+def time_ratio(seconds: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Return the quartiles of the ratios of paired times: (lower, median, upper)."""
+    low, middle, high = np.quantile(np.array(seconds) / np.array(base), (0.25, 0.5, 0.75))
+    return float(low), float(middle), float(high)
+
+
+def count_flops(reader: Reader, chunk: int, tokens: Tensor) -> int:
+    """Return the floating-point operations of the matrix products of reading `tokens[:-1]`.
+
+    Args:
+      reader: at any point of a stream; it reads on.
+      chunk: tokens per call.
+      tokens: [N + 1] int64.
+    """
+    return sum(count_parts(reader, chunk, tokens).values())
+
+
+def count_parts(reader: Reader, chunk: int, tokens: Tensor) -> dict[str, int]:
+    """Return what `count_flops` does by part of the model, see PARTS."""
+    formulas = {torch.ops.fwl.linear_attention_update: linear_attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    parts = dict.fromkeys(PARTS, 0)
+    with _told_apart(reader.model, counter, parts), counter:
+        _read_block(reader, chunk, tokens[None])
+    # Whatever is done outside of the model's own functions: gradients of dynamic evaluation.
+    parts[BACKWARD] = int(counter.get_total_flops()) - sum(parts.values())
+    return {name: count for name, count in parts.items() if count}
+
+
+def _read_block(reader: Reader, chunk: int, block: Tensor) -> None:
+    inputs, labels = block[:, :-1], block[:, 1:]
+    for start in range(0, inputs.shape[1], chunk):
+        part = slice(start, start + chunk)
+        reader.read(inputs[:, part], labels[:, part])
+
+
+@contextmanager
+def _told_apart(model: FWLModel, counter: FlopCounterMode, parts: dict[str, int]) -> Iterator[None]:
+    """Add what is counted inside the model's functions to `parts`."""
+    layer = model.fast_weights
+    in_fast_pass = [False]
+
+    def ops() -> dict[str, int]:
+        return {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
+
+    def plain(name: str) -> Callable[[dict[str, int]], None]:
+        def add(done: dict[str, int]) -> None:
+            parts[name] += sum(done.values())
+
+        return add
+
+    def logits(done: dict[str, int]) -> None:
+        parts[FAST_LOGITS if in_fast_pass[0] else SLOW_LOGITS] += sum(done.values())
+        in_fast_pass[0] = False
+
+    def fast(done: dict[str, int]) -> None:
+        in_fast_pass[0] = True  # the next logits are those of this pass
+        for op, count in done.items():
+            of_sums = VECTORS if "bmm" in op else FAST
+            parts[UPDATE if "linear_attention_update" in op else of_sums] += count
+
+    watched: list[tuple[nn.Module, str, Callable[[dict[str, int]], None]]] = [
+        (model.backbone, "stream", plain(BACKBONE)),
+        (layer, "slow", plain(SLOW)),
+        (layer, "logits", logits),
+        (layer, "expected_embedding", plain(EXPECTED)),
+        (layer, "gradients", plain(GRADIENT)),
+        (layer, "fast", fast),
+    ]
+    try:
+        for module, method, add in watched:
+            vars(module)[method] = _watched(getattr(module, method), ops, add)
+        yield
+    finally:
+        for module, method, _ in watched:
+            vars(module).pop(method, None)
+
+
+def _watched(
+    function: Callable[..., Any],
+    ops: Callable[[], dict[str, int]],
+    add: Callable[[dict[str, int]], None],
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = ops()
+        result = function(*args, **kwargs)
+        add({op: count - before.get(op, 0) for op, count in ops().items()})
+        return result
+
+    return run
+
+
+def linear_attention_flops(
+    query_shape: list[int],
+    key_shape: list[int],
+    value_shape: list[int],
+    *_: Any,
+    out_shape: Any = None,
+) -> int:
+    """Return the operations of `fwl::linear_attention_update`: the counter cannot see into it."""
+    batch, length, key_size = query_shape
+    value_size = value_shape[2]
+    total = 0
+    for start in range(0, length, torch_op._CHUNK):
+        size = min(torch_op._CHUNK, length - start)
+        # query x key, (query x key) x value; query x state and key x value
+        total += 2 * size * (size * (key_size + value_size) + 2 * key_size * value_size)
+    return batch * total
+
+
+def count_shape(config: ModelConfig, chunk: int) -> dict[str, dict[str, float]]:
+    """Count the operations of a model of any size without its weights.
+
+    Args:
+      config: of the model.
+      chunk: tokens per call; two calls are counted.
+
+    Returns:
+      "standard" and "adapting": operations per token by part.
+    """
+    with torch.device("meta"):
+        model = FWLModel(config).eval().requires_grad_(False)
+        tokens = torch.zeros(2 * chunk + 1, dtype=torch.int64)
+    readers: dict[str, Reader] = {
+        "standard": PlainReader(model, chunk),
+        "adapting": AdaptingReader(model, max_tokens=chunk),
+    }
+    return {
+        name: {part: n / (2 * chunk) for part, n in count_parts(reader, chunk, tokens).items()}
+        for name, reader in readers.items()
+    }
+
+
+def peak_memory(start: Callable[[], Reader], chunk: int, tokens: Tensor) -> int:
+    """Return the most bytes that reading needs at once: weights, state and intermediate results.
+
+    Args:
+      start: starts a stream.
+      chunk: tokens per call.
+      tokens: [N + 1] int64; as much as it takes to have seen all.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it says on the terminal that it began
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        reader = start()
+        _read_block(reader, chunk, tokens[None])
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        watched.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    totals = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
+    return reader.shared_bytes + int(max(totals))

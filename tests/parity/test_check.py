@@ -305,8 +305,9 @@ def test_a_wrong_step_shows_when_forced_and_slow_drift_only_when_free(fp32: Repo
 
 def test_another_reference_needs_no_other_budget(tiny_bundle: Path) -> None:
     bundle = read_bundle(tiny_bundle)
-    report = check_bundle(bundle, TEXT, 40, candidates="onnxruntime:no-plugin",
-                          reference="onnxruntime", cases="text")
+    report = check_bundle(
+        bundle, TEXT, 40, candidates="onnxruntime:no-plugin", reference="onnxruntime", cases="text"
+    )
     usual = check_bundle(bundle, TEXT, 40, candidates="onnxruntime:no-plugin", cases="text")
     budgets = [
         r.candidates[0].runs[0].tensors[0].worst.budget.relative_rms for r in (report, usual)
@@ -328,9 +329,7 @@ def test_strict_halves_budgets_and_a_users_limit_takes_their_place(tiny_bundle: 
     bundle = read_bundle(tiny_bundle)
     usual, strict, given = (
         check_bundle(bundle, TEXT, 40, cases="text", **options)
-        for options in (
-            {}, {"strict": True}, {"tolerances": {"logits": {"relative_rms": 1e-12}}}
-        )
+        for options in ({}, {"strict": True}, {"tolerances": {"logits": {"relative_rms": 1e-12}}})
     )
     assert strict.candidates[0].use == pytest.approx(2 * usual.candidates[0].use)
     assert given.exit_code == 1
@@ -358,5 +357,6 @@ def test_a_report_has_the_tokens_around_the_worst_place(fp32: Report) -> None:
     data = fp32.to_dict()
     for candidate in data["candidates"]:
         worst = candidate["worst"]
-        assert worst["tokens"][worst["at"]]["in_call"]
+        at = worst["tokens"][worst["at"]]
+        assert at["in_call"] or worst["tensor"] != "logits"  # a row may have brought nothing
         assert {token["id"] for token in worst["tokens"]} <= set(data["text"]["ids"])

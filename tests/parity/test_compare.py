@@ -140,11 +140,12 @@ def test_log_softmax_of_half_precision_is_computed_in_double() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_differences_are_counted_in_units_of_the_last_place(dtype: type) -> None:
-    value = np.array([1.0, 1.5, -3.0, 1e-4, 0.0, 1000.0], dtype)
+    value = np.array([1.0, 1.5, -3.0, 1e-4, 7.0, 1000.0], dtype)
     unit = np.spacing(np.abs(value)).astype(np.float64)
     for factor, expected in ((0, 0), (0.49, 0), (0.5, 1), (0.99, 1), (1, 2), (3.9, 3), (100, 8)):
         counts = ulp_histogram(factor * unit, value.astype(np.float64), dtype)
         assert counts.argmax() == expected
         assert counts.sum() == counts.max() == 6, (factor, counts)
+    assert ulp_histogram(np.zeros(3), np.array([0.0, 1e-320, 1.0]), dtype)[0] == 3
     counts = ulp_histogram(np.array([np.nan, np.inf]), np.ones(2), dtype)
     assert counts[ULP_BINS - 1] == 2

@@ -238,7 +238,7 @@ def test_nan_is_a_failure_with_the_first_step(
     assert found.failure.message.startswith(f"state '{state}' is nan in row ")
     assert 31 <= found.failure.depth < 31 + MAX_TOKENS  # the call that read token 31
     assert all(tensor.use < 1 for run in found.runs for tensor in run.tensors)
-    assert "onnxruntime could not go on at call" in report.problems()[0]
+    assert "onnxruntime could not go on in case 'text', free, at call" in report.problems()[0]
 
 
 def test_a_bundle_without_its_checkpoint_cannot_be_checked(own_bundle: Path) -> None:

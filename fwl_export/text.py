@@ -11,9 +11,7 @@ from tokenizers import Tokenizer
 from fwl_export.errors import CheckpointError, TokenError
 
 
-def load_tokenizer(
-    path: Path, vocab_size: int | None = None, padded: bool = False
-) -> Tokenizer:
+def load_tokenizer(path: Path, vocab_size: int | None = None, padded: bool = False) -> Tokenizer:
     """Read a tokenizer.json.
 
     Args:

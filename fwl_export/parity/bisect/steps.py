@@ -76,6 +76,7 @@ class Suspect:
       before: the one before it; None if it is the first.
       forced: whether it went wrong with the right state.
       outside: outputs outside their budgets, by name, logits first.
+      found: what the candidate returned; empty if it raised.
       failure: what the candidate raised; empty: nothing.
     """
 
@@ -83,6 +84,7 @@ class Suspect:
     before: Step | None
     forced: bool
     outside: Mapping[str, Outside]
+    found: State
     failure: str
 
 
@@ -108,13 +110,15 @@ def first_wrong_step(
     forced, free = (_Judge(own.another(ROWS), precision, memory) for _ in range(2))
     free_candidate = candidate.another(ROWS)
     before: Step | None = None
+    runs = ((forced, candidate, True), (free, free_candidate, False))
     for step in reference_steps(bundle, calls):
-        failure, outside = forced.judge(candidate, step, forced=True)
-        if failure or outside:
-            return Suspect(step, before, True, outside, failure)
-        failure, outside = free.judge(free_candidate, step, forced=False)
-        if failure or outside:
-            return Suspect(step, before, False, outside, failure)
+        for judge, session, is_forced in runs:
+            found = fed(session, step, is_forced)
+            outside = judge.outside(found, step, is_forced)
+            if isinstance(found, str):
+                return Suspect(step, before, is_forced, {}, {}, found)
+            if outside:
+                return Suspect(step, before, is_forced, outside, found, "")
         advance(step.depth - (before.depth if before else 0))
         before = step
     return None
@@ -186,9 +190,7 @@ class _Judge:
         self._memory = memory
         self._largest: dict[str, Error] = {}
 
-    def judge(
-        self, candidate: Session, step: Step, forced: bool
-    ) -> tuple[str, dict[str, Outside]]:
+    def outside(self, found: State | str, step: Step, forced: bool) -> dict[str, Outside]:
         own = fed(self._own, step, forced)
         assert not isinstance(own, str), own
         for name, error in measure(own, step.outputs).items():
@@ -198,21 +200,16 @@ class _Judge:
                 max_abs=max(error.max_abs, last.max_abs),
                 relative_rms=max(error.relative_rms, last.relative_rms),
             )
-        found = fed(candidate, step, forced)
         if isinstance(found, str):
-            return found, {}
+            return {}
         outside = {}
         for name, error in measure(found, step.outputs).items():
-            (budget,) = budgets(
-                tolerance_for(name),
-                [self._largest[name]],
-                [step.depth],
-                self._precision,
-                self._memory,
-            )
+            own_errors, depths = [self._largest[name]], [step.depth]
+            row = tolerance_for(name)
+            (budget,) = budgets(row, own_errors, depths, self._precision, self._memory)
             if budget.use(error) > 1:
                 outside[name] = Outside(error, budget)
-        return "", outside
+        return outside
 
 
 class _Recorder:

@@ -1,11 +1,11 @@
 """Runtimes by name: `backend[:option[:option]]`, as `check` and `bisect` take them.
 
-    onnxruntime                 ONNX Runtime, with our kernel where its library is there
-    onnxruntime:no-plugin       ... in standard operators; `plugin` insists on the kernel
-    onnxruntime:cuda            ... on the first CUDA device
-    onnx-reference@200          ONNX's reference evaluator, slow: for the first 200 tokens only
-    torch:float64               PyTorch in float64, float32 or float16; `torch` is the bundle's own
-    tensorrt:rtx                an engine; flavours rtx and tensorrt
+onnxruntime                 ONNX Runtime, with our kernel where its library is there
+onnxruntime:no-plugin       ... in standard operators; `plugin` insists on the kernel
+onnxruntime:cuda            ... on the first CUDA device
+onnx-reference@200          ONNX's reference evaluator, slow: for the first 200 tokens only
+torch:float64               PyTorch in float64, float32 or float16; `torch` is the bundle's own
+tensorrt:rtx                an engine; flavours rtx and tensorrt
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 from fwl_export.bundle import Bundle
 from fwl_export.errors import ConfigError
+from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.runtimes import Session, open_session
 
 REFERENCE = "torch:float64"
@@ -82,6 +84,35 @@ class Backend:
         if threads is not None and self.backend in _THREADED:
             arguments["threads"] = threads
         return open_session(bundle, self.backend, batch, **arguments)
+
+    def describe(self) -> str:
+        """Return in words what runs."""
+        versions = [f"{p} {_version(p)}" for p in _PACKAGES[self.backend] if _version(p)]
+        words = [versions[0] if versions else self.backend]
+        if self.backend == "onnxruntime":
+            library = find_plugin(ONNXRUNTIME, self.arguments.get("plugin", "auto"))
+            words.append(f"plugin {library.name}" if library else "standard operators")
+        if self.backend == "onnx-reference":
+            words.append("reference evaluator")
+        words += [
+            str(self.arguments[key]) for key in ("device", "flavour") if key in self.arguments
+        ]
+        return ", ".join(words)
+
+
+_PACKAGES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "onnx-reference": ("onnx",),
+    "torch": ("torch",),
+    "tensorrt": ("tensorrt-rtx", "tensorrt"),
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def parse_backend(text: str) -> Backend:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import typer
 
 from fwl_export.cli.bench import bench
+from fwl_export.cli.bisect import bisect
 from fwl_export.cli.build import build
 from fwl_export.cli.check import check
 from fwl_export.cli.demo import demo
@@ -29,6 +30,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     export,
     build,
     check,
+    bisect,
     score,
     read,
     generate,

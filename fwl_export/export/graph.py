@@ -181,9 +181,7 @@ def traced_graph(
         else:
             sources[name] = Source("parameter", str(spec.target).removeprefix("model."))
     results = [spec.arg.name for spec in program.graph_signature.output_specs]
-    operations = [
-        _operation(node) for node in program.graph.nodes if node.op == "call_function"
-    ]
+    operations = [_operation(node) for node in program.graph.nodes if node.op == "call_function"]
     return TracedGraph(
         sources, _needed(operations, results), dict(zip(outputs, results, strict=True))
     )
@@ -208,7 +206,9 @@ def _operation(node: torch.fx.Node) -> Operation:
             return Operation(node.name, UPDATE, _encode(node.args[0]), {}, scope)
         name = f"{namespace}.{target._schema.name.partition('::')[2]}.{target._overloadname}"
     else:
-        name = f"{getattr(target, '__module__', '')}.{target.__name__}".replace("_operator", "operator")
+        name = f"{getattr(target, '__module__', '')}.{target.__name__}".replace(
+            "_operator", "operator"
+        )
     options = {key: _encode(v) for key, v in node.kwargs.items() if key not in _DROPPED}
     return Operation(node.name, name, _encode(list(node.args)), options, scope)
 

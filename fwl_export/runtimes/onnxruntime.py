@@ -65,9 +65,7 @@ def load_model(
     path = bundle.model_files()
     session = open_file(path, threads, plugin, device)
     manifest = bundle.manifest
-    return OnnxRuntimeModel(
-        session, manifest.state, manifest.config.vocab_size, _device(device)
-    )
+    return OnnxRuntimeModel(session, manifest.state, manifest.config.vocab_size, _device(device))
 
 
 def open_file(

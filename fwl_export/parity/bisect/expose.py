@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +56,7 @@ def expose_all(source: Path, target: Path) -> onnx.ModelProto:
     """Write a copy of an ONNX file whose every tensor is an output.
 
     Args:
-      source: its external data is linked, or copied, to the folder of `target`.
+      source: its external data is copied to the folder of `target`.
       target: file to write.
 
     Returns:
@@ -72,8 +71,9 @@ def expose_all(source: Path, target: Path) -> onnx.ModelProto:
         for name in node.output:
             if name and name not in known:
                 model.graph.output.append(helper.make_empty_tensor_value_info(name))
+    # Not links: runtimes refuse data that lies elsewhere.
     for location in external_data_locations(source):
-        _link(source.parent / location, target.parent / location)
+        shutil.copyfile(source.parent / location, target.parent / location)
     target.write_bytes(model.SerializeToString())
     return model
 
@@ -124,11 +124,3 @@ class _ReferenceProbe:
         except Exception as error:  # it raises whatever an operator raises
             raise FwlError(f"ONNX's reference evaluator cannot run the graph: {error}") from None
         return {name: np.asarray(v) for name, v in zip(names, values, strict=True)}
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)

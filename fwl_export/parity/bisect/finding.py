@@ -166,8 +166,10 @@ def _lines(finding: Finding) -> list[str]:
         "weights": f"{', '.join(finding.wrong_weights)}: not the checkpoint's"
         if finding.wrong_weights
         else "",
-        "fault of": {"file": "the ONNX file: the runtime does what it says",
-                     "runtime": "the runtime: the ONNX file says otherwise"}.get(finding.fault, ""),
+        "fault of": {
+            "file": "the ONNX file: the runtime does what it says",
+            "runtime": "the runtime: the ONNX file says otherwise",
+        }.get(finding.fault, ""),
         "outputs": ", ".join(finding.outputs[:6]) + (" …" if len(finding.outputs) > 6 else ""),
         "note": finding.note,
     }

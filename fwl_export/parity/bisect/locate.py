@@ -82,6 +82,11 @@ def counterparts(graph: TracedGraph, model: onnx.ModelProto) -> dict[str, str]:
     names = [name for node in model.graph.node for name in node.output if name]
     names += [tensor.name for tensor in model.graph.initializer]
     found = {name: name for name in names if name in traced}
+    # The parts of a split are results of their own: its name and a number in the ONNX graph.
+    for operation in graph.operations:
+        if operation.target == "operator.getitem":
+            whole, index = operation.arguments
+            found[f"{whole['ref']}_split_{index}"] = operation.name
     written = set(names)
     return found | {name: right for name, right in graph.outputs.items() if name in written}
 
@@ -198,8 +203,11 @@ def _error(found: Array, exact: Array) -> Any:
     same = ~np.isfinite(right) & ((values == right) | (np.isnan(values) & np.isnan(right)))
     total = TensorSum(1)
     # Nothing is compared elementwise in an empty tensor; its shape was.
-    total.add(0, np.where(same, 0, values).reshape(exact.shape or (1,)),
-              np.where(same, 0, right).reshape(exact.shape or (1,)))
+    total.add(
+        0,
+        np.where(same, 0, values).reshape(exact.shape or (1,)),
+        np.where(same, 0, right).reshape(exact.shape or (1,)),
+    )
     return total.result()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fwl_export.errors import FwlError
 from fwl_export.parity.backends import Backend
 from fwl_export.parity.bisect.expose import open_probe
 from fwl_export.parity.bisect.locate import Located
@@ -52,12 +53,12 @@ class Reproduced:
 
     Attributes:
       reproduces: whether the tensor is outside its budget then too.
-      follows_onnx: whether ONNX's reference evaluator gives, for the same nodes and inputs, what
-        the candidate did: then the file is wrong, else the runtime; None: it cannot run them.
+      file_is_wrong: whether it is in ONNX's reference evaluator too, which does what the file
+        says: then the file is wrong, else the runtime; None: it cannot run them.
     """
 
     reproduces: bool
-    follows_onnx: bool | None
+    file_is_wrong: bool | None
 
 
 def write_reproducer(
@@ -138,11 +139,12 @@ def _run(
         result: Array = open_probe(of, path).run(inputs)[located.tensor].astype(np.float64)
         return result
 
-    found = values(backend)
-    # Written so that NaN is outside.
-    reproduces = not bool(np.all(np.abs(found - expected) <= budget))
+    def outside(of: Backend) -> bool:
+        # Written so that NaN is outside.
+        return not bool(np.all(np.abs(values(of) - expected) <= budget))
+
     try:
-        by_onnx = values(Backend("onnx-reference", "onnx-reference"))
-    except Exception:  # an operator that the evaluator does not have
-        return Reproduced(reproduces, None)
-    return Reproduced(reproduces, bool(np.all(np.abs(found - by_onnx) <= budget)))
+        by_onnx = outside(Backend("onnx-reference", "onnx-reference"))
+    except FwlError:  # an operator that the evaluator does not have
+        return Reproduced(outside(backend), None)
+    return Reproduced(outside(backend), by_onnx)

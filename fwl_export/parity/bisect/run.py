@@ -27,7 +27,6 @@ from fwl_export.parity.bisect.finding import (
     Finding,
 )
 from fwl_export.parity.bisect.locate import (
-    Comparison,
     Located,
     compare,
     counterparts,
@@ -238,12 +237,12 @@ class _Search:
             located.tensor,
             module=located.operation.scope,
             operation=str(located.operation),
-            node=last.name,
+            node=last.name or last.output[0],
             op_type=f"{last.domain}::{last.op_type}" if last.domain else last.op_type,
             nodes=[node.name or node.output[0] for node in located.nodes],
             foreign=located.foreign,
             wrong_weights=list(wrong_weights(whole, located.nodes, exact)),
-            fault=faults[shown.follows_onnx],
+            fault=faults[shown.file_is_wrong],
             amount=_amount(located.outside),
         )
         facts: dict[str, Any] = {"finding": finding}
@@ -342,6 +341,3 @@ def _amount(outside: Outside) -> Amount:
         worst.candidate if worst else 0.0,
         worst.reference if worst else 0.0,
     )
-
-
-__all__ = ["DEFAULT_TOKENS", "Comparison", "bisect_bundle"]

@@ -75,6 +75,7 @@ def export_onnx(
         size_threshold=1024,
     )
     values = ([v.name for v in side] for side in (proto.graph.input, proto.graph.output))
+    assert program.exported_program is not None
     traced_graph(program.exported_program, *values).write(path.with_suffix(".graph.json"))
     check_onnx(path, streaming.specs, opset)
     return streaming.specs

@@ -313,21 +313,16 @@ def half_product(weight_name: str) -> Fault:
 
 
 def missing_cast() -> Fault:
-    """Cast the rotary phase to float before it is reduced, not after: it is no longer exact."""
+    """Leave the rotary angles in half precision, as they are without their cast to float32."""
 
     def plant(model: onnx.ModelProto) -> None:
         (cosine,) = [n for n in model.graph.node if n.op_type == "Cos"]
-        scaled = _producer(model, cosine.input[0])
-        cast = _producer(model, scaled.input[0])
-        reduced = _producer(model, cast.input[0])
-        real, whole = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-        period = _constant(model, "period", np.array(1 << 20, np.float32))
-        _insert_before(model, reduced, "Cast", [reduced.input[0]], "phase", to=real)
-        reduced.input[0], reduced.input[1] = "phase", period
-        del reduced.attribute[:]
-        reduced.attribute.append(helper.make_attribute("fmod", 1))
-        name, reduced.output[0] = reduced.output[0], "reduced.phase"
-        _insert_before(model, cast, "Cast", ["reduced.phase"], name, to=whole)
+        angle = cosine.input[0]
+        scaled = _producer(model, angle)
+        half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+        scaled.output[0] = "whole.angle"
+        _insert_before(model, cosine, "Cast", ["whole.angle"], "half.angle", to=half)
+        _insert_before(model, cosine, "Cast", ["half.angle"], angle, to=whole)
 
     return plant
 

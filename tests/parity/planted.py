@@ -121,7 +121,7 @@ PLANTED = {
     "a product accumulated in fp16": Planted(
         faults.half_product("fast_weights.up_kernel"), "pending.up", "fast_weights.slow", "Cast"
     ),
-    "a missing cast: phases reduced in float32 instead of int64": Planted(
+    "a missing cast: rotary angles in fp16": Planted(
         faults.missing_cast(), "cache.0.key", "backbone.stream/rotary", "Cast"
     ),
     "off by one in the pending label": Planted(
@@ -183,9 +183,9 @@ def table() -> str:
         "<!-- Written by `python -m tests.parity.planted`; do not edit. -->",
         "# Planted faults",
         "",
-        "Each is planted in a bundle's ONNX file, or in the session that runs it; tests let `check`",
-        "catch it and `bisect` locate it. *Caught by*: an output outside its budget. *Located at*:",
-        "the module in PyTorch and the ONNX operator, or the state tensor.",
+        "Each is planted in a bundle's ONNX file, or in the session that runs it. Tests let",
+        "`check` catch it and `bisect` locate it. *Caught by*: an output outside its budget.",
+        "*Located at*: the module in PyTorch and the ONNX operator, or the state tensor.",
         "",
         "| fault | caught by | located at |",
         "|---|---|---|",

@@ -110,7 +110,8 @@ def compare(
       own: of PyTorch in the candidate's precision, by name in its graph.
       exact: of PyTorch in float64.
       precision: "fp32" or "fp16".
-      depth, memory: see `budgets`.
+      depth: tokens the first row has read.
+      memory: see `budgets`.
     """
     outside: dict[str, Outside] = {}
     matched = total = 0

@@ -11,7 +11,7 @@ import typer
 
 from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, progress_bar
 
-DEFAULT_TOKENS = 1000  # parity.bisect has it too; --help imports nothing heavy
+DEFAULT_TOKENS = 500  # parity.bisect has it too; --help imports nothing heavy
 
 
 def bisect(

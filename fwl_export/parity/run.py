@@ -98,7 +98,7 @@ def check_bundle(
     calls = {case.name: case.calls(ids, manifest.max_tokens, seed) for case in chosen}
     bundle.model_files()
     memory = remembered_tokens(bundle)
-    with _torch_threads(threads):
+    with torch_threads(threads):
         lineup = _open_all(bundle, candidates, parse_backend(reference), threads)
         measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
     verdicts = [_verdict(e, lineup, measured, memory, table) for e in lineup.entries]
@@ -264,7 +264,8 @@ def _environment(threads: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads while the block runs."""
     import torch
 
     before = torch.get_num_threads()

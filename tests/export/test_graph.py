@@ -1,4 +1,4 @@
-"""The traced graph beside the ONNX file: it computes what the module does, and names every tensor."""
+"""The traced graph beside the ONNX file: it computes what the module does, with names."""
 
 from __future__ import annotations
 

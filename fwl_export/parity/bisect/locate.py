@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fwl_export.export.graph import Operation, TracedGraph
-from fwl_export.parity.bisect.steps import Outside
-from fwl_export.parity.compare import TensorSum
+from fwl_export.parity.bisect.steps import Outside, distance
 from fwl_export.parity.tolerances import Tolerance, budgets
 from fwl_export.state import State
 
@@ -187,7 +186,7 @@ def wrong_weights(
 def _measured(
     found: Array, own: Array, exact: Array, precision: str, depth: int, memory: float
 ) -> Outside:
-    error, of_own = (_error(value, exact) for value in (found, own))
+    error, of_own = (distance(value, exact) for value in (found, own))
     if exact.dtype.kind == "f":
         (budget,) = budgets(INTERMEDIATE, [of_own], [depth], precision, memory)
     else:
@@ -196,20 +195,6 @@ def _measured(
 
 
 _EXACT = Tolerance("", 1, 1, 0, 0, "whole numbers and truths: nothing is rounded")
-
-
-def _error(found: Array, exact: Array) -> Any:
-    """Return the distance of a tensor; infinities that both have are equal."""
-    values, right = (array.astype(np.float64).reshape(-1) for array in (found, exact))
-    same = ~np.isfinite(right) & ((values == right) | (np.isnan(values) & np.isnan(right)))
-    total = TensorSum(1)
-    # Nothing is compared elementwise in an empty tensor; its shape was.
-    total.add(
-        0,
-        np.where(same, 0, values).reshape(exact.shape or (1,)),
-        np.where(same, 0, right).reshape(exact.shape or (1,)),
-    )
-    return total.result()
 
 
 def _noted(node: onnx.NodeProto) -> bool:

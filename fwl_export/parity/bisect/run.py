@@ -44,7 +44,7 @@ from fwl_export.parity.bisect.steps import (
     first_wrong_step,
     measure,
 )
-from fwl_export.parity.run import remembered_tokens
+from fwl_export.parity.run import remembered_tokens, torch_threads
 from fwl_export.parity.schedule import ROWS, Schedule
 from fwl_export.runtimes import Session, open_session
 from fwl_export.state import PRESENT, State
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-DEFAULT_TOKENS = 1000
+DEFAULT_TOKENS = 500
 
 # Two float64 programs of the same operators differ by roundings of 1e-16, through a few layers.
 _SAME = 1e-9
@@ -97,8 +97,6 @@ def bisect_bundle(
     schedule = Schedule(ids, tokens, bundle.manifest.max_tokens, seed)
     session = session or backend.open(bundle, ROWS, threads=1)
     memory = remembered_tokens(bundle)
-    own = open_session(bundle, "torch", ROWS)
-    suspect = first_wrong_step(bundle, schedule, session, own, memory, advance)
     facts: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,
         "candidate": backend.name,
@@ -107,8 +105,10 @@ def bisect_bundle(
         "tokens": tokens,
         "seed": seed,
     }
-    if suspect:
-        with TemporaryDirectory() as folder:
+    with torch_threads(1), TemporaryDirectory() as folder:
+        own = open_session(bundle, "torch", ROWS)
+        suspect = first_wrong_step(bundle, schedule, session, own, memory, advance)
+        if suspect:
             search = _Search(bundle, backend, graph, session, suspect, memory, Path(folder))
             facts |= search.run(reproducer)
     return Bisection(**facts, seconds=time.perf_counter() - began)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fwl_export.bundle import Bundle
-from fwl_export.parity.compare import Error, TensorSum
+from fwl_export.parity.compare import Error, Place
 from fwl_export.parity.schedule import ROWS
 from fwl_export.parity.schedule import Call as Scheduled
 from fwl_export.parity.tolerances import Budget, budgets, tolerance_for
@@ -152,13 +152,37 @@ def reference_steps(bundle: Bundle, calls: Iterable[Scheduled]) -> Iterator[Step
 
 def measure(found: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, Error]:
     """Return the distance of every tensor [B, ...] from the one of that name."""
-    errors = {}
-    for name, right in expected.items():
-        total = TensorSum(len(right))
-        for row in range(len(right)):
-            total.add(row, found[name][row], right[row])
-        errors[name] = total.result()
-    return errors
+    return {name: distance(found[name], right, len(right)) for name, right in expected.items()}
+
+
+def distance(found: Array, expected: Array, rows: int = 1) -> Error:
+    """Return the distance of a tensor from what is right, as `compare.TensorSum` counts it.
+
+    Args:
+      found: any shape; infinities and NaN that both have are equal.
+      expected: of the same shape.
+      rows: that count on their own, along the first axis.
+    """
+    if expected.size == 0:
+        return Error(0.0, 0.0, 0.0, None)
+    values, right = (x.astype(np.float64).reshape(rows, -1) for x in (found, expected))
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        difference = np.abs(values - right)
+        if not np.isfinite(right).all():
+            same = (values == right) | (np.isnan(values) & np.isnan(right))
+            difference[same], right = 0, np.where(np.isfinite(right), right, 0)
+        squares, of_right = (np.einsum("ij,ij->i", x, x) for x in (difference, right))
+        ratios = np.where(squares == 0, 0, np.sqrt(squares / of_right))
+    flat = int(np.argmax(difference))  # of NaN if there is one
+    index = tuple(int(i) for i in np.unravel_index(flat, expected.shape))
+    place = Place(0, 0, index, float(found.reshape(-1)[flat]), float(expected.reshape(-1)[flat]))
+    largest, rms = float(difference.reshape(-1)[flat]), float(ratios.max())
+    return Error(
+        largest if np.isfinite(largest) else np.inf,
+        rms if np.isfinite(rms) else np.inf,
+        float(np.abs(right).max()),
+        place,
+    )
 
 
 def fed(session: Session, step: Step, forced: bool) -> State | str:

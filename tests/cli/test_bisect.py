@@ -51,7 +51,7 @@ def test_a_fault_is_1_and_leaves_a_reproducer(
     [
         (("--candidate", "tensorrt:rtx"), "'tensorrt:rtx' cannot run here"),
         (("--candidate", "torch", "--plugin", "x.so"), "--plugin is for candidate onnxruntime"),
-        (("--plugin", "nowhere.so"), "plugin 'nowhere.so' does not exist"),
+        (("--plugin", "nowhere.so", "--tokens", 20), "plugin 'nowhere.so' does not exist"),
         (("--tokens", 500), "the text has"),
     ],
 )

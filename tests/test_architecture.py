@@ -28,6 +28,7 @@ FLOORS = (
     ("runtimes",),
     ("parity", "bench"),
     ("demo",),
+    ("pytest_plugin",),
     ("cli",),
 )
 

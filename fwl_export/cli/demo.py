@@ -64,11 +64,12 @@ def _summary(output: Path, play: Path, on: Score, off: Score) -> list[str]:
     engines = [name for name in manifest.files if name.endswith(".engine")]
     state = sum(spec.bytes_per_row for spec in manifest.state)
     most = max(candidate["use"] for candidate in report["candidates"])
+    read = report["settings"]["tokens"]
     return [
         f"bundle    {output}: ONNX opset {manifest.opset}, {manifest.precision}, state "
         f"{size(state)} per text",
         f"engines   {len(engines)} TensorRT-RTX, built here and not run: that takes a GPU",
-        f"parity    ONNX Runtime against PyTorch: {report['settings']['tokens']} tokens, logits and every",
+        f"parity    ONNX Runtime against PyTorch: {read} tokens, logits and every",
         f"          state tensor within {most:.0%} of the error budget",
         f"reading   {play.name}, {on.tokens} tokens it never saw:",
         f"          perplexity {on.perplexity:.2f} adapting, {off.perplexity:.2f} with adaptation "

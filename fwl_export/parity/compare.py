@@ -223,6 +223,7 @@ def ulp_histogram(difference: Array, reference: Array, dtype: Any) -> npt.NDArra
     info = np.finfo(dtype)
     unit = np.maximum(_exponent(reference), int(info.minexp)) - int(info.nmant)
     bins = np.clip(_exponent(difference) - unit + 2, 0, ULP_BINS - 1)
+    bins[difference == 0] = 0  # whose exponent is not far below a unit of float64's smallest
     counts: npt.NDArray[np.int64] = np.bincount(bins.reshape(-1), minlength=ULP_BINS)
     return counts
 

@@ -8,8 +8,11 @@ left. Both are measured in one pass, and nothing is kept but sums.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -135,27 +138,30 @@ def measure_drift(
     drift = Drift({Lane(lane.runtime, lane.mode): lane.drift for lane in lanes})
     wanted = set(runtimes if needed is None else needed)
     before, depth = session.state, 0
-    for call in calls:
-        going = [lane for lane in lanes if lane.going]
-        if not wanted & {lane.runtime for lane in going}:
-            break
-        if call.reset:
-            session.reset(call.reset)
-            before = session.state
-        right = _feed(name, session, call)
-        if isinstance(right, Failure):
-            drift.failure = right
-            break
-        casts = _Casts(before)
-        for lane in going:
-            lane.step(call, casts, right)
-            if call.compare_state and call.depth >= (limits or {}).get(lane.runtime, np.inf):
-                lane.stop()
-        before = right.state
-        drift.calls += 1
-        drift.largest_call = max(drift.largest_call, call.ids.shape[1])
-        advance(call.depth - depth)
-        depth = call.depth
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, max(len(lanes), 1))) as pool:
+        for call in calls:
+            going = [lane for lane in lanes if lane.going]
+            if not wanted & {lane.runtime for lane in going}:
+                break
+            if call.reset:
+                session.reset(call.reset)
+                before = session.state
+            right = _feed(name, session, call)
+            if isinstance(right, Failure):
+                drift.failure = right
+                break
+            # Runtimes leave Python's lock while they compute, and no lane knows of another.
+            list(
+                pool.map(partial(_Lane.step, call=call, before=_Casts(before), right=right), going)
+            )
+            for lane in going:
+                if call.compare_state and call.depth >= (limits or {}).get(lane.runtime, np.inf):
+                    lane.stop()
+            before = right.state
+            drift.calls += 1
+            drift.largest_call = max(drift.largest_call, call.ids.shape[1])
+            advance(call.depth - depth)
+            depth = call.depth
     return drift
 
 

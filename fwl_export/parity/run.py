@@ -97,10 +97,10 @@ def check_bundle(
     ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
     calls = {case.name: case.calls(ids, manifest.max_tokens, seed) for case in chosen}
     bundle.model_files()
-    memory = remembered_tokens(bundle)
     with torch_threads(threads):
         lineup = _open_all(bundle, candidates, parse_backend(reference), threads)
         measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
+    memory = remembered_tokens(bundle)
     verdicts = [_verdict(e, lineup, measured, memory, table) for e in lineup.entries]
     if baseline is not None:
         verdicts = compare_with_baseline(verdicts, baseline)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -28,14 +30,15 @@ def test_a_good_bundle_passes_and_leaves_a_report(
     result = run(capsys, "check", own_bundle, "--text", text, "--tokens", 60)
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert lines[0].startswith("onnxruntime against PyTorch fp64")
-    assert lines[1].startswith("play.txt: 60 tokens in ")
+    assert "against torch:float64; text play.txt, seed 0" in lines[0]
+    assert lines[1].startswith("cases: text 60, mixed 60, ")
     assert lines[-2].startswith("within budget: ")
     target = own_bundle / "reports" / "parity.json"
     assert lines[-1].endswith(f"report: {target}")
     report = json.loads(target.read_text())
     assert report["passed"] is True
-    assert (report["text"], report["tokens"], report["seed"]) == ("play.txt", 60, 0)
+    settings = report["settings"]
+    assert (report["text"]["name"], settings["tokens"], settings["seed"]) == ("play.txt", 60, 0)
     assert [path.name for path in target.parent.iterdir()] == ["parity.json"]
     assert run(capsys, "inspect", own_bundle).code == 0, "the bundle is as it was"
 
@@ -44,11 +47,23 @@ def test_json_goes_to_standard_output_and_the_report_where_it_is_asked_for(
     own_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "new" / "report.json"
-    arguments = ("--text", text, "--tokens", 30, "--seed", 3, "--report", target, "--json")
+    arguments = (
+        "--text",
+        text,
+        "--tokens",
+        30,
+        "--seed",
+        3,
+        "--cases",
+        "text",
+        "--report",
+        target,
+        "--json",
+    )
     result = run(capsys, "check", own_bundle, *arguments)
     assert result.code == 0, result.err
     assert json.loads(result.out) == json.loads(target.read_text())
-    assert json.loads(result.out)["seed"] == 3
+    assert json.loads(result.out)["settings"]["seed"] == 3
     assert not (own_bundle / "reports").exists()
 
 
@@ -59,9 +74,10 @@ def test_the_default_text_is_the_held_out_play(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(fwl_export.demo, "HELD_OUT_PLAY", text)
-    result = run(capsys, "check", own_bundle, "--tokens", 20)
+    result = run(capsys, "check", own_bundle, "--tokens", 20, "--cases", "text")
     assert result.code == 0, result.err
-    assert "play.txt: 20 tokens" in result.out
+    assert "text play.txt" in result.out
+    assert "cases: text 20 tokens" in result.out
 
 
 @pytest.mark.parametrize(
@@ -81,7 +97,7 @@ def test_a_broken_bundle_exits_with_1_and_says_where_and_what_next(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", fault).folder
-    result = run(capsys, "check", broken, "--text", text, "--tokens", 40)
+    result = run(capsys, "check", broken, "--text", text, "--tokens", 40, "--cases", "text")
     assert result.code == 1
     assert "OUTSIDE BUDGET: " in result.out
     assert f"error: onnxruntime is outside its budget first in '{tensor}" in result.err
@@ -96,11 +112,13 @@ def test_nan_exits_with_1_and_names_the_first_step(
 ) -> None:
     fault = faults.not_a_number("fast.down.bias", 20)
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", fault).folder
-    result = run(capsys, "check", broken, "--text", text, "--tokens", 40, "--json")
+    result = run(
+        capsys, "check", broken, "--text", text, "--tokens", 40, "--cases", "text", "--json"
+    )
     assert result.code == 1
-    assert "could not go on at call" in result.err
+    assert "could not go on in case 'text', free, at call" in result.err
     assert "state 'fast.down.bias' is nan in row " in result.err
-    assert json.loads(result.out)["candidates"][0]["failure"]["runtime"] == "onnxruntime"
+    assert json.loads(result.out)["candidates"][0]["runs"][0]["failure"]["runtime"] == "onnxruntime"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +139,68 @@ def test_texts_that_cannot_be_used(
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
     result = run(capsys, "check", own_bundle, "--text", path, "--tokens", 60)
-    assert result.code == 1
+    assert result.code == 2
     assert message in result.err
     assert not (own_bundle / "reports").exists()
+
+
+def test_a_report_is_replayed_with_its_own_command(
+    own_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again, junit, markdown = (tmp_path / n for n in ("1.json", "2.json", "j.xml", "m.md"))
+    given = ("--text", text, "--tokens", 30, "--cases", "text,decode@20", "--report", first)
+    candidates = ("--candidates", "onnxruntime:no-plugin,torch", "--junit", junit)
+    result = run(capsys, "check", own_bundle, *given, *candidates, "--markdown", markdown)
+    assert result.code == 0, result.err
+    suite = ElementTree.parse(junit).getroot()
+    assert (suite.get("failures"), suite.get("errors")) == ("0", "0")
+    names = {(c.get("classname"), c.get("name")) for c in suite.iter("testcase")}
+    assert {("parity.onnxruntime:no-plugin", "logits"), ("parity.torch", "fast")} <= names
+    assert "| `torch` | within budget | 20% |" in markdown.read_text()
+
+    result = run(capsys, "check", own_bundle, "--replay", first, "--report", again)
+    assert result.code == 0, result.err
+    before, after = json.loads(first.read_text()), json.loads(again.read_text())
+    assert before["candidates"] == after["candidates"]
+    command = shlex.split(before["command"])
+    assert command[:3] == ["fwl-export", "check", str(own_bundle)]
+    result = run(capsys, *command[1:], "--report", again)
+    assert before["candidates"] == json.loads(again.read_text())["candidates"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--candidates", "onnxruntme"), "'onnxruntme' is no runtime; expected onnxruntime, "),
+        (("--candidates", "torch:int8"), "torch has no option 'int8'; it has: float64, float32"),
+        (("--candidates", "torch:float32:float64"), "two of its options say the same thing"),
+        (("--candidates", "torch,torch"), "'torch' is named twice"),
+        (("--cases", "texts"), "'texts' is no case; expected text, mixed"),
+        (("--replay", "report.json", "--tokens", "5"), "--replay takes text, cases, tokens"),
+        (("--replay", "report.json"), "schema_version 1, but this fwl-export reads 2; run the"),
+        (("--baseline", "report.json"), "schema_version 1, but this fwl-export reads 2; run the"),
+        (("--baseline", "other.json"), "is no report of `fwl-export check`"),
+        (("--baseline", "none.json"), "cannot read report 'none.json'"),
+        (("--tolerances", "tolerances.json"), "no tensor begins with 'logit'; expected position"),
+        (("--tolerances", "report.json"), "tolerances: no tensor begins with"),
+    ],
+)
+def test_what_cannot_be_used_ends_with_2_and_says_why(
+    arguments: tuple[str, ...],
+    message: str,
+    tiny_bundle: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("report.json").write_text(json.dumps({"schema_version": 1, "candidates": []}))
+    Path("other.json").write_text("[]")
+    Path("tolerances.json").write_text(json.dumps({"logit": {"floor": 2}}))
+    where = () if "--replay" in arguments else ("--text", text, "--tokens", 20)
+    result = run(capsys, "check", tiny_bundle, *where, *arguments, "--report", "new.json")
+    assert result.code == 2
+    assert message in result.err
+    assert "Traceback" not in result.err
+    assert not Path("new.json").exists()

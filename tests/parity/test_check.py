@@ -10,8 +10,8 @@ import pytest
 
 import fwl_export.parity
 from fwl_export.bundle import CHECKPOINT_FOLDER, MANIFEST_FILE, read_bundle, write_manifest
-from fwl_export.errors import BundleError
-from fwl_export.parity import ROWS, Report, check_bundle
+from fwl_export.errors import BundleError, ReportError
+from fwl_export.parity import CASES, Report, check_bundle
 from fwl_export.parity.verdict import CandidateVerdict
 from fwl_export.runtimes import Session, open_session
 from tests.bundles import MAX_TOKENS, TINY, VOCABULARY
@@ -121,11 +121,11 @@ def checked(bundle: Path, planted: dict[str, Planted], folder: Path) -> Report:
     for number, (name, entry) in enumerate(planted.items()):
         broken = broken_bundle(bundle, folder / str(number), entry.fault)
         sessions[name] = session(broken.folder)
-    return check_bundle(read_bundle(bundle), TEXT, TOKENS, candidates=sessions)
+    return check_bundle(read_bundle(bundle), TEXT, TOKENS, candidates=sessions, cases="text")
 
 
 def session(bundle: Path) -> Session:
-    return open_session(bundle, "onnxruntime", ROWS, threads=1)
+    return open_session(bundle, "onnxruntime", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_an_unbroken_bundle_with_an_anchor_passes(anchored: Report) -> None:
     found = verdict(anchored, UNBROKEN)
     assert found.passed
     assert 0.05 < found.use < GOOD_USE, found.use
-    assert "anchor.up.kernel" in [tensor.name for tensor in found.tensors]
+    assert "anchor.up.kernel" in [tensor.name for tensor in found.runs[0].tensors]
 
 
 @pytest.mark.parametrize("name", ANCHOR)
@@ -169,8 +169,8 @@ def verdict(report: Report, name: str) -> CandidateVerdict:
 
 
 def test_public_names() -> None:
-    names = {"ROWS", "TABLE", "Report", "Tolerance", "check_bundle"}
-    assert set(fwl_export.parity.__all__) == names
+    names = fwl_export.parity.__all__
+    assert {"check_bundle", "read_report", "to_text", "to_markdown", "write_junit"} <= set(names)
     assert all(hasattr(fwl_export.parity, name) for name in names)
 
 
@@ -182,12 +182,14 @@ def test_an_unbroken_bundle_passes_with_room_to_spare(
     found = verdict(report, UNBROKEN)
     assert found.passed
     assert 0.05 < found.use < GOOD_USE, found.use
-    names = [tensor.name for tensor in found.tensors]
+    assert [(run.case, run.mode) for run in found.runs] == [("text", "free"), ("text", "forced")]
+    names = [tensor.name for tensor in found.runs[1].tensors]
     assert names == ["logits", *(spec.name for spec in session_specs(report, request))]
-    assert report.depths[-1] == TOKENS
-    assert len(report.depths) >= 6
+    for run in found.runs:
+        assert run.depths[-1] == TOKENS
+        assert len(run.depths) >= 6
     assert report.memory == 30
-    assert report.own == f"PyTorch {precision}"
+    assert found.precision == precision
 
 
 def session_specs(report: Report, request: pytest.FixtureRequest) -> list[object]:
@@ -206,8 +208,8 @@ def test_a_fault_in_fp16_is_caught(name: str, fp16: Report) -> None:
 
 
 def assert_caught(found: CandidateVerdict, planted: Planted) -> None:
-    uses = {tensor.name: tensor.use for tensor in found.tensors}
-    assert not found.passed
+    uses = {tensor.name: tensor.use for tensor in found.runs[0].tensors}
+    assert found.status == "outside"
     assert found.failure is None
     assert uses[planted.tensor] > CLEAR, uses
     assert found.breach is not None
@@ -218,7 +220,7 @@ def assert_caught(found: CandidateVerdict, planted: Planted) -> None:
 
 def test_what_went_wrong_is_told_with_tensor_and_depth(fp32: Report) -> None:
     (problem,) = [p for p in fp32.problems() if p.startswith("stale cache ")]
-    assert "is outside its budget first in 'cache.1.value' at token 16: max abs " in problem
+    assert "is outside its budget first in 'cache.1.value' (case 'text', free) at " in problem
     assert UNBROKEN not in "".join(fp32.problems())
     assert len(fp32.problems()) == len(FP32)
 
@@ -228,15 +230,15 @@ def test_nan_is_a_failure_with_the_first_step(
     state: str, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", faults.not_a_number(state, 30))
-    report = check_bundle(broken, TEXT, 60)
+    report = check_bundle(broken, TEXT, 60, cases="text")
     (found,) = report.candidates
-    assert not found.passed
+    assert (found.status, report.exit_code) == ("outside", 1)
     assert found.failure is not None
+    assert (found.failure.kind, found.failure.tensor) == ("not finite", state)
     assert found.failure.message.startswith(f"state '{state}' is nan in row ")
     assert 31 <= found.failure.depth < 31 + MAX_TOKENS  # the call that read token 31
-    assert report.calls == found.failure.step
-    assert all(tensor.use < 1 for tensor in found.tensors)
-    assert "onnxruntime could not go on at call" in report.problems()[0]
+    assert all(tensor.use < 1 for run in found.runs for tensor in run.tensors)
+    assert "onnxruntime could not go on in case 'text', free, at call" in report.problems()[0]
 
 
 def test_a_bundle_without_its_checkpoint_cannot_be_checked(own_bundle: Path) -> None:
@@ -259,12 +261,102 @@ def test_a_file_that_was_changed_is_refused_before_anything_is_compared(own_bund
     assert (own_bundle / MANIFEST_FILE).is_file()
 
 
-def test_the_same_seed_gives_the_same_numbers(tiny_bundle: Path) -> None:
-    first, again, other = (
-        check_bundle(
-            read_bundle(tiny_bundle), TEXT, 30, seed, candidates={"x": session(tiny_bundle)}
-        ).to_dict()
-        for seed in (5, 5, 6)
+def test_the_same_seed_gives_the_same_numbers_and_a_report_replays(tiny_bundle: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+    first, other = (
+        check_bundle(bundle, TEXT, 30, seed, cases="text,mixed").to_dict() for seed in (5, 6)
     )
+    settings = first["settings"]
+    again = check_bundle(
+        bundle,
+        np.array(first["text"]["ids"]),
+        settings["tokens"],
+        settings["seed"],
+        settings["candidates"],
+        reference=settings["reference"],
+        cases=settings["cases"],
+    ).to_dict()
     assert first["candidates"] == again["candidates"]
     assert first["candidates"] != other["candidates"]
+
+
+def test_every_kind_of_runtime_and_case_is_within_budget(tiny_bundle: Path) -> None:
+    names = ["onnxruntime:no-plugin", "torch:float32", "onnx-reference@20"]
+    report = check_bundle(read_bundle(tiny_bundle), TEXT, 60, candidates=names)
+    assert report.passed, report.problems()
+    assert [run.case.name for run in report.cases] == [case.name for case in CASES]
+    ort, own, slow = report.candidates
+    assert own.use == pytest.approx(1 / 5)  # it is its own measure, times the factor
+    assert ort.use > 0
+    assert {max(run.depths) for run in slow.runs} < {*range(20, 60)}
+    assert {max(run.depths) for run in ort.runs if run.case == "text"} == {60}
+    assert "reference evaluator" in slow.runtime
+
+
+def test_a_wrong_step_shows_when_forced_and_slow_drift_only_when_free(fp32: Report) -> None:
+    def use(name: str, mode: str, tensor: str) -> float:
+        (run,) = [run for run in verdict(fp32, name).runs if run.mode == mode]
+        return next(t.use for t in run.tensors if t.name == tensor)
+
+    assert use("up_kernel", "forced", "pending.up") > CLEAR
+    # The wrong sum acts on later logits; set right before every call, it cannot.
+    assert use("stale sum", "free", "logits") > 1 > use("stale sum", "forced", "logits")
+
+
+def test_another_reference_needs_no_other_budget(tiny_bundle: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+    report = check_bundle(
+        bundle, TEXT, 40, candidates="onnxruntime:no-plugin", reference="onnxruntime", cases="text"
+    )
+    usual = check_bundle(bundle, TEXT, 40, candidates="onnxruntime:no-plugin", cases="text")
+    budgets = [
+        r.candidates[0].runs[0].tensors[0].worst.budget.relative_rms for r in (report, usual)
+    ]
+    assert report.passed
+    assert min(budgets) > 0
+    assert max(budgets) < 2 * min(budgets)
+
+
+def test_what_cannot_be_opened_is_told_and_the_others_are_checked(tiny_bundle: Path) -> None:
+    names = "tensorrt:tensorrt,onnxruntime"
+    report = check_bundle(read_bundle(tiny_bundle), TEXT, 20, candidates=names, cases="text")
+    lost, found = report.candidates
+    assert (lost.status, found.status, report.exit_code) == ("could not run", "within", 2)
+    assert report.problems()[0].startswith("tensorrt:tensorrt could not run: ")
+
+
+def test_strict_halves_budgets_and_a_users_limit_takes_their_place(tiny_bundle: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+    usual, strict, given = (
+        check_bundle(bundle, TEXT, 40, cases="text", **options)
+        for options in ({}, {"strict": True}, {"tolerances": {"logits": {"relative_rms": 1e-12}}})
+    )
+    assert strict.candidates[0].use == pytest.approx(2 * usual.candidates[0].use)
+    assert given.exit_code == 1
+    assert "'logits'" in given.problems()[0]
+
+
+def test_what_grew_since_the_baseline_is_outside(tiny_bundle: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+    before = check_bundle(bundle, TEXT, 40, cases="text").to_dict()
+    same = check_bundle(bundle, TEXT, 40, cases="text", baseline=before)
+    assert same.passed
+    for tensor in before["candidates"][0]["runs"][0]["tensors"]:
+        tensor["relative_rms"] = [value / 100 for value in tensor["relative_rms"]]
+        tensor["max_abs"] = [value / 100 for value in tensor["max_abs"]]
+    grown = check_bundle(bundle, TEXT, 40, cases="text", baseline=before)
+    assert grown.exit_code == 1
+    assert "is further off than in the baseline" in grown.problems()[0]
+    assert grown.to_dict()["baseline"]["grown"]
+    before["candidates"][0]["name"] = "another"
+    with pytest.raises(ReportError, match="nothing in common with this check"):
+        check_bundle(bundle, TEXT, 40, cases="text", baseline=before)
+
+
+def test_a_report_has_the_tokens_around_the_worst_place(fp32: Report) -> None:
+    data = fp32.to_dict()
+    for candidate in data["candidates"]:
+        worst = candidate["worst"]
+        at = worst["tokens"][worst["at"]]
+        assert at["in_call"] or worst["tensor"] != "logits"  # a row may have brought nothing
+        assert {token["id"] for token in worst["tokens"]} <= set(data["text"]["ids"])

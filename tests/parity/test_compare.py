@@ -7,7 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from fwl_export.parity.compare import PredictionSum, TensorSum, log_softmax
+from fwl_export.parity.compare import (
+    ULP_BINS,
+    PredictionSum,
+    TensorSum,
+    log_softmax,
+    ulp_histogram,
+)
 
 
 def test_tensor_statistics_are_those_of_numpy() -> None:
@@ -91,7 +97,10 @@ def test_prediction_statistics_are_those_of_numpy() -> None:
     assert found.tokens == 50
     assert found.kl == pytest.approx(divergence.mean(), rel=1e-12)
     assert found.kl_max == pytest.approx(divergence.max(), rel=1e-12)
-    assert found.agreement == (p.argmax(-1) == q.argmax(-1)).mean() < 1
+    assert found.top1 == (p.argmax(-1) == q.argmax(-1)).mean() < 1
+    likely = [np.argsort(x, -1)[:, -5:] for x in (p, q)]
+    shared = [len(set(a) & set(b)) / 5 for a, b in zip(*likely, strict=True)]
+    assert found.top5 == pytest.approx(np.mean(shared), rel=1e-12)
     assert found.loss == pytest.approx(-np.log(q[token, labels]).mean(), rel=1e-12)
     assert found.reference_loss == pytest.approx(-np.log(p[token, labels]).mean(), rel=1e-12)
     assert found.perplexity == pytest.approx(math.exp(found.loss))
@@ -127,3 +136,16 @@ def test_log_softmax_of_half_precision_is_computed_in_double() -> None:
     # A handful of float64 roundings of 1.1e-16 each.
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-15)
     np.testing.assert_allclose(found[1, 0], -7 - math.log1p(math.exp(-7)), rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_differences_are_counted_in_units_of_the_last_place(dtype: type) -> None:
+    value = np.array([1.0, 1.5, -3.0, 1e-4, 7.0, 1000.0], dtype)
+    unit = np.spacing(np.abs(value)).astype(np.float64)
+    for factor, expected in ((0, 0), (0.49, 0), (0.5, 1), (0.99, 1), (1, 2), (3.9, 3), (100, 8)):
+        counts = ulp_histogram(factor * unit, value.astype(np.float64), dtype)
+        assert counts.argmax() == expected
+        assert counts.sum() == counts.max() == 6, (factor, counts)
+    assert ulp_histogram(np.zeros(3), np.array([0.0, 1e-320, 1.0]), dtype)[0] == 3
+    counts = ulp_histogram(np.array([np.nan, np.inf]), np.ones(2), dtype)
+    assert counts[ULP_BINS - 1] == 2

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from fwl_export import state as states
-from fwl_export.errors import StateError
-from fwl_export.parity.drift import Drift, Pair, measure_drift
+from fwl_export.parity.drift import FORCED, FREE, Drift, Lane, LaneDrift, measure_drift
 from fwl_export.parity.schedule import ROWS, Call, Schedule
 from fwl_export.runtimes import Session
 from fwl_export.runtimes.base import Call as ModelCall
@@ -24,7 +23,6 @@ SPECS = [
     TensorSpec("pending.last", (3,), "float64"),
 ]
 TEXT = np.random.default_rng(0).integers(0, VOCABULARY, 300)
-PAIR = Pair("found", "right")
 
 Twist = Callable[[int, np.ndarray, State], np.ndarray]
 
@@ -37,7 +35,7 @@ class FakeRunner:
         self.calls = 0
 
     def another(self) -> Runner:
-        raise NotImplementedError
+        return FakeRunner(self.twist)
 
     def new_buffers(self, batch: int) -> dict[str, Any]:
         return states.zeros(SPECS, batch)
@@ -73,8 +71,11 @@ def fake(twist: Twist = lambda call, logits, state: logits, batch: int = ROWS) -
 
 
 def drift_of(twist: Twist, tokens: int = 100) -> Drift:
-    sessions = {"right": fake(), "found": fake(twist)}
-    return measure_drift(sessions, [PAIR], Schedule(TEXT, tokens, 16))
+    return measure_drift(("right", fake()), {"found": fake(twist)}, Schedule(TEXT, tokens, 16))
+
+
+def lane(drift: Drift, mode: str = FREE, name: str = "found") -> LaneDrift:
+    return drift.lanes[Lane(name, mode)]
 
 
 def calls(tokens: int = 100) -> list[Call]:
@@ -83,23 +84,27 @@ def calls(tokens: int = 100) -> list[Call]:
 
 def test_equal_sessions_do_not_differ_anywhere() -> None:
     drift = drift_of(lambda call, logits, state: logits)
-    assert drift.failures == {}
+    assert drift.failure is None
     assert drift.calls == len(calls())
     assert drift.largest_call == 16
-    assert drift.depths == [call.depth for call in calls() if call.compare_state]
-    assert list(drift.pairs[PAIR].errors) == ["logits", "position", "fast.sum", "pending.last"]
-    for errors in drift.pairs[PAIR].errors.values():
-        assert len(errors) == len(drift.depths)
-        assert all(error.max_abs == error.relative_rms == 0 for error in errors)
-    assert sum(p.tokens for p in drift.pairs[PAIR].predictions) == sum(
-        int(call.lengths.sum()) for call in calls()
-    )
+    for mode in (FREE, FORCED):
+        found = lane(drift, mode)
+        assert found.failure is None
+        assert found.depths == [call.depth for call in calls() if call.compare_state]
+        assert list(found.errors) == ["logits", "position", "fast.sum", "pending.last"]
+        for errors in found.errors.values():
+            assert len(errors) == len(found.depths)
+            assert all(error.max_abs == error.relative_rms == 0 for error in errors)
+        tokens = sum(int(call.lengths.sum()) for call in calls())
+        assert sum(p.tokens for p in found.predictions) == tokens
+        assert found.ulp["logits"].tolist()[0] == tokens * VOCABULARY
+        assert "position" not in found.ulp
 
 
 def test_the_advance_adds_up_to_the_tokens() -> None:
     moved: list[int] = []
-    sessions = {"right": fake(), "found": fake()}
-    measure_drift(sessions, [PAIR], Schedule(TEXT, 100, 16), moved.append)
+    schedule = Schedule(TEXT, 100, 16)
+    measure_drift(("right", fake()), {"found": fake()}, schedule, advance=moved.append)
     assert sum(moved) == 100
 
 
@@ -112,13 +117,13 @@ def test_a_wrong_logit_is_found_at_its_row_position_and_token() -> None:
         return logits
 
     drift = drift_of(twist)
-    wrong = [error for error in drift.pairs[PAIR].errors["logits"] if error.max_abs]
+    wrong = [error for error in lane(drift).errors["logits"] if error.max_abs]
     assert [error.max_abs for error in wrong] == [0.25]
     place = wrong[0].worst
     assert place is not None
     assert (place.step, place.depth) == (chosen.step, chosen.depth)
     assert place.index == (2, int(chosen.positions[2]) + 1, 4)
-    assert sum(p.kl > 0 for p in drift.pairs[PAIR].predictions) == 1
+    assert sum(p.kl > 0 for p in lane(drift).predictions) == 1
 
 
 def test_padding_is_not_compared() -> None:
@@ -130,7 +135,7 @@ def test_padding_is_not_compared() -> None:
         return logits
 
     assert any(counts.min() < counts.max() for counts in lengths)
-    assert all(error.max_abs == 0 for error in drift_of(twist).pairs[PAIR].errors["logits"])
+    assert all(error.max_abs == 0 for error in lane(drift_of(twist)).errors["logits"])
 
 
 def test_a_pending_tensor_that_is_wrong_for_one_call_between_depths_is_found() -> None:
@@ -141,7 +146,7 @@ def test_a_pending_tensor_that_is_wrong_for_one_call_between_depths_is_found() -
             state["pending.last"][1, 2] += 1
         return logits
 
-    errors = drift_of(twist).pairs[PAIR].errors["pending.last"]
+    errors = lane(drift_of(twist)).errors["pending.last"]
     assert sum(error.max_abs == 1 for error in errors) == 1
 
 
@@ -155,8 +160,24 @@ def test_sessions_run_free_so_that_a_wrong_sum_stays_wrong_until_its_row_is_rese
     compared = [call for call in calls() if call.compare_state]
     reset = next(call.step for call in calls() if call.reset)
     expected = [1.0 if 3 <= call.step < reset else 0.0 for call in compared]
-    assert [e.max_abs for e in drift.pairs[PAIR].errors["fast.sum"]] == expected
+    assert [e.max_abs for e in lane(drift).errors["fast.sum"]] == expected
     assert 0 < sum(expected) < len(expected)
+    # Set right before every call, a wrong step stays the only one; call 3 is between depths.
+    assert not calls()[3].compare_state
+    assert all(e.max_abs == 0 for e in lane(drift, FORCED).errors["fast.sum"])
+
+
+def test_an_error_of_every_step_adds_up_only_where_it_runs_free() -> None:
+    def twist(call: int, logits: np.ndarray, state: State) -> np.ndarray:
+        state["fast.sum"] += 0.5
+        return logits
+
+    drift = drift_of(twist)
+    free, forced = (
+        [e.max_abs for e in lane(drift, mode).errors["fast.sum"]] for mode in (FREE, FORCED)
+    )
+    assert set(forced) == {0.5}
+    assert free == [0.5 * (call.step + 1) for call in calls() if call.compare_state]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -167,11 +188,14 @@ def test_a_state_that_is_not_finite_ends_with_its_first_step_and_place(value: fl
         return logits
 
     drift = drift_of(twist)
-    failure = drift.failures["found"]
+    failure = lane(drift).failure
+    assert failure is not None
     assert (failure.step, failure.depth) == (7, calls()[7].depth)
+    assert (failure.kind, failure.tensor) == ("not finite", "fast.sum")
     assert failure.message == f"state 'fast.sum' is {value} in row 1, element [0]"
-    assert len(drift.pairs[PAIR].predictions) < len(calls())
-    assert drift.calls == 7, "nothing is left to compare"
+    assert len(lane(drift).predictions) < len(calls())
+    assert lane(drift, FORCED).failure == failure
+    assert drift.calls == 8, "nothing is left to compare"
 
 
 def test_logits_that_are_not_finite_end_with_the_first_step() -> None:
@@ -180,8 +204,9 @@ def test_logits_that_are_not_finite_end_with_the_first_step() -> None:
             logits[0, 0, 0] = np.nan
         return logits
 
-    failure = drift_of(twist).failures["found"]
-    assert failure.step == 5
+    failure = lane(drift_of(twist)).failure
+    assert failure is not None
+    assert (failure.step, failure.tensor) == (5, "logits")
     assert "output is not finite at row 0, position 0 of this call" in failure.message
 
 
@@ -191,32 +216,73 @@ def test_a_runtime_that_dies_is_left_behind_and_the_others_go_on() -> None:
             raise RuntimeError("out of memory")
         return logits
 
-    sessions = {"right": fake(), "dies": fake(die), "lives": fake()}
-    pairs = [Pair("dies", "right"), Pair("lives", "right")]
-    drift = measure_drift(sessions, pairs, Schedule(TEXT, 100, 16))
-    assert drift.failures["dies"].message == "out of memory"
-    assert list(drift.failures) == ["dies"]
-    assert len(drift.pairs[pairs[1]].predictions) == len(drift.depths)
-    assert len(drift.pairs[pairs[0]].predictions) < len(drift.depths)
+    runtimes = {"dies": fake(die), "lives": fake()}
+    drift = measure_drift(("right", fake()), runtimes, Schedule(TEXT, 100, 16))
+    failure = lane(drift, name="dies").failure
+    assert failure is not None
+    assert (failure.message, failure.kind) == ("out of memory", "error")
+    assert lane(drift, name="lives").failure is None
+    assert lane(drift, name="lives").depths[-1] == 100
+    assert len(lane(drift, name="dies").depths) < len(lane(drift, name="lives").depths)
 
 
 def test_a_reference_that_dies_ends_the_run() -> None:
     def die(call: int, logits: np.ndarray, state: State) -> np.ndarray:
         raise RuntimeError
 
-    sessions = {"right": fake(die), "found": fake()}
-    drift = measure_drift(sessions, [PAIR], Schedule(TEXT, 100, 16))
-    assert drift.failures["right"].message == "RuntimeError"
+    drift = measure_drift(("right", fake(die)), {"found": fake()}, Schedule(TEXT, 100, 16))
+    assert drift.failure is not None
+    assert (drift.failure.runtime, drift.failure.message) == ("right", "RuntimeError")
     assert drift.calls == 0
 
 
 def test_logits_of_another_shape_are_a_failure() -> None:
-    failure = drift_of(lambda call, logits, state: logits[..., :-1]).failures["found"]
-    assert "logits have shape [3, 1, 4]; expected [3, 1, 5]" in failure.message
+    failure = lane(drift_of(lambda call, logits, state: logits[..., :-1])).failure
+    assert failure is not None
+    assert failure.kind == "shape"
+    assert "logits has shape [3, 1, 4]; expected [3, 1, 5]" in failure.message
 
 
-def test_sessions_of_different_models_or_sizes_are_refused() -> None:
+def test_a_state_of_another_shape_is_a_failure() -> None:
+    def twist(call: int, logits: np.ndarray, state: State) -> np.ndarray:
+        state["fast.sum"] = state["fast.sum"][:, :1]
+        return logits
+
+    failure = lane(drift_of(twist)).failure
+    assert failure is not None
+    assert (failure.kind, failure.tensor) == ("shape", "fast.sum")
+
+
+def test_a_session_of_another_model_is_left_behind_at_once() -> None:
     other = Session(FakeRunner(lambda c, x, s: x), SPECS[:2], VOCABULARY, 16, ROWS)
-    for wrong, name in ((other, "pending.last"), (fake(batch=2), "position")):
-        with pytest.raises(StateError, match=f"state '{name}' is .* in found, but .* in right"):
-            measure_drift({"right": fake(), "found": wrong}, [PAIR], [])
+    drift = measure_drift(("right", fake()), {"found": other}, Schedule(TEXT, 100, 16))
+    failure = lane(drift).failure
+    assert failure is not None
+    assert "state 'pending.last' is None, but (3, 3) in the reference" in failure.message
+
+
+def test_a_slow_runtime_stops_at_its_limit_and_the_others_go_on() -> None:
+    runtimes = {"slow": fake(), "found": fake()}
+    drift = measure_drift(("right", fake()), runtimes, Schedule(TEXT, 100, 16), {"slow": 30})
+    slow = lane(drift, name="slow")
+    assert slow.stopped
+    assert slow.failure is None
+    assert slow.depths == [d for d in lane(drift).depths if d <= slow.depths[-1]]
+    assert 30 <= slow.depths[-1] < 100 == lane(drift).depths[-1]
+
+
+def test_a_state_that_half_precision_cannot_hold_is_told() -> None:
+    half = [TensorSpec(s.name, s.shape, s.dtype.replace("float64", "float16")) for s in SPECS]
+    candidate = Session(FakeRunner(lambda c, x, s: x), half, VOCABULARY, 16, ROWS)
+
+    def large(call: int, logits: np.ndarray, state: State) -> np.ndarray:
+        state["fast.sum"] += 1e6
+        return logits
+
+    drift = measure_drift(
+        ("right", fake(large)), {"found": candidate}, Schedule(TEXT, 50, 16), modes=[FORCED]
+    )
+    failure = lane(drift, FORCED).failure
+    assert failure is not None
+    assert failure.kind == "not finite"
+    assert "the reference's value is beyond float16" in failure.message

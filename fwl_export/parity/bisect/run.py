@@ -246,11 +246,14 @@ class _Search:
             amount=_amount(located.outside),
         )
         facts: dict[str, Any] = {"finding": finding}
+        plugin = self._backend.backend == "onnxruntime" and last.domain
+        no_plugin = self._backend.arguments.get("plugin") == "none"
+        library = " CUSTOM-OP-LIBRARY" if plugin and not no_plugin else ""
         if reproducer is not None:
             facts |= {
                 "reproducer": str(reproducer),
                 "reproduces": shown.reproduces,
-                "command": f"cd {reproducer} && python {SCRIPT_FILE}",
+                "command": f"cd {reproducer} && python {SCRIPT_FILE}{library}",
             }
         return facts
 

@@ -2,6 +2,7 @@
 
     manifest.json                   what is in it, with the sha256 of every file
     model.onnx, model.onnx.data     the streaming model
+    model.graph.json                what was traced from PyTorch, by the same names, for `bisect`
     tokenizer.json
     checkpoint/                     the PyTorch weights, for the torch backend and `check`
     engines/                        <flavour>-<version>-sm<NN>-<precision>.engine and .json
@@ -29,6 +30,7 @@ SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 MODEL_DATA_FILE = "model.onnx.data"
+GRAPH_FILE = "model.graph.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINT_FOLDER = "checkpoint"
 ENGINES_FOLDER = "engines"

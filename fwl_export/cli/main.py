@@ -14,6 +14,7 @@ from collections.abc import Callable
 import typer
 
 from fwl_export.cli.bench import bench
+from fwl_export.cli.bisect import bisect
 from fwl_export.cli.build import build
 from fwl_export.cli.check import check
 from fwl_export.cli.compare_adaptation import compare_adaptation
@@ -32,6 +33,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     export,
     build,
     check,
+    bisect,
     score,
     compare_adaptation,
     read,

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fwl_export.errors import ExportError
+from fwl_export.export.graph import traced_graph
 from fwl_export.export.precision import in_precision
+from fwl_export.export.scopes import named_scopes
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import INPUTS, OUTPUTS, StreamingModel
 from fwl_export.op.onnx_function import append_function
@@ -37,11 +39,12 @@ _PRIVATE_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 def export_onnx(
     model: FWLModel, path: Path, precision: str, max_tokens: int, opset: int
 ) -> list[TensorSpec]:
-    """Write the streaming model as an ONNX file with its weights beside it.
+    """Write the streaming model as an ONNX file with its weights and traced graph beside it.
 
     Args:
       model: float32.
-      path: of the .onnx file; the weights go to the same name plus ".data".
+      path: of the .onnx file; the weights go to the same name plus ".data", the graph of
+        PyTorch's operators (see `graph.TracedGraph`) to the same name with .graph.json.
       precision: "fp32" or "fp16".
       max_tokens: largest T of a call.
       opset: of the standard operators.
@@ -57,7 +60,8 @@ def export_onnx(
             f"opset {opset} is not supported; expected {', '.join(map(str, SUPPORTED_OPSETS))}"
         )
     streaming = StreamingModel(in_precision(model, precision), max_tokens, _symbolic_update)
-    proto = _trace(streaming.eval(), opset)
+    program = _trace(streaming.eval(), opset)
+    proto = program.model_proto
     append_function(proto, _ACTIVATION_TYPES[precision])
     for node in [*proto.graph.node, *(n for f in proto.functions for n in f.node)]:
         kept = [p for p in node.metadata_props if p.key not in _PRIVATE_METADATA]
@@ -70,6 +74,9 @@ def export_onnx(
         location=path.name + ".data",
         size_threshold=1024,
     )
+    values = ([v.name for v in side] for side in (proto.graph.input, proto.graph.output))
+    assert program.exported_program is not None
+    traced_graph(program.exported_program, *values).write(path.with_suffix(".graph.json"))
     check_onnx(path, streaming.specs, opset)
     return streaming.specs
 
@@ -108,7 +115,7 @@ def count_updates(proto: onnx.ModelProto) -> int:
     return sum(n.domain == DOMAIN and n.op_type == NAME for n in proto.graph.node)
 
 
-def _trace(streaming: StreamingModel, opset: int) -> onnx.ModelProto:
+def _trace(streaming: StreamingModel, opset: int) -> torch.onnx.ONNXProgram:
     batch = torch.export.Dim("batch", min=1, max=4096)
     # The ring buffers are sized by the largest T of a call.
     largest = max(streaming.max_tokens, 2)
@@ -124,7 +131,7 @@ def _trace(streaming: StreamingModel, opset: int) -> onnx.ModelProto:
         {0: batch},
         tuple({0: batch} for _ in names),
     )
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), named_scopes(streaming):
         program = torch.onnx.export(
             streaming,
             arguments,
@@ -136,7 +143,7 @@ def _trace(streaming: StreamingModel, opset: int) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    return program
 
 
 def example_inputs(batch: int, length: int) -> tuple[Tensor, ...]:

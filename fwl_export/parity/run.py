@@ -98,7 +98,7 @@ def check_bundle(
     ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
     calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
     bundle.model_files()
-    with _torch_threads(threads):
+    with torch_threads(threads):
         lineup = _open_all(bundle, candidates, parse_backend(reference), threads)
         measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
     memory = remembered_tokens(bundle)
@@ -265,7 +265,8 @@ def _environment(threads: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads while the block runs."""
     import torch
 
     before = torch.get_num_threads()

@@ -61,6 +61,17 @@ def load_model(
       MissingDependencyError: ONNX Runtime is not installed, or without the device's provider.
       ConfigError: the device is unknown.
     """
+    path = bundle.model_files()
+    session = open_file(path, threads, plugin, device)
+    manifest = bundle.manifest
+    place = parse_device(device)
+    return OnnxRuntimeModel(session, manifest.state, manifest.config.vocab_size, place)
+
+
+def open_file(
+    path: Path, threads: int | None = None, plugin: str | Path = "auto", device: str = "cpu"
+) -> onnxruntime.InferenceSession:
+    """Load an ONNX file; see `load_model` for the arguments and what it raises."""
     place = parse_device(device)
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -77,7 +88,6 @@ def load_model(
     library = find_plugin(ONNXRUNTIME, plugin)
     if library is not None:
         _register(options, library)
-    path = bundle.model_files()
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions share no narrower base
@@ -86,8 +96,7 @@ def load_model(
         raise MissingDependencyError(  # it only warns, and goes on on the CPU
             f"ONNX Runtime cannot use device '{device}'; `fwl-export doctor` says what is missing"
         )
-    manifest = bundle.manifest
-    return OnnxRuntimeModel(session, manifest.state, manifest.config.vocab_size, place)
+    return session
 
 
 class OnnxRuntimeRunner:

@@ -254,3 +254,212 @@ def _add(
         model.graph.node.append(helper.make_node(op, inputs, [output], **attributes))
     else:
         _insert_before(model, before, op, inputs, output, **attributes)
+
+
+def wrong_epsilon(module: str, epsilon: float) -> Fault:
+    """Give one norm another epsilon."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        node = _node_in(model, module, "Add")
+        node.input[1] = _constant(model, "epsilon", np.array(epsilon, np.float32))
+
+    return plant
+
+
+def swapped(op: str, producer: str) -> Fault:
+    """Swap the operands of the first operator of a kind that takes a result of another kind."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        made = {
+            name for node in model.graph.node if node.op_type == producer for name in node.output
+        }
+        node = next(n for n in model.graph.node if n.op_type == op and made & set(n.input))
+        node.input[0], node.input[1] = node.input[1], node.input[0]
+
+    return plant
+
+
+def swapped_query_and_key(update: int) -> Fault:
+    """Read with what is to be written, and write with what is to be read."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        node = _updates(model)[update]
+        node.input[0], node.input[1] = node.input[1], node.input[0]
+
+    return plant
+
+
+def half_product(weight_name: str) -> Fault:
+    """Multiply with a weight in half precision, and accumulate in it."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        node = next(
+            n
+            for n in model.graph.node
+            if n.op_type == "MatMul" and n.input[1].endswith(weight_name)
+        )
+        half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+        for index, name in enumerate(list(node.input)):
+            _insert_before(model, node, "Cast", [name], f"half.{index}", to=half)
+            node.input[index] = f"half.{index}"
+        output = node.output[0]
+        node.output[0] = "half.product"
+        place = next(i for i, n in enumerate(model.graph.node) if n == node) + 1
+        model.graph.node.insert(
+            place, helper.make_node("Cast", ["half.product"], [output], to=whole)
+        )
+
+    return plant
+
+
+def missing_cast() -> Fault:
+    """Leave the rotary angles in half precision, as they are without their cast to float32."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        (cosine,) = [n for n in model.graph.node if n.op_type == "Cos"]
+        angle = cosine.input[0]
+        scaled = _producer(model, angle)
+        half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+        scaled.output[0] = "whole.angle"
+        _insert_before(model, cosine, "Cast", ["whole.angle"], "half.angle", to=half)
+        _insert_before(model, cosine, "Cast", ["half.angle"], angle, to=whole)
+
+    return plant
+
+
+def scaled_input(op: str, source: str, factor: float) -> Fault:
+    """Multiply what the first operator of a kind takes from a weight."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        node = next(n for n in model.graph.node if n.op_type == op and n.input[1].endswith(source))
+        name = _constant(model, "factor", np.array(factor, np.float32))
+        _insert_before(model, node, "Mul", [node.input[0], name], "scaled")
+        node.input[0] = "scaled"
+
+    return plant
+
+
+def shifted_whole_number(op: str, user: str, index: int, by: int) -> Fault:
+    """Add to the constant of the first operator of a kind whose result another kind takes."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        users = [n for n in model.graph.node if n.op_type == user]
+        taken = {name for node in users for name in node.input}
+        node = next(n for n in model.graph.node if n.op_type == op and n.output[0] in taken)
+        number = next(t for t in model.graph.initializer if t.name == node.input[index])
+        value = numpy_helper.to_array(number) + by
+        node.input[index] = _constant(model, "shifted", value)
+
+    return plant
+
+
+def wrong_slot() -> Fault:
+    """Write keys and values one slot further in the ring buffers."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        slot = [n for n in model.graph.node if n.op_type == "Mod"][1]
+        one = _constant(model, "one_more", np.array(1, np.int64))
+        _insert_before(model, slot, "Add", [slot.input[0], one], "next_slot")
+        slot.input[0] = "next_slot"
+
+    return plant
+
+
+def row_of_no_tokens_moves() -> Fault:
+    """Treat a row of length 0 as if it had read a token."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        node = next(
+            n for n in model.graph.node if n.op_type == "Greater" and n.input[0] == "lengths"
+        )
+        node.op_type = "GreaterOrEqual"
+
+    return plant
+
+
+def transposed_weight(module: str) -> Fault:
+    """Transpose a square weight."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        node = _node_in(model, module, "MatMul")
+        tensor = next(t for t in model.graph.initializer if t.name == node.input[1])
+        tensor.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(tensor).T.copy(), tensor.name)
+        )
+
+    return plant
+
+
+def learns_always() -> Fault:
+    """Learn from tokens of weight 0 too."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        node = next(
+            n for n in model.graph.node if n.op_type == "Where" and "label_weights" in n.input
+        )
+        one = _constant(model, "full_weight", np.array(1, np.float32))
+        _insert_before(model, node, "Max", ["label_weights", one], "full_weights")
+        node.input[1] = "full_weights"
+
+    return plant
+
+
+def dropped_bias() -> Fault:
+    """Leave out what was learned in the first bias."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        total = _producer(model, _producer(model, "present.fast.up.bias").input[0])
+        step = next(
+            n for n in model.graph.node if n.op_type == "Mul" and total.output[0] in n.input
+        )
+        node = next(n for n in model.graph.node if step.output[0] in n.input)
+        assert node.op_type == "Sub"
+        node.op_type = "Identity"
+        del node.input[1]
+
+    return plant
+
+
+def plain_relu() -> Fault:
+    """Leave the square of the first squared relu out."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        relu = next(n for n in model.graph.node if n.op_type == "Relu")
+        node = next(n for n in model.graph.node if relu.output[0] in n.input)
+        assert node.op_type == "Pow"
+        node.op_type = "Identity"
+        del node.input[1]
+
+    return plant
+
+
+def last_tile_ignored() -> Fault:
+    """Let the update's body write no gradient of the last token of a call."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        (body,) = model.functions
+        product = next(n for n in body.node if n.output[0] == "present_state").input[1]
+        node = next(n for n in body.node if n.output[0] == product)
+        value = node.input[1]
+        place = list(body.node).index(node)
+        tensors = {"from_0": [0], "to_last": [-1], "axis_1": [1], "pads": [0, 0, 0, 0, 1, 0]}
+        made = [
+            helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(v)))
+            for name, v in tensors.items()
+        ]
+        made.append(helper.make_node("Slice", [value, "from_0", "to_last", "axis_1"], ["cut"]))
+        made.append(helper.make_node("Pad", ["cut", "pads"], ["filled"]))
+        node.input[1] = "filled"
+        for new in reversed(made):
+            body.node.insert(place, new)
+
+    return plant
+
+
+def _node_in(model: onnx.ModelProto, module: str, op: str) -> onnx.NodeProto:
+    """Return the first node of a kind that was traced in a module."""
+    for node in model.graph.node:
+        scopes = [p.value for p in node.metadata_props if p.key.endswith("name_scopes")]
+        if node.op_type == op and scopes and f"'{module}'" in scopes[0]:
+            return node
+    raise AssertionError(f"no {op} in {module}")

@@ -96,7 +96,7 @@ class Decoder(nn.Module):
             keys = ring.write(caches[2 * index], key)
             values = ring.write(caches[2 * index + 1], value)
             present += [keys, values]
-            x = block.rest(x, _attention(query, keys, values, mask))
+            x = block.rest(x, block.attention.attend(query, keys, values, mask))
         return self.norm(x), present
 
     def cache_specs(self, capacity: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -173,6 +173,10 @@ class _Attention(nn.Module):
         """Return query, key, value [B, heads, T, head size]; query and key normed and rotated."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return rotate(_rms(query, 1e-6), rotary), rotate(_rms(key, 1e-6), rotary), value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Return softmax(query key^T / sqrt(size) + mask) value, [B, heads, T, head size]."""
+        return _attention(query, key, value, mask)
 
 
 class _Norm(nn.Module):

@@ -1,0 +1,103 @@
+"""`fwl-export bisect`: which tensor is the first that is not what PyTorch computes?"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, progress_bar
+
+DEFAULT_TOKENS = 500  # parity.bisect has it too; --help imports nothing heavy
+
+
+def bisect(
+    bundle: BundleArgument,
+    candidate: Annotated[
+        str, typer.Option(help="onnxruntime, onnxruntime:no-plugin or onnx-reference.")
+    ] = "onnxruntime",
+    plugin: Annotated[
+        Path | None,
+        typer.Option(help="Custom-op library to run in place of the package's own."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text file to read; default: the held-out play of the package."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="How far to read at most.", min=1)] = DEFAULT_TOKENS,
+    seed: Annotated[int, typer.Option(help="Of the sizes and rows of the calls.", min=0)] = 0,
+    reproducer: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; default: reports/bisect in the bundle."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the cause of what `check` found: the call, the tensor, the module, the ONNX node.
+
+    Reads a text until a call goes wrong, runs that call with every tensor of the ONNX graph as an
+    output, compares them with PyTorch's in float64 by name, and writes the nodes that compute the
+    first wrong one as a program of their own. Exit code 0: nothing is wrong; 1: found; 2: could not
+    run.
+
+    Example: fwl-export bisect demo-bundle --candidate onnxruntime:no-plugin
+    """
+    from fwl_export.errors import FwlError
+
+    target = reproducer or bundle / "reports" / "bisect"
+    try:
+        found = _bisect(bundle, candidate, plugin, text, tokens, seed, target, json)
+    except FwlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if found:
+        raise typer.Exit(1)
+
+
+def _bisect(
+    bundle: Path,
+    candidate: str,
+    plugin: Path | None,
+    text: Path | None,
+    tokens: int,
+    seed: int,
+    reproducer: Path,
+    json: bool,
+) -> bool:
+    from fwl_export.bundle import read_bundle
+    from fwl_export.demo import HELD_OUT_PLAY
+    from fwl_export.errors import ConfigError
+    from fwl_export.parity.backends import parse_backend
+    from fwl_export.parity.bisect import bisect_bundle
+    from fwl_export.runtimes.text import bundle_tokenizer
+    from fwl_export.text import read_ids
+
+    backend = parse_backend(candidate)
+    if plugin is not None:
+        if backend.backend != "onnxruntime" or "plugin" in backend.arguments:
+            raise ConfigError(f"--plugin is for candidate onnxruntime; received '{candidate}'")
+        backend = replace(backend, arguments={**backend.arguments, "plugin": plugin})
+    if (
+        reproducer.exists()
+        and any(reproducer.iterdir())
+        and not (reproducer / "repro.onnx").is_file()
+    ):
+        raise ConfigError(
+            f"'{reproducer}' holds something else than a reproducer; name another folder with "
+            "--reproducer"
+        )
+    opened = read_bundle(bundle)
+    source = text or HELD_OUT_PLAY
+    ids = read_ids(source, bundle_tokenizer(opened))
+    with progress_bar("bisect", tokens) as advance:
+        result = bisect_bundle(
+            opened, ids, backend, tokens, seed, reproducer, source.name, advance=advance
+        )
+    if json:
+        print_json(result.to_dict())
+    else:
+        print(result.to_text())
+        print(f"{result.seconds:.0f} s")
+    return result.finding is not None

@@ -1,0 +1,203 @@
+"""The planted faults: what each is, which tensor `check` catches it by, where `bisect` finds it.
+
+`python -m tests.parity.planted` writes the table that ships, fwl_export/parity/FAULTS.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fwl_export.runtimes import Session, open_session
+from fwl_export.runtimes.base import Array, Call, Runner
+from fwl_export.state import State
+from tests.parity import faults
+from tests.parity.faults import Fault, broken_bundle
+
+TABLE = Path(__file__).parents[2] / "fwl_export" / "parity" / "FAULTS.md"
+
+ROWS = 3
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault.
+
+    Attributes:
+      plant: changes the ONNX file; or what makes a session wrong.
+      caught_by: an output that must be outside its budget in `check`.
+      module: in which `bisect` must find it; or the state tensor.
+      op: type of the ONNX node; "" for the state.
+      fault: "file", "runtime" or "" (the state).
+    """
+
+    plant: Fault | Callable[[Session], None]
+    caught_by: str
+    module: str
+    op: str = ""
+    fault: str = "file"
+
+    @property
+    def located_at(self) -> str:
+        if self.op:
+            return f"`{self.module or 'StreamingModel'}` / `{self.op}`"
+        return f"state carried between calls: `{self.module}`"
+
+    def session(self, bundle: Path, folder: Path) -> Session:
+        """Return a session with the fault; `folder` is for a broken copy of the bundle."""
+        if self.op:
+            broken = broken_bundle(bundle, folder, self.plant)  # type: ignore[arg-type]
+            return open_session(broken, "onnxruntime", ROWS, threads=1, plugin="none")
+        session = open_session(bundle, "onnxruntime", ROWS, threads=1, plugin="none")
+        self.plant(session)  # type: ignore[arg-type]
+        return session
+
+
+class StaleRunner:
+    """Wraps a runner; one tensor of the state is one call old, from the fourth call on."""
+
+    def __init__(self, runner: Runner, tensor: str, when: str) -> None:
+        self._runner = runner
+        self._tensor = tensor
+        self._when = when
+        self._last: State | None = None
+        self._calls = 0
+
+    def another(self) -> StaleRunner:
+        return StaleRunner(self._runner.another(), self._tensor, self._when)
+
+    def new_buffers(self, batch: int) -> Any:
+        return self._runner.new_buffers(batch)
+
+    def run(self, call: Call, past: Any, present: Any) -> Array:
+        rows = range(len(call.lengths))
+        before, last = self._runner.read(past, rows), self._last
+        self._last, self._calls = before, self._calls + 1
+        stale = last is not None and self._calls > 3
+        if stale and self._when == "read":
+            self._runner.write(past, {**before, self._tensor: last[self._tensor]}, rows)
+        logits = self._runner.run(call, past, present)
+        self._runner.write(past, before, rows)
+        if stale and self._when == "written":
+            after = self._runner.read(present, rows)
+            self._runner.write(present, {**after, self._tensor: before[self._tensor]}, rows)
+        return logits
+
+    def read(self, buffers: Any, rows: Sequence[int]) -> State:
+        return self._runner.read(buffers, rows)
+
+    def write(self, buffers: Any, state: Mapping[str, Array], rows: Sequence[int]) -> None:
+        self._runner.write(buffers, state, rows)
+
+    def release(self, buffers: Any) -> None:
+        self._runner.release(buffers)
+
+
+def stale_buffer(tensor: str, when: str) -> Callable[[Session], None]:
+    """Make a session read, or keep, an old buffer of a tensor."""
+
+    def plant(session: Session) -> None:
+        session._runner = StaleRunner(session._runner, tensor, when)
+
+    return plant
+
+
+_NORM = "backbone.blocks.0.norm_1"
+_UPDATE = "fwl::LinearAttentionUpdate"
+_LEARNED = "fast_weights.fast/learned"
+
+PLANTED = {
+    "a wrong epsilon in a norm": Planted(
+        faults.wrong_epsilon(f"model.{_NORM}", 1e-3), "cache.0.value", _NORM, "Add"
+    ),
+    "swapped operands of a difference, in the rotation of keys and queries": Planted(
+        faults.swapped("Sub", "Mul"), "logits", "backbone.blocks.0.attention.project", "Sub"
+    ),
+    "query and key of an update swapped": Planted(
+        faults.swapped_query_and_key(0), "fast.up.kernel", _LEARNED, _UPDATE
+    ),
+    "a product accumulated in fp16": Planted(
+        faults.half_product("fast_weights.up_kernel"), "pending.up", "fast_weights.slow", "Cast"
+    ),
+    "a missing cast: rotary angles in fp16": Planted(
+        faults.missing_cast(), "cache.0.key", "backbone.stream/rotary", "Cast"
+    ),
+    "off by one in the pending label": Planted(
+        faults.shifted_labels(), "fast.norm.bias", "fast_weights.gradients", "Gather"
+    ),
+    "stale state: a sum's past returned as its present": Planted(
+        faults.stale("fast.norm.scale"), "fast.norm.scale", "fast_weights.fast", "Identity"
+    ),
+    "a stale state buffer: read one call late": Planted(
+        stale_buffer("fast.down.kernel", "read"), "logits", "fast.down.kernel", fault=""
+    ),
+    "a stale state buffer: not written": Planted(
+        stale_buffer("pending.hidden", "written"), "pending.hidden", "pending.hidden", fault=""
+    ),
+    "an update that ignores its last tile, in its function body": Planted(
+        faults.last_tile_ignored(), "fast.up.kernel", _LEARNED, _UPDATE
+    ),
+    "a wrong exponent of the decay": Planted(
+        faults.scaled_input("Div", "horizon", 2.0),
+        "fast.up.kernel",
+        "fast_weights.log_decay",
+        "Div",
+    ),
+    "attention window off by one": Planted(
+        faults.shifted_whole_number("Sub", "Greater", 1, -1), "logits", "backbone.stream", "Sub"
+    ),
+    "the wrong slot of the ring buffers": Planted(
+        faults.wrong_slot(), "cache.0.key", "backbone.stream", "Mod"
+    ),
+    "a row of length 0 moves": Planted(
+        faults.row_of_no_tokens_moves(), "pending.hidden", "", "GreaterOrEqual"
+    ),
+    "a transposed weight": Planted(
+        faults.transposed_weight("model.backbone.blocks.0.attention.out"),
+        "cache.1.value",
+        "backbone.blocks.0.attention.out",
+        "MatMul",
+    ),
+    "weight 0 still learns": Planted(faults.learns_always(), "fast.up.kernel", "", "Where"),
+    "a learned bias is dropped": Planted(
+        faults.dropped_bias(), "logits", "fast_weights.fast", "Identity"
+    ),
+    "relu instead of squared relu": Planted(
+        faults.plain_relu(), "cache.1.value", "backbone.blocks.0.rest", "Identity"
+    ),
+    "wrong sign of what an update writes": Planted(
+        faults.negated_value(1), "fast.down.kernel", _LEARNED, _UPDATE
+    ),
+    "a step added instead of subtracted": Planted(
+        faults.added_instead(0), "logits", "fast_weights.fast", "Add"
+    ),
+    "decay ignored": Planted(faults.ignored_decay(0), "fast.up.kernel", _LEARNED, _UPDATE),
+}
+
+
+def table() -> str:
+    """Return FAULTS.md."""
+    lines = [
+        "<!-- Written by `python -m tests.parity.planted`; do not edit. -->",
+        "# Planted faults",
+        "",
+        "Each is planted in a bundle's ONNX file, or in the session that runs it. Tests let",
+        "`check` catch it and `bisect` locate it. *Caught by*: an output outside its budget.",
+        "*Located at*: the module in PyTorch and the ONNX operator, or the state tensor.",
+        "",
+        "| fault | caught by | located at |",
+        "|---|---|---|",
+    ]
+    rows = [f"| {n} | `{p.caught_by}` | {p.located_at} |" for n, p in PLANTED.items()]
+    kernel = f"| {KERNEL_FAULT} | `fast.up.kernel` | `{_LEARNED}` / `{_UPDATE}` |"
+    return "\n".join([*lines, *rows, kernel, ""])
+
+
+# Compiled and found in tests/plugins/test_faulty_kernel.py.
+KERNEL_FAULT = "a kernel of `libfwl_ort` that ignores its last tile"
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table(), encoding="utf-8")

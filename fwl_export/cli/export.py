@@ -25,6 +25,10 @@ def export(
         ),
     ] = 256,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at OUTPUT.")] = False,
+    precision_policy: Annotated[
+        Path | None,
+        typer.Option(help="Lower some parts only, as `fwl-export precision` chose them."),
+    ] = None,
     no_checkpoint: Annotated[
         bool,
         typer.Option(
@@ -39,6 +43,9 @@ def export(
     """
     from fwl_export.demo import checkpoint_folder
     from fwl_export.export import export_bundle
+    from fwl_export.export.precision import read_policy
+
+    policy = read_policy(precision_policy) if precision_policy else None
 
     with spinner("export") as say:
         bundle = export_bundle(
@@ -50,11 +57,12 @@ def export(
             force=force,
             include_checkpoint=not no_checkpoint,
             progress=say,
+            policy=policy,
         )
     manifest = bundle.manifest
     total = sum(entry["bytes"] for entry in manifest.files.values())
     state = sum(spec.bytes_per_row for spec in manifest.state)
     print(
-        f"wrote {output}: {precision}, opset {manifest.opset}, {manifest.op['nodes']} "
+        f"wrote {output}: {manifest.precision}, opset {manifest.opset}, {manifest.op['nodes']} "
         f"fast-weight updates,\n{size(total)}; state {size(state)} per session"
     )

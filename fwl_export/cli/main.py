@@ -20,6 +20,7 @@ from fwl_export.cli.doctor import doctor
 from fwl_export.cli.export import export
 from fwl_export.cli.generate import generate
 from fwl_export.cli.inspect import inspect
+from fwl_export.cli.precision import precision
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
 from fwl_export.errors import FwlError
@@ -28,6 +29,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     export,
     build,
     check,
+    precision,
     score,
     read,
     generate,

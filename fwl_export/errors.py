@@ -7,6 +7,8 @@ A message says which thing is wrong, what was received, what was expected, and w
 class FwlError(Exception):
     """Base class of every error that a user, not a bug, caused."""
 
+    exit_code = 1
+
 
 class ConfigError(FwlError):
     """A configuration has an unknown key or a value out of range."""
@@ -30,6 +32,20 @@ class StateError(FwlError):
 
 class TokenError(FwlError):
     """Token ids, label weights or lengths are unusable."""
+
+
+class NotFiniteError(TokenError):
+    """The model's output is NaN or infinite."""
+
+
+class ReportError(FwlError):
+    """A report cannot be read, is of another schema, or of another model."""
+
+
+class CheckError(FwlError):
+    """A check could not run; what it would have found is not known."""
+
+    exit_code = 2
 
 
 class ExportError(FwlError):

@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "fwl_export"
 # From the lowest to the highest: a file imports from parts further up in this list only. A part
 # is a module or a folder of the package.
 FLOORS = (
-    ("errors", "files"),
+    ("errors", "files", "machine"),
     ("plugins", "onnx_file"),
     ("op",),
     ("state", "text"),

@@ -53,8 +53,8 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from fwl_export.bench import processor_name
 from fwl_export.errors import CheckpointError, FwlError, OutputExistsError
+from fwl_export.machine import processor_name
 from fwl_export.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fwl_export.model.language_model import FWLModel
 from tools import demo_data

@@ -9,7 +9,6 @@ from fwl_export.bench.op import (
     OpTimes,
     bench_op,
     describe_machine,
-    processor_name,
 )
 
-__all__ = ["LIMIT", "OURS", "OpSize", "OpTimes", "bench_op", "describe_machine", "processor_name"]
+__all__ = ["LIMIT", "OURS", "OpSize", "OpTimes", "bench_op", "describe_machine"]

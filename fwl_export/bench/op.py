@@ -41,6 +41,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
+from fwl_export.machine import processor_name
 from fwl_export.op import spec
 from fwl_export.op.onnx_function import append_function
 from fwl_export.op.torch_op import linear_attention_update, run_chunked
@@ -388,13 +389,3 @@ def _ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
             4,
         )
     return found
-
-
-def processor_name() -> str:
-    """Return what the processor calls itself."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()

@@ -68,7 +68,7 @@ def _summary(output: Path, play: Path, on: Score, off: Score) -> list[str]:
         f"bundle    {output}: ONNX opset {manifest.opset}, {manifest.precision}, state "
         f"{size(state)} per text",
         f"engines   {len(engines)} TensorRT-RTX, built here and not run: that takes a GPU",
-        f"parity    ONNX Runtime against PyTorch: {report['tokens']} tokens, logits and every",
+        f"parity    ONNX Runtime against PyTorch: {report['settings']['tokens']} tokens, logits and every",
         f"          state tensor within {most:.0%} of the error budget",
         f"reading   {play.name}, {on.tokens} tokens it never saw:",
         f"          perplexity {on.perplexity:.2f} adapting, {off.perplexity:.2f} with adaptation "

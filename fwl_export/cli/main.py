@@ -1,7 +1,8 @@
 """Entry point of `fwl-export`: verbs, and how errors end.
 
 Exit codes: 0 done; 1 the user's input cannot be used, or a check failed; 2 the command line
-itself is wrong; 130 interrupted; 143 terminated. A bug shows its traceback.
+itself is wrong, or a check could not run; 130 interrupted; 143 terminated. A bug shows its
+traceback.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main() -> None:
     try:
         app()()
     except FwlError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name not in _EXPORT_PACKAGES:
@@ -79,9 +80,9 @@ def main() -> None:
         _fail(f"{error.strerror or error}: '{error.filename}'" if error.filename else f"{error}")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 1) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _options(

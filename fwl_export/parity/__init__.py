@@ -1,15 +1,35 @@
 """Parity: proof that a bundle's runtimes compute what PyTorch does.
 
-    report = check_bundle(read_bundle(Path("bundle")), ids)
-    print(report.to_text())
+    report = check_bundle(read_bundle(Path("bundle")), ids, candidates="onnxruntime,torch:float32")
+    print(to_text(report))
 
-`schedule` makes the calls, `drift` drives sessions over them, `compare` measures, `tolerances`
-says what is allowed and why, `verdict` decides, `report` tells.
+`backends` opens runtimes by name, `cases` and `schedule` make the calls, `drift` drives sessions
+over them, `compare` measures, `tolerances` says what is allowed and why, `verdict` decides,
+`report` holds it as data, `summary` and `junit` tell it. README.md beside this file has it all.
 """
 
-from fwl_export.parity.report import Report
+from fwl_export.parity.backends import Backend, parse_backend, parse_backends
+from fwl_export.parity.cases import CASES, Case
+from fwl_export.parity.junit import write_junit
+from fwl_export.parity.report import Report, read_report
 from fwl_export.parity.run import check_bundle
 from fwl_export.parity.schedule import ROWS
+from fwl_export.parity.summary import to_markdown, to_text
 from fwl_export.parity.tolerances import TABLE, Tolerance
 
-__all__ = ["ROWS", "TABLE", "Report", "Tolerance", "check_bundle"]
+__all__ = [
+    "CASES",
+    "ROWS",
+    "TABLE",
+    "Backend",
+    "Case",
+    "Report",
+    "Tolerance",
+    "check_bundle",
+    "parse_backend",
+    "parse_backends",
+    "read_report",
+    "to_markdown",
+    "to_text",
+    "write_junit",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+
+# Of a histogram in ULP: less than half a ULP, less than 1, 2, 4 ... 2^23, and all that is more.
+ULP_BINS = 26
+_LIKELY = 5  # tokens whose agreement is measured beside that of the likeliest
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Prediction:
       tokens: predictions compared.
       kl: mean of KL(reference || candidate), in nats.
       kl_max: its largest value.
-      agreement: share of predictions whose likeliest token is the same.
+      top1: share of predictions whose likeliest token is the same.
+      top5: of the reference's five likeliest tokens, the share that the candidate has in its five.
       loss: mean negative log probability of the next token, of the candidate, in nats.
       reference_loss: the same of the reference.
     """
@@ -66,7 +72,8 @@ class Prediction:
     tokens: int
     kl: float
     kl_max: float
-    agreement: float
+    top1: float
+    top5: float
     loss: float
     reference_loss: float
 
@@ -80,6 +87,12 @@ class Prediction:
         """exp(reference_loss)."""
         return _exp(self.reference_loss)
 
+    @property
+    def perplexity_change(self) -> float:
+        """How much larger the perplexity is than the reference's, relative to that."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(np.expm1(np.float64(self.loss) - self.reference_loss))
+
 
 class TensorSum:
     """Adds up the differences of one tensor, row by row."""
@@ -90,6 +103,7 @@ class TensorSum:
         self._scale = 0.0
         self._max_abs = 0.0
         self._worst: Place | None = None
+        self.ulp: npt.NDArray[np.int64] | None = None  # histogram; None: whole numbers, or nothing
 
     def add(
         self,
@@ -112,13 +126,16 @@ class TensorSum:
         """
         if candidate.size == 0:
             return
-        expected = reference.astype(np.float64)
-        difference = np.abs(candidate.astype(np.float64) - expected)
+        expected = reference.astype(np.float64, copy=False)
+        difference = np.abs(candidate.astype(np.float64, copy=False) - expected)
         flat = int(np.argmax(difference))  # of NaN if there is one
         largest = _finite_or_inf(float(difference.reshape(-1)[flat]))
         self._squares[row] += float(np.vdot(difference, difference))
         self._reference_squares[row] += float(np.vdot(expected, expected))
         self._scale = max(self._scale, float(np.abs(expected).max()))
+        if candidate.dtype.kind == "f":
+            counts = ulp_histogram(difference, expected, candidate.dtype)
+            self.ulp = counts if self.ulp is None else self.ulp + counts
         if self._worst is None or largest > self._max_abs:
             index = [int(i) for i in np.unravel_index(flat, difference.shape)]
             if offset is not None:
@@ -149,6 +166,7 @@ class PredictionSum:
     _kl: float = field(default=0.0, init=False)
     _kl_max: float = field(default=0.0, init=False)
     _agreed: int = field(default=0, init=False)
+    _shared: float = field(default=0.0, init=False)
     _loss: float = field(default=0.0, init=False)
     _reference_loss: float = field(default=0.0, init=False)
 
@@ -172,6 +190,7 @@ class PredictionSum:
         self._kl += float(divergence.sum())
         self._kl_max = max(self._kl_max, float(divergence.max()))
         self._agreed += int((found.argmax(-1) == expected.argmax(-1)).sum())
+        self._shared += _shared_likely(found, expected)
         self._loss -= float(found[token, labels].sum())
         self._reference_loss -= float(expected[token, labels].sum())
 
@@ -183,9 +202,45 @@ class PredictionSum:
             _finite_or_inf(self._kl / count),
             _finite_or_inf(self._kl_max),
             self._agreed / count,
+            self._shared / count,
             _finite_or_inf(self._loss / count),
             _finite_or_inf(self._reference_loss / count),
         )
+
+
+def ulp_histogram(difference: Array, reference: Array, dtype: Any) -> npt.NDArray[np.int64]:
+    """Count differences by their size in units in the last place of the reference.
+
+    Args:
+      difference: float64, 0 or more, any shape.
+      reference: float64, of the same shape.
+      dtype: float type whose units are meant.
+
+    Returns:
+      [ULP_BINS] counts: the first of less than half a unit, entry k of less than 2^(k-1), the
+      last of more, or not finite.
+    """
+    info = np.finfo(dtype)
+    unit = np.maximum(_exponent(reference), int(info.minexp)) - int(info.nmant)
+    bins = np.clip(_exponent(difference) - unit + 2, 0, ULP_BINS - 1)
+    counts: npt.NDArray[np.int64] = np.bincount(bins.reshape(-1), minlength=ULP_BINS)
+    return counts
+
+
+def _exponent(values: Array) -> Array:
+    """Return the binary exponents of float64 values; 1024 where they are not finite."""
+    bits = np.ascontiguousarray(values).view(np.int64)
+    exponents: Array = ((bits >> 52) & 0x7FF) - 1023
+    return exponents
+
+
+def _shared_likely(found: Array, expected: Array) -> float:
+    """Return the sum over rows of the share of the likeliest tokens that two have in common."""
+    count = min(_LIKELY, found.shape[-1])
+    best, right = (
+        np.argpartition(values, -count, axis=-1)[:, -count:] for values in (found, expected)
+    )
+    return float((best[:, :, None] == right[:, None, :]).sum()) / count
 
 
 def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
@@ -194,6 +249,18 @@ def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
     shifted -= shifted.max(-1, keepdims=True)
     result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result
+
+
+def pooled(parts: Sequence[Prediction]) -> Prediction:
+    """Return one prediction over all parts."""
+    tokens = max(sum(part.tokens for part in parts), 1)
+
+    def mean(name: str) -> float:
+        return sum(getattr(part, name) * part.tokens for part in parts) / tokens
+
+    largest = max((part.kl_max for part in parts), default=0.0)
+    shares = [mean(name) for name in ("top1", "top5", "loss", "reference_loss")]
+    return Prediction(tokens, mean("kl"), largest, *shares)
 
 
 def _exp(value: float) -> float:

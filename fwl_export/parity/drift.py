@@ -1,19 +1,21 @@
-"""Drive sessions side by side over a schedule and measure how far they drift apart.
+"""Drive sessions side by side over calls and measure how far they are from a reference.
 
-Every session carries its own state from the first call to the last (free running), so what a
-runtime gets wrong once goes on to act on everything after it.
+In mode "free" every session carries its own state from the first call to the last, so what a
+runtime gets wrong once goes on to act on everything after it. In mode "forced" a second session
+of the same runtime gets the reference's state before every call, so only the error of one step is
+left. Both are measured in one pass, and nothing is kept but sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export.errors import StateError
+from fwl_export.errors import NotFiniteError
 from fwl_export.parity.compare import Error, Prediction, PredictionSum, TensorSum
 from fwl_export.parity.schedule import Call
 from fwl_export.runtimes import Session
@@ -23,16 +25,19 @@ Array = npt.NDArray[Any]
 
 LOGITS = "logits"
 
+FREE, FORCED = "free", "forced"
+MODES = (FREE, FORCED)
+
 # Every call writes these anew: what is wrong after one call may be gone after the next, so they
 # are compared after each. Caches and sums remember; they are compared at the depths.
 _COMPARED_EVERY_CALL = ("position", "pending.")
 
 
-class Pair(NamedTuple):
-    """Names of two runtimes, the second of which counts as right."""
+class Lane(NamedTuple):
+    """A runtime in one of the modes."""
 
-    candidate: str
-    reference: str
+    runtime: str
+    mode: str
 
 
 @dataclass(frozen=True)
@@ -44,87 +49,109 @@ class Failure:
       step: number of the call.
       depth: tokens the first row would have read after that call.
       message: what happened.
+      kind: "not finite", "shape" of an output, or another "error".
+      tensor: "logits" or the name in the state, where it is one tensor's fault.
     """
 
     runtime: str
     step: int
     depth: int
     message: str
+    kind: Literal["not finite", "shape", "error"] = "error"
+    tensor: str | None = None
 
 
 @dataclass
-class PairDrift:
-    """How far a candidate is from a reference, at one depth after the other.
+class LaneDrift:
+    """How far a runtime is from the reference, at one depth after the other.
 
     Attributes:
+      depths: tokens the first row had read where the state was compared.
       errors: by tensor, "logits" first, one entry per depth. Logits, position and pending tensors
         are compared after every call, and an entry is over all since the depth before; the rest
         of the state is compared at the depth.
+      ulp: histogram of all differences by tensor; none for whole numbers.
+      dtypes: of the runtime's tensors.
       predictions: of all calls since the depth before.
+      failure: why it did not get to the end; None if it did, or stopped by wish.
+      stopped: whether it stopped by wish.
     """
 
+    depths: list[int] = field(default_factory=list)
     errors: dict[str, list[Error]] = field(default_factory=dict)
+    ulp: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
     predictions: list[Prediction] = field(default_factory=list)
+    failure: Failure | None = None
+    stopped: bool = False
 
 
 @dataclass
 class Drift:
-    """What a run over a schedule measured.
+    """What a run over calls measured.
 
     Attributes:
-      depths: tokens the first row had read where the state was compared.
-      pairs: the measurements of each pair; shorter than `depths` if one of the two failed.
-      failures: by name of the runtime.
-      calls: number of calls.
+      lanes: the measurements by runtime and mode.
+      failure: of the reference, which ends the run.
+      calls: number of calls that the reference made.
       largest_call: the largest T among them.
     """
 
-    depths: list[int] = field(default_factory=list)
-    pairs: dict[Pair, PairDrift] = field(default_factory=dict)
-    failures: dict[str, Failure] = field(default_factory=dict)
+    lanes: dict[Lane, LaneDrift]
+    failure: Failure | None = None
     calls: int = 0
     largest_call: int = 0
 
 
 def measure_drift(
-    sessions: Mapping[str, Session],
-    pairs: Sequence[Pair],
+    reference: tuple[str, Session],
+    runtimes: Mapping[str, Session],
     calls: Iterable[Call],
+    limits: Mapping[str, int] | None = None,
+    needed: Collection[str] | None = None,
+    modes: Collection[str] = MODES,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Drift:
-    """Feed every session the same calls and compare logits and states.
+    """Feed every session the same calls and compare logits and states with the reference's.
 
-    A session that raises, or whose output or state is not finite, is left behind with a
-    `Failure`; the others go on while there is something to compare, apart from references with
-    one another.
+    A session that raises, or whose output or state has another shape or is not finite, is left
+    behind with a `Failure`; the others go on.
 
     Args:
-      sessions: fresh, by name, of as many rows as the calls.
-      pairs: which to compare with which.
-      calls: e.g. a `Schedule`.
+      reference: name and session of what counts as right.
+      runtimes: fresh sessions by name, of as many rows as the calls.
+      calls: e.g. those of a `Case`.
+      limits: tokens after which a runtime is not asked to go on, by name.
+      needed: names of the runtimes without which the run ends; default: all.
+      modes: "free", "forced" or both.
       advance: called with the number of tokens the first row has moved, for a progress bar.
-
-    Raises:
-      StateError: the sessions of a pair have other states, hence are of two models.
     """
-    for pair in pairs:
-        _check_pair(pair, sessions)
-    drift = Drift(pairs={pair: PairDrift() for pair in pairs})
-    references = {pair.reference for pair in pairs}
-    since: dict[Pair, _Since] = {}
-    depth = 0
+    name, session = reference
+    lanes = [
+        _Lane(runtime, mode, given if mode == FREE else given.another(given.batch), session)
+        for runtime, given in runtimes.items()
+        for mode in modes
+    ]
+    drift = Drift({Lane(lane.runtime, lane.mode): lane.drift for lane in lanes})
+    wanted = set(runtimes if needed is None else needed)
+    before, depth = session.state, 0
     for call in calls:
-        outputs = _feed_all(sessions, call, drift.failures)
-        alive = [pair for pair in pairs if pair.candidate in outputs and pair.reference in outputs]
-        if all(pair.candidate in references for pair in alive):
+        going = [lane for lane in lanes if lane.going]
+        if not wanted & {lane.runtime for lane in going}:
             break
-        for pair in alive:
-            sums = since.setdefault(pair, _Since(sessions[pair.reference]))
-            sums.add(outputs[pair.candidate], outputs[pair.reference], call)
-            if call.compare_state:
-                since.pop(pair).finish(drift.pairs[pair])
-        if call.compare_state:
-            drift.depths.append(call.depth)
+        if call.reset:
+            session.reset(call.reset)
+            before = session.state
+        right = _feed(name, session, call)
+        if isinstance(right, Failure):
+            drift.failure = right
+            break
+        casts = _Casts(before)
+        for lane in going:
+            lane.step(call, casts, right)
+            if call.compare_state and call.depth >= (limits or {}).get(lane.runtime, np.inf):
+                lane.stop()
+        before = right.state
         drift.calls += 1
         drift.largest_call = max(drift.largest_call, call.ids.shape[1])
         advance(call.depth - depth)
@@ -139,9 +166,75 @@ class _Output(NamedTuple):
     state: State
 
 
-class _Since:
-    """What the differences of a pair add up to since the last depth."""
+class _Casts:
+    """A state in other types, each computed once."""
 
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._done: dict[tuple[str, str], Array] = {}
+
+    def to(self, session: Session) -> State:
+        return {spec.name: self._cast(spec.name, spec.dtype) for spec in session.specs}
+
+    def _cast(self, name: str, dtype: str) -> Array:
+        if (name, dtype) not in self._done:
+            with np.errstate(over="ignore"):  # float16's infinity is told as a failure
+                self._done[name, dtype] = self._state[name].astype(dtype, copy=False)
+        return self._done[name, dtype]
+
+
+class _Lane:
+    """One runtime in one mode, and what its differences add up to since the last depth."""
+
+    def __init__(self, runtime: str, mode: str, session: Session, reference: Session) -> None:
+        self.runtime, self.mode = runtime, mode
+        self.session = session
+        self.drift = LaneDrift()
+        self.going = True
+        self._sums: _Sums | None = None
+        if wrong := _other_state(session, reference):
+            self._fail(Failure(runtime, 0, 0, wrong, "shape"))
+        self.drift.dtypes = {spec.name: spec.dtype for spec in session.specs}
+
+    def step(self, call: Call, before: _Casts, right: _Output) -> None:
+        found = self._feed(call, before)
+        if isinstance(found, Failure):
+            self._fail(found)
+            return
+        self.drift.dtypes[LOGITS] = str(found.logits.dtype)
+        self._sums = self._sums or _Sums(self.session)
+        self._sums.add(found, right, call)
+        if call.compare_state:
+            self._sums.finish(self.drift)
+            self.drift.depths.append(call.depth)
+            self._sums = None
+
+    def stop(self) -> None:
+        self.drift.stopped = self.going
+        self.going = False
+
+    def _feed(self, call: Call, before: _Casts) -> _Output | Failure:
+        if self.mode == FREE:
+            if call.reset:
+                self.session.reset(call.reset)
+            return _feed(self.runtime, self.session, call)
+        state = before.to(self.session)
+        if wrong := _not_finite(state):
+            tensor, message = wrong
+            message = f"{message}: the reference's value is beyond {state[tensor].dtype}"
+            return Failure(self.runtime, call.step, call.depth, message, "not finite", tensor)
+        try:
+            self.session.write_rows(range(self.session.batch), state)
+        except Exception as error:  # a backend may raise anything; the others go on without it
+            return Failure(self.runtime, call.step, call.depth, _text(error))
+        return _feed(self.runtime, self.session, call)
+
+    def _fail(self, failure: Failure) -> None:
+        self.drift.failure = failure
+        self.going = False
+
+
+class _Sums:
     def __init__(self, session: Session) -> None:
         names = [LOGITS, *(spec.name for spec in session.specs)]
         self._tensors = {name: TensorSum(session.batch) for name in names}
@@ -159,59 +252,58 @@ class _Since:
                 if call.compare_state or name.startswith(_COMPARED_EVERY_CALL):
                     self._tensors[name].add(row, candidate.state[name][row], tensor[row], *at)
 
-    def finish(self, drift: PairDrift) -> None:
+    def finish(self, drift: LaneDrift) -> None:
         for name, total in self._tensors.items():
             drift.errors.setdefault(name, []).append(total.result())
+            if total.ulp is not None:
+                drift.ulp[name] = drift.ulp.get(name, 0) + total.ulp
         drift.predictions.append(self._predictions.result())
 
 
-def _check_pair(pair: Pair, sessions: Mapping[str, Session]) -> None:
+def _other_state(session: Session, reference: Session) -> str:
+    """Return in what the state of a session differs from the reference's, or ""."""
     found, expected = (
-        {spec.name: (session.batch, *spec.shape) for spec in session.specs}
-        for session in (sessions[pair.candidate], sessions[pair.reference])
+        {spec.name: (s.batch, *spec.shape) for spec in s.specs} for s in (session, reference)
     )
     if found == expected:
-        return
+        return ""
     name = next(n for n in {**expected, **found} if found.get(n) != expected.get(n))
-    raise StateError(
-        f"state '{name}' is {found.get(name)} in {pair.candidate}, but {expected.get(name)} in "
-        f"{pair.reference}; compare runtimes of one bundle, with equally many rows"
+    return (
+        f"state '{name}' is {found.get(name)}, but {expected.get(name)} in the reference; "
+        "compare runtimes of one bundle"
     )
 
 
-def _feed_all(
-    sessions: Mapping[str, Session], call: Call, failures: dict[str, Failure]
-) -> dict[str, _Output]:
-    """Feed the sessions that have not failed; one that fails now is added to `failures`."""
-    outputs: dict[str, _Output] = {}
-    for name, session in sessions.items():
-        if name not in failures:
-            output = _feed(session, call)
-            if isinstance(output, str):
-                failures[name] = Failure(name, call.step, call.depth, output)
-            else:
-                outputs[name] = output
-    return outputs
-
-
-def _feed(session: Session, call: Call) -> _Output | str:
+def _feed(name: str, session: Session, call: Call) -> _Output | Failure:
     """Return what a session made of a call, or what went wrong."""
+    at = (name, call.step, call.depth)
     try:
-        if call.reset:
-            session.reset(call.reset)
         output = _Output(session.feed(call.ids, call.weights, call.lengths), session.state)
+    except NotFiniteError as error:
+        return Failure(*at, str(error), "not finite", LOGITS)
     except Exception as error:  # a backend may raise anything; the others go on without it
-        return str(error) or type(error).__name__
-    expected = (*call.ids.shape, session.vocab_size)
-    if output.logits.shape != expected:
-        return f"logits have shape {list(output.logits.shape)}; expected {list(expected)}"
-    return _not_finite(output.state) or output
+        return Failure(*at, _text(error))
+    shapes = {LOGITS: (*call.ids.shape, session.vocab_size)}
+    shapes |= {spec.name: (session.batch, *spec.shape) for spec in session.specs}
+    for tensor, expected in shapes.items():
+        array = output.logits if tensor == LOGITS else output.state[tensor]
+        if array.shape != expected:
+            message = f"{tensor} has shape {list(array.shape)}; expected {list(expected)}"
+            return Failure(*at, message, "shape", tensor)
+    if wrong := _not_finite(output.state):
+        return Failure(*at, wrong[1], "not finite", wrong[0])
+    return output
 
 
-def _not_finite(state: State) -> str:
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _not_finite(state: State) -> tuple[str, str] | None:
+    """Return the first tensor of a state that is not finite, and a sentence about it."""
     for name, array in state.items():
-        if not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
             row, *index = np.argwhere(~np.isfinite(array))[0].tolist()
             value = array[(row, *index)]
-            return f"state '{name}' is {value} in row {row}, element {index}"
-    return ""
+            return name, f"state '{name}' is {value} in row {row}, element {index}"
+    return None

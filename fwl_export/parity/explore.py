@@ -8,6 +8,7 @@ which all others lowered are within the limits, and each of those is tried once 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +19,8 @@ import numpy.typing as npt
 from fwl_export.errors import ConfigError
 from fwl_export.export.precision import PrecisionPolicy, parts, streaming_model
 from fwl_export.model.checkpoint import Checkpoint
-from fwl_export.parity.drift import LOGITS, Pair, measure_drift
+from fwl_export.parity.compare import pooled
+from fwl_export.parity.drift import FREE, LOGITS, LaneDrift, measure_drift
 from fwl_export.parity.schedule import ROWS, Schedule
 from fwl_export.runtimes.session import Session
 from fwl_export.runtimes.torch import TorchRunner
@@ -69,7 +71,7 @@ class Distance:
     def use(self, limits: Limits) -> float:
         """Return the share of the limits that is used; more than 1 is outside."""
         if self.failure:
-            return float("inf")
+            return math.inf
         return max(
             self.kl / limits.max_kl,
             self.perplexity_increase / limits.max_perplexity_increase,
@@ -239,29 +241,10 @@ class Explorer:
         self._runs += len(policies)
         sessions = {name: self._session(policy) for name, policy in policies.items()}
         sessions |= others or {}
-        reference = self._session("fp64")
-        pairs = [Pair(name, _REFERENCE) for name in sessions]
+        reference = (_REFERENCE, self._session("fp64"))
         calls = Schedule(self._ids, tokens, self._max_tokens)
-        drift = measure_drift({_REFERENCE: reference, **sessions}, pairs, calls)
-        found = {}
-        for pair in pairs:
-            failure = drift.failures.get(pair.candidate)
-            if failure:
-                infinite = float("inf")
-                message = f"at call {failure.step}: {failure.message}"
-                found[pair.candidate] = Distance(infinite, infinite, infinite, "", message)
-                continue
-            measured = drift.pairs[pair]
-            total = pooled(measured.predictions)
-            worst = {
-                name: max(error.relative_rms for error in errors)
-                for name, errors in measured.errors.items()
-                if name != LOGITS
-            }
-            furthest = max(worst, key=worst.__getitem__)
-            increase = total.perplexity / total.reference_perplexity - 1
-            found[pair.candidate] = Distance(total.kl, increase, worst[furthest], furthest)
-        return found
+        drift = measure_drift(reference, sessions, calls, modes=(FREE,))
+        return {lane.runtime: _distance(measured) for lane, measured in drift.lanes.items()}
 
     def _session(self, precision: str | PrecisionPolicy) -> Session:
         config = self._checkpoint.config
@@ -274,6 +257,21 @@ class Explorer:
             ROWS,
             config.fast_weights.anchor_interval,
         )
+
+
+def _distance(drift: LaneDrift) -> Distance:
+    if failure := drift.failure:
+        message = f"at call {failure.step}: {failure.message}"
+        return Distance(math.inf, math.inf, math.inf, "", message)
+    total = pooled(drift.predictions)
+    worst = {
+        name: max(error.relative_rms for error in errors)
+        for name, errors in drift.errors.items()
+        if name != LOGITS
+    }
+    furthest = max(worst, key=worst.__getitem__)
+    increase = total.perplexity / total.reference_perplexity - 1
+    return Distance(total.kl, increase, worst[furthest], furthest)
 
 
 @contextmanager

@@ -1,27 +1,49 @@
-"""Check a bundle: its runtimes against PyTorch in float64, over text."""
+"""Check a bundle: the same calls in all runtimes, judged against a reference."""
 
 from __future__ import annotations
 
 import math
+import os
+import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any, NamedTuple, cast
 
 import numpy.typing as npt
 
 from fwl_export.bundle import CHECKPOINT_FOLDER, Bundle
+from fwl_export.machine import processor_name
 from fwl_export.model.checkpoint import WEIGHTS_FILE
-from fwl_export.parity.drift import Pair, measure_drift
-from fwl_export.parity.report import Report
-from fwl_export.parity.schedule import ROWS, Schedule
-from fwl_export.parity.verdict import judge
+from fwl_export.parity.backends import REFERENCE, Backend, parse_backend, parse_backends
+from fwl_export.parity.baseline import compare_with_baseline
+from fwl_export.parity.cases import CASES, Case, choose_cases
+from fwl_export.parity.context import worst_place
+from fwl_export.parity.drift import MODES, Drift, Lane, measure_drift
+from fwl_export.parity.report import CaseRun, Report
+from fwl_export.parity.schedule import ROWS, Call
+from fwl_export.parity.tolerances import Tolerance, changed_table
+from fwl_export.parity.verdict import CandidateVerdict, judge
 from fwl_export.runtimes import Session, open_session
 
 Array = npt.NDArray[Any]
 
-REFERENCE = "PyTorch fp64"
-DEFAULT_CANDIDATE = "onnxruntime"
+CANDIDATES = "onnxruntime"
+DEFAULT_CASES = ",".join(case.name for case in CASES)
+
+_PACKAGES = (
+    "fwl-export",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+)
 
 
 def check_bundle(
@@ -29,64 +51,216 @@ def check_bundle(
     ids: Array,
     tokens: int = 2000,
     seed: int = 0,
-    candidates: Mapping[str, Session] | None = None,
+    candidates: str | Sequence[str] | Mapping[str, Session] = CANDIDATES,
+    *,
+    reference: str = REFERENCE,
+    cases: str | Sequence[str] = DEFAULT_CASES,
+    strict: bool = False,
+    tolerances: Mapping[str, Any] | None = None,
+    baseline: Mapping[str, Any] | None = None,
     text: str = "",
     threads: int = 1,
+    decode: Callable[[int], str] | None = None,
+    command: str = "",
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Report:
-    """Read a text in every runtime, each with its own state, and judge how they agree.
+    """Make the same calls in every runtime and judge how far they are from the reference.
 
     Args:
       bundle: must hold its checkpoint.
       ids: [N] int64, the text; N of `tokens + 1` or more.
-      tokens: how many the first row reads.
+      tokens: how many the first row reads of the text.
       seed: of the calls.
-      candidates: fresh sessions of `ROWS` rows by name, in the bundle's precision; None is the
-        bundle's ONNX file in ONNX Runtime.
+      candidates: names, see `backends`, with commas or as a list; or sessions by name, in the
+        bundle's precision, from which others are opened.
+      reference: name of the runtime that counts as right.
+      cases: names, see `cases`.
+      strict: halve every budget.
+      tolerances: see `changed_table`.
+      baseline: data of a report, see `read_report`; what has grown since is outside.
       text: name of the text, for the report.
       threads: of each runtime. With more than 1 the runtimes' pools wait for work by spinning
         and take the cores from one another, and sums have another order on every machine.
-      advance: called with the number of tokens the first row has moved.
+      decode: text of a token id, for the report.
+      command: that repeats the check, for the report.
+      advance: called with the number of tokens the first row has moved, of all cases.
 
     Raises:
       BundleError: the bundle is incomplete or changed, or has no checkpoint.
       TokenError: the text is too short.
+      ConfigError: a name or a tolerance is unknown.
     """
-    manifest = bundle.manifest
-    schedule = Schedule(ids, tokens, manifest.max_tokens, seed)
     began = time.perf_counter()
-    own = f"PyTorch {manifest.precision}"
-    with _torch_threads(threads):
-        references = {
-            REFERENCE: open_session(bundle, "torch", ROWS, "fp64"),
-            own: open_session(bundle, "torch", ROWS),
-        }
-        if candidates is None:
-            session = open_session(bundle, "onnxruntime", ROWS, threads=threads)
-            candidates = {DEFAULT_CANDIDATE: session}
-        pairs = [Pair(own, REFERENCE)]
-        pairs += [Pair(name, other) for name in candidates for other in references]
-        drift = measure_drift({**references, **candidates}, pairs, schedule, advance)
+    manifest = bundle.manifest
+    chosen = choose_cases(cases, tokens, manifest.max_tokens)
+    table = changed_table(tolerances or {}, strict)
+    ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
+    calls = {case.name: case.calls(ids, manifest.max_tokens, seed) for case in chosen}
+    bundle.model_files()
     memory = remembered_tokens(bundle)
+    with _torch_threads(threads):
+        lineup = _open_all(bundle, candidates, parse_backend(reference), threads)
+        measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
+    verdicts = [_verdict(e, lineup, measured, memory, table) for e in lineup.entries]
+    if baseline is not None:
+        verdicts = compare_with_baseline(verdicts, baseline)
     return Report(
         bundle=bundle.folder.resolve().name,
         model_id=manifest.model_id,
         precision=manifest.precision,
+        max_tokens=manifest.max_tokens,
         text=text,
+        ids=[int(token) for token in ids],
         tokens=tokens,
-        rows=ROWS,
         seed=seed,
-        calls=drift.calls,
-        largest_call=drift.largest_call,
-        reference=REFERENCE,
-        own=own,
+        reference=reference,
+        strict=strict,
+        changed_tolerances=dict(tolerances or {}),
+        table=table,
         memory=memory,
-        depths=drift.depths,
-        candidates=[
-            judge(drift, name, own, REFERENCE, manifest.precision, memory) for name in candidates
-        ],
+        cases=[CaseRun(m.case, m.drift.calls, m.drift.largest_call) for m in measured],
+        candidates=verdicts,
+        worst=[worst_place(verdict, calls, decode) for verdict in verdicts],
+        baseline=None if baseline is None else str(baseline.get("bundle", {}).get("name", "")),
+        environment=_environment(threads),
+        command=command,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - began,
     )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A candidate: its session, or why there is none."""
+
+    name: str
+    precision: str
+    runtime: str = ""
+    tokens: int | None = None
+    session: Session | None = None
+    reason: str | None = None
+
+
+@dataclass
+class _Lineup:
+    """All that takes part.
+
+    Attributes:
+      entries: the candidates.
+      reference: name and session of what counts as right.
+      yardstick: the same of PyTorch in float64, which budgets are measured against.
+      own: name and session of PyTorch by precision; may be a candidate too.
+    """
+
+    entries: list[_Entry]
+    reference: tuple[str, Session]
+    yardstick: tuple[str, Session]
+    own: dict[str, tuple[str, Session]]
+
+
+def _open_all(
+    bundle: Bundle,
+    candidates: str | Sequence[str] | Mapping[str, Session],
+    reference: Backend,
+    threads: int,
+) -> _Lineup:
+    right = (reference.name, reference.open(bundle, 1, threads))
+    yardstick = right
+    if (reference.backend, reference.precision(bundle)) != ("torch", "fp64"):
+        yardstick = (REFERENCE, parse_backend(REFERENCE).open(bundle, 1))
+    own: dict[str, tuple[str, Session]] = {}
+    entries = []
+    if isinstance(candidates, Mapping):
+        precision = bundle.manifest.precision
+        entries = [_Entry(name, precision, session=s) for name, s in candidates.items()]
+    else:
+        for backend in parse_backends(candidates):
+            entry = _open(bundle, backend, threads)
+            entries.append(entry)
+            if backend.backend == "torch" and entry.session and not backend.tokens:
+                own[entry.precision] = (entry.name, entry.session)
+    for precision in {entry.precision for entry in entries} - own.keys():
+        session = open_session(bundle, "torch", precision=cast(Any, precision))
+        own[precision] = (f"PyTorch {precision}", session)
+    return _Lineup(entries, right, yardstick, own)
+
+
+def _open(bundle: Bundle, backend: Backend, threads: int) -> _Entry:
+    known = (backend.name, backend.precision(bundle))
+    try:
+        session = backend.open(bundle, 1, threads)
+        return _Entry(*known, backend.describe(), backend.tokens, session)
+    except Exception as error:  # a backend may raise anything; the others are checked without it
+        reason = str(error) or type(error).__name__
+        return _Entry(*known, tokens=backend.tokens, reason=reason)
+
+
+class _Measured(NamedTuple):
+    """The drift from the reference in a case, and that of PyTorch from float64."""
+
+    case: Case
+    drift: Drift
+    own: Drift
+
+
+def _measure(
+    lineup: _Lineup, case: Case, calls: Iterable[Call], advance: Callable[[int], None]
+) -> _Measured:
+    def fresh(name: str, session: Session) -> tuple[str, Session]:
+        return name, session.another(case.rows)
+
+    candidates = dict(fresh(e.name, e.session) for e in lineup.entries if e.session)
+    own = dict(fresh(*pair) for pair in lineup.own.values() if pair[0] not in candidates)
+    limits = {entry.name: entry.tokens for entry in lineup.entries if entry.tokens}
+    together = lineup.reference is lineup.yardstick
+    drift = measure_drift(
+        fresh(*lineup.reference),
+        {**candidates, **own} if together else candidates,
+        calls,
+        limits,
+        needed=candidates,
+        advance=advance,
+    )
+    if together:
+        return _Measured(case, drift, drift)
+    own = dict(fresh(*pair) for pair in lineup.own.values())
+    return _Measured(case, drift, measure_drift(fresh(*lineup.yardstick), own, calls))
+
+
+def _verdict(
+    entry: _Entry,
+    lineup: _Lineup,
+    measured: Sequence[_Measured],
+    memory: float,
+    table: Sequence[Tolerance],
+) -> CandidateVerdict:
+    own = lineup.own[entry.precision][0]
+    runs = [
+        judge(m.case.name, m.drift, lane, m.own, own, entry.precision, memory, table)
+        for m in measured
+        for lane in (Lane(entry.name, mode) for mode in MODES)
+        if entry.session
+    ]
+    return CandidateVerdict(
+        entry.name, entry.precision, runs, entry.runtime, entry.tokens, entry.reason
+    )
+
+
+def _environment(threads: int) -> dict[str, Any]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "versions": versions,
+    }
 
 
 @contextmanager

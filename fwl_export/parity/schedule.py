@@ -1,15 +1,17 @@
-"""The calls of a parity check: held-out text in uneven chunks, the same for every runtime.
+"""The calls of a parity check over text: in uneven chunks, the same for every runtime.
 
-A schedule is replayable from its seed. Its calls together hold what goes wrong in streaming
-models: T of 1 and the largest T; odd sizes that leave the ring buffers at every offset; rows at
-different positions, a row that starts late, rows that bring fewer tokens than others or none;
+Other kinds of calls are in `cases`. A schedule is replayable from its seed. Its calls together
+hold what goes wrong in streaming models: T of 1 and the largest T; odd sizes that leave the ring
+buffers at every offset; rows at different positions, a row that starts late, rows that bring fewer
+tokens than others or none;
 tokens that are read without learning, one by one and whole calls of them; a reset in mid-stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,8 @@ _STARTS = (0.0, 0.25, 0.0)  # of the first row's way
 _RESET_AT = 0.55
 _RESET_ROW = 2
 
-# Where the state is compared, in shares of the first row's way: dense where drift starts.
-_DEPTHS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
 _FIRST_DEPTH = 16  # tokens; with fewer, errors are too few to say how large they usually are
+_DEPTHS_PER_DOUBLING = 2
 
 _RAGGED = 0.5  # share of calls in which rows bring different numbers of tokens
 _WEIGHTED = 0.4  # share of calls in which some tokens have weight 0 or 0.5
@@ -84,27 +85,27 @@ class Schedule:
         if len(self.ids) < self.tokens + 1:
             raise TokenError(
                 f"the text has {len(self.ids)} tokens; reading {self.tokens} and predicting the "
-                f"next takes {self.tokens + 1}: give a longer text or fewer tokens"
+                f"next takes {self.tokens + 1}: give a longer text, or read "
+                f"{max(len(self.ids) - 1, 1)} (--tokens)"
             )
 
     def __iter__(self) -> Iterator[Call]:
         rng = np.random.default_rng(self.seed)
         sizes = _sizes(rng, self.max_tokens)
-        marks = sorted({max(_FIRST_DEPTH, round(share * self.tokens)) for share in _DEPTHS})
-        marks = sorted({min(mark, self.tokens) for mark in marks})
+        marks = compared_depths(self.tokens)
+        starts = [row * (len(self.ids) // ROWS) for row in range(ROWS)]
+        texts = [np.roll(self.ids, -start) for start in starts]
         positions = np.zeros(ROWS, np.int64)
         step, pending_reset = 0, True
         while positions[0] < self.tokens:
             size = min(next(sizes), int(self.tokens - positions[0]))
             due = bool(marks) and positions[0] + size >= marks[0]
             lengths = self._lengths(rng, size, positions, force_ragged=due)
-            depth = int(positions[0] + lengths[0])
-            compare = due and depth >= marks[0]
-            while marks and depth >= marks[0]:
-                marks.pop(0)
             reset = pending_reset and positions[0] >= _RESET_AT * self.tokens
             pending_reset = pending_reset and not reset
-            yield self._call(rng, step, lengths, positions.copy(), reset, depth, compare)
+            weights = _weights(rng, (ROWS, int(lengths.max())))
+            rows = (_RESET_ROW,) if reset else ()
+            yield make_call(step, texts, positions, lengths, weights, rows, marks)
             positions += lengths
             step += 1
 
@@ -123,40 +124,66 @@ class Schedule:
             lengths[0] = size
         return lengths
 
-    def _call(
-        self,
-        rng: np.random.Generator,
-        step: int,
-        lengths: Array,
-        positions: Array,
-        reset: bool,
-        depth: int,
-        compare: bool,
-    ) -> Call:
-        size = int(lengths.max())
-        real = np.arange(size) < lengths[:, None]
-        starts = np.arange(ROWS)[:, None] * (len(self.ids) // ROWS)
-        places = starts + positions[:, None] + np.arange(size)
-        ids, labels = (self.ids[(places + shift) % len(self.ids)] for shift in (0, 1))
-        weights = np.ones((ROWS, size), np.float32)
-        kind = rng.random()
-        if kind < _SILENT:
-            weights[:] = 0
-        elif kind < _SILENT + _WEIGHTED:
-            weights = rng.choice(
-                np.array([0, 0.5, 1], np.float32), weights.shape, p=(0.2, 0.1, 0.7)
-            )
-        return Call(
-            step,
-            np.where(real, ids, 0),
-            np.where(real, weights, np.float32(0)),
-            lengths,
-            np.where(real, labels, 0),
-            positions,
-            (_RESET_ROW,) if reset else (),
-            depth,
-            compare,
-        )
+
+def compared_depths(tokens: int) -> list[int]:
+    """Return the depths at which states are compared: dense where drift starts, `tokens` last."""
+    steps = range(64 * _DEPTHS_PER_DOUBLING)
+    marks = (round(_FIRST_DEPTH * 2 ** (step / _DEPTHS_PER_DOUBLING)) for step in steps)
+    return [*takewhile(lambda mark: mark < tokens, marks), tokens]
+
+
+def make_call(
+    step: int,
+    texts: Sequence[Array],
+    positions: Array,
+    lengths: Array,
+    weights: Array,
+    reset: tuple[int, ...],
+    marks: list[int],
+) -> Call:
+    """Return the call in which each row reads on in its text.
+
+    Args:
+      step: number of the call.
+      texts: [N] int64 for each row, which goes round at its end.
+      positions: [B] where the rows stand in them.
+      lengths: [B] how many tokens they bring.
+      weights: [B, T].
+      reset: rows that start afresh before.
+      marks: depths at which states are still to be compared; those reached are taken out.
+    """
+    size = int(lengths.max())
+    real = np.arange(size) < lengths[:, None]
+    places = positions[:, None] + np.arange(size)
+    rows = range(len(texts))
+    ids, labels = (
+        np.stack([texts[row][(places[row] + shift) % len(texts[row])] for row in rows])
+        for shift in (0, 1)
+    )
+    depth = int(positions[0] + lengths[0])
+    compare = bool(marks) and depth >= marks[0]
+    while marks and depth >= marks[0]:
+        marks.pop(0)
+    return Call(
+        step,
+        np.where(real, ids, 0),
+        np.where(real, weights, np.float32(0)),
+        lengths,
+        np.where(real, labels, 0),
+        positions.copy(),
+        reset,
+        depth,
+        compare,
+    )
+
+
+def _weights(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
+    kind = rng.random()
+    if kind < _SILENT:
+        return np.zeros(shape, np.float32)
+    if kind < _SILENT + _WEIGHTED:
+        return rng.choice(np.array([0, 0.5, 1], np.float32), shape, p=(0.2, 0.1, 0.7))
+    return np.ones(shape, np.float32)
 
 
 def _sizes(rng: np.random.Generator, max_tokens: int) -> Iterator[int]:

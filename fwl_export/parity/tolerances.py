@@ -20,15 +20,18 @@ people and have no budget of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from fwl_export.errors import ConfigError
 from fwl_export.parity.compare import Error
 
 # Relative error of a sum of some hundred terms. In float32 every addition rounds: about four
 # times the machine epsilon was measured. A float16 model sums in float32 and rounds once; its
 # float32 sums inherit that.
-ROUNDING = {"fp32": 4 * 2.0**-23, "fp16": 2.0**-10}
+ROUNDING = {"fp64": 4 * 2.0**-52, "fp32": 4 * 2.0**-23, "fp16": 2.0**-10}
 # Under a precision policy: some products in float16, or weights whose rounding the reference has.
 ROUNDING |= {"mix16": ROUNDING["fp16"], "int8w": ROUNDING["fp32"]}
 
@@ -48,6 +51,8 @@ class Tolerance:
       floor: times the rounding of a sum that are always allowed.
       per_token: float32 roundings that are always allowed for every token remembered.
       reason: why this size.
+      max_abs: takes the place of the whole budget for the largest difference; None: does not.
+      relative_rms: the same for the relative RMS.
     """
 
     prefix: str
@@ -56,6 +61,8 @@ class Tolerance:
     floor: float
     per_token: float
     reason: str
+    max_abs: float | None = None
+    relative_rms: float | None = None
 
 
 TABLE = (
@@ -119,10 +126,12 @@ class Budget:
     Attributes:
       max_abs: largest absolute difference.
       relative_rms: of the difference, in the unit of the reference's RMS.
+      floor: relative error that roundings alone explain.
     """
 
     max_abs: float
     relative_rms: float
+    floor: float = 0.0
 
     def use(self, error: Error) -> float:
         """Return the share of the budget that an error uses; more than 1 is outside."""
@@ -131,12 +140,57 @@ class Budget:
         )
 
 
-def tolerance_for(name: str) -> Tolerance:
+def tolerance_for(name: str, table: Sequence[Tolerance] = TABLE) -> Tolerance:
     """Return the row of the table for a tensor: "logits" or the name of a state tensor."""
-    for row in TABLE:
+    for row in table:
         if name.startswith(row.prefix):
             return row
     raise KeyError(f"no tolerance for '{name}': give it a row in {__name__}.TABLE")
+
+
+def changed_table(changes: Mapping[str, Any], strict: bool = False) -> tuple[Tolerance, ...]:
+    """Return the table with a user's rows in it; the longest prefix that fits a tensor counts.
+
+    Args:
+      changes: by prefix of the names of tensors, which keys of a `Tolerance` are other.
+      strict: halve every budget of the table, before the changes.
+
+    Raises:
+      ConfigError: a prefix fits no row, or a key or value is none of a tolerance.
+    """
+    table = tuple(_half(row) for row in TABLE) if strict else TABLE
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"tolerances are {type(changes).__name__}; expected an object by prefix")
+    rows = []
+    for prefix, change in changes.items():
+        base = next((r for r in table if prefix.startswith(r.prefix)), None)
+        if base is None:
+            known = ", ".join(row.prefix for row in TABLE)
+            raise ConfigError(f"tolerances: no tensor begins with '{prefix}'; expected {known}")
+        rows.append(_changed(base, prefix, change))
+    return tuple(sorted((*rows, *table), key=lambda row: -len(row.prefix)))
+
+
+_NUMBERS = ("rms_factor", "max_factor", "floor", "per_token", "max_abs", "relative_rms")
+
+
+def _changed(base: Tolerance, prefix: str, change: Any) -> Tolerance:
+    if not isinstance(change, Mapping) or not change.keys() <= {*_NUMBERS, "reason"}:
+        raise ConfigError(
+            f"tolerances: '{prefix}' is {change!r}; expected an object with "
+            f"{', '.join(_NUMBERS)} or reason"
+        )
+    for key, value in change.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in _NUMBERS and not (number and 0 <= value < math.inf):
+            raise ConfigError(f"tolerances: '{prefix}': {key} is {value!r}; expected 0 or more")
+    reason = str(change.get("reason", "given by the user"))
+    return replace(base, **{**change, "prefix": prefix, "reason": reason})
+
+
+def _half(row: Tolerance) -> Tolerance:
+    halves = {key: getattr(row, key) / 2 for key in _NUMBERS[:4]}
+    return replace(row, **halves)
 
 
 def budgets(
@@ -152,7 +206,7 @@ def budgets(
       tolerance: its row of the table.
       own: PyTorch's own distance from float64, in the precision of the candidate.
       depths: tokens read there by the first row.
-      precision: "fp32" or "fp16".
+      precision: "fp16", "fp32" or "fp64".
       memory: tokens that the sums remember (the horizon); 0 if they forget nothing, for then
         the decay is exactly 1.
     """
@@ -165,8 +219,13 @@ def budgets(
         floor = tolerance.floor * ROUNDING[precision] + decay
         result.append(
             Budget(
-                max(tolerance.max_factor * max_abs, _MAX_OVER_RMS * floor * error.scale),
-                max(tolerance.rms_factor * relative_rms, floor),
+                max(tolerance.max_factor * max_abs, _MAX_OVER_RMS * floor * error.scale)
+                if tolerance.max_abs is None
+                else tolerance.max_abs,
+                max(tolerance.rms_factor * relative_rms, floor)
+                if tolerance.relative_rms is None
+                else tolerance.relative_rms,
+                floor,
             )
         )
     return result

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fwl_export.parity.compare import Error, Prediction
-from fwl_export.parity.drift import Drift, Failure, Pair
-from fwl_export.parity.tolerances import Budget, Tolerance, budgets, tolerance_for
+from fwl_export.parity.drift import FORCED, Drift, Failure, Lane
+from fwl_export.parity.tolerances import TABLE, Budget, Tolerance, budgets, tolerance_for
+
+WITHIN, OUTSIDE, COULD_NOT_RUN = "within", "outside", "could not run"
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,13 @@ class Measured:
     Attributes:
       depth: tokens the first row had read.
       error: distance of the candidate from the reference.
-      own: distance of PyTorch in the candidate's precision from the reference.
-      apart: distance of the candidate from PyTorch in its precision.
+      own: distance of PyTorch in the candidate's precision from float64.
       budget: what `error` may be.
     """
 
     depth: int
     error: Error
     own: Error
-    apart: Error
     budget: Budget
 
     @property
@@ -41,13 +41,17 @@ class TensorVerdict:
 
     Attributes:
       name: "logits" or the name in the state.
+      dtype: in the candidate.
       tolerance: the row of the table that applied.
       depths: one entry per depth.
+      ulp: histogram of all differences, see `compare.ulp_histogram`; None for whole numbers.
     """
 
     name: str
+    dtype: str
     tolerance: Tolerance
     depths: Sequence[Measured]
+    ulp: Sequence[int] | None = None
 
     @property
     def worst(self) -> Measured:
@@ -60,26 +64,21 @@ class TensorVerdict:
         return self.worst.use
 
 
-class Breach(NamedTuple):
-    """Where a candidate is outside its budget for the first time."""
-
-    tensor: str
-    measured: Measured
-
-
 @dataclass(frozen=True)
-class CandidateVerdict:
-    """All of one runtime.
+class RunVerdict:
+    """One candidate in one case and mode.
 
     Attributes:
-      name: of the runtime.
-      tensors: logits first, then the state in the model's order.
+      case: name of it.
+      mode: "free" or "forced".
+      tensors: logits first, then the state in the model's order; none if nothing was compared.
       predictions: against the reference, one entry per depth.
       own_predictions: the same of PyTorch in the candidate's precision.
       failure: why it could not go on; None if it got to the end.
     """
 
-    name: str
+    case: str
+    mode: str
     tensors: Sequence[TensorVerdict]
     predictions: Sequence[Prediction]
     own_predictions: Sequence[Prediction]
@@ -91,55 +90,163 @@ class CandidateVerdict:
         return max((tensor.use for tensor in self.tensors), default=0.0)
 
     @property
-    def passed(self) -> bool:
-        """Whether it got to the end with every tensor within its budget."""
-        return self.failure is None and bool(self.tensors) and self.use <= 1
+    def depths(self) -> list[int]:
+        """Tokens the first row had read where states were compared."""
+        return [measured.depth for measured in self.tensors[0].depths] if self.tensors else []
 
     @property
-    def breach(self) -> Breach | None:
-        """The furthest tensor at the first depth at which one is outside its budget."""
-        outside = [
-            Breach(tensor.name, measured)
-            for tensor in self.tensors
-            for measured in tensor.depths
-            if measured.use > 1
-        ]
-        if not outside:
-            return None
-        return min(outside, key=lambda b: (b.measured.depth, -b.measured.use))
+    def status(self) -> str:
+        """`WITHIN`, `OUTSIDE` or `COULD_NOT_RUN`."""
+        if self.use > 1 or (self.failure and self.failure.kind == "not finite"):
+            return OUTSIDE
+        return COULD_NOT_RUN if self.failure or not self.tensors else WITHIN
+
+
+class Spot(NamedTuple):
+    """A tensor of a run at one depth."""
+
+    run: RunVerdict
+    tensor: TensorVerdict
+    measured: Measured
+
+
+class Growth(NamedTuple):
+    """An error that is larger than in a report of before.
+
+    Attributes:
+      candidate, case, mode, tensor: where.
+      measure: "max_abs" or "relative_rms", at its largest over the depths.
+      before, now: its values.
+    """
+
+    candidate: str
+    case: str
+    mode: str
+    tensor: str
+    measure: str
+    before: float
+    now: float
+
+
+@dataclass(frozen=True)
+class CandidateVerdict:
+    """All of one runtime.
+
+    Attributes:
+      name: of the runtime.
+      precision: "fp16", "fp32" or "fp64".
+      runs: one per case and mode; none if it could not be opened.
+      runtime: what ran, in words.
+      tokens: after how many it stopped by wish; None: never.
+      reason: why it could not be opened; None if it could.
+      grown: what grew since the baseline.
+    """
+
+    name: str
+    precision: str
+    runs: Sequence[RunVerdict]
+    runtime: str = ""
+    tokens: int | None = None
+    reason: str | None = None
+    grown: Sequence[Growth] = field(default=())
+
+    @property
+    def use(self) -> float:
+        """Share of the budget that the tensor closest to its limit uses."""
+        return max((run.use for run in self.runs), default=0.0)
+
+    @property
+    def status(self) -> str:
+        """`WITHIN`, `OUTSIDE` or `COULD_NOT_RUN`; what is outside counts for more."""
+        found = {run.status for run in self.runs}
+        if OUTSIDE in found or self.grown:
+            return OUTSIDE
+        return WITHIN if found == {WITHIN} and self.reason is None else COULD_NOT_RUN
+
+    @property
+    def passed(self) -> bool:
+        """Whether it got to the end of every run with every tensor within its budget."""
+        return self.status == WITHIN
+
+    @property
+    def failure(self) -> Failure | None:
+        """The first failure of a run."""
+        return next((run.failure for run in self.runs if run.failure), None)
+
+    @property
+    def closest(self) -> Spot | None:
+        """Where most of a budget is used."""
+        spots = [Spot(run, t, t.worst) for run in self.runs for t in run.tensors]
+        return max(spots, key=lambda spot: spot.measured.use, default=None)
+
+    @property
+    def breach(self) -> Spot | None:
+        """In the first run with one, the furthest tensor at the first depth outside its budget."""
+        for run in self.runs:
+            outside = [
+                Spot(run, tensor, measured)
+                for tensor in run.tensors
+                for measured in tensor.depths
+                if measured.use > 1
+            ]
+            if outside:
+                return min(outside, key=lambda s: (s.measured.depth, -s.measured.use))
+        return None
 
 
 def judge(
-    drift: Drift, candidate: str, own: str, reference: str, precision: str, memory: float
-) -> CandidateVerdict:
-    """Compare what was measured of a candidate with its budgets.
+    case: str,
+    drift: Drift,
+    lane: Lane,
+    own_drift: Drift,
+    own: str,
+    precision: str,
+    memory: float,
+    table: Sequence[Tolerance] = TABLE,
+) -> RunVerdict:
+    """Compare what was measured of a candidate in one mode with its budgets.
 
     Args:
-      drift: with the pairs candidate-reference, own-reference and candidate-own.
-      candidate: name of the runtime.
-      own: name of PyTorch in the candidate's precision.
-      reference: name of what counts as right.
-      precision: "fp32" or "fp16", of both.
+      case: name of the calls.
+      drift: against the reference.
+      lane: candidate and mode.
+      own_drift: against float64, with PyTorch in the candidate's precision in the same mode.
+      own: its name there.
+      precision: "fp16", "fp32" or "fp64", of both.
       memory: tokens that the sums remember, see `budgets`.
+      table: of tolerances.
     """
-    errors = drift.pairs[Pair(candidate, reference)]
-    of_own = drift.pairs[Pair(own, reference)]
-    apart = drift.pairs[Pair(candidate, own)]
-    count = min(len(pair.predictions) for pair in (errors, of_own, apart))
-    depths = drift.depths[:count]
+    found, usual = drift.lanes[lane], own_drift.lanes[Lane(own, lane.mode)]
+    count = min(len(found.depths), len(usual.depths))
+    depths = found.depths[:count]
+    if lane.mode == FORCED:  # no error is older than the call
+        memory = min(memory, drift.largest_call)
     tensors = []
-    for name in errors.errors if count else ():
-        row = tolerance_for(name)
-        own_errors = of_own.errors[name][:count]
+    for name in found.errors if count else ():
+        row = tolerance_for(name, table)
+        own_errors = usual.errors[name][:count]
         allowed = budgets(row, own_errors, depths, precision, memory)
-        columns = (depths, errors.errors[name], own_errors, apart.errors[name], allowed)
-        measured = [Measured(*entries) for entries in zip(*columns, strict=False)]
-        tensors.append(TensorVerdict(name, row, measured))
-    failures = (drift.failures.get(name) for name in (reference, own, candidate))
-    return CandidateVerdict(
-        candidate,
+        columns = (depths, found.errors[name][:count], own_errors, allowed)
+        measured = [Measured(*entries) for entries in zip(*columns, strict=True)]
+        ulp = found.ulp.get(name)
+        counts = None if ulp is None else [int(n) for n in ulp]
+        tensors.append(TensorVerdict(name, found.dtypes[name], row, measured, counts))
+    failures = [found.failure, *map(_without_measure, (drift.failure, own_drift.failure))]
+    failures.append(_without_measure(usual.failure))
+    whole = found.stopped and count == len(found.depths)
+    return RunVerdict(
+        case,
+        lane.mode,
         tensors,
-        errors.predictions[:count],
-        of_own.predictions[:count],
-        next((failure for failure in failures if failure), None),
+        found.predictions[:count],
+        usual.predictions[:count],
+        None if whole else next((failure for failure in failures if failure), None),
     )
+
+
+def _without_measure(failure: Failure | None) -> Failure | None:
+    """Return the failure of a reference: it says nothing about the candidate."""
+    if failure is None:
+        return None
+    message = f"{failure.message}; without it there is nothing to compare with"
+    return Failure(failure.runtime, failure.step, failure.depth, message)

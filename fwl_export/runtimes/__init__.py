@@ -13,7 +13,9 @@ from fwl_export.runtimes.session import Session
 from fwl_export.runtimes.slots import Slots
 from fwl_export.state import TensorSpec
 
-BACKENDS = ("onnxruntime", "torch")
+BACKENDS = ("onnxruntime", "torch", "onnx-reference")
+
+_NO_CHOICE = [(None, None, plugin, "cpu") for plugin in ("auto", "none")]
 
 
 def open_session(
@@ -29,7 +31,8 @@ def open_session(
 
     Args:
       bundle: its folder, or a bundle that was read.
-      backend: "onnxruntime" or "torch".
+      backend: "onnxruntime", "torch", or "onnx-reference": ONNX's own evaluator, a slow second
+        opinion.
       batch: rows, each a session of its own.
       precision: backend "torch" only: compute in this precision instead of the bundle's.
       threads: backend "onnxruntime" only: threads inside one operator.
@@ -70,6 +73,15 @@ def open_session(
             ) from None
         model = torch.load_model(opened, precision)
         runner, specs = torch.TorchRunner(model), model.specs
+    elif backend == "onnx-reference":
+        if (precision, threads, str(plugin), device) not in _NO_CHOICE:
+            raise ConfigError(
+                "backend 'onnx-reference' takes no precision, threads, plugin or device"
+            )
+        from fwl_export.runtimes import onnx_reference
+
+        evaluator = onnx_reference.load_model(opened)
+        runner = onnx_reference.OnnxReferenceRunner(evaluator, specs)
     else:
         raise ConfigError(f"backend '{backend}' is unknown; expected {' or '.join(BACKENDS)}")
     return Session(

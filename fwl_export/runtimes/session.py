@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fwl_export import state as states
 from fwl_export import state_file
-from fwl_export.errors import ShapeError, TokenError
+from fwl_export.errors import NotFiniteError, ShapeError, TokenError
 from fwl_export.runtimes.base import Array, Call, Runner
 from fwl_export.runtimes.sampling import Sampler
 from fwl_export.state import State, TensorSpec
@@ -371,14 +371,14 @@ def _real_logits(logits: Array, call: Call) -> Array:
     """Return the logits with zeros at padding.
 
     Raises:
-      TokenError: one is not finite.
+      NotFiniteError: one is not.
     """
     if call.lengths.min() < call.input_ids.shape[1]:
         padding = call.logit_positions >= call.lengths[:, None]
         logits = np.where(padding[..., None], np.zeros((), logits.dtype), logits)
     if not np.isfinite(logits).all():
         row, place = np.argwhere(~np.isfinite(logits))[0][:2]
-        raise TokenError(
+        raise NotFiniteError(
             f"the model's output is not finite at row {row}, position "
             f"{call.logit_positions[row, place]} of this call; no row has moved: reset the row, "
             "or feed it with smaller label_weights"

@@ -45,7 +45,7 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
     chosen: str | PrecisionPolicy = precision or bundle.manifest.precision
     if PRECISION_FILE in bundle.manifest.files:
         policy = read_policy(bundle.file(PRECISION_FILE))
-        if precision is None:
+        if precision in (None, bundle.manifest.precision):
             chosen = policy
         else:
             model = with_stored_weights(model, policy)

@@ -1,0 +1,167 @@
+"""The kinds of calls a check makes: real text, and what streaming models go wrong with.
+
+All are seeded, and need nothing but the text's token ids to be made again.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fwl_export.errors import ConfigError
+from fwl_export.parity.schedule import ROWS, Call, Schedule, compared_depths, make_call
+
+Array = npt.NDArray[Any]
+
+TEXT = "text"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of calls.
+
+    Attributes:
+      name: of it.
+      about: what it is for.
+      rows: of the batch.
+      tokens: how many the first row reads.
+    """
+
+    name: str
+    about: str
+    rows: int
+    tokens: int
+
+    def calls(self, ids: Array, max_tokens: int, seed: int) -> Iterable[Call]:
+        """Return the calls, the same ones every time.
+
+        Args:
+          ids: [N] int64, the text.
+          max_tokens: largest T.
+          seed: of everything random.
+
+        Raises:
+          TokenError: the text is too short.
+        """
+        if self.name == TEXT:
+            return Schedule(ids, self.tokens, max_tokens, seed)
+        return _Calls(self, ids, max_tokens, seed)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    case: Case
+    ids: Array
+    max_tokens: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Call]:
+        rng = np.random.default_rng([self.seed, zlib.crc32(self.case.name.encode())])
+        return _MAKERS[self.case.name](rng, self.ids, self.case.tokens, self.max_tokens)
+
+
+# `tokens` of 0: two of the model's largest calls.
+CASES = (
+    Case(TEXT, "real text in uneven calls, with ragged rows, weights of 0 and a reset", ROWS, 2000),
+    Case("mixed", "rows reset again and again beside one that grows old", 4, 160),
+    Case("repeat", "repeated tokens, which drive the fast weights far", 3, 192),
+    Case("long", "every call as long as the model takes", ROWS, 0),
+    Case("decode", "one row, one token per call", 1, 96),
+)
+
+
+def choose_cases(names: str | Sequence[str], tokens: int, max_tokens: int) -> list[Case]:
+    """Return cases by name, each with its number of tokens.
+
+    Args:
+      names: e.g. "text,decode@5000", or a list of such names.
+      tokens: of the text; no case without a number of its own is longer.
+      max_tokens: largest T.
+
+    Raises:
+      ConfigError: there is no such case, or one is named twice.
+    """
+    known = {case.name: case for case in CASES}
+    chosen: dict[str, Case] = {}
+    for name in names.split(",") if isinstance(names, str) else names:
+        found = re.fullmatch(r"(\w+)(?:@([1-9]\d*))?", name.strip())
+        if found is None or found[1] not in known:
+            raise ConfigError(
+                f"'{name}' is no case; expected {', '.join(known)}, each with a number of tokens "
+                "if another is wanted, say decode@5000"
+            )
+        case = known[found[1]]
+        if case.name in chosen:
+            raise ConfigError(f"case '{case.name}' is named twice; name every case once")
+        usual = tokens if case.name == TEXT else min(case.tokens or 2 * max_tokens, tokens)
+        chosen[case.name] = replace(case, tokens=int(found[2]) if found[2] else usual)
+    return list(chosen.values())
+
+
+def _mixed(rng: np.random.Generator, ids: Array, tokens: int, max_tokens: int) -> Iterator[Call]:
+    sizes = [size for size in (1, 2, 3, 5, 8, 17) if size <= max_tokens]
+
+    def plan(rows: int) -> tuple[Array, tuple[int, ...]]:
+        lengths = rng.integers(0, int(rng.choice(sizes)) + 1, rows)
+        lengths[0] = max(lengths[0], 1)
+        again = rng.random(rows) < 0.25
+        return lengths, tuple(int(row) for row in range(1, rows) if again[row])
+
+    starts = rng.integers(0, len(ids), 4)
+    return _stream([np.roll(ids, -start) for start in starts], tokens, plan)
+
+
+def _repeat(rng: np.random.Generator, ids: Array, tokens: int, max_tokens: int) -> Iterator[Call]:
+    start = int(rng.integers(0, len(ids)))
+    texts = [np.roll(ids, -start)[:period] for period in (1, 2, 7)]
+
+    def plan(rows: int) -> tuple[Array, tuple[int, ...]]:
+        return np.full(rows, min(int(rng.choice((1, 3, 16, 61))), max_tokens)), ()
+
+    return _stream(texts, tokens, plan)
+
+
+def _long(rng: np.random.Generator, ids: Array, tokens: int, max_tokens: int) -> Iterator[Call]:
+    starts = rng.integers(0, len(ids), ROWS)
+
+    def plan(rows: int) -> tuple[Array, tuple[int, ...]]:
+        return np.full(rows, max_tokens), ()
+
+    return _stream([np.roll(ids, -start) for start in starts], tokens, plan)
+
+
+def _decode(rng: np.random.Generator, ids: Array, tokens: int, max_tokens: int) -> Iterator[Call]:
+    start = int(rng.integers(0, len(ids)))
+    return _stream([np.roll(ids, -start)], tokens, lambda rows: (np.ones(rows, np.int64), ()))
+
+
+_MAKERS: dict[str, Callable[[np.random.Generator, Array, int, int], Iterator[Call]]] = {
+    "mixed": _mixed,
+    "repeat": _repeat,
+    "long": _long,
+    "decode": _decode,
+}
+
+
+def _stream(
+    texts: Sequence[Array],
+    tokens: int,
+    plan: Callable[[int], tuple[Array, tuple[int, ...]]],
+) -> Iterator[Call]:
+    """Yield calls until the first row has read `tokens`; `plan(rows)` gives lengths and resets."""
+    positions = np.zeros(len(texts), np.int64)
+    marks = compared_depths(tokens)
+    step = 0
+    while positions[0] < tokens:
+        lengths, reset = plan(len(texts))
+        lengths = np.minimum(lengths, tokens - positions[0]).astype(np.int64)
+        weights = np.ones((len(texts), int(lengths.max())), np.float32)
+        yield make_call(step, texts, positions, lengths, weights, reset, marks)
+        positions += lengths
+        step += 1

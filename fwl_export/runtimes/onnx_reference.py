@@ -1,0 +1,84 @@
+"""Backend: ONNX's reference evaluator. Slow, in plain numpy, and nobody's kernel: a second opinion.
+
+It runs the model as the file says it, the function body of the fast-weight update included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fwl_export import state as states
+from fwl_export.bundle import Bundle
+from fwl_export.errors import BundleError, MissingDependencyError
+from fwl_export.runtimes.base import Call
+from fwl_export.state import PAST, PRESENT, State, TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+class OnnxReferenceRunner:
+    """Runs a bundle's ONNX file node by node; buffers are arrays by name."""
+
+    def __init__(self, evaluator: Any, specs: Sequence[TensorSpec]) -> None:
+        """Share a loaded evaluator, see `load_model`."""
+        self._evaluator = evaluator
+        self._specs = specs
+
+    def another(self) -> OnnxReferenceRunner:
+        """See `Runner.another`."""
+        return OnnxReferenceRunner(self._evaluator, self._specs)
+
+    def new_buffers(self, batch: int) -> State:
+        """See `Runner.new_buffers`."""
+        return states.zeros(self._specs, batch)
+
+    def run(self, call: Call, past: State, present: State) -> Array:
+        """See `Runner.run`."""
+        inputs = vars(call) | {PAST + name: array for name, array in past.items()}
+        with np.errstate(all="ignore"):  # log(0) of a reset's decay, and exp of it, are meant
+            values = self._evaluator.run(None, inputs)
+        outputs = dict(zip(self._evaluator.output_names, values, strict=True))
+        for spec in self._specs:
+            # A scalar may come back as a plain number.
+            present[spec.name] = np.asarray(outputs[PRESENT + spec.name])
+        logits: Array = outputs["logits"]
+        return logits
+
+    def read(self, buffers: State, rows: Sequence[int]) -> State:
+        """See `Runner.read`."""
+        return {name: array[list(rows)] for name, array in buffers.items()}
+
+    def write(self, buffers: State, state: Mapping[str, Array], rows: Sequence[int]) -> None:
+        """See `Runner.write`."""
+        for name in buffers:
+            array = np.array(buffers[name])  # an operator may have passed its input on
+            array[list(rows)] = state[name]
+            buffers[name] = array
+
+    def release(self, buffers: State) -> None:
+        """See `Runner.release`; nothing was kept."""
+
+
+def load_model(bundle: Bundle) -> Any:
+    """Load a bundle's ONNX file into a `ReferenceEvaluator`.
+
+    Raises:
+      BundleError: the evaluator cannot load the model.
+      MissingDependencyError: onnx is not installed.
+    """
+    try:
+        from onnx import load
+        from onnx.reference import ReferenceEvaluator
+    except ImportError:
+        raise MissingDependencyError(
+            "backend 'onnx-reference' needs onnx; pip install 'fwl-export[export]'"
+        ) from None
+    path = bundle.model_files()
+    try:
+        return ReferenceEvaluator(load(str(path)))
+    except Exception as error:  # it raises whatever an operator raises
+        raise BundleError(f"ONNX's reference evaluator cannot load '{path}': {error}") from None

@@ -14,7 +14,7 @@ from typing import Any
 
 Data = Mapping[str, Any]
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 260, 58, 34, 12
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 640, 260, 58, 24, 34, 12
 _STATUS = {"within": "Within budget", "outside": "Outside budget", "could not run": "Could not run"}
 
 
@@ -106,14 +106,14 @@ def _plot(depths: Sequence[int], tensors: Sequence[Data]) -> str:
 
     def x(depth: float) -> float:
         share = (math.log10(max(depth, 1)) - first) / max(last - first, 1e-9)
-        return _LEFT + share * (_WIDTH - _LEFT - 12)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
     def y(value: float) -> float:
         share = (math.log10(max(value, 10.0**low)) - low) / (high - low)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
 
     shapes = [
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - 12}" y1="{y(10.0**e):.1f}" '
+        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(10.0**e):.1f}" '
         f'y2="{y(10.0**e):.1f}"/><text x="{_LEFT - 6}" y="{y(10.0**e) + 4:.1f}" '
         f'text-anchor="end">1e{e}</text>'
         for e in range(low, high + 1)
@@ -156,7 +156,7 @@ def _heat(run: Data) -> str:
         )
         rows.append(f'<tr><th scope="row">{_text(tensor["name"])}</th>{cells}</tr>')
     return (
-        '<details><summary>Use of the budget by tensor and depth</summary><div class="scroll" '
+        '<details open><summary>Use of the budget by tensor and depth</summary><div class="scroll" '
         'tabindex="0"><table class="heat"><caption>Lighter: less; darkest: outside. Columns: '
         'tokens read</caption><thead><tr><th scope="col">Tensor</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
@@ -267,7 +267,7 @@ border-top:1px solid var(--rule);padding-top:.8rem}h3{font-size:1rem;display:inl
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
 caption,figcaption{color:var(--dim);text-align:left;font-size:.85rem;padding:.4rem 0}
 th,td{text-align:right;padding:.25rem .5rem;border-bottom:1px solid var(--rule)}
-th:first-child,#env td{text-align:left;font-weight:500}
+th:first-child,.bars th:nth-child(2),#env td{text-align:left;font-weight:500}
 .scroll{overflow-x:auto}.scroll th{overflow-wrap:normal}.bar{width:50%}
 .track{display:block;height:.8rem;background:var(--rule)}
 .track span{display:block;height:100%}.fill{background:var(--good)}.over{background:var(--bad)}

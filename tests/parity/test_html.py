@@ -110,16 +110,9 @@ def in_browser(folder: Path, page: str) -> tuple[str, str]:
     path = folder / "page.html"
     path.write_text(page, encoding="utf-8")
     flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-sync",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=3000",
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+        *("--disable-sync", "--disable-background-networking", "--disable-component-update"),
+        *("--enable-logging=stderr", "--virtual-time-budget=3000"),
     ]
     done = subprocess.run(
         [_CHROMIUM, *flags, f"--user-data-dir={folder / 'profile'}", "--dump-dom", path.as_uri()],

@@ -157,8 +157,8 @@ def _heat(run: Data) -> str:
         rows.append(f'<tr><th scope="row">{_text(tensor["name"])}</th>{cells}</tr>')
     return (
         '<details open><summary>Use of the budget by tensor and depth</summary><div class="scroll" '
-        'tabindex="0"><table class="heat"><caption>Lighter: less; darkest: outside. Columns: '
-        'tokens read</caption><thead><tr><th scope="col">Tensor</th>'
+        'tabindex="0"><table class="heat"><caption>Stronger: more; orange: outside. '
+        'Columns: tokens read</caption><thead><tr><th scope="col">Tensor</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
@@ -275,6 +275,7 @@ button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:poin
 text-decoration:underline dotted;text-align:inherit}
 [aria-sort=descending] button::after{content:" \\25BE"}
 [aria-sort=ascending] button::after{content:" \\25B4"}
+thead th{overflow-wrap:normal}
 details{margin:.6rem 0}summary{cursor:pointer}figure{margin:.5rem 0}svg{width:100%;height:auto}
 svg text{fill:var(--dim);font:12px system-ui,sans-serif}.grid{stroke:var(--rule)}
 polyline{fill:none;stroke-width:2}.budget{stroke-dasharray:5 4;stroke-width:1.2}
@@ -289,7 +290,8 @@ margin-right:.4rem;vertical-align:middle;background:var(--key)}
 .scroll{position:relative}
 blockquote{margin:.5rem 0;padding:.4rem .8rem;background:rgba(var(--h),.08);white-space:pre-wrap}
 mark{background:var(--bad);color:var(--bg)}pre{white-space:pre-wrap;background:rgba(var(--h),.08);
-padding:.6rem}@media print{body{max-width:none;font-size:11px}figure,tr{break-inside:avoid}
+padding:.6rem}@media(max-width:500px){svg text{font-size:20px}}
+@media print{body{max-width:none;font-size:11px}figure,tr{break-inside:avoid}
 *{print-color-adjust:exact}}
 </style></head><body><main><h1>$title</h1>
 <p class="verdict $status">$verdict</p><p>$summary</p>$problems$bars$candidates

@@ -4,6 +4,7 @@
     model.onnx, model.onnx.data     the streaming model
     model.graph.json                what was traced from PyTorch, by the same names, for `bisect`
     tokenizer.json
+    precision.json                  only with a precision policy: which products are lowered
     checkpoint/                     the PyTorch weights, for the torch backend and `check`
     engines/                        <flavour>-<version>-sm<NN>-<precision>.engine and .json
     reports/                        parity reports (not hashed: they are results)
@@ -32,6 +33,7 @@ MODEL_FILE = "model.onnx"
 MODEL_DATA_FILE = "model.onnx.data"
 GRAPH_FILE = "model.graph.json"
 TOKENIZER_FILE = "tokenizer.json"
+PRECISION_FILE = "precision.json"
 CHECKPOINT_FOLDER = "checkpoint"
 ENGINES_FOLDER = "engines"
 REPORTS_FOLDER = "reports"
@@ -43,12 +45,13 @@ class Manifest:
 
     Attributes:
       config: of the model.
-      precision: "fp32" or "fp16", the type of the activations.
+      precision: "fp32" or "fp16", the type of the activations; "mix16" or "int8w" with a
+        policy in `PRECISION_FILE`, where they are float32 and some products or weights are not.
       max_tokens: largest T of a call.
       opset: of the ONNX file.
       op: domain, name, version and number of the fast-weight update's nodes.
       state: the recurrent state, in the order of the model's inputs and outputs.
-      model_id: sha256 over config, weights and precision; tells whose state a file is.
+      model_id: sha256 over config, weights, precision and policy; tells whose state a file is.
       versions: of the tools that wrote it.
       files: sha256 and size in bytes of every file, by its path inside the bundle.
     """

@@ -70,6 +70,10 @@ def check(
     markdown: Annotated[
         Path | None, typer.Option(help="Markdown file to write, for pull requests.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="HTML file to write; default: parity.html beside the report."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Check runtimes against PyTorch in float64, over text and over what streams go wrong with.
@@ -90,6 +94,7 @@ def check(
         command = _command(bundle, wish, text, files, replay)
         result, target = _checked(wish, command, report)
         _write(result, target, junit, markdown)
+        _write_html(result, html or target.with_suffix(".html"))
     _print(result, target, json)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
@@ -178,6 +183,14 @@ def _write(result: Report, target: Path, junit: Path | None, markdown: Path | No
     if markdown:
         with replaced_file(markdown) as path:
             path.write_text(to_markdown(result), encoding="utf-8")
+
+
+def _write_html(result: Report, path: Path) -> None:
+    from fwl_export.files import replaced_file
+    from fwl_export.parity.html import to_html
+
+    with replaced_file(path) as beside:
+        beside.write_text(to_html(result.to_dict()), encoding="utf-8")
 
 
 def _print(result: Report, target: Path, json: bool) -> None:

@@ -56,6 +56,10 @@ def export(
         ),
     ] = 256,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at OUTPUT.")] = False,
+    precision_policy: Annotated[
+        Path | None,
+        typer.Option(help="Lower some parts only, as `fwl-export precision` chose them."),
+    ] = None,
     no_checkpoint: Annotated[
         bool,
         typer.Option(
@@ -73,6 +77,7 @@ def export(
     with spinner("export") as say, contextlib.ExitStack() as stack:
         folder = _checkpoint(checkpoint, backbone, fwl, context, slide, output, force, stack, say)
         from fwl_export.export import export_bundle
+        from fwl_export.export.precision import read_policy
 
         bundle = export_bundle(
             folder,
@@ -83,12 +88,13 @@ def export(
             force=force,
             include_checkpoint=not no_checkpoint,
             progress=say,
+            policy=read_policy(precision_policy) if precision_policy else None,
         )
     manifest = bundle.manifest
     total = sum(entry["bytes"] for entry in manifest.files.values())
     state = sum(spec.bytes_per_row for spec in manifest.state)
     print(
-        f"wrote {output}: {precision}, opset {manifest.opset}, {manifest.op['nodes']} "
+        f"wrote {output}: {manifest.precision}, opset {manifest.opset}, {manifest.op['nodes']} "
         f"fast-weight updates,\n{size(total)}; state {size(state)} per session"
     )
     if limit := manifest.config.backbone.max_positions:

@@ -24,6 +24,7 @@ from fwl_export.cli.export import export
 from fwl_export.cli.generate import generate
 from fwl_export.cli.import_block import import_block_group
 from fwl_export.cli.inspect import inspect
+from fwl_export.cli.precision import precision
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
 from fwl_export.cli.train import train
@@ -34,6 +35,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     build,
     check,
     bisect,
+    precision,
     score,
     compare_adaptation,
     read,

@@ -15,8 +15,15 @@ from torch import Tensor
 
 from fwl_export.errors import ExportError
 from fwl_export.export.graph import traced_graph
-from fwl_export.export.precision import in_precision
+from fwl_export.export.precision import (
+    TARGETS,
+    UPDATE,
+    PrecisionPolicy,
+    int8_weights,
+    streaming_model,
+)
 from fwl_export.export.scopes import named_scopes
+from fwl_export.export.weights_int8 import store_int8
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import INPUTS, OUTPUTS, StreamingModel
 from fwl_export.op.onnx_function import append_function
@@ -37,7 +44,11 @@ _PRIVATE_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
 
 def export_onnx(
-    model: FWLModel, path: Path, precision: str, max_tokens: int, opset: int
+    model: FWLModel,
+    path: Path,
+    precision: str | PrecisionPolicy,
+    max_tokens: int,
+    opset: int,
 ) -> list[TensorSpec]:
     """Write the streaming model as an ONNX file with its weights and traced graph beside it.
 
@@ -45,7 +56,7 @@ def export_onnx(
       model: float32.
       path: of the .onnx file; the weights go to the same name plus ".data", the graph of
         PyTorch's operators (see `graph.TracedGraph`) to the same name with .graph.json.
-      precision: "fp32" or "fp16".
+      precision: "fp32" or "fp16", or a policy.
       max_tokens: largest T of a call.
       opset: of the standard operators.
 
@@ -54,15 +65,18 @@ def export_onnx(
 
     Raises:
       ExportError: the opset is not supported, or the file fails a check.
+      ConfigError: the policy is of another model.
     """
     if opset not in SUPPORTED_OPSETS:
         raise ExportError(
             f"opset {opset} is not supported; expected {', '.join(map(str, SUPPORTED_OPSETS))}"
         )
-    streaming = StreamingModel(in_precision(model, precision), max_tokens, _symbolic_update)
+    streaming = streaming_model(model, precision, max_tokens, _symbolic_update)
     program = _trace(streaming.eval(), opset)
     proto = program.model_proto
-    append_function(proto, _ACTIVATION_TYPES[precision])
+    append_function(proto, _update_type(precision))
+    if isinstance(precision, PrecisionPolicy) and precision.target == "int8w":
+        store_int8(proto, int8_weights(model, precision))
     for node in [*proto.graph.node, *(n for f in proto.functions for n in f.node)]:
         kept = [p for p in node.metadata_props if p.key not in _PRIVATE_METADATA]
         del node.metadata_props[:]
@@ -108,6 +122,14 @@ def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
             raise ExportError(
                 f"{path.name}: state '{spec.name}' goes in as {past} and comes out as {present}"
             )
+
+
+def _update_type(precision: str | PrecisionPolicy) -> str:
+    """Return the type of the fast-weight updates' queries, keys and values."""
+    if isinstance(precision, str):
+        return _ACTIVATION_TYPES[precision]
+    lowered = UPDATE in precision.lowered
+    return str(TARGETS[precision.target]).removeprefix("torch.") if lowered else "float32"
 
 
 def count_updates(proto: onnx.ModelProto) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from fwl_export import bundle as bundles
 from fwl_export.bundle import Bundle, Manifest, describe_file, is_bundle, read_bundle
 from fwl_export.errors import ExportError, MissingDependencyError, OutputExistsError
-from fwl_export.export.precision import EXPORTED
+from fwl_export.export.precision import EXPORTED, PrecisionPolicy, write_policy
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import replaced_folder
 from fwl_export.model.checkpoint import TOKENIZER_FILE, load_checkpoint
@@ -38,6 +38,7 @@ def export_bundle(
     force: bool = False,
     include_checkpoint: bool = True,
     progress: Callable[[str], None] = lambda message: None,
+    policy: PrecisionPolicy | None = None,
 ) -> Bundle:
     """Export a checkpoint folder to a bundle folder, all of it or nothing.
 
@@ -51,16 +52,18 @@ def export_bundle(
       force: replace what is at `output`.
       include_checkpoint: put the PyTorch weights in, which the torch backend and `check` read.
       progress: called with what is being done.
+      policy: lower some products of a float32 model, see `fwl_export.export.precision`.
 
     Raises:
       OutputExistsError: `output` exists and `force` is off, or holds something too precious.
       ExportError: the written file fails a check.
-      CheckpointError, ConfigError: see `load_checkpoint`.
+      CheckpointError, ConfigError: see `load_checkpoint`; the policy is of another model.
     """
     if precision not in EXPORTED:
         raise ExportError(f"precision is '{precision}'; expected {' or '.join(EXPORTED)}")
     if max_tokens < 1:
         raise ExportError(f"max_tokens is {max_tokens}; expected 1 or more")
+    _check_policy(policy, precision)
     check_output(output, force)
     progress("reading the checkpoint")
     loaded = load_checkpoint(checkpoint)
@@ -71,7 +74,8 @@ def export_bundle(
     with replaced_folder(output) as folder:
         progress("tracing the model (10 to 30 s)")
         model_path = folder / bundles.MODEL_FILE
-        specs = export_onnx(loaded.model, model_path, precision, max_tokens, opset)
+        chosen = policy or precision
+        specs = export_onnx(loaded.model, model_path, chosen, max_tokens, opset)
         progress("running it once in ONNX Runtime")
         run_once(model_path, specs)
         progress("writing the manifest")
@@ -80,9 +84,11 @@ def export_bundle(
             (folder / bundles.CHECKPOINT_FOLDER).mkdir()
             for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
                 shutil.copyfile(checkpoint / name, folder / bundles.CHECKPOINT_FOLDER / name)
+        if policy:
+            write_policy(folder / bundles.PRECISION_FILE, policy)
         manifest = Manifest(
             config=loaded.config,
-            precision=precision,
+            precision=policy.precision if policy else precision,
             max_tokens=max_tokens,
             opset=opset,
             op={
@@ -92,7 +98,7 @@ def export_bundle(
                 "nodes": UPDATES_PER_MODEL,
             },
             state=specs,
-            model_id=_model_id(checkpoint, precision),
+            model_id=_model_id(checkpoint, chosen),
             versions=tool_versions(_TOOLS),
             files={
                 path.relative_to(folder).as_posix(): describe_file(path)
@@ -166,9 +172,27 @@ def tool_versions(names: tuple[str, ...]) -> dict[str, str]:
     return versions
 
 
-def _model_id(checkpoint: Path, precision: str) -> str:
+def _check_policy(policy: PrecisionPolicy | None, precision: str) -> None:
+    if policy is None:
+        return
+    if precision != "fp32":
+        raise ExportError(
+            f"a precision policy lowers parts of an fp32 model, and precision is '{precision}'; "
+            "give one of the two"
+        )
+    if policy.target == "bf16":
+        raise ExportError(
+            "a bf16 policy can be measured, in PyTorch, but not exported: ONNX Runtime's CPU "
+            "provider, which every export is run in, has no bf16 kernels; make a policy for fp16"
+        )
+
+
+def _model_id(checkpoint: Path, precision: str | PrecisionPolicy) -> str:
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         digest.update(describe_file(checkpoint / name)["sha256"].encode())
-    digest.update(json.dumps(precision).encode())
+    if isinstance(precision, PrecisionPolicy):
+        digest.update(json.dumps([precision.target, sorted(precision.lowered)]).encode())
+    else:
+        digest.update(json.dumps(precision).encode())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fwl_export.model.config import FastWeightsConfig
-from fwl_export.model.numerics import wide
+from fwl_export.model.numerics import linear, product, wide
 
 # The tensors of the layer that have a fast part, in the order used everywhere.
 FAST_TENSORS = ("up.kernel", "up.bias", "down.kernel", "down.bias", "norm.scale", "norm.bias")
@@ -164,12 +164,12 @@ class FastWeights(nn.Module):
           hidden: [B, T, input].
           anchor: the sums of gradients [B, ...] whose steps the weights include; None = none.
         """
-        base = hidden @ self.up_kernel + self.up_bias
+        base = product(hidden, self.up_kernel) + self.up_bias
         scale: Tensor = self.norm_scale
         bias: Tensor = self.norm_bias
         if anchor is None:
             up = base
-            down = wide(squared_relu(up) @ self.down_kernel + self.down_bias)
+            down = wide(product(squared_relu(up), self.down_kernel) + self.down_bias)
         else:
             kind = hidden.dtype
 
@@ -181,7 +181,7 @@ class FastWeights(nn.Module):
 
             up = (wide(base) - matrix("up.kernel", hidden) - vector("up.bias")).to(kind)
             activated = squared_relu(up)
-            down = wide(activated @ self.down_kernel + self.down_bias)
+            down = wide(product(activated, self.down_kernel) + self.down_bias)
             down = down - matrix("down.kernel", activated) - vector("down.bias")
             scale, bias = self._anchored_scale(anchor), bias - vector("norm.bias")
         normed, inv_std = self.normalize(down)
@@ -201,7 +201,7 @@ class FastWeights(nn.Module):
 
     def logits(self, output: Tensor) -> Tensor:
         """Return z U + c, soft-capped where the config says so: [B, T, output] -> [B, T, V]."""
-        logits = F.linear(output, self.unembed, self.unembed_bias)
+        logits = linear(output, self.unembed, self.unembed_bias)
         if cap := self.config.logit_softcap:
             logits = (cap * torch.tanh(wide(logits) / cap)).to(logits.dtype)
         return logits
@@ -216,7 +216,7 @@ class FastWeights(nn.Module):
         weights = torch.softmax(wide(logits), -1)
         if cap := self.config.logit_softcap:
             weights = weights * (1 - (wide(logits) / cap).square())
-        return weights.to(logits.dtype) @ self.unembed
+        return product(weights.to(logits.dtype), self.unembed)
 
     def _label_embedding(self, at: Pending, labels: Tensor, anchor: Sums | None) -> Tensor:
         """Return what is subtracted from the expected embedding: U of the label [B, T, output].
@@ -259,7 +259,7 @@ class FastWeights(nn.Module):
             - at_normed.mean(-1, keepdim=True)
             - normed * (at_normed * normed).mean(-1, keepdim=True)
         )
-        at_activated = wide(down.to(at.up.dtype) @ self.down_kernel.T)
+        at_activated = wide(product(down.to(at.up.dtype), self.down_kernel.T))
         if anchor is not None:
             back = down @ anchor["down.kernel"].transpose(1, 2)
             at_activated = at_activated - back * self.scaled_step("down.kernel")
@@ -292,7 +292,7 @@ class FastWeights(nn.Module):
 
         up = wide(slow.base) - matrix("up.kernel", slow.hidden, before.hidden, gradients.up)
         activated = squared_relu(up - vector("up.bias", gradients.up)).to(kind)
-        down = wide(activated @ self.down_kernel + self.down_bias)
+        down = wide(product(activated, self.down_kernel) + self.down_bias)
         down = down - matrix("down.kernel", activated, squared_relu(before.up), gradients.down)
         normed, _ = self.normalize(down - vector("down.bias", gradients.down))
         scale = self.norm_scale - vector("norm.scale", gradients.norm_scale)

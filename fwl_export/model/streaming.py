@@ -32,11 +32,12 @@ def state_specs(config: ModelConfig, model: FWLModel, max_tokens: int) -> list[T
 
     Args:
       config: of the model.
-      model: gives the type of activations; sums are float32, or float64 in a float64 model.
+      model: its norms give the type of activations, its matrices may be of another; sums
+        are float32, or float64 in a float64 model.
       max_tokens: largest T of a call. Ring buffers hold `window + max_tokens - 1` tokens.
     """
     layer = config.fast_weights
-    activation = str(model.fast_weights.unembed.dtype).removeprefix("torch.")
+    activation = str(model.fast_weights.norm_scale.dtype).removeprefix("torch.")
     accumulate = "float64" if activation == "float64" else "float32"
     d, h, s = layer.input_size, layer.hidden_size, layer.output_size
     shapes = {

@@ -32,6 +32,8 @@ from fwl_export.parity.compare import Error
 # times the machine epsilon was measured. A float16 model sums in float32 and rounds once; its
 # float32 sums inherit that.
 ROUNDING = {"fp64": 4 * 2.0**-52, "fp32": 4 * 2.0**-23, "fp16": 2.0**-10}
+# Under a precision policy: some products in float16, or weights whose rounding the reference has.
+ROUNDING |= {"mix16": ROUNDING["fp16"], "int8w": ROUNDING["fp32"]}
 
 _MAX_OVER_RMS = 3  # the largest of thousands of normal deviations is three to four
 _DECAY_ROUNDING = 2.0**-25  # of a float32 number between 1/2 and 1

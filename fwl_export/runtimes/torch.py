@@ -8,9 +8,14 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from fwl_export.bundle import CHECKPOINT_FOLDER, Bundle
+from fwl_export.bundle import CHECKPOINT_FOLDER, PRECISION_FILE, Bundle
 from fwl_export.errors import BundleError
-from fwl_export.export.precision import in_precision
+from fwl_export.export.precision import (
+    PrecisionPolicy,
+    read_policy,
+    streaming_model,
+    with_stored_weights,
+)
 from fwl_export.model.checkpoint import load_checkpoint
 from fwl_export.model.streaming import StreamingModel
 from fwl_export.runtimes.base import Call
@@ -25,7 +30,8 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
 
     Args:
       bundle: must hold the checkpoint; its files are checked first.
-      precision: "fp32", "fp16" or "fp64"; None is the bundle's own.
+      precision: "fp32", "fp16" or "fp64"; None is the bundle's own. Of a bundle with a precision
+        policy always with the weights that it stores: they are the model, lowered.
     """
     names = [n for n in bundle.manifest.files if n.startswith(CHECKPOINT_FOLDER + "/")]
     if not names:
@@ -36,9 +42,14 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
     for name in names:
         bundle.file(name)
     model = load_checkpoint(bundle.folder / CHECKPOINT_FOLDER).model
-    return StreamingModel(
-        in_precision(model, precision or bundle.manifest.precision), bundle.manifest.max_tokens
-    )
+    chosen: str | PrecisionPolicy = precision or bundle.manifest.precision
+    if PRECISION_FILE in bundle.manifest.files:
+        policy = read_policy(bundle.file(PRECISION_FILE))
+        if precision in (None, bundle.manifest.precision):
+            chosen = policy
+        else:
+            model = with_stored_weights(model, policy)
+    return streaming_model(model, chosen, bundle.manifest.max_tokens)
 
 
 class TorchRunner:

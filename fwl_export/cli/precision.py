@@ -1,0 +1,158 @@
+"""`fwl-export precision`: which parts of a model can be lowered?"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fwl_export.cli.terminal import JsonOption, print_json, spinner, table
+
+if TYPE_CHECKING:
+    from fwl_export.export.precision import PrecisionPolicy
+    from fwl_export.parity.explore import Distance, Exploration, Limits
+    from fwl_export.runtimes import Session
+
+
+def precision(
+    source: Annotated[
+        str, typer.Argument(help="Bundle or checkpoint folder, or 'demo'.", show_default=False)
+    ],
+    target: Annotated[
+        str,
+        typer.Option(help="fp16; bf16, in PyTorch only; int8w: int8 weights, float32 arithmetic."),
+    ] = "fp16",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Policy to write, for export.")
+    ] = Path("policy.json"),
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text file to read; default: the held-out play of the package."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Read in each run of the search.", min=1)] = 300,
+    confirm_tokens: Annotated[int, typer.Option(help="Read in the last run.", min=1)] = 2000,
+    max_kl: Annotated[
+        float, typer.Option(help="Mean KL divergence from float64, in nats per token.")
+    ] = 1e-4,
+    max_perplexity_increase: Annotated[
+        float, typer.Option(help="Over float64's perplexity, relative.")
+    ] = 1e-3,
+    max_state_error: Annotated[
+        float, typer.Option(help="Relative RMS of the furthest tensor of the state.")
+    ] = 0.02,
+    json: JsonOption = False,
+) -> None:
+    """Find the fewest parts of a model that must stay in float32, and write a policy.
+
+    Lowers every part alone, keeps those that matter most until the others together are within the
+    limits, and confirms that over a longer text; fp16 and int8w in ONNX Runtime too.
+
+    Example: fwl-export precision demo --target int8w -o policy.json
+    """
+    from fwl_export.demo import HELD_OUT_PLAY
+    from fwl_export.errors import ConfigError
+    from fwl_export.export.precision import TARGETS, write_policy
+    from fwl_export.export.write_bundle import DEFAULT_MAX_TOKENS
+    from fwl_export.model.checkpoint import load_checkpoint
+    from fwl_export.parity.explore import Explorer, Limits
+    from fwl_export.text import read_ids
+
+    if target not in TARGETS:
+        raise ConfigError(f"target is '{target}'; expected {' or '.join(TARGETS)}")
+    limits = Limits(max_kl, max_perplexity_increase, max_state_error)
+    folder = _checkpoint_of(source)
+    checkpoint = load_checkpoint(folder)
+    interval = checkpoint.config.fast_weights.anchor_interval
+    ids = read_ids(text or HELD_OUT_PLAY, checkpoint.tokenizer)
+    with spinner("precision") as say, tempfile.TemporaryDirectory() as scratch:
+
+        def in_onnx_runtime(policy: PrecisionPolicy) -> Mapping[str, Session]:
+            return {} if target == "bf16" else _onnx_runtime(folder, Path(scratch), policy)
+
+        explorer = Explorer(
+            checkpoint,
+            ids,
+            target,
+            limits,
+            min(DEFAULT_MAX_TOKENS, interval or DEFAULT_MAX_TOKENS),
+            say,
+        )
+        found = explorer.search(tokens, confirm_tokens, in_onnx_runtime)
+    write_policy(output, found.policy)
+    if json:
+        print_json(found.policy.to_dict())
+        return
+    print(_summary(found, limits, confirm_tokens))
+    print(f"wrote {output}")
+    if target == "bf16":
+        print("bf16 was computed in PyTorch: ONNX Runtime's CPU provider has no bf16 kernels,")
+        print("and `export` takes no bf16 policy.")
+    else:
+        print(f"next: fwl-export export {source} -o BUNDLE --precision-policy {output}")
+
+
+def _checkpoint_of(source: str) -> Path:
+    """Return the checkpoint's folder of a bundle, or of a checkpoint."""
+    from fwl_export.bundle import CHECKPOINT_FOLDER, is_bundle, read_bundle
+    from fwl_export.demo import checkpoint_folder
+    from fwl_export.errors import BundleError
+
+    folder = checkpoint_folder(source)
+    if not is_bundle(folder):
+        return folder
+    names = [n for n in read_bundle(folder).manifest.files if n.startswith(f"{CHECKPOINT_FOLDER}/")]
+    if not names:
+        raise BundleError(
+            f"bundle '{folder}' was exported without its checkpoint; give the checkpoint's folder"
+        )
+    for name in names:
+        read_bundle(folder).file(name)
+    return folder / CHECKPOINT_FOLDER
+
+
+def _onnx_runtime(folder: Path, scratch: Path, policy: PrecisionPolicy) -> Mapping[str, Session]:
+    """Export the model under a policy and open it for the last run."""
+    from fwl_export.export import export_bundle
+    from fwl_export.parity.schedule import ROWS
+    from fwl_export.runtimes import open_session
+
+    bundle = export_bundle(
+        folder, scratch / "bundle", force=True, include_checkpoint=False, policy=policy
+    )
+    return {"ONNX Runtime": open_session(bundle, "onnxruntime", ROWS, threads=1)}
+
+
+def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
+    policy = found.policy
+    ranked = sorted(found.alone, key=lambda name: found.alone[name].kl, reverse=True)
+    rows = [
+        [name, *_cells(found.alone[name]), "float32" if name in policy.kept else policy.target]
+        for name in ranked
+    ]
+    rows.append(["all lowered", *_cells(found.everything), ""])
+    rows += [
+        [f"the policy, {tokens} tokens, {name}", *_cells(distance), ""]
+        for name, distance in found.confirmed.items()
+    ]
+    limit = (limits.max_kl, limits.max_perplexity_increase, limits.max_state_error)
+    rows.append(["limit", *(f"{value:.1e}" for value in limit), ""])
+    header = ("lowered alone", "KL, nats", "perplexity", "state", "policy")
+    kept = ", ".join(policy.kept) or "nothing"
+    return (
+        f"{table(header, rows)}\n\n"
+        f"{len(policy.lowered)} of {len(ranked)} parts in {policy.target}; float32 stays: {kept}"
+    )
+
+
+def _cells(distance: Distance) -> tuple[str, str, str]:
+    if not math.isfinite(distance.kl):
+        return ("failed", "", "")
+    return (
+        f"{distance.kl:.1e}",
+        f"{distance.perplexity_increase:+.1e}",
+        f"{distance.state_error:.1e}",
+    )

@@ -1,0 +1,87 @@
+"""Weights of an ONNX graph as int8 with a scale per output channel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from fwl_export.errors import ExportError
+
+
+class Int8Weight(NamedTuple):
+    """A matrix in int8.
+
+    Attributes:
+      values: [n, m] int8.
+      scale: [n] or [m] float32.
+      channels: the axis of the scale, 0 or 1.
+    """
+
+    values: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float32]
+    channels: int
+
+    @property
+    def transposed(self) -> Int8Weight:
+        """The same matrix with its axes exchanged."""
+        return Int8Weight(self.values.T.copy(), self.scale, 1 - self.channels)
+
+    def dequantized(self) -> npt.NDArray[np.float32]:
+        """Return what DequantizeLinear computes, bit for bit."""
+        scale = np.expand_dims(self.scale, 1 - self.channels)
+        result: npt.NDArray[np.float32] = self.values.astype(np.float32) * scale
+        return result
+
+
+def store_int8(model: onnx.ModelProto, weights: Mapping[str, Int8Weight]) -> None:
+    """Replace weights by their int8 form and a DequantizeLinear node each.
+
+    The exporter renames and transposes weights, so they are found by their values.
+
+    Args:
+      model: changed in place; its weights are those that `Int8Weight.dequantized` returns.
+      weights: by name, for messages.
+
+    Raises:
+      ExportError: a weight is not in the graph.
+    """
+    wanted: dict[tuple[tuple[int, ...], bytes], Int8Weight] = {}
+    for weight in weights.values():
+        for form in (weight, weight.transposed):
+            dense = form.dequantized()
+            wanted.setdefault((dense.shape, dense.tobytes()), form)
+    found: set[bytes] = set()
+    nodes: list[onnx.NodeProto] = []
+    initializers: list[onnx.TensorProto] = []
+    for tensor in model.graph.initializer:
+        form = None
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
+            key = (tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+            form = wanted.get(key)
+        if form is None:
+            initializers.append(tensor)
+            continue
+        found |= {form.values.tobytes(), form.transposed.values.tobytes()}
+        names = (f"{tensor.name}.int8", f"{tensor.name}.scale")
+        initializers += [
+            numpy_helper.from_array(array, name)
+            for array, name in zip((form.values, form.scale), names, strict=True)
+        ]
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear", names, [tensor.name], f"{tensor.name}.dequantize",
+                axis=form.channels,
+            )
+        )  # fmt: skip
+    for name, weight in weights.items():
+        if weight.values.tobytes() not in found:
+            raise ExportError(f"weight '{name}' is not in the traced graph, to be stored as int8")
+    nodes += model.graph.node
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.initializer.extend(initializers)
+    model.graph.node.extend(nodes)

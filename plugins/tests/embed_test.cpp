@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "../embed/src/error.h"
+#include "../embed/src/host_buffers.h"
 #include "../embed/src/session.h"
 
 namespace {
@@ -77,14 +78,20 @@ public:
   SumRunner(size_t rows, const std::vector<TensorSpec>& specs, Fault& fault, int& calls_left)
       : rows_(rows), specs_(specs), fault_(fault), calls_left_(calls_left) {}
 
-  void run(const Call& call, const Buffers& past, const Buffers& present,
+  std::unique_ptr<Buffers> buffers() override {
+    return std::make_unique<HostBuffers>(specs_, rows_);
+  }
+
+  void run(const Call& call, const Buffers& given_past, Buffers& given_present,
            std::vector<float>& logits) override {
+    const auto& past = static_cast<const HostBuffers&>(given_past);
+    auto& present = static_cast<HostBuffers&>(given_present);
     logits.assign(rows_ * call.positions * kVocabulary, 0.0f);
     for (size_t r = 0; r < rows_; ++r) {
       int64_t position;
       float sum;
-      std::memcpy(&position, past.row(0, r, specs_[0]), sizeof(position));
-      std::memcpy(&sum, past.row(1, r, specs_[1]), sizeof(sum));
+      std::memcpy(&position, past.row(0, r), sizeof(position));
+      std::memcpy(&sum, past.row(1, r), sizeof(sum));
       const int64_t length = call.lengths[r];
       expect(length <= kLargest && position % kAnchor + length <= kAnchor, "a call is too long");
       std::vector<float> sums;
@@ -101,8 +108,8 @@ public:
         }
       }
       position += length;
-      std::memcpy(present.row(0, r, specs_[0]), &position, sizeof(position));
-      std::memcpy(present.row(1, r, specs_[1]), &sum, sizeof(sum));
+      std::memcpy(present.row(0, r), &position, sizeof(position));
+      std::memcpy(present.row(1, r), &sum, sizeof(sum));
     }
     if (fault_ != Fault::kNone && calls_left_-- == 0) {
       if (fault_ == Fault::kThrow) {
@@ -126,6 +133,7 @@ struct SumBackend final : Backend {
     return std::make_unique<SumRunner>(rows, specs, fault, calls_left);
   }
   const std::vector<TensorSpec>& specs;
+  const char* name() const override { return "sum"; }
   mutable Fault fault = Fault::kNone;
   mutable int calls_left = 0;
 };
@@ -133,6 +141,8 @@ struct SumBackend final : Backend {
 struct Problem {
   Problem() : model(std::make_shared<Model>()) {
     model->bundle = {"",
+                     "",
+                     {},
                      "id",
                      "fp32",
                      kVocabulary,

@@ -71,7 +71,7 @@ class Library:
         threads: int = 1,
     ) -> Model:
         options = Options()
-        self.c.fwl_options_init(ctypes.byref(options))
+        self.c.fwl_options_init(ctypes.byref(options), ctypes.c_size_t(ctypes.sizeof(options)))
         options.runtime_library = str(runtime).encode() if runtime else None
         options.plugin = str(plugin).encode() if plugin else None
         options.threads = threads

@@ -269,12 +269,13 @@ def test_bundles_that_cannot_be_used(
     manifest = own_bundle / "manifest.json"
     text = manifest.read_text()
     data = json.loads(text)
+    entry = data["files"]["model.onnx"]
     for change, message in (
         ({"schema_version": 3}, "schema_version is 3, but this libfwl reads 2"),
         ({"state": []}, "is malformed"),
         ({"max_tokens": "x"}, "is malformed"),
         ({"files": {}}, "has no 'model.onnx' in its manifest"),
-        ({"files": {"model.onnx../../x": {}}}, "which leaves the bundle's folder"),
+        ({"files": {"model.onnx": entry, "model.onnx../../x": entry}}, "which leaves the bundle's folder"),
     ):
         manifest.write_text(json.dumps({**data, **change}))
         refused("bundle", message, opened)

@@ -17,8 +17,8 @@ public:
   virtual ~Buffers() = default;
   // Copies a row out, its tensors one after the other.
   virtual void read(size_t row, char* state) const = 0;
-  // Returns where rows are to be written: these buffers, where writing cannot fail, or else `spare`,
-  // with all rows copied to it, for the caller to change over to once all is written.
+  // Returns where rows are to be written: these buffers, where writing cannot fail, or else
+  // `spare`, with all rows copied to it, for the caller to change over to once all is written.
   virtual Buffers& writable(Buffers& spare) = 0;
   // Copies a row in. Only on what `writable` returned.
   virtual void write(size_t row, const char* state) = 0;

@@ -136,8 +136,7 @@ Bundle read_bundle(const std::string& folder) {
     const json& version = manifest.at("schema_version");
     if (version != kSchemaVersion) {
       fail(path + ": schema_version is " + version.dump() + ", but this libfwl reads " +
-           std::to_string(kSchemaVersion) +
-           "; install the libfwl of the fwl-export that wrote it");
+           std::to_string(kSchemaVersion) + "; install the libfwl of the fwl-export that wrote it");
     }
     bundle.model_id = manifest.at("model_id");
     bundle.precision = manifest.at("precision");
@@ -164,8 +163,7 @@ Bundle read_bundle(const std::string& folder) {
 
 std::string checked_content(const Bundle& bundle, const std::string& name) {
   std::string content;
-  read_checked(bundle, name,
-               [&](const char* data, size_t count) { content.append(data, count); });
+  read_checked(bundle, name, [&](const char* data, size_t count) { content.append(data, count); });
   return content;
 }
 

@@ -25,16 +25,17 @@ Engine read_facts(const Bundle& bundle, const std::string& file) {
   try {
     const json facts = json::parse(content);
     if (facts.at("schema_version") != kFactsVersion) {
-      throw Failure(FWL_ERROR_BUNDLE, "'" + file + "' has schema_version " +
-                                          facts.at("schema_version").dump() +
-                                          ", but this libfwl reads " +
-                                          std::to_string(kFactsVersion) + "; build the engine again");
+      throw Failure(FWL_ERROR_BUNDLE,
+                    "'" + file + "' has schema_version " + facts.at("schema_version").dump() +
+                        ", but this libfwl reads " + std::to_string(kFactsVersion) +
+                        "; build the engine again");
     }
     const std::string name = file.substr(0, file.size() - (sizeof(kEnd) - 1));
     if (facts.at("model_id") != bundle.model_id ||
         facts.at("sha256") != bundle.files.at(name + ".engine").sha256) {
-      throw Failure(FWL_ERROR_BUNDLE, "'" + name + "' was built from another model; build the "
-                                                   "engine again with `fwl-export build`");
+      throw Failure(FWL_ERROR_BUNDLE, "'" + name +
+                                          "' was built from another model; build the "
+                                          "engine again with `fwl-export build`");
     }
     Engine engine;
     engine.name = name.substr(sizeof(kFolder) - 1);
@@ -96,32 +97,32 @@ Engine choose_engine(const Bundle& bundle, const Place& place) {
       others += (others.empty() ? "; it has " : ", ") + engine.name;
     }
   }
-  const std::string here = place.title + " " + version_text(place.version) + " on SM" +
-                           std::to_string(place.sm);
+  const std::string here =
+      place.title + " " + version_text(place.version) + " on SM" + std::to_string(place.sm);
   if (fitting.empty()) {
     throw Absent(FWL_ERROR_BUNDLE, "bundle '" + bundle.folder + "' has no engine for " + here +
-                                       others + "; build one with " +
-                                       build_command(bundle, place));
+                                       others + "; build one with " + build_command(bundle, place));
   }
   // Those that run come first, then those with our plugin, then those that copy nothing.
   const auto rank = [&](const Engine& engine) {
     return std::array<bool, 3>{is_usable(engine, place), engine.plugin, !engine.in_place};
   };
-  const Engine& best = *std::max_element(
-      fitting.begin(), fitting.end(),
-      [&](const Engine& a, const Engine& b) { return rank(a) < rank(b); });
+  const Engine& best =
+      *std::max_element(fitting.begin(), fitting.end(),
+                        [&](const Engine& a, const Engine& b) { return rank(a) < rank(b); });
   if (!is_usable(best, place)) {
     throw Failure(FWL_ERROR_RUNTIME,
-                  best.embedded
-                      ? "engine '" + best.name + "' carries a plugin, code that would run in this "
-                        "process; if you trust the bundle, set allow_embedded_plugin"
-                      : "engine '" + best.name + "' needs our plugin; give the path of "
-                        "libfwl_trt.so as tensorrt_plugin");
+                  best.embedded ? "engine '" + best.name +
+                                      "' carries a plugin, code that would run in this "
+                                      "process; if you trust the bundle, set allow_embedded_plugin"
+                                : "engine '" + best.name +
+                                      "' needs our plugin; give the path of "
+                                      "libfwl_trt.so as tensorrt_plugin");
   }
   if (place.wants_plugin && !best.plugin) {
     throw Failure(FWL_ERROR_BUNDLE, "tensorrt_plugin was given, but no engine for " + here +
-                                        " uses it; build one with " +
-                                        build_command(bundle, place) + " --plugin required");
+                                        " uses it; build one with " + build_command(bundle, place) +
+                                        " --plugin required");
   }
   return best;
 }

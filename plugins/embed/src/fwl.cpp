@@ -65,8 +65,8 @@ std::shared_ptr<const fwl::embed::Backend> open_backend(const fwl::embed::Bundle
                                                         const fwl_options& chosen) {
   const std::string name = chosen.backend != nullptr ? chosen.backend : "";
   if (name != "auto" && name != "tensorrt" && name != "onnxruntime") {
-    throw Failure(FWL_ERROR_ARGUMENT, "backend '" + name +
-                                          "' is unknown; expected onnxruntime, tensorrt or auto");
+    throw Failure(FWL_ERROR_ARGUMENT,
+                  "backend '" + name + "' is unknown; expected onnxruntime, tensorrt or auto");
   }
   std::string without;
   if (name != "onnxruntime") {

@@ -217,8 +217,8 @@ public:
   std::unique_ptr<nvinfer1::IExecutionContext> context(int32_t profile, void* stream) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::unique_ptr<nvinfer1::IExecutionContext> made(engine_->createExecutionContext());
-    require(made != nullptr && made->setOptimizationProfileAsync(
-                                   profile, static_cast<cudaStream_t>(stream)),
+    require(made != nullptr &&
+                made->setOptimizationProfileAsync(profile, static_cast<cudaStream_t>(stream)),
             "cannot make an execution context");
     return made;
   }
@@ -301,8 +301,8 @@ private:
     for (int32_t i = 0; i < engine_->getNbOptimizationProfiles(); ++i) {
       const Dims least = engine_->getProfileShape("input_ids", i, OptProfileSelector::kMIN);
       const Dims most = engine_->getProfileShape("input_ids", i, OptProfileSelector::kMAX);
-      require(least.nbDims == 2 && most.nbDims == 2, "says no sizes of engine '" + chosen_.name + "'",
-              FWL_ERROR_BUNDLE);
+      require(least.nbDims == 2 && most.nbDims == 2,
+              "says no sizes of engine '" + chosen_.name + "'", FWL_ERROR_BUNDLE);
       profiles_.push_back({{least.d[0], most.d[0]}, {least.d[1], most.d[1]}});
       max_tokens_ = std::max(max_tokens_, most.d[1]);
     }
@@ -380,14 +380,14 @@ private:
 class TensorRtRunner final : public Runner {
 public:
   TensorRtRunner(std::shared_ptr<const TensorRt> backend, size_t rows)
-      : backend_(std::move(backend)), rows_(rows),
-        stream_(std::make_shared<Stream>(backend_->gpu)), contexts_(backend_->profile_count()) {
+      : backend_(std::move(backend)), rows_(rows), stream_(std::make_shared<Stream>(backend_->gpu)),
+        contexts_(backend_->profile_count()) {
     if (backend_->profile_for(rows, 1) < 0) {
-      throw Failure(FWL_ERROR_ARGUMENT,
-                    "rows is " + std::to_string(rows) + ", but engine '" + backend_->engine() +
-                        "' takes 1 to " + std::to_string(backend_->max_rows()) +
-                        "; build one with `fwl-export build ... --max-batch " +
-                        std::to_string(rows) + "`");
+      throw Failure(FWL_ERROR_ARGUMENT, "rows is " + std::to_string(rows) + ", but engine '" +
+                                            backend_->engine() + "' takes 1 to " +
+                                            std::to_string(backend_->max_rows()) +
+                                            "; build one with `fwl-export build ... --max-batch " +
+                                            std::to_string(rows) + "`");
     }
   }
 
@@ -489,8 +489,7 @@ private:
     backend_->require(context.setInputShape(name.c_str(), dims), "refuses the shape of " + name);
   }
 
-  void address(nvinfer1::IExecutionContext& context, const std::string& name,
-               DevicePointer place) {
+  void address(nvinfer1::IExecutionContext& context, const std::string& name, DevicePointer place) {
     backend_->require(context.setTensorAddress(name.c_str(), reinterpret_cast<void*>(place)),
                       "refuses the address of " + name);
   }

@@ -55,14 +55,15 @@ typedef struct fwl_error {
 /* Fill it with fwl_options_init first, so that programs go on to work when it grows. */
 typedef struct fwl_options {
   size_t size;
-  const char* backend;         /* "onnxruntime"; "tensorrt"; "auto": TensorRT where its library, a GPU
-                                  and an engine for both are there, else ONNX Runtime */
-  const char* runtime_library; /* path of libonnxruntime.so; NULL: by name, as dlopen finds it */
-  const char* plugin;          /* path of libfwl_ort.so, our kernel; NULL: standard operators */
-  int32_t threads;             /* of ONNX Runtime inside one operator; 0: it chooses */
-  int32_t device;              /* the GPU's number, from 0 */
-  const char* tensorrt_library;  /* path of libnvinfer.so; NULL: by name, as dlopen finds it */
-  const char* tensorrt_plugin;   /* path of libfwl_trt.so; NULL: beside libfwl, if an engine needs it */
+  const char* backend; /* "onnxruntime"; "tensorrt"; "auto": TensorRT where its library, a GPU
+                          and an engine for both are there, else ONNX Runtime */
+  const char* runtime_library;  /* path of libonnxruntime.so; NULL: by name, as dlopen finds it */
+  const char* plugin;           /* path of libfwl_ort.so, our kernel; NULL: standard operators */
+  int32_t threads;              /* of ONNX Runtime inside one operator; 0: it chooses */
+  int32_t device;               /* the GPU's number, from 0 */
+  const char* tensorrt_library; /* path of libnvinfer.so; NULL: by name, as dlopen finds it */
+  const char*
+      tensorrt_plugin; /* path of libfwl_trt.so; NULL: beside libfwl, if an engine needs it */
   int32_t allow_embedded_plugin; /* 1: an engine may bring code for this process; 0: it may not */
 } fwl_options;
 

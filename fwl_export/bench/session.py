@@ -210,7 +210,7 @@ def _libfwl(
         ]
 
     options = Options()
-    c.fwl_options_init(ctypes.byref(options))
+    c.fwl_options_init(ctypes.byref(options), ctypes.c_size_t(ctypes.sizeof(options)))
     options.runtime_library = str(runtime).encode() if runtime else None
     options.plugin = str(library).encode() if library else None
     options.threads = threads

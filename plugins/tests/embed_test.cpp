@@ -4,17 +4,12 @@
 // With an argument, that many rounds of opening, feeding, resetting and closing.
 
 #include <atomic>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <limits>
 #include <new>
-#include <random>
 #include <thread>
 
-#include "../embed/src/error.h"
-#include "../embed/src/session.h"
+#include "sum_model.h"
 
 namespace {
 
@@ -54,129 +49,7 @@ void operator delete[](void* memory, size_t) noexcept {
 
 namespace {
 
-using namespace fwl::embed;
-
-constexpr size_t kVocabulary = 5, kRows = 3;
-constexpr int64_t kLargest = 4, kAnchor = 7, kSize = 500;
-
-int failures = 0;
-
-void expect(bool holds, const std::string& what) {
-  if (!holds) {
-    ++failures;
-    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-  }
-}
-
-enum class Fault { kNone, kThrow, kNan };
-
-// The state is the position and a sum over tokens that depends on their order, with a lot of
-// zeros behind it.
-class SumRunner final : public Runner {
-public:
-  SumRunner(size_t rows, const std::vector<TensorSpec>& specs, Fault& fault, int& calls_left)
-      : rows_(rows), specs_(specs), fault_(fault), calls_left_(calls_left) {}
-
-  void run(const Call& call, const Buffers& past, const Buffers& present,
-           std::vector<float>& logits) override {
-    logits.assign(rows_ * call.positions * kVocabulary, 0.0f);
-    for (size_t r = 0; r < rows_; ++r) {
-      int64_t position;
-      float sum;
-      std::memcpy(&position, past.row(0, r, specs_[0]), sizeof(position));
-      std::memcpy(&sum, past.row(1, r, specs_[1]), sizeof(sum));
-      const int64_t length = call.lengths[r];
-      expect(length <= kLargest && position % kAnchor + length <= kAnchor, "a call is too long");
-      std::vector<float> sums;
-      for (int64_t i = 0; i < length; ++i) {
-        const size_t at = r * call.tokens + static_cast<size_t>(i);
-        sum = 0.5f * sum + call.label_weights[at] * static_cast<float>(call.input_ids[at]);
-        sums.push_back(sum);
-      }
-      for (size_t p = 0; p < call.positions; ++p) {
-        const auto at = static_cast<size_t>(call.logit_positions[r * call.positions + p]);
-        for (size_t v = 0; v < kVocabulary; ++v) {
-          logits[(r * call.positions + p) * kVocabulary + v] =
-              at < sums.size() ? sums[at] + static_cast<float>(v) : 77.0f;
-        }
-      }
-      position += length;
-      std::memcpy(present.row(0, r, specs_[0]), &position, sizeof(position));
-      std::memcpy(present.row(1, r, specs_[1]), &sum, sizeof(sum));
-    }
-    if (fault_ != Fault::kNone && calls_left_-- == 0) {
-      if (fault_ == Fault::kThrow) {
-        throw Failure(FWL_ERROR_RUNTIME, "the device is gone");
-      }
-      logits[0] = std::numeric_limits<float>::quiet_NaN();
-    }
-  }
-  void release(const Buffers&) override {}
-
-private:
-  size_t rows_;
-  const std::vector<TensorSpec>& specs_;
-  Fault& fault_;
-  int& calls_left_;
-};
-
-struct SumBackend final : Backend {
-  explicit SumBackend(const std::vector<TensorSpec>& state) : specs(state) {}
-  std::unique_ptr<Runner> runner(size_t rows) const override {
-    return std::make_unique<SumRunner>(rows, specs, fault, calls_left);
-  }
-  const std::vector<TensorSpec>& specs;
-  mutable Fault fault = Fault::kNone;
-  mutable int calls_left = 0;
-};
-
-struct Problem {
-  Problem() : model(std::make_shared<Model>()) {
-    model->bundle = {"",
-                     "id",
-                     "fp32",
-                     kVocabulary,
-                     kLargest,
-                     kAnchor,
-                     {{"position", {}, Type::kInt64}, {"fast.sum", {kSize}, Type::kFloat32}}};
-    backend = std::make_shared<SumBackend>(model->bundle.state);
-    model->backend = backend;
-  }
-  std::shared_ptr<Model> model;
-  std::shared_ptr<SumBackend> backend;
-};
-
-struct Read {
-  std::vector<int64_t> ids;
-  std::vector<int64_t> lengths;
-  size_t count;
-};
-
-Read random_read(std::mt19937& generator) {
-  Read read{{}, {}, 1 + generator() % 30};
-  for (size_t r = 0; r < kRows; ++r) {
-    read.lengths.push_back(static_cast<int64_t>(generator() % (read.count + 1)));
-    for (size_t i = 0; i < read.count; ++i) {
-      read.ids.push_back(static_cast<int64_t>(generator() % kVocabulary));
-    }
-  }
-  return read;
-}
-
-std::vector<float> feed(Session& session, const Read& read, fwl_logits which) {
-  std::vector<float> logits(kRows * read.count * kVocabulary, -1.0f);
-  session.feed(read.ids.data(), read.count, nullptr, read.lengths.data(), which, logits.data(),
-               logits.size());
-  return logits;
-}
-
-std::vector<RowState> rows_of(Session& session, const Problem& problem) {
-  std::vector<RowState> rows(kRows, RowState(problem.model->bundle.state_bytes()));
-  for (size_t r = 0; r < kRows; ++r) {
-    session.read_row(r, rows[r].data(), rows[r].size());
-  }
-  return rows;
-}
+using namespace fwl::test;
 
 void test_splits() {
   const Problem problem;
@@ -202,7 +75,8 @@ void test_splits() {
       }
     }
   }
-  expect(rows_of(whole, problem) == rows_of(single, problem), "a split read has another state");
+  expect(rows_of(whole, problem.model->bundle) == rows_of(single, problem.model->bundle),
+         "a split read has another state");
 }
 
 // Counts what was refused; every refusal must leave rows and room for results alone.
@@ -214,7 +88,7 @@ template <class Inject> size_t test_faults(const char* name, const Inject& injec
   for (int round = 0; round < 3000; ++round) {
     const Read read = random_read(generator);
     const auto which = static_cast<fwl_logits>(generator() % 3);
-    const std::vector<RowState> before = rows_of(session, problem);
+    const std::vector<RowState> before = rows_of(session, problem.model->bundle);
     std::vector<float> logits(kRows * read.count * kVocabulary, -1.0f);
     bool failed = false;
     const std::vector<float> untouched = logits;
@@ -231,12 +105,13 @@ template <class Inject> size_t test_faults(const char* name, const Inject& injec
     problem.backend->fault = Fault::kNone;
     if (failed) {
       ++refused;
-      expect(rows_of(session, problem) == before, std::string(name) + ": rows have changed");
+      expect(rows_of(session, problem.model->bundle) == before,
+             std::string(name) + ": rows have changed");
       expect(logits == untouched, std::string(name) + ": results were written");
       feed(session, read, which);
     }
     feed(undisturbed, read, which);
-    expect(rows_of(session, problem) == rows_of(undisturbed, problem),
+    expect(rows_of(session, problem.model->bundle) == rows_of(undisturbed, problem.model->bundle),
            std::string(name) + ": the session does not go on as one without faults");
   }
   return refused;
@@ -252,11 +127,11 @@ void test_files_without_memory() {
   feed(session, random_read(generator), FWL_LOGITS_NONE);
   const std::string path = "embed_test.state";
   session.save(path, nullptr, 0);
-  const std::vector<RowState> kept = rows_of(session, problem);
+  const std::vector<RowState> kept = rows_of(session, problem.model->bundle);
   size_t refused = 0;
   for (long count = 0; count < 40; ++count) {
     feed(session, random_read(generator), FWL_LOGITS_NONE);
-    const std::vector<RowState> before = rows_of(session, problem);
+    const std::vector<RowState> before = rows_of(session, problem.model->bundle);
     bool loaded = true;
     allocations_left = count;
     try {
@@ -265,7 +140,8 @@ void test_files_without_memory() {
       loaded = false;
     }
     allocations_left = -1;
-    expect(rows_of(session, problem) == (loaded ? kept : before), "a load left a mixture");
+    expect(rows_of(session, problem.model->bundle) == (loaded ? kept : before),
+           "a load left a mixture");
     refused += !loaded;
     allocations_left = count;
     try {
@@ -274,7 +150,7 @@ void test_files_without_memory() {
     }
     allocations_left = -1;
     session.load(path, nullptr, 0); // the old file or the new one
-    const std::vector<RowState> found = rows_of(session, problem);
+    const std::vector<RowState> found = rows_of(session, problem.model->bundle);
     expect(found == kept || found == (loaded ? kept : before), "a save left a mixture");
     for (size_t r = 0; r < kRows; ++r) {
       session.write_row(r, kept[r].data(), kept[r].size());

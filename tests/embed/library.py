@@ -24,6 +24,10 @@ class Options(ctypes.Structure):
         ("runtime_library", ctypes.c_char_p),
         ("plugin", ctypes.c_char_p),
         ("threads", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+        ("tensorrt_library", ctypes.c_char_p),
+        ("tensorrt_plugin", ctypes.c_char_p),
+        ("allow_embedded_plugin", ctypes.c_int32),
     ]
 
 
@@ -69,12 +73,15 @@ class Library:
         runtime: Path | str | None,
         plugin: Path | None = None,
         threads: int = 1,
+        **more: Any,
     ) -> Model:
         options = Options()
-        self.c.fwl_options_init(ctypes.byref(options))
+        self.c.fwl_options_init(ctypes.byref(options), ctypes.c_size_t(ctypes.sizeof(options)))
         options.runtime_library = str(runtime).encode() if runtime else None
         options.plugin = str(plugin).encode() if plugin else None
         options.threads = threads
+        for name, value in more.items():
+            setattr(options, name, value)
         handle = ctypes.c_void_p()
         self.call(
             "fwl_model_open", str(bundle).encode(), ctypes.byref(options), ctypes.byref(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import re
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from fwl_export import open_session
 from fwl_export.state_file import COMPRESSIONS
 from tests.bundles import MAX_TOKENS, VOCABULARY
-from tests.embed.library import ALL, LAST, NONE, FwlError, Library, Model
+from tests.embed.library import ALL, LAST, NONE, FwlError, Info, Library, Model, Options
 from tests.tolerances import assert_close
 
 
@@ -278,12 +279,16 @@ def test_bundles_that_cannot_be_used(
     manifest = own_bundle / "manifest.json"
     text = manifest.read_text()
     data = json.loads(text)
+    entry = data["files"]["model.onnx"]
     for change, message in (
         ({"schema_version": 4}, "schema_version is 4, but this libfwl reads 3"),
         ({"state": []}, "is malformed"),
         ({"max_tokens": "x"}, "is malformed"),
         ({"files": {}}, "has no 'model.onnx' in its manifest"),
-        ({"files": {"model.onnx../../x": {}}}, "which leaves the bundle's folder"),
+        (
+            {"files": {"model.onnx": entry, "model.onnx../../x": entry}},
+            "which leaves the bundle's folder",
+        ),
     ):
         manifest.write_text(json.dumps({**data, **change}))
         refused("bundle", message, opened)
@@ -307,6 +312,31 @@ def test_bundles_that_cannot_be_used(
     entry = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
     manifest.write_text(json.dumps({**data, "files": {**data["files"], "model.onnx": entry}}))
     refused("bundle", "ONNX Runtime: ", opened)
+
+
+def test_programs_built_with_an_older_header(library: Library, model: Model) -> None:
+    options = Options()
+    ctypes.memset(ctypes.byref(options), 0xFF, ctypes.sizeof(options))
+    size = Options.device.offset  # where the first version ended
+    library.c.fwl_options_init(ctypes.byref(options), ctypes.c_size_t(size))
+    assert (options.size, options.backend, options.threads) == (size, b"onnxruntime", 0)
+    assert bytes(options)[size:] == b"\xff" * (ctypes.sizeof(options) - size)
+    info = Info(size=ctypes.sizeof(Info))
+    library.call("fwl_model_info", model.handle, ctypes.byref(info))
+    assert info.model_id == model.info.model_id
+
+
+def test_a_library_of_another_interface_is_refused(library: Library, own_bundle: Path) -> None:
+    """The real TensorRT-RTX, whose virtual tables are not those of TensorRT 10."""
+    libs = pytest.importorskip("tensorrt_rtx_libs")
+    (path,) = Path(next(iter(libs.__path__))).glob("libtensorrt_rtx.so.*")
+    refused(
+        "runtime",
+        "but this libfwl was built for TensorRT 10",
+        lambda: library.open(
+            own_bundle, None, backend=b"tensorrt", tensorrt_library=str(path).encode()
+        ),
+    )
 
 
 def test_threads(model: Model) -> None:

@@ -12,12 +12,12 @@ int main(int count, char** arguments) {
   fwl_options options;
   fwl_model* model = NULL;
   fwl_session* session = NULL;
-  fwl_info info = {sizeof(info), 0, 0, 0, 0, "", ""};
+  fwl_info info = {.size = sizeof(info)};
   if (count < 4) {
     fprintf(stderr, "usage: generate_c BUNDLE COUNT ID...\n");
     return 2;
   }
-  fwl_options_init(&options);
+  fwl_options_init(&options, sizeof(options));
   options.runtime_library = getenv("FWL_RUNTIME");
   fwl_status status = fwl_model_open(arguments[1], &options, &model, &error);
   if (status == FWL_OK)

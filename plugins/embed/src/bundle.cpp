@@ -21,8 +21,8 @@ constexpr char kModelFile[] = "model.onnx";
   throw Failure(FWL_ERROR_BUNDLE, message);
 }
 
-// Returns the path of a bundle's file, after checking that it is inside and what it should be.
-fs::path checked_file(const fs::path& folder, const std::string& name, const json& entry) {
+// Returns the path of a bundle's file, after checking that it is inside.
+fs::path inside(const fs::path& folder, const std::string& name) {
   const fs::path part(name);
   bool leaves = name.empty() || part.is_absolute() || name.find('\\') != std::string::npos;
   for (const fs::path& step : part) {
@@ -38,27 +38,47 @@ fs::path checked_file(const fs::path& folder, const std::string& name, const jso
     fail("bundle '" + folder.string() + "' names the path '" + name +
          "', which leaves the bundle's folder; do not use this bundle");
   }
+  return path;
+}
+
+// Reads a bundle's file block by block, and checks its size and hash at the end.
+template <class Take>
+fs::path read_checked(const Bundle& bundle, const std::string& name, const Take& take) {
+  const auto entry = bundle.files.find(name);
+  if (entry == bundle.files.end()) {
+    fail("bundle '" + bundle.folder + "' has no '" + name + "' in its manifest");
+  }
+  const fs::path path = inside(bundle.folder, name);
   std::ifstream stream(path, std::ios::binary);
   if (!stream) {
-    fail("bundle '" + folder.string() + "' lacks the file '" + name +
+    fail("bundle '" + bundle.folder + "' lacks the file '" + name +
          "'; copy it again or export again");
   }
   Sha256 hash;
   uint64_t size = 0;
   std::vector<char> block(1 << 20);
-  while (stream) {
+  while (stream && size <= entry->second.bytes) {
     stream.read(block.data(), static_cast<std::streamsize>(block.size()));
     const size_t count = static_cast<size_t>(stream.gcount());
     hash.update(reinterpret_cast<const unsigned char*>(block.data()), count);
+    take(block.data(), count);
     size += count;
   }
-  if (hash.hex() != entry.at("sha256").get<std::string>() ||
-      size != entry.at("bytes").get<uint64_t>()) {
-    fail("'" + name + "' in bundle '" + folder.string() +
+  if (hash.hex() != entry->second.sha256 || size != entry->second.bytes) {
+    fail("'" + name + "' in bundle '" + bundle.folder +
          "' is not what the manifest says; it was changed or cut off: copy it again or export "
          "again");
   }
   return path;
+}
+
+std::string manifest_text(const std::string& folder) {
+  std::ifstream stream(fs::path(folder) / "manifest.json", std::ios::binary);
+  if (!stream) {
+    fail("'" + folder +
+         "' is not a bundle: it has no manifest.json; `fwl-export export` writes one");
+  }
+  return std::string(std::istreambuf_iterator<char>(stream), {});
 }
 
 Type type_named(const std::string& name) {
@@ -107,22 +127,17 @@ size_t Bundle::state_bytes() const {
 }
 
 Bundle read_bundle(const std::string& folder) {
-  const fs::path manifest_path = fs::path(folder) / "manifest.json";
-  std::ifstream stream(manifest_path);
-  if (!stream) {
-    fail("'" + folder +
-         "' is not a bundle: it has no manifest.json; `fwl-export export` writes "
-         "one");
-  }
+  const std::string path = (fs::path(folder) / "manifest.json").string();
+  Bundle bundle;
+  bundle.folder = folder;
+  bundle.manifest = manifest_text(folder);
   try {
-    const json manifest = json::parse(stream);
+    const json manifest = json::parse(bundle.manifest);
     const json& version = manifest.at("schema_version");
     if (version != kSchemaVersion) {
-      fail(manifest_path.string() + ": schema_version is " + version.dump() +
-           ", but this libfwl reads " + std::to_string(kSchemaVersion) +
-           "; install the libfwl of the fwl-export that wrote it");
+      fail(path + ": schema_version is " + version.dump() + ", but this libfwl reads " +
+           std::to_string(kSchemaVersion) + "; install the libfwl of the fwl-export that wrote it");
     }
-    Bundle bundle;
     bundle.model_id = manifest.at("model_id");
     bundle.precision = manifest.at("precision");
     bundle.max_tokens = manifest.at("max_tokens");
@@ -133,29 +148,41 @@ Bundle read_bundle(const std::string& folder) {
     for (const json& spec : manifest.at("state")) {
       bundle.state.push_back(read_spec(spec));
     }
-    if (bundle.max_tokens < 1 || bundle.vocab_size < 1 || bundle.anchor_interval < 0 ||
-        bundle.state.empty() || bundle.state[0].name != "position" ||
-        bundle.state[0].type != Type::kInt64 || bundle.state[0].elements() != 1) {
-      fail(manifest_path.string() + " is malformed; export the model again");
+    for (const auto& [name, entry] : manifest.at("files").items()) {
+      bundle.files[name] = {entry.at("sha256"), entry.at("bytes")};
     }
-    const json& files = manifest.at("files");
-    bool found = false;
-    for (const auto& [name, entry] : files.items()) {
-      if (name.rfind(kModelFile, 0) == 0) { // and its external data
-        const fs::path path = checked_file(folder, name, entry);
-        if (name == kModelFile) {
-          bundle.model_path = path.string();
-          found = true;
-        }
-      }
-    }
-    if (!found) {
-      fail("bundle '" + folder + "' has no '" + kModelFile + "' in its manifest");
-    }
-    return bundle;
   } catch (const json::exception& error) {
-    fail(manifest_path.string() + " is malformed (" + printable(error.what()) +
-         "); export the model again");
+    fail(path + " is malformed (" + printable(error.what()) + "); export the model again");
+  }
+  if (bundle.max_tokens < 1 || bundle.vocab_size < 1 || bundle.anchor_interval < 0 ||
+      bundle.state.empty() || bundle.state[0].name != "position" ||
+      bundle.state[0].type != Type::kInt64 || bundle.state[0].elements() != 1) {
+    fail(path + " is malformed; export the model again");
+  }
+  return bundle;
+}
+
+std::string checked_content(const Bundle& bundle, const std::string& name) {
+  std::string content;
+  read_checked(bundle, name, [&](const char* data, size_t count) { content.append(data, count); });
+  return content;
+}
+
+std::string checked_model(const Bundle& bundle) {
+  const auto nothing = [](const char*, size_t) {};
+  const fs::path path = read_checked(bundle, kModelFile, nothing);
+  for (const auto& file : bundle.files) {
+    if (file.first != kModelFile && file.first.rfind(kModelFile, 0) == 0) {
+      read_checked(bundle, file.first, nothing); // external data
+    }
+  }
+  return path.string();
+}
+
+void check_unchanged(const Bundle& bundle) {
+  if (manifest_text(bundle.folder) != bundle.manifest) {
+    fail("another bundle took the place of '" + bundle.folder +
+         "' while it was opened; open it again");
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -21,8 +22,16 @@ struct TensorSpec {
   size_t bytes() const { return elements() * bytes_of(type); }
 };
 
+// A file, as the manifest describes it.
+struct FileEntry {
+  std::string sha256;
+  uint64_t bytes;
+};
+
 struct Bundle {
-  std::string model_path; // checked
+  std::string folder;
+  std::string manifest;                   // its text
+  std::map<std::string, FileEntry> files; // by their names in the bundle
   std::string model_id;
   std::string precision;
   int64_t vocab_size;
@@ -34,8 +43,18 @@ struct Bundle {
   size_t state_bytes() const;
 };
 
-// Throws Failure: no bundle is there, it is of another schema, or a file is not what its manifest
-// says.
+// All throw Failure.
+
+// No bundle is there, or it is of another schema. Its files are not read yet.
 Bundle read_bundle(const std::string& folder);
+
+// Returns a file's content, which is what the manifest says, or it throws.
+std::string checked_content(const Bundle& bundle, const std::string& name);
+
+// Checks the ONNX file and its external data; returns its path.
+std::string checked_model(const Bundle& bundle);
+
+// Throws if another bundle has taken the folder's place since the manifest was read.
+void check_unchanged(const Bundle& bundle);
 
 } // namespace fwl::embed

@@ -18,6 +18,12 @@ private:
   fwl_status status_;
 };
 
+// Something that another backend does without is not there.
+class Absent final : public Failure {
+public:
+  using Failure::Failure;
+};
+
 // Text from a file that may be anything, for a message.
 inline std::string printable(const char* text) {
   std::string shown;

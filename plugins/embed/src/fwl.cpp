@@ -1,6 +1,7 @@
 #include "fwl/fwl.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <new>
 
@@ -56,6 +57,37 @@ void require(const void* pointer, const char* name) {
   }
 }
 
+// Of the first version of fwl.h: what it ended with, and all before.
+constexpr size_t kOldestOptions = offsetof(fwl_options, threads) + sizeof(int32_t);
+constexpr size_t kOldestInfo = offsetof(fwl_info, precision) + sizeof(fwl_info::precision);
+
+std::shared_ptr<const fwl::embed::Backend> open_backend(const fwl::embed::Bundle& bundle,
+                                                        const fwl_options& chosen) {
+  const std::string name = chosen.backend != nullptr ? chosen.backend : "";
+  if (name != "auto" && name != "tensorrt" && name != "onnxruntime") {
+    throw Failure(FWL_ERROR_ARGUMENT,
+                  "backend '" + name + "' is unknown; expected onnxruntime, tensorrt or auto");
+  }
+  std::string without;
+  if (name != "onnxruntime") {
+    try {
+      return fwl::embed::open_tensorrt(bundle, {chosen.tensorrt_library, chosen.tensorrt_plugin,
+                                                chosen.device, chosen.allow_embedded_plugin != 0});
+    } catch (const fwl::embed::Absent& absent) {
+      if (name == "tensorrt") {
+        throw;
+      }
+      without = std::string(". TensorRT was tried first: ") + absent.what();
+    }
+  }
+  try {
+    return fwl::embed::open_onnxruntime(bundle, chosen.runtime_library, chosen.plugin,
+                                        chosen.threads);
+  } catch (const Failure& failure) {
+    throw Failure(failure.status(), failure.what() + without);
+  }
+}
+
 } // namespace
 
 extern "C" {
@@ -68,9 +100,13 @@ const char* fwl_version(void) {
   return kVersion;
 }
 
-void fwl_options_init(fwl_options* options) {
+void fwl_options_init(fwl_options* options, size_t size) {
   if (options != nullptr) {
-    *options = fwl_options{sizeof(fwl_options), "onnxruntime", nullptr, nullptr, 0};
+    fwl_options all{};
+    all.size = size;
+    all.backend = "onnxruntime";
+    std::memset(static_cast<void*>(options), 0, size);
+    std::memcpy(static_cast<void*>(options), &all, std::min(size, sizeof(all)));
   }
 }
 
@@ -81,24 +117,18 @@ fwl_status fwl_model_open(const char* bundle, const fwl_options* options, fwl_mo
     require(model, "model");
     *model = nullptr;
     fwl_options chosen;
-    fwl_options_init(&chosen);
+    fwl_options_init(&chosen, sizeof(chosen));
     if (options != nullptr) {
-      if (options->size < sizeof(size_t) || options->size > sizeof(chosen)) {
+      if (options->size < kOldestOptions || options->size > sizeof(chosen)) {
         throw Failure(FWL_ERROR_ARGUMENT, "options have a size of " +
                                               std::to_string(options->size) +
                                               "; call fwl_options_init first");
       }
       std::memcpy(static_cast<void*>(&chosen), options, options->size);
     }
-    if (chosen.backend == nullptr || std::strcmp(chosen.backend, "onnxruntime") != 0) {
-      throw Failure(FWL_ERROR_ARGUMENT, std::string("backend '") +
-                                            (chosen.backend ? chosen.backend : "") +
-                                            "' is unknown; expected onnxruntime");
-    }
     auto made = std::make_shared<fwl::embed::Model>();
     made->bundle = fwl::embed::read_bundle(bundle);
-    made->backend = fwl::embed::open_onnxruntime(made->bundle, chosen.runtime_library,
-                                                 chosen.plugin, chosen.threads);
+    made->backend = open_backend(made->bundle, chosen);
     *model = new fwl_model{std::move(made)};
   });
 }
@@ -107,18 +137,21 @@ fwl_status fwl_model_info(const fwl_model* model, fwl_info* info, fwl_error* err
   return guarded(error, [&] {
     require(model, "model");
     require(info, "info");
-    if (info->size < sizeof(fwl_info)) {
+    if (info->size < kOldestInfo) {
       throw Failure(FWL_ERROR_ARGUMENT, "info.size is not that of fwl_info");
     }
     const fwl::embed::Bundle& bundle = model->model->bundle;
-    info->vocab_size = bundle.vocab_size;
-    info->max_tokens = bundle.max_tokens;
-    info->anchor_interval = bundle.anchor_interval;
-    info->state_bytes = bundle.state_bytes();
-    std::memset(info->model_id, 0, sizeof(info->model_id));
-    std::memset(info->precision, 0, sizeof(info->precision));
-    bundle.model_id.copy(info->model_id, sizeof(info->model_id) - 1);
-    bundle.precision.copy(info->precision, sizeof(info->precision) - 1);
+    fwl_info all{};
+    all.size = info->size;
+    all.vocab_size = bundle.vocab_size;
+    all.max_tokens = bundle.max_tokens;
+    all.anchor_interval = bundle.anchor_interval;
+    all.state_bytes = bundle.state_bytes();
+    bundle.model_id.copy(all.model_id, sizeof(all.model_id) - 1);
+    bundle.precision.copy(all.precision, sizeof(all.precision) - 1);
+    std::string(model->model->backend->name()).copy(all.backend, sizeof(all.backend) - 1);
+    model->model->backend->engine().copy(all.engine, sizeof(all.engine) - 1);
+    std::memcpy(static_cast<void*>(info), &all, std::min(info->size, sizeof(all)));
   });
 }
 

@@ -3,10 +3,12 @@
 #include <dlfcn.h>
 #include <onnxruntime_c_api.h>
 
+#include <cstring>
 #include <map>
 
 #include "backend.h"
 #include "error.h"
+#include "host_buffers.h"
 
 namespace fwl::embed {
 namespace {
@@ -84,6 +86,7 @@ class OnnxRuntime final : public Backend, public std::enable_shared_from_this<On
 public:
   OnnxRuntime(const Bundle& bundle, const char* library, const char* plugin, int threads)
       : api(load_api(library)), specs(bundle.state), vocab_size(bundle.vocab_size) {
+    const std::string model_path = checked_model(bundle);
     OrtEnv* env = nullptr;
     check(api.CreateEnv(ORT_LOGGING_LEVEL_ERROR, "fwl", &env), FWL_ERROR_RUNTIME);
     env_ = {env, api.ReleaseEnv};
@@ -97,14 +100,16 @@ public:
       check(api.RegisterCustomOpsLibrary_V2(options, plugin), FWL_ERROR_RUNTIME);
     }
     OrtSession* opened = nullptr;
-    check(api.CreateSession(env, bundle.model_path.c_str(), options, &opened), FWL_ERROR_BUNDLE);
+    check(api.CreateSession(env, model_path.c_str(), options, &opened), FWL_ERROR_BUNDLE);
     session_ = {opened, api.ReleaseSession};
     OrtMemoryInfo* info = nullptr;
+    check_unchanged(bundle); // ONNX Runtime has opened the files once more, by their names
     check(api.CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &info), FWL_ERROR_RUNTIME);
     memory_ = {info, api.ReleaseMemoryInfo};
   }
 
   std::unique_ptr<Runner> runner(size_t rows) const override;
+  const char* name() const override { return "onnxruntime"; }
 
   void check(OrtStatus* status, fwl_status kind) const {
     if (status == nullptr) {
@@ -139,24 +144,22 @@ private:
 // A call whose inputs and outputs have their place; it may run again with other values.
 class BoundCall {
 public:
-  BoundCall(const OnnxRuntime& runtime, size_t rows, const Call& call, const Buffers& past,
-            const Buffers& present)
+  BoundCall(const OnnxRuntime& runtime, size_t rows, const Call& call, const HostBuffers& past,
+            HostBuffers& present)
       : runtime_(runtime), call_(call),
         logits_(rows * call.positions * static_cast<size_t>(runtime.vocab_size)) {
     OrtIoBinding* binding = nullptr;
     runtime.check(runtime.api.CreateIoBinding(runtime.session(), &binding), FWL_ERROR_RUNTIME);
     binding_ = {binding, runtime.api.ReleaseIoBinding};
     const auto count = static_cast<int64_t>(rows);
-    const auto tokens = static_cast<int64_t>(call.tokens);
     const auto positions = static_cast<int64_t>(call.positions);
-    input("input_ids", call_.input_ids, {count, tokens}, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
-    input("label_weights", call_.label_weights, {count, tokens},
-          ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-    input("lengths", call_.lengths, {count}, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
-    input("logit_positions", call_.logit_positions, {count, positions},
-          ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
-    input("learning_rate_scale", call_.learning_rate_scale, {count},
-          ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    for (const Input& input : inputs_of(call_)) {
+      std::vector<int64_t> shape{count};
+      if (input.width > 0) {
+        shape.push_back(static_cast<int64_t>(input.width));
+      }
+      bind_input(input.name, runtime.value(input.data, input.bytes, shape, onnx_type(input.type)));
+    }
     for (size_t i = 0; i < runtime.specs.size(); ++i) {
       const TensorSpec& spec = runtime.specs[i];
       std::vector<int64_t> shape{count};
@@ -174,24 +177,16 @@ public:
 
   void run(const Call& call, std::vector<float>& logits) {
     // Not assigned: the memory that is bound must stay where it is.
-    std::copy(call.input_ids.begin(), call.input_ids.end(), call_.input_ids.begin());
-    std::copy(call.label_weights.begin(), call.label_weights.end(), call_.label_weights.begin());
-    std::copy(call.lengths.begin(), call.lengths.end(), call_.lengths.begin());
-    std::copy(call.logit_positions.begin(), call.logit_positions.end(),
-              call_.logit_positions.begin());
-    std::copy(call.learning_rate_scale.begin(), call.learning_rate_scale.end(),
-              call_.learning_rate_scale.begin());
+    const auto from = inputs_of(call), to = inputs_of(call_);
+    for (size_t i = 0; i < from.size(); ++i) {
+      std::memcpy(const_cast<void*>(to[i].data), from[i].data, from[i].bytes);
+    }
     runtime_.check(runtime_.api.RunWithBinding(runtime_.session(), nullptr, binding_.get()),
                    FWL_ERROR_RUNTIME);
     logits = logits_;
   }
 
 private:
-  template <class Value>
-  void input(const char* name, const std::vector<Value>& data, const std::vector<int64_t>& shape,
-             ONNXTensorElementDataType type) {
-    bind_input(name, runtime_.value(data.data(), data.size() * sizeof(Value), shape, type));
-  }
   void bind_input(const std::string& name, Owned<OrtValue> value) {
     runtime_.check(runtime_.api.BindInput(binding_.get(), name.c_str(), value.get()),
                    FWL_ERROR_RUNTIME);
@@ -215,8 +210,14 @@ public:
   OnnxRuntimeRunner(std::shared_ptr<const OnnxRuntime> runtime, size_t rows)
       : runtime_(std::move(runtime)), rows_(rows) {}
 
-  void run(const Call& call, const Buffers& past, const Buffers& present,
+  std::unique_ptr<Buffers> buffers() override {
+    return std::make_unique<HostBuffers>(runtime_->specs, rows_);
+  }
+
+  void run(const Call& call, const Buffers& given_past, Buffers& given_present,
            std::vector<float>& logits) override {
+    const auto& past = static_cast<const HostBuffers&>(given_past);
+    auto& present = static_cast<HostBuffers&>(given_present);
     if (call.tokens > 1) {
       BoundCall(*runtime_, rows_, call, past, present).run(call, logits);
       return;

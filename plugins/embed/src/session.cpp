@@ -10,8 +10,6 @@
 namespace fwl::embed {
 namespace {
 
-constexpr size_t kAlignment = 64;
-
 [[noreturn]] void refuse(fwl_status status, const std::string& message) {
   throw Failure(status, message);
 }
@@ -29,25 +27,15 @@ struct Forget {
 
 } // namespace
 
-Buffers::Buffers(const std::vector<TensorSpec>& specs, size_t rows) {
-  size_t bytes = 0;
-  for (const TensorSpec& spec : specs) {
-    offsets_.push_back(bytes);
-    bytes += (rows * spec.bytes() + kAlignment - 1) / kAlignment * kAlignment;
-  }
-  memory_.reset(new char[bytes + kAlignment]());
-  const size_t misfit = reinterpret_cast<uintptr_t>(memory_.get()) % kAlignment;
-  start_ = memory_.get() + (kAlignment - misfit) % kAlignment;
-}
-
 Session::Session(std::shared_ptr<const Model> model, size_t rows)
     : model_(std::move(model)), rows_(rows) {
   if (rows < 1 || rows > (1u << 20)) {
     refuse(FWL_ERROR_ARGUMENT, "rows is " + std::to_string(rows) + "; expected 1 or more");
   }
   runner_ = model_->backend->runner(rows);
-  current_ = std::make_unique<Buffers>(model_->bundle.state, rows);
-  spare_ = std::make_unique<Buffers>(model_->bundle.state, rows);
+  current_ = runner_->buffers();
+  spare_ = runner_->buffers();
+  max_tokens_ = std::min(model_->bundle.max_tokens, model_->backend->max_tokens());
   positions_.assign(rows, 0);
   call_.learning_rate_scale.assign(rows, 1.0f);
 }
@@ -90,7 +78,7 @@ void Session::feed(const int64_t* tokens, size_t count, const float* label_weigh
   Buffers* present = spare_.get();
   for (bool first = true;; first = false) {
     for (size_t r = 0; r < rows_; ++r) {
-      int64_t room = std::min(left[r], model_->bundle.max_tokens);
+      int64_t room = std::min(left[r], max_tokens_);
       if (const int64_t interval = model_->bundle.anchor_interval; interval > 0) {
         room = std::min(room, interval - (positions_[r] + done[r]) % interval);
       }
@@ -142,7 +130,7 @@ void Session::feed(const int64_t* tokens, size_t count, const float* label_weigh
     }
     // The current buffers stay as they are until the end.
     if (first) {
-      intermediate = std::make_unique<Buffers>(model_->bundle.state, rows_);
+      intermediate = runner_->buffers();
       past = present;
       present = intermediate.get();
     } else {
@@ -322,26 +310,22 @@ std::vector<size_t> Session::chosen(const size_t* rows, size_t count) const {
 }
 
 RowState Session::row_state(size_t row) const {
-  RowState state;
-  state.reserve(model_->bundle.state_bytes());
-  for (size_t i = 0; i < model_->bundle.state.size(); ++i) {
-    const TensorSpec& spec = model_->bundle.state[i];
-    const char* const start = current_->row(i, row, spec);
-    state.insert(state.end(), start, start + spec.bytes());
-  }
+  RowState state(model_->bundle.state_bytes());
+  current_->read(row, state.data());
   return state;
 }
 
-// Nothing in here fails: the states were checked.
+// The states were checked. Where writing can fail, the rows are as before until all is written.
 void Session::put(const std::vector<size_t>& rows, const std::vector<RowState>& states) {
+  Buffers& target = current_->writable(*spare_);
   for (size_t n = 0; n < rows.size(); ++n) {
-    const char* from = states[n].data();
-    std::memcpy(&positions_[rows[n]], from, sizeof(int64_t)); // the state's first tensor
-    for (size_t i = 0; i < model_->bundle.state.size(); ++i) {
-      const TensorSpec& spec = model_->bundle.state[i];
-      std::memcpy(current_->row(i, rows[n], spec), from, spec.bytes());
-      from += spec.bytes();
-    }
+    target.write(rows[n], states[n].data());
+  }
+  if (&target == spare_.get()) {
+    std::swap(current_, spare_);
+  }
+  for (size_t n = 0; n < rows.size(); ++n) {
+    std::memcpy(&positions_[rows[n]], states[n].data(), sizeof(int64_t)); // the first tensor
   }
 }
 

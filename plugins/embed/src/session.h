@@ -47,6 +47,7 @@ private:
   size_t rows_;
   std::unique_ptr<Runner> runner_;
   std::unique_ptr<Buffers> current_, spare_;
+  int64_t max_tokens_ = 0; // of a call
   std::vector<int64_t> positions_;
   Call call_;
   std::vector<float> found_;

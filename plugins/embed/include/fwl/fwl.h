@@ -55,10 +55,16 @@ typedef struct fwl_error {
 /* Fill it with fwl_options_init first, so that programs go on to work when it grows. */
 typedef struct fwl_options {
   size_t size;
-  const char* backend;         /* "onnxruntime" */
-  const char* runtime_library; /* path of libonnxruntime.so; NULL: by name, as dlopen finds it */
-  const char* plugin;          /* path of libfwl_ort.so, our kernel; NULL: standard operators */
-  int32_t threads;             /* inside one operator; 0: the backend chooses */
+  const char* backend; /* "onnxruntime"; "tensorrt"; "auto": TensorRT where its library, a GPU
+                          and an engine for both are there, else ONNX Runtime */
+  const char* runtime_library;  /* path of libonnxruntime.so; NULL: by name, as dlopen finds it */
+  const char* plugin;           /* path of libfwl_ort.so, our kernel; NULL: standard operators */
+  int32_t threads;              /* of ONNX Runtime inside one operator; 0: it chooses */
+  int32_t device;               /* the GPU's number, from 0 */
+  const char* tensorrt_library; /* path of libnvinfer.so; NULL: by name, as dlopen finds it */
+  const char*
+      tensorrt_plugin; /* path of libfwl_trt.so; NULL: beside libfwl, if an engine needs it */
+  int32_t allow_embedded_plugin; /* 1: an engine may bring code for this process; 0: it may not */
 } fwl_options;
 
 typedef struct fwl_info {
@@ -69,6 +75,8 @@ typedef struct fwl_info {
   size_t state_bytes;      /* of one row */
   char model_id[65];
   char precision[8]; /* "fp32" or "fp16", of the activations */
+  char backend[16];  /* that runs the model */
+  char engine[128];  /* of TensorRT: its name in the bundle; else "" */
 } fwl_info;
 
 typedef enum fwl_logits {
@@ -83,11 +91,13 @@ typedef struct fwl_session fwl_session;
 FWL_API uint32_t fwl_abi_version(void);
 FWL_API const char* fwl_version(void);
 
-FWL_API void fwl_options_init(fwl_options* options);
+/* Sets what a program does not; `size` is the program's sizeof(fwl_options). */
+FWL_API void fwl_options_init(fwl_options* options, size_t size);
 
 /* Checks and loads a bundle. `options` may be NULL. */
 FWL_API fwl_status fwl_model_open(const char* bundle, const fwl_options* options, fwl_model** model,
                                   fwl_error* error);
+/* Fills as much of `info` as its size says. */
 FWL_API fwl_status fwl_model_info(const fwl_model* model, fwl_info* info, fwl_error* error);
 /* Its sessions may outlive it. NULL is no error, here and in fwl_session_close. */
 FWL_API void fwl_model_close(fwl_model* model);

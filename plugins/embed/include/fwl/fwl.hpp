@@ -25,6 +25,11 @@ struct Options {
   std::string runtime_library; // empty: libonnxruntime as the loader finds it
   std::string plugin;          // empty: standard operators
   int threads = 0;
+  std::string backend = "onnxruntime"; // or "tensorrt", or "auto"
+  int device = 0;
+  std::string tensorrt_library; // empty: libnvinfer as the loader finds it
+  std::string tensorrt_plugin;  // empty: beside libfwl
+  bool allow_embedded_plugin = false;
 };
 
 namespace detail {
@@ -131,11 +136,18 @@ public:
       throw std::runtime_error("libfwl has another ABI version than fwl.h; install both anew");
     }
     fwl_options raw;
-    fwl_options_init(&raw);
-    raw.runtime_library =
-        options.runtime_library.empty() ? nullptr : options.runtime_library.c_str();
-    raw.plugin = options.plugin.empty() ? nullptr : options.plugin.c_str();
+    fwl_options_init(&raw, sizeof(raw));
+    const auto text = [](const std::string& value) {
+      return value.empty() ? nullptr : value.c_str();
+    };
+    raw.backend = options.backend.c_str();
+    raw.runtime_library = text(options.runtime_library);
+    raw.plugin = text(options.plugin);
     raw.threads = options.threads;
+    raw.device = options.device;
+    raw.tensorrt_library = text(options.tensorrt_library);
+    raw.tensorrt_plugin = text(options.tensorrt_plugin);
+    raw.allow_embedded_plugin = options.allow_embedded_plugin;
     detail::call(fwl_model_open, bundle.c_str(), static_cast<const fwl_options*>(&raw), &handle_);
   }
   Model(Model&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}

@@ -1,0 +1,423 @@
+// The TensorRT backend of libfwl on doubles of the driver and of TensorRT: it computes what the
+// small model does, whatever fails leaves rows as they were, and what is missing is said.
+//
+//   tensorrt_test DRIVER LIBRARY      paths of the doubles
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "../embed/src/sha256.h"
+#include "cuda_double.h"
+#include "sum_model.h"
+#include "tensorrt_double.h"
+
+namespace {
+
+using namespace fwl::test;
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+const char* driver_path;
+const char* library_path;
+fwl::fake::Cuda* cuda;
+fwl::fake::TensorRt* tensorrt;
+
+struct EngineFile {
+  std::string text = fwl::fake::engine_text(kRows, kLargest);
+  int sm = 89;
+  std::string version = "10.14.1.48";
+  std::string flavour = "tensorrt";
+  bool plugin = false, embedded = false, in_place = false;
+};
+
+// A bundle of the small model, with engines.
+class Folder {
+public:
+  explicit Folder(const std::vector<EngineFile>& engines) : path_("tensorrt_test.bundle") {
+    fs::remove_all(path_);
+    fs::create_directories(path_ / "engines");
+    const Bundle bundle = Problem().model->bundle;
+    json manifest = {{"schema_version", 2},
+                     {"model_id", bundle.model_id},
+                     {"precision", bundle.precision},
+                     {"max_tokens", bundle.max_tokens},
+                     {"config",
+                      {{"vocab_size", bundle.vocab_size},
+                       {"fast_weights", {{"anchor_interval", bundle.anchor_interval}}}}},
+                     {"files", json::object()},
+                     {"state", json::array()}};
+    for (const TensorSpec& spec : bundle.state) {
+      manifest["state"].push_back({{"name", spec.name},
+                                   {"shape", spec.shape},
+                                   {"dtype", spec.type == Type::kInt64 ? "int64" : "float32"}});
+    }
+    for (const EngineFile& engine : engines) {
+      const std::string name = engine.flavour + "-" + engine.version + "-sm" +
+                               std::to_string(engine.sm) + (engine.plugin ? "-plugin" : "") +
+                               (engine.in_place ? "-inplace" : "");
+      const json entry = add(manifest, "engines/" + name + ".engine", engine.text);
+      const json facts = {{"schema_version", 1},
+                          {"flavour", engine.flavour},
+                          {"version", engine.version},
+                          {"sm", engine.sm},
+                          {"model_id", bundle.model_id},
+                          {"sha256", entry["sha256"]},
+                          {"update_path", engine.plugin ? "plugin" : "function body"},
+                          {"plugin_embedded", engine.embedded},
+                          {"in_place_state", engine.in_place}};
+      add(manifest, "engines/" + name + ".json", facts.dump());
+    }
+    write("manifest.json", manifest.dump());
+  }
+  ~Folder() { fs::remove_all(path_); }
+
+  std::string name() const { return path_.string(); }
+  void write(const std::string& file, const std::string& content) const {
+    std::ofstream(path_ / file, std::ios::binary) << content;
+  }
+  std::string only_engine() const {
+    for (const auto& entry : fs::directory_iterator(path_ / "engines")) {
+      if (entry.path().extension() == ".engine") {
+        return "engines/" + entry.path().stem().string();
+      }
+    }
+    return "";
+  }
+
+private:
+  json add(json& manifest, const std::string& file, const std::string& content) const {
+    write(file, content);
+    Sha256 hash;
+    hash.update(reinterpret_cast<const unsigned char*>(content.data()), content.size());
+    return manifest["files"][file] = {{"sha256", hash.hex()}, {"bytes", content.size()}};
+  }
+
+  fs::path path_;
+};
+
+struct Opened {
+  fwl_model* model = nullptr;
+  fwl_error error{};
+  fwl_info info{};
+  ~Opened() { fwl_model_close(model); }
+};
+
+fwl_options options_of(const char* backend = "tensorrt") {
+  fwl_options options;
+  fwl_options_init(&options, sizeof(options));
+  options.backend = backend;
+  options.tensorrt_library = library_path;
+  return options;
+}
+
+std::unique_ptr<Opened> opened(const Folder& folder, const fwl_options& options) {
+  auto made = std::make_unique<Opened>();
+  if (fwl_model_open(folder.name().c_str(), &options, &made->model, &made->error) == FWL_OK) {
+    made->info.size = sizeof(made->info);
+    fwl_model_info(made->model, &made->info, nullptr);
+  }
+  return made;
+}
+
+void refused(const Folder& folder, const fwl_options& options, fwl_status status,
+             const std::string& words) {
+  const auto found = opened(folder, options);
+  const std::string message = found->error.message;
+  expect(found->model == nullptr && found->error.status == status &&
+             message.find(words) != std::string::npos,
+         "status " + std::to_string(found->error.status) + ", '" + message + "'; expected status " +
+             std::to_string(status) + ", '" + words + "'");
+}
+
+void runs(const Folder& folder, const fwl_options& options, const std::string& engine) {
+  const auto found = opened(folder, options);
+  expect(found->model != nullptr && std::string(found->info.backend) == "tensorrt" &&
+             found->info.engine == engine,
+         engine + " is not chosen, but " + found->info.engine + ": " + found->error.message);
+}
+
+void test_no_driver() {
+  if (dlopen("libcuda.so.1", RTLD_NOW) != nullptr) {
+    std::puts("not tested: this machine has a driver");
+    return;
+  }
+  const Folder folder({EngineFile()});
+  refused(folder, options_of(), FWL_ERROR_RUNTIME, "there is no CUDA driver on this machine");
+}
+
+void test_what_is_missing() {
+  const Folder folder({EngineFile()});
+  fwl_options options = options_of();
+  cuda->devices = 0;
+  refused(folder, options, FWL_ERROR_RUNTIME, "the CUDA driver finds no GPU");
+  cuda->devices = 1;
+  options.device = 1;
+  refused(folder, options, FWL_ERROR_ARGUMENT, "device is 1; expected 0 to 0");
+  options = options_of();
+  options.tensorrt_library = "/nowhere/libnvinfer.so";
+  refused(folder, options, FWL_ERROR_RUNTIME, "TensorRT cannot be opened (/nowhere/libnvinfer.so");
+  options.tensorrt_library = "libc.so.6";
+  refused(folder, options, FWL_ERROR_RUNTIME, "'libc.so.6' is not TensorRT");
+  for (const int32_t version : {110400, 10701, 90000}) {
+    tensorrt->version = version;
+    refused(folder, options_of(), FWL_ERROR_RUNTIME,
+            "this libfwl was built for TensorRT 10, whose interface is another");
+  }
+  tensorrt->version = 100900;
+  refused(folder, options_of(), FWL_ERROR_BUNDLE,
+          "has no engine for TensorRT 10.9.0 on SM89; it has tensorrt-10.14.1.48-sm89; build one "
+          "with `fwl-export build tensorrt_test.bundle --flavour tensorrt --sm 89`");
+  tensorrt->version = 101401;
+  cuda->sm = 90;
+  refused(folder, options_of(), FWL_ERROR_BUNDLE, "has no engine for TensorRT 10.14.1 on SM90");
+  options = options_of("auto");
+  options.runtime_library = "/nowhere/libonnxruntime.so";
+  refused(folder, options, FWL_ERROR_RUNTIME, "ONNX Runtime cannot be opened");
+  refused(folder, options, FWL_ERROR_RUNTIME, "TensorRT was tried first: bundle");
+  cuda->sm = 89;
+  refused(folder, options_of("cuda"), FWL_ERROR_ARGUMENT, "expected onnxruntime, tensorrt or auto");
+  tensorrt->failing = "createInferRuntime";
+  refused(folder, options_of(), FWL_ERROR_RUNTIME, "TensorRT cannot start (cannot initialise)");
+  tensorrt->failing = "";
+  runs(folder, options_of("auto"), "tensorrt-10.14.1.48-sm89");
+  refused(Folder({}), options_of(), FWL_ERROR_BUNDLE,
+          "has no engine for TensorRT 10.14.1 on SM89;");
+}
+
+void test_damaged_engines() {
+  {
+    const Folder folder({EngineFile()});
+    const std::string name = folder.only_engine();
+    const std::string text = EngineFile().text;
+    for (size_t size = 0; size < text.size(); ++size) {
+      folder.write(name + ".engine", text.substr(0, size));
+      refused(folder, options_of(), FWL_ERROR_BUNDLE, "is not what the manifest says");
+    }
+    fs::remove(fs::path(folder.name()) / (name + ".engine"));
+    refused(folder, options_of(), FWL_ERROR_BUNDLE, "lacks the file '" + name + ".engine'");
+    folder.write(name + ".json", "{}");
+    refused(folder, options_of(), FWL_ERROR_BUNDLE, "is not what the manifest says");
+  }
+  EngineFile engine;
+  engine.text = "of another builder";
+  refused(Folder({engine}), options_of(), FWL_ERROR_BUNDLE,
+          "TensorRT refuses the engine 'tensorrt-10.14.1.48-sm89'; build it again (magic tag does "
+          "not match)");
+  engine.text = fwl::fake::engine_text(kRows, kLargest, false, false, false, true);
+  refused(Folder({engine}), options_of(), FWL_ERROR_BUNDLE, "has no input 'lengths' as the bundle");
+}
+
+void test_choice_and_plugins() {
+  EngineFile plain, plugin, embedded, in_place, other;
+  plugin.plugin = true;
+  plugin.text = fwl::fake::engine_text(kRows, kLargest, false, true);
+  other.sm = 80;
+  const std::string name = "tensorrt-10.14.1.48-sm89";
+  fwl_options with_plugin = options_of();
+  with_plugin.tensorrt_plugin = "/nowhere/libfwl_trt.so"; // the double takes it by its name
+  runs(Folder({other, plain, plugin}), options_of(), name);
+  runs(Folder({other, plain, plugin}), with_plugin, name + "-plugin");
+  refused(Folder({plain}), with_plugin, FWL_ERROR_BUNDLE,
+          "no engine for TensorRT 10.14.1 on SM89 "
+          "uses it");
+  refused(Folder({plugin}), options_of(), FWL_ERROR_RUNTIME, "give the path of libfwl_trt.so");
+  fwl_options wrong = options_of();
+  wrong.tensorrt_plugin = "/nowhere/other.so";
+  refused(Folder({plugin}), wrong, FWL_ERROR_RUNTIME,
+          "cannot load the plugin '/nowhere/other.so' (no such library)");
+  embedded = plugin;
+  embedded.embedded = true;
+  embedded.text = fwl::fake::engine_text(kRows, kLargest, false, true, true);
+  refused(Folder({embedded}), options_of(), FWL_ERROR_RUNTIME,
+          "if you trust the bundle, set allow_embedded_plugin");
+  fwl_options trusting = options_of();
+  trusting.allow_embedded_plugin = 1;
+  runs(Folder({embedded}), trusting, name + "-plugin");
+  in_place = plugin;
+  in_place.in_place = true;
+  in_place.text = fwl::fake::engine_text(kRows, kLargest, true, true);
+  runs(Folder({in_place, plugin}), with_plugin, name + "-plugin");
+  runs(Folder({in_place}), with_plugin, name + "-plugin-inplace");
+}
+
+std::shared_ptr<Model> model_of(const Folder& folder, const char* plugin = nullptr) {
+  auto model = std::make_shared<Model>();
+  model->bundle = read_bundle(folder.name());
+  model->backend = open_tensorrt(model->bundle, {library_path, plugin, 0, false});
+  return model;
+}
+
+void test_rows() {
+  const Folder folder({EngineFile()});
+  const auto found = opened(folder, options_of());
+  fwl_session* session = nullptr;
+  fwl_error error;
+  expect(fwl_session_open(found->model, kRows + 1, &session, &error) == FWL_ERROR_ARGUMENT &&
+             std::string(error.message).find("takes 1 to 3; build one with") != std::string::npos,
+         error.message);
+}
+
+// What the small model computes, whatever fails on the way.
+void test_sessions(const EngineFile& engine, const char* plugin, size_t& refused_calls) {
+  const Folder folder({engine});
+  const auto model = model_of(folder, plugin);
+  const Bundle& bundle = model->bundle;
+  Session session(model, kRows);
+  Session expected(Problem().model, kRows);
+  std::mt19937 generator(5);
+  for (int round = 0; round < 600; ++round) {
+    const Read read = random_read(generator);
+    const auto which = static_cast<fwl_logits>(generator() % 3);
+    const size_t row = generator() % kRows, other = (row + 1) % kRows;
+    const auto kind = generator() % 5;
+    const std::vector<RowState> before = rows_of(session, bundle);
+    const std::vector<int64_t> positions = session.positions();
+    std::vector<float> logits(kRows * read.count * kVocabulary, -1.0f);
+    const std::vector<float> untouched = logits;
+    const auto act = [&](Session& on) {
+      if (kind == 0) {
+        on.fork(row, &other, 1);
+      } else if (kind == 1) {
+        on.reset(&row, 1);
+      } else {
+        on.feed(read.ids.data(), read.count, nullptr, read.lengths.data(), which, logits.data(),
+                logits.size());
+      }
+    };
+    if (round % 2 == 1) {
+      (generator() % 2 != 0 ? cuda->calls_left : tensorrt->enqueues_left) =
+          static_cast<long>(generator() % 12);
+    }
+    bool failed = false;
+    try {
+      act(session);
+    } catch (const Failure&) {
+      failed = true;
+    }
+    cuda->calls_left = tensorrt->enqueues_left = -1;
+    if (failed) {
+      ++refused_calls;
+      expect(rows_of(session, bundle) == before && session.positions() == positions,
+             "a failure has changed rows");
+      expect(logits == untouched, "a failure has written results");
+      act(session);
+    }
+    const std::vector<float> found = logits;
+    logits = untouched;
+    act(expected);
+    expect(found == logits, "other logits than the small model's");
+    expect(rows_of(session, bundle) == rows_of(expected, bundle),
+           "other rows than the small model's");
+  }
+}
+
+void test_failing_functions() {
+  const Folder folder({EngineFile()});
+  const auto model = model_of(folder);
+  const std::pair<const char*, const char*> faults[] = {
+      {"createExecutionContext", "cannot make an execution context (out of device memory)"},
+      {"setOptimizationProfileAsync", "cannot make an execution context (no such profile)"},
+      {"setInputShape", "refuses the shape of input_ids"},
+      {"setTensorAddress", "refuses the address of input_ids"}};
+  Session session(model, kRows);
+  std::mt19937 generator(6);
+  const Read read = random_read(generator);
+  for (const auto& fault : faults) {
+    tensorrt->failing = fault.first;
+    std::string message;
+    try {
+      feed(session, read, FWL_LOGITS_LAST);
+    } catch (const Failure& failure) {
+      message = failure.what();
+    }
+    expect(message.find(fault.second) != std::string::npos, fault.first + (": " + message));
+  }
+  tensorrt->failing = "";
+  feed(session, read, FWL_LOGITS_LAST);
+  cuda->calls_left = 0;
+  fwl_status status = FWL_OK;
+  try {
+    Session another(model, kRows); // no memory on the GPU
+  } catch (const Failure& failure) {
+    status = failure.status();
+  }
+  cuda->calls_left = -1;
+  expect(status == FWL_ERROR_MEMORY, "no memory on the GPU is not said to be that");
+}
+
+void test_threads() {
+  const Folder folder({EngineFile()});
+  const auto model = model_of(folder);
+  Session shared(model, kRows);
+  std::vector<std::thread> threads;
+  for (unsigned seed = 0; seed < 4; ++seed) {
+    threads.emplace_back([&, seed] {
+      std::mt19937 generator(seed);
+      Session own(model, kRows), expected(Problem().model, kRows);
+      for (int i = 0; i < 30; ++i) {
+        const Read read = random_read(generator);
+        expect(feed(own, read, FWL_LOGITS_ALL) == feed(expected, read, FWL_LOGITS_ALL),
+               "threads disturb each other");
+        feed(shared, read, FWL_LOGITS_LAST);
+        shared.positions();
+      }
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+}
+
+void test_nothing_is_left() {
+  expect(cuda->allocated.empty() && cuda->streams.empty() && cuda->retained == 0,
+         "the GPU's memory, streams or context are not given back");
+  expect(tensorrt->runtimes == 0 && tensorrt->engines == 0 && tensorrt->contexts == 0,
+         "objects of TensorRT are not given back");
+  for (const auto* violations : {&cuda->violations, &tensorrt->violations}) {
+    for (const std::string& each : *violations) {
+      expect(false, each);
+    }
+  }
+}
+
+} // namespace
+
+int main(int count, char** arguments) {
+  if (count != 3) {
+    return EXIT_FAILURE;
+  }
+  driver_path = arguments[1];
+  library_path = arguments[2];
+  test_no_driver();
+  void* const driver = dlopen(driver_path, RTLD_NOW);
+  void* const library = dlopen(library_path, RTLD_NOW);
+  if (driver == nullptr || library == nullptr) {
+    std::fprintf(stderr, "%s\n", dlerror());
+    return EXIT_FAILURE;
+  }
+  cuda = reinterpret_cast<fwl::fake::Cuda* (*)()>(dlsym(driver, "fwl_fake_cuda"))();
+  tensorrt = reinterpret_cast<fwl::fake::TensorRt* (*)()>(dlsym(library, "fwl_fake_tensorrt"))();
+  test_what_is_missing();
+  test_damaged_engines();
+  test_choice_and_plugins();
+  test_rows();
+  EngineFile small, in_place;
+  small.text = fwl::fake::engine_text(kRows, kLargest - 1); // less than the bundle's largest call
+  in_place.plugin = in_place.in_place = true;
+  in_place.text = fwl::fake::engine_text(kRows, kLargest, true, true);
+  size_t refused_calls = 0;
+  test_sessions(EngineFile(), nullptr, refused_calls);
+  test_sessions(small, nullptr, refused_calls);
+  test_sessions(in_place, "libfwl_trt.so", refused_calls);
+  expect(refused_calls > 300, "faults are not met: " + std::to_string(refused_calls));
+  std::printf("refused of 900 calls with a fault: %zu\n", refused_calls);
+  test_failing_functions();
+  test_threads();
+  test_nothing_is_left();
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

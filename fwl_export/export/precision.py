@@ -292,8 +292,8 @@ def _update_in(dtype: torch.dtype, update: UpdateOp) -> UpdateOp:
     def lowered(
         query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        narrow = (tensor.to(dtype) for tensor in (query, key, value))
-        output, present_state = update(*narrow, decay, past_state)
+        q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
+        output, present_state = update(q, k, v, decay, past_state)
         return output.float(), present_state
 
     return lowered

@@ -59,23 +59,21 @@ def store_int8(model: onnx.ModelProto, weights: Mapping[str, Int8Weight]) -> Non
     nodes: list[onnx.NodeProto] = []
     initializers: list[onnx.TensorProto] = []
     for tensor in model.graph.initializer:
-        form = None
+        stored: Int8Weight | None = None
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
             key = (tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
-            form = wanted.get(key)
-        if form is None:
+            stored = wanted.get(key)
+        if stored is None:
             initializers.append(tensor)
             continue
-        found |= {form.values.tobytes(), form.transposed.values.tobytes()}
+        found |= {stored.values.tobytes(), stored.transposed.values.tobytes()}
         names = (f"{tensor.name}.int8", f"{tensor.name}.scale")
-        initializers += [
-            numpy_helper.from_array(array, name)
-            for array, name in zip((form.values, form.scale), names, strict=True)
-        ]
+        initializers.append(numpy_helper.from_array(stored.values, names[0]))
+        initializers.append(numpy_helper.from_array(stored.scale, names[1]))
         nodes.append(
             helper.make_node(
                 "DequantizeLinear", names, [tensor.name], f"{tensor.name}.dequantize",
-                axis=form.channels,
+                axis=stored.channels,
             )
         )  # fmt: skip
     for name, weight in weights.items():

@@ -38,7 +38,6 @@ _EXPORT = {
     "onnx": "no export",
     "onnxscript": "no export",
 }
-_BACKBONES = {"transformers": "no backbones of Hugging Face"}
 _RUN = {
     "safetensors": "no checkpoints, no saved state",
     "tokenizers": "no text, only token ids",
@@ -76,7 +75,6 @@ def examine() -> list[Piece]:
     from fwl_export.plugins import ONNXRUNTIME, TENSORRT
 
     packages = [_package(name, cost, "[export]", False) for name, cost in _EXPORT.items()]
-    packages += [_package(name, cost, "[hf]", False) for name, cost in _BACKBONES.items()]
     packages += [_package(name, cost, "", True) for name, cost in _RUN.items()]
     plugins = [
         _plugin(ONNXRUNTIME, "ONNX Runtime"),

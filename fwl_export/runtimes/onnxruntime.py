@@ -77,9 +77,8 @@ def open_file(
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    if bundle.manifest.precision == "int8w":
-        # Else it multiplies in int8, with activations rounded too: 1 % off, and slower here.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Else it multiplies int8 weights in int8, with activations rounded too: 1 % off, and slower here.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
     if place[0] == "cuda":
         if "CUDAExecutionProvider" not in ort.get_available_providers():

@@ -96,6 +96,8 @@ public:
     if (threads > 0) {
       check(api.SetIntraOpNumThreads(options, threads), FWL_ERROR_RUNTIME);
     }
+    // Else it multiplies int8 weights in int8, with activations rounded too.
+    check(api.AddSessionConfigEntry(options, "session.disable_quant_qdq", "1"), FWL_ERROR_RUNTIME);
     if (plugin != nullptr) {
       check(api.RegisterCustomOpsLibrary_V2(options, plugin), FWL_ERROR_RUNTIME);
     }

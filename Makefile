@@ -26,7 +26,7 @@ demo: $(INSTALLED) ## export the demo model, build engines, check them, score a 
 
 # One thread per worker: the workers share the cores, and sums keep one order.
 test: $(INSTALLED) ## run the tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(PYTEST_ARGS)
 
 gpu-test: $(INSTALLED) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

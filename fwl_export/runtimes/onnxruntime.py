@@ -77,7 +77,7 @@ def open_file(
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Else it multiplies int8 weights in int8, with activations rounded too: 1 % off, and slower here.
+    # Else it multiplies int8 weights in int8 with activations rounded too: 1 % off, slower here.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
     if place[0] == "cuda":

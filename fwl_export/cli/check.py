@@ -157,6 +157,7 @@ def _checked(wish: _Wish, command: str, report: Path | None) -> tuple[Report, Pa
         wish.options.get("cases", DEFAULT_CASES),
         wish.options["tokens"],
         wish.bundle.manifest.max_tokens,
+        wish.bundle.manifest.config.backbone.max_positions,
     )
     tokenizer = bundle_tokenizer(wish.bundle)
     target = report or inside(wish.bundle.folder, f"{REPORTS_FOLDER}/parity.json")

@@ -39,7 +39,7 @@ def test_a_good_bundle_passes_and_leaves_a_report(
     assert report["passed"] is True
     settings = report["settings"]
     assert (report["text"]["name"], settings["tokens"], settings["seed"]) == ("play.txt", 60, 0)
-    assert [path.name for path in target.parent.iterdir()] == ["parity.json"]
+    assert {path.name for path in target.parent.iterdir()} == {"parity.json", "parity.html"}
     assert run(capsys, "inspect", own_bundle).code == 0, "the bundle is as it was"
 
 

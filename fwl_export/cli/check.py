@@ -94,8 +94,9 @@ def check(
         command = _command(bundle, wish, text, files, replay)
         result, target = _checked(wish, command, report)
         _write(result, target, junit, markdown)
-        _write_html(result, html or target.with_suffix(".html"))
-    _print(result, target, json)
+        page = html or target.with_suffix(".html")
+        _write_html(result, page)
+    _print(result, target, page, json)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -194,14 +195,15 @@ def _write_html(result: Report, path: Path) -> None:
         beside.write_text(to_html(result.to_dict()), encoding="utf-8")
 
 
-def _print(result: Report, target: Path, json: bool) -> None:
+def _print(result: Report, target: Path, page: Path, json: bool) -> None:
     from fwl_export.parity import to_text
 
     if json:
         print_json(result.to_dict())
     else:
         print(to_text(result))
-        print(f"{result.seconds:.0f} s; report: {target}")
+        name = page.name if page.parent == target.parent else page
+        print(f"{result.seconds:.0f} s; page: {name}, report: {target}")
     for problem in result.problems():
         print(f"error: {problem}", file=sys.stderr)
     if result.exit_code == 1:

@@ -105,7 +105,9 @@ def test_any_split_gives_the_parallel_result(name: str) -> None:
             tokens[row, :size] = ids[row, done[row] : done[row] + size]
         places = torch.arange(tokens.shape[1]).repeat(2, 1)
         weights = torch.ones(tokens.shape)
-        logits, *state = streaming(tokens, weights, torch.tensor(call), places, *state)
+        logits, *state = streaming(
+            tokens, weights, torch.tensor(call), places, torch.ones(2), *state
+        )
         for row, size in enumerate(call):
             parts[row].append(logits[row, :size])
             done[row] += size
@@ -131,11 +133,11 @@ def test_beyond_the_end_there_are_no_numbers() -> None:
     model = tiny_pretrained("GPT-2", context=10)
     streaming = StreamingModel(model, MAX_TOKENS)
     state = [torch.zeros(2, *s.shape, dtype=getattr(torch, s.dtype)) for s in streaming.specs]
-    places = torch.arange(7).repeat(2, 1)
+    places, ones = torch.arange(7).repeat(2, 1), torch.ones(2)
     ids, weights = torch.randint(0, VOCABULARY, (2, 7)), torch.ones(2, 7)
-    first, *state = streaming(ids, weights, torch.tensor([7, 3]), places, *state)
+    first, *state = streaming(ids, weights, torch.tensor([7, 3]), places, ones, *state)
     assert first.isfinite().all()
-    logits, *_ = streaming(ids, weights, torch.tensor([4, 7]), places, *state)
+    logits, *_ = streaming(ids, weights, torch.tensor([4, 7]), places, ones, *state)
     assert logits[0].isnan().all()
     assert logits[1].isfinite().all(), "the other row ends at the limit"
     with pytest.raises(ConfigError, match="texts have 11 tokens; this model takes 10 at most"):

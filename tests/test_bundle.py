@@ -125,3 +125,31 @@ def test_added_files_are_recorded(own_bundle: Path) -> None:
     after = bundle.add_files(["engines/b.engine"])
     assert {"engines/a.engine", "engines/b.engine"} <= set(after.manifest.files)
     after.verify()
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded_is_refused(
+    own_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = read_bundle(own_bundle)
+    probe = tmp_path / "probe"
+    while True:  # until the file system's clock has moved on
+        probe.touch()
+        if probe.stat().st_ctime_ns > own_bundle.stat().st_ctime_ns:
+            break
+    with bundle.unchanged():
+        bundle.model_files()
+    aside = tmp_path / "aside"
+    with (
+        pytest.raises(BundleError, match="was replaced or changed while it was opened"),
+        bundle.unchanged(),
+    ):
+        own_bundle.rename(aside)
+        bundle.model_files()  # finds none
+    with (
+        pytest.raises(BundleError, match="was replaced or changed while it was opened"),
+        bundle.unchanged(),
+    ):
+        aside.rename(own_bundle)
+        bundle.model_files()
+    with pytest.raises(BundleError, match="has no 'x' in its manifest"), bundle.unchanged():
+        bundle.file("x")

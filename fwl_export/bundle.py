@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fwl_export.errors import BundleError
+from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import replaced_file
 from fwl_export.model.config import ModelConfig
 from fwl_export.onnx_file import external_data_locations
@@ -163,6 +164,39 @@ class Bundle:
         for name in self.manifest.files:
             self.file(name)
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Load files in this block: it fails if the bundle is replaced or changed meanwhile.
+
+        `file` checks a hash and the backend reads the file later, so without this a session could
+        run one bundle's model under another's manifest.
+
+        Raises:
+          BundleError: it was.
+        """
+        before = self._identity()
+        try:
+            yield
+        except (FwlError, OSError):
+            if self._identity() != before:
+                raise self._changed() from None
+            raise
+        if self._identity() != before:
+            raise self._changed()
+
+    def _identity(self) -> list[tuple[int, int, int]]:
+        """Say which folder and manifest are there. A rename, there and back too, sets the ctime."""
+        try:
+            found = [self.folder.lstat(), self.folder.stat(), (self.folder / MANIFEST_FILE).stat()]
+        except OSError:  # between two bundles there is none
+            return []
+        return [(entry.st_dev, entry.st_ino, entry.st_ctime_ns) for entry in found]
+
+    def _changed(self) -> BundleError:
+        return BundleError(
+            f"bundle '{self.folder}' was replaced or changed while it was opened; open it again"
+        )
+
     def add_files(self, names: Sequence[str]) -> Bundle:
         """Record files that were written into the folder; returns the bundle as it is now.
 
@@ -189,12 +223,12 @@ def read_bundle(folder: Path) -> Bundle:
     """
     folder = Path(folder)
     path = folder / MANIFEST_FILE
-    if not path.is_file():
-        raise BundleError(
-            f"'{folder}' is not a bundle: it has no {MANIFEST_FILE}; `fwl-export export` writes one"
-        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise BundleError(
+            f"'{folder}' is not a bundle: it has no {MANIFEST_FILE}; `fwl-export export` writes one"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not JSON ({error}); was it cut off?") from None
     manifest = Manifest.from_dict(data, str(path))

@@ -125,3 +125,31 @@ def test_added_files_are_recorded(own_bundle: Path) -> None:
     after = bundle.add_files(["engines/b.engine"])
     assert {"engines/a.engine", "engines/b.engine"} <= set(after.manifest.files)
     after.verify()
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded_is_refused(
+    own_bundle: Path, tmp_path: Path
+) -> None:
+    bundle, aside, probe = read_bundle(own_bundle), tmp_path / "aside", tmp_path / "probe"
+    while True:  # until the file system's clock has moved on
+        probe.touch()
+        if probe.stat().st_ctime_ns > own_bundle.stat().st_ctime_ns:
+            break
+
+    def loaded(*renames: tuple[Path, Path]) -> None:
+        with bundle.unchanged():
+            for source, target in renames:
+                source.rename(target)
+            bundle.model_files()
+
+    loaded()
+    there, back = (own_bundle, aside), (aside, own_bundle)
+    replaced = "was replaced or changed while it was opened; open it again"
+    with pytest.raises(BundleError, match=replaced):
+        loaded(there, back)
+    with pytest.raises(BundleError, match=replaced):
+        loaded(there)
+    with pytest.raises(BundleError, match=r"lacks the file 'model\.onnx'"):
+        loaded()
+    with pytest.raises(BundleError, match=replaced):
+        loaded(back)

@@ -66,40 +66,41 @@ def open_session(
         raise ConfigError("threads can be chosen for backend 'onnxruntime' only")
     if flavour is not None and backend != "tensorrt":
         raise ConfigError("a flavour can be chosen for backend 'tensorrt' only")
-    if backend == "onnxruntime":
-        from fwl_export.runtimes import onnxruntime
+    with opened.unchanged():
+        if backend == "onnxruntime":
+            from fwl_export.runtimes import onnxruntime
 
-        loaded = onnxruntime.load_model(opened, threads, plugin, device or "cpu")
-        runner = onnxruntime.OnnxRuntimeRunner(loaded)
-    elif backend == "tensorrt":
-        from fwl_export.runtimes import tensorrt, tensorrt_engine
+            loaded = onnxruntime.load_model(opened, threads, plugin, device or "cpu")
+            runner = onnxruntime.OnnxRuntimeRunner(loaded)
+        elif backend == "tensorrt":
+            from fwl_export.runtimes import tensorrt, tensorrt_engine
 
-        engine = tensorrt_engine.load_model(opened, flavour, plugin, device, cuda_graph)
-        runner, max_tokens = tensorrt.TensorRTRunner(engine), engine.max_tokens
-    elif backend == "torch":
-        if plugin not in ("auto", "none"):
-            raise ConfigError("a plugin cannot be chosen for backend 'torch'")
-        if device not in (None, "cpu"):
-            raise ConfigError("a device cannot be chosen for backend 'torch'")
-        try:
-            from fwl_export.runtimes import torch
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError(
-                f"backend 'torch' needs '{error.name}'; pip install 'fwl-export[export]'"
-            ) from None
-        model = torch.load_model(opened, precision)
-        runner, specs = torch.TorchRunner(model), model.specs
-    elif backend == "onnx-reference":
-        if (precision, threads, str(plugin), device) not in _NO_CHOICE:
-            raise ConfigError(
-                "backend 'onnx-reference' takes no precision, threads, plugin or device"
-            )
-        from fwl_export.runtimes import onnx_reference
+            engine = tensorrt_engine.load_model(opened, flavour, plugin, device, cuda_graph)
+            runner, max_tokens = tensorrt.TensorRTRunner(engine), engine.max_tokens
+        elif backend == "torch":
+            if plugin not in ("auto", "none"):
+                raise ConfigError("a plugin cannot be chosen for backend 'torch'")
+            if device not in (None, "cpu"):
+                raise ConfigError("a device cannot be chosen for backend 'torch'")
+            try:
+                from fwl_export.runtimes import torch
+            except ModuleNotFoundError as error:
+                raise MissingDependencyError(
+                    f"backend 'torch' needs '{error.name}'; pip install 'fwl-export[export]'"
+                ) from None
+            model = torch.load_model(opened, precision)
+            runner, specs = torch.TorchRunner(model), model.specs
+        elif backend == "onnx-reference":
+            if (precision, threads, str(plugin), device) not in _NO_CHOICE:
+                raise ConfigError(
+                    "backend 'onnx-reference' takes no precision, threads, plugin or device"
+                )
+            from fwl_export.runtimes import onnx_reference
 
-        evaluator = onnx_reference.load_model(opened)
-        runner = onnx_reference.OnnxReferenceRunner(evaluator, specs)
-    else:
-        raise ConfigError(f"backend '{backend}' is unknown; expected {', '.join(BACKENDS)}")
+            evaluator = onnx_reference.load_model(opened)
+            runner = onnx_reference.OnnxReferenceRunner(evaluator, specs)
+        else:
+            raise ConfigError(f"backend '{backend}' is unknown; expected {', '.join(BACKENDS)}")
     return Session(
         runner,
         specs,

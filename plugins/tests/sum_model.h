@@ -55,7 +55,8 @@ public:
       std::vector<float> sums;
       for (int64_t i = 0; i < length; ++i) {
         const size_t at = r * call.tokens + static_cast<size_t>(i);
-        sum = 0.5f * sum + call.label_weights[at] * static_cast<float>(call.input_ids[at]);
+        sum = 0.5f * sum + call.learning_rate_scale[r] * call.label_weights[at] *
+                               static_cast<float>(call.input_ids[at]);
         sums.push_back(sum);
       }
       for (size_t p = 0; p < call.positions; ++p) {
@@ -98,16 +99,17 @@ struct SumBackend final : Backend {
 
 struct Problem {
   Problem() : model(std::make_shared<Model>()) {
-    model->bundle = {"",
-                     "",
-                     {},
-                     "id",
-                     "fp32",
-                     kVocabulary,
-                     kLargest,
-                     kAnchor,
-                     {{"position", {}, Type::kInt64},
-                      {"fast.sum.kernel", {kSize[0], kSize[1]}, Type::kFloat32}}};
+    model->bundle = {
+        "",
+        {},
+        "id",
+        "fp32",
+        kVocabulary,
+        kLargest,
+        kAnchor,
+        0,
+        {{"position", {}, Type::kInt64}, {"fast.sum.kernel", {kSize[0], kSize[1]}, Type::kFloat32}},
+        ""};
     backend = std::make_shared<SumBackend>(model->bundle.state);
     model->backend = backend;
   }

@@ -74,6 +74,7 @@ const std::map<std::string, Tensor> kTensors = {
     {"label_weights", {true, DataType::kFLOAT, {-1, -2}}},
     {"lengths", {true, DataType::kINT64, {-1}}},
     {"logit_positions", {true, DataType::kINT64, {-1, -3}}},
+    {"learning_rate_scale", {true, DataType::kFLOAT, {-1}}},
     {"past.position", {true, DataType::kINT64, {-1}}},
     {"past.fast.sum.kernel", {true, DataType::kFLOAT, {-1, kStateK, kStateV}}},
     {"logits", {false, DataType::kFLOAT, {-1, -3, kVocabulary}}},
@@ -178,7 +179,8 @@ void compute(const Work& work) {
     const int64_t length = array<int64_t>(work, "lengths")[r];
     std::vector<float> sums;
     for (int64_t i = r * work.tokens; i < r * work.tokens + length; ++i) {
-      sum = 0.5f * sum + array<float>(work, "label_weights")[i] *
+      sum = 0.5f * sum + array<float>(work, "learning_rate_scale")[r] *
+                             array<float>(work, "label_weights")[i] *
                              static_cast<float>(array<int64_t>(work, "input_ids")[i]);
       sums.push_back(sum);
     }

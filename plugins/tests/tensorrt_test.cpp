@@ -42,12 +42,13 @@ public:
     fs::remove_all(path_);
     fs::create_directories(path_ / "engines");
     const Bundle bundle = Problem().model->bundle;
-    json manifest = {{"schema_version", 2},
+    json manifest = {{"schema_version", 3},
                      {"model_id", bundle.model_id},
                      {"precision", bundle.precision},
                      {"max_tokens", bundle.max_tokens},
                      {"config",
                       {{"vocab_size", bundle.vocab_size},
+                       {"backbone", json::object()},
                        {"fast_weights", {{"anchor_interval", bundle.anchor_interval}}}}},
                      {"files", json::object()},
                      {"state", json::array()}};
@@ -275,6 +276,9 @@ void test_sessions(const EngineFile& engine, const char* plugin, size_t& refused
     const auto which = static_cast<fwl_logits>(generator() % 3);
     const size_t row = generator() % kRows, other = (row + 1) % kRows;
     const auto kind = generator() % 5;
+    const float scale[] = {0.25f * static_cast<float>(generator() % 8), 1.0f, 2.0f};
+    session.set_learning_rate_scale(scale);
+    expected.set_learning_rate_scale(scale);
     const std::vector<RowState> before = rows_of(session, bundle);
     const std::vector<int64_t> positions = session.positions();
     std::vector<float> logits(kRows * read.count * kVocabulary, -1.0f);

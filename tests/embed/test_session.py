@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import re
 import resource
 from collections.abc import Callable
@@ -218,8 +219,8 @@ def test_damaged_state_files(model: Model, tmp_path: Path) -> None:
     session.save_state(path)
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
-    for size in [*range(header + 20), *range(header + 20, len(content), 97)]:
-        path.write_bytes(content[:size])
+    for size in reversed(range(len(content))):
+        os.truncate(path, size)
         refused("state", "was cut off or changed", lambda: session.load_state(path))
     rng, kinds = np.random.default_rng(0), set()
     for _ in range(3000):  # anything but a crash

@@ -1,5 +1,7 @@
 #include "bundle.h"
 
+#include <sys/stat.h>
+
 #include <array>
 #include <filesystem>
 #include <fstream>
@@ -81,6 +83,26 @@ std::string manifest_text(const std::string& folder) {
   return std::string(std::istreambuf_iterator<char>(stream), {});
 }
 
+// Says which folder and manifest are there. A rename, there and back too, sets the ctime.
+std::string identity_of(const std::string& folder) {
+  std::string identity;
+  const auto add = [&](const std::string& path, int (*look)(const char*, struct stat*)) {
+    struct stat found{};
+    if (look(path.c_str(), &found) == 0) {
+      for (const auto number :
+           {static_cast<uint64_t>(found.st_dev), static_cast<uint64_t>(found.st_ino),
+            static_cast<uint64_t>(found.st_ctim.tv_sec),
+            static_cast<uint64_t>(found.st_ctim.tv_nsec)}) {
+        identity += std::to_string(number) + ' ';
+      }
+    }
+  };
+  add(folder, lstat);
+  add(folder, stat);
+  add((fs::path(folder) / "manifest.json").string(), stat);
+  return identity;
+}
+
 Type type_named(const std::string& name) {
   if (name == "float32") {
     return Type::kFloat32;
@@ -130,9 +152,9 @@ Bundle read_bundle(const std::string& folder) {
   const std::string path = (fs::path(folder) / "manifest.json").string();
   Bundle bundle;
   bundle.folder = folder;
-  bundle.manifest = manifest_text(folder);
+  bundle.identity = identity_of(folder);
   try {
-    const json manifest = json::parse(bundle.manifest);
+    const json manifest = json::parse(manifest_text(folder));
     const json& version = manifest.at("schema_version");
     if (version != kSchemaVersion) {
       fail(path + ": schema_version is " + version.dump() + ", but this libfwl reads " +
@@ -180,9 +202,9 @@ std::string checked_model(const Bundle& bundle) {
 }
 
 void check_unchanged(const Bundle& bundle) {
-  if (manifest_text(bundle.folder) != bundle.manifest) {
-    fail("another bundle took the place of '" + bundle.folder +
-         "' while it was opened; open it again");
+  if (identity_of(bundle.folder) != bundle.identity) {
+    fail("bundle '" + bundle.folder +
+         "' was replaced or changed while it was opened; open it again");
   }
 }
 

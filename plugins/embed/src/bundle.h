@@ -30,7 +30,6 @@ struct FileEntry {
 
 struct Bundle {
   std::string folder;
-  std::string manifest;                   // its text
   std::map<std::string, FileEntry> files; // by their names in the bundle
   std::string model_id;
   std::string precision;
@@ -39,6 +38,7 @@ struct Bundle {
   int64_t anchor_interval;
   int64_t max_positions; // tokens that a row may read; 0: without end
   std::vector<TensorSpec> state;
+  std::string identity; // of its folder and manifest, see check_unchanged
 
   size_t state_bytes() const;
 };
@@ -54,7 +54,7 @@ std::string checked_content(const Bundle& bundle, const std::string& name);
 // Checks the ONNX file and its external data; returns its path.
 std::string checked_model(const Bundle& bundle);
 
-// Throws if another bundle has taken the folder's place since the manifest was read.
+// Throws if the bundle was replaced or changed since the manifest was read.
 void check_unchanged(const Bundle& bundle);
 
 } // namespace fwl::embed

@@ -86,7 +86,6 @@ class OnnxRuntime final : public Backend, public std::enable_shared_from_this<On
 public:
   OnnxRuntime(const Bundle& bundle, const char* library, const char* plugin, int threads)
       : api(load_api(library)), specs(bundle.state), vocab_size(bundle.vocab_size) {
-    const std::string model_path = checked_model(bundle);
     OrtEnv* env = nullptr;
     check(api.CreateEnv(ORT_LOGGING_LEVEL_ERROR, "fwl", &env), FWL_ERROR_RUNTIME);
     env_ = {env, api.ReleaseEnv};
@@ -101,11 +100,8 @@ public:
     if (plugin != nullptr) {
       check(api.RegisterCustomOpsLibrary_V2(options, plugin), FWL_ERROR_RUNTIME);
     }
-    OrtSession* opened = nullptr;
-    check(api.CreateSession(env, model_path.c_str(), options, &opened), FWL_ERROR_BUNDLE);
-    session_ = {opened, api.ReleaseSession};
+    load(bundle, *options);
     OrtMemoryInfo* info = nullptr;
-    check_unchanged(bundle); // ONNX Runtime has opened the files once more, by their names
     check(api.CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &info), FWL_ERROR_RUNTIME);
     memory_ = {info, api.ReleaseMemoryInfo};
   }
@@ -138,6 +134,20 @@ public:
   const int64_t vocab_size;
 
 private:
+  // ONNX Runtime opens the checked files once more, by their names.
+  void load(const Bundle& bundle, const OrtSessionOptions& options) {
+    try {
+      const std::string path = checked_model(bundle);
+      OrtSession* opened = nullptr;
+      check(api.CreateSession(env_.get(), path.c_str(), &options, &opened), FWL_ERROR_BUNDLE);
+      session_ = {opened, api.ReleaseSession};
+    } catch (const Failure&) {
+      check_unchanged(bundle); // or else that is what is wrong
+      throw;
+    }
+    check_unchanged(bundle);
+  }
+
   Owned<OrtEnv> env_;
   Owned<OrtSession> session_;
   Owned<OrtMemoryInfo> memory_;

@@ -11,7 +11,9 @@ import typer
 
 from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, progress_bar
 
-DEFAULT_TOKENS = 500  # parity.bisect has it too; --help imports nothing heavy
+# parity.bisect has these too; --help imports nothing heavy.
+DEFAULT_TOKENS = 500
+DEFAULT_CASES = "text,mixed"
 
 
 def bisect(
@@ -27,7 +29,10 @@ def bisect(
         Path | None,
         typer.Option(help="Text file to read; default: the held-out play of the package."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How far to read at most.", min=1)] = DEFAULT_TOKENS,
+    tokens: Annotated[int, typer.Option(help="How far to read the text.", min=1)] = DEFAULT_TOKENS,
+    cases: Annotated[
+        str, typer.Option(help="Cases of `check` to read, in turn, until one goes wrong.")
+    ] = DEFAULT_CASES,
     seed: Annotated[int, typer.Option(help="Of the sizes and rows of the calls.", min=0)] = 0,
     reproducer: Annotated[
         Path | None,
@@ -37,10 +42,10 @@ def bisect(
 ) -> None:
     """Find the cause of what `check` found: the call, the tensor, the module, the ONNX node.
 
-    Reads a text until a call goes wrong, runs that call with every tensor of the ONNX graph as an
-    output, compares them with PyTorch's in float64 by name, and writes the nodes that compute the
-    first wrong one as a program of their own. Exit code 0: nothing is wrong; 1: found; 2: could not
-    run.
+    Reads case after case until a call goes wrong, runs that call with every tensor of the ONNX
+    graph as an output, compares them with PyTorch's in float64 by name, and writes the nodes that
+    compute the first wrong one as a program of their own. Exit code 0: nothing is wrong; 1: found;
+    2: could not run.
 
     Example: fwl-export bisect demo-bundle --candidate onnxruntime:no-plugin
     """
@@ -48,7 +53,7 @@ def bisect(
 
     target = reproducer or bundle / "reports" / "bisect"
     try:
-        found = _bisect(bundle, candidate, plugin, text, tokens, seed, target, json)
+        found = _bisect(bundle, candidate, plugin, text, tokens, cases, seed, target, json)
     except FwlError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -62,6 +67,7 @@ def _bisect(
     plugin: Path | None,
     text: Path | None,
     tokens: int,
+    cases: str,
     seed: int,
     reproducer: Path,
     json: bool,
@@ -71,6 +77,7 @@ def _bisect(
     from fwl_export.errors import ConfigError
     from fwl_export.parity.backends import parse_backend
     from fwl_export.parity.bisect import bisect_bundle
+    from fwl_export.parity.cases import choose_cases
     from fwl_export.runtimes.text import bundle_tokenizer
     from fwl_export.text import read_ids
 
@@ -91,9 +98,10 @@ def _bisect(
     opened = read_bundle(bundle)
     source = text or HELD_OUT_PLAY
     ids = read_ids(source, bundle_tokenizer(opened))
-    with progress_bar("bisect", tokens) as advance:
+    chosen = choose_cases(cases, tokens, opened.manifest.max_tokens)
+    with progress_bar("bisect", sum(case.tokens for case in chosen)) as advance:
         result = bisect_bundle(
-            opened, ids, backend, tokens, seed, reproducer, source.name, advance=advance
+            opened, ids, backend, tokens, seed, reproducer, source.name, cases, advance=advance
         )
     if json:
         print_json(result.to_dict())

@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from fwl_export.parity.schedule import ROWS, Call, Schedule, compared_depths, ma
 
 Array = npt.NDArray[Any]
 
-TEXT = "text"
+TEXT, MIXED = "text", "mixed"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,12 @@ class _Calls:
 # `tokens` of 0: two of the model's largest calls.
 CASES = (
     Case(TEXT, "real text in uneven calls, with ragged rows, weights of 0 and a reset", ROWS, 2000),
-    Case("mixed", "rows reset again and again beside one that grows old", 4, 160),
+    Case(
+        MIXED,
+        "rows reset again and again beside one that grows old; step sizes that change by row",
+        4,
+        160,
+    ),
     Case("repeat", "repeated tokens, which drive the fast weights far", 3, 192),
     Case("long", "every call as long as the model takes", ROWS, 0),
     Case("decode", "one row, one token per call", 1, 96),
@@ -109,14 +114,33 @@ def choose_cases(
     return list(chosen.values())
 
 
+# What rows of the mixed case multiply step sizes by: among them nothing learned, and more than 1.
+_SCALES = np.array([0, 0.5, 1, 1.5], np.float32)
+
+
+class _Plan(NamedTuple):
+    """What a call of a case brings.
+
+    Attributes:
+      lengths: [B], tokens of each row.
+      reset: rows that start afresh before.
+      scale: [B], times the model's step sizes; None: 1.
+    """
+
+    lengths: Array
+    reset: tuple[int, ...] = ()
+    scale: Array | None = None
+
+
 def _mixed(rng: np.random.Generator, ids: Array, tokens: int, max_tokens: int) -> Iterator[Call]:
     sizes = [size for size in (1, 2, 3, 5, 8, 17) if size <= max_tokens]
 
-    def plan(rows: int) -> tuple[Array, tuple[int, ...]]:
+    def plan(rows: int) -> _Plan:
         lengths = rng.integers(0, int(rng.choice(sizes)) + 1, rows)
         lengths[0] = max(lengths[0], 1)
         again = rng.random(rows) < 0.25
-        return lengths, tuple(int(row) for row in range(1, rows) if again[row])
+        reset = tuple(int(row) for row in range(1, rows) if again[row])
+        return _Plan(lengths, reset, rng.choice(_SCALES, rows))
 
     starts = rng.integers(0, len(ids), 4)
     return _stream([np.roll(ids, -start) for start in starts], tokens, plan)
@@ -126,8 +150,8 @@ def _repeat(rng: np.random.Generator, ids: Array, tokens: int, max_tokens: int) 
     start = int(rng.integers(0, len(ids)))
     texts = [np.roll(ids, -start)[:period] for period in (1, 2, 7)]
 
-    def plan(rows: int) -> tuple[Array, tuple[int, ...]]:
-        return np.full(rows, min(int(rng.choice((1, 3, 16, 61))), max_tokens)), ()
+    def plan(rows: int) -> _Plan:
+        return _Plan(np.full(rows, min(int(rng.choice((1, 3, 16, 61))), max_tokens)))
 
     return _stream(texts, tokens, plan)
 
@@ -135,41 +159,34 @@ def _repeat(rng: np.random.Generator, ids: Array, tokens: int, max_tokens: int) 
 def _long(rng: np.random.Generator, ids: Array, tokens: int, max_tokens: int) -> Iterator[Call]:
     starts = rng.integers(0, len(ids), ROWS)
 
-    def plan(rows: int) -> tuple[Array, tuple[int, ...]]:
-        return np.full(rows, max_tokens), ()
+    def plan(rows: int) -> _Plan:
+        return _Plan(np.full(rows, max_tokens))
 
     return _stream([np.roll(ids, -start) for start in starts], tokens, plan)
 
 
 def _decode(rng: np.random.Generator, ids: Array, tokens: int, max_tokens: int) -> Iterator[Call]:
     start = int(rng.integers(0, len(ids)))
-    return _stream([np.roll(ids, -start)], tokens, lambda rows: (np.ones(rows, np.int64), ()))
+    return _stream([np.roll(ids, -start)], tokens, lambda rows: _Plan(np.ones(rows, np.int64)))
 
 
 _MAKERS: dict[str, Callable[[np.random.Generator, Array, int, int], Iterator[Call]]] = {
-    "mixed": _mixed,
+    MIXED: _mixed,
     "repeat": _repeat,
     "long": _long,
     "decode": _decode,
 }
 
 
-def _stream(
-    texts: Sequence[Array],
-    tokens: int,
-    plan: Callable[[int], tuple[Array, tuple[int, ...]]],
-) -> Iterator[Call]:
-    """Yield calls until the first row has read `tokens`, and no row more.
-
-    `plan(rows)` gives lengths and resets.
-    """
+def _stream(texts: Sequence[Array], tokens: int, plan: Callable[[int], _Plan]) -> Iterator[Call]:
+    """Yield calls until the first row has read `tokens`, and no row more."""
     positions = np.zeros(len(texts), np.int64)
     marks = compared_depths(tokens)
     step = 0
     while positions[0] < tokens:
-        lengths, reset = plan(len(texts))
+        lengths, reset, scale = plan(len(texts))
         lengths = np.minimum(lengths, tokens - positions).astype(np.int64)
         weights = np.ones((len(texts), int(lengths.max())), np.float32)
-        yield make_call(step, texts, positions, lengths, weights, reset, marks)
+        yield make_call(step, texts, positions, lengths, weights, reset, marks, scale)
         positions += lengths
         step += 1

@@ -284,6 +284,7 @@ def _feed(name: str, session: Session, call: Call) -> _Output | Failure:
     """Return what a session made of a call, or what went wrong."""
     at = (name, call.step, call.depth)
     try:
+        session.learning_rate_scale = call.scale
         output = _Output(session.feed(call.ids, call.weights, call.lengths), session.state)
     except NotFiniteError as error:
         return Failure(*at, str(error), "not finite", LOGITS)

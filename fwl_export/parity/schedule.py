@@ -45,6 +45,7 @@ class Call:
       ids: [B, T] int64, padding 0.
       weights: [B, T] float32, how much to learn from each token.
       lengths: [B] int64, real tokens of each row.
+      scale: [B] float32, times the model's step sizes.
       labels: [B, T] int64, the token after each; padding 0.
       positions: [B] int64, tokens that each row has read before (not set back by a reset).
       reset: rows that start afresh before this call.
@@ -56,6 +57,7 @@ class Call:
     ids: Array
     weights: Array
     lengths: Array
+    scale: Array
     labels: Array
     positions: Array
     reset: tuple[int, ...]
@@ -145,6 +147,7 @@ def make_call(
     weights: Array,
     reset: tuple[int, ...],
     marks: list[int],
+    scale: Array | None = None,
 ) -> Call:
     """Return the call in which each row reads on in its text.
 
@@ -156,6 +159,7 @@ def make_call(
       weights: [B, T].
       reset: rows that start afresh before.
       marks: depths at which states are still to be compared; those reached are taken out.
+      scale: [B] times the model's step sizes; default: 1.
     """
     size = int(lengths.max())
     real = np.arange(size) < lengths[:, None]
@@ -174,6 +178,7 @@ def make_call(
         np.where(real, ids, 0),
         np.where(real, weights, np.float32(0)),
         lengths,
+        np.ones(len(texts), np.float32) if scale is None else scale.astype(np.float32),
         np.where(real, labels, 0),
         positions.copy(),
         reset,

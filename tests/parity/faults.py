@@ -98,6 +98,18 @@ def ignored_decay(node: int) -> Fault:
     return plant
 
 
+def ignored_scale() -> Fault:
+    """Take a scale of the step sizes of 1 whatever is given."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        (node,) = [n for n in model.graph.node if "learning_rate_scale" in n.input]
+        zero = _constant(model, "power", np.array(0, np.float32))
+        _insert_before(model, node, "Pow", ["learning_rate_scale", zero], "ones")
+        node.input[0] = "ones"
+
+    return plant
+
+
 def pending_of_padding(state: str) -> Fault:
     """Take a pending tensor from the last token of the call, even where that is padding."""
 

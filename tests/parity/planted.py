@@ -125,7 +125,10 @@ PLANTED = {
         faults.missing_cast(), "cache.0.key", "backbone.stream/rotary", "Cast"
     ),
     "off by one in the pending label": Planted(
-        faults.shifted_labels(), "fast.norm.bias", "fast_weights.gradients", "Gather"
+        faults.shifted_labels(),
+        "fast.norm.bias",
+        "fast_weights.gradients/_label_embedding",
+        "Gather",
     ),
     "stale state: a sum's past returned as its present": Planted(
         faults.stale("fast.norm.scale"), "fast.norm.scale", "fast_weights.fast", "Identity"
@@ -172,6 +175,9 @@ PLANTED = {
     ),
     "a step added instead of subtracted": Planted(
         faults.added_instead(0), "logits", "fast_weights.fast", "Add"
+    ),
+    "the scale of the step sizes ignored": Planted(
+        faults.ignored_scale(), "fast.up.kernel", "", "Unsqueeze"
     ),
     "decay ignored": Planted(faults.ignored_decay(0), "fast.up.kernel", _LEARNED, _UPDATE),
 }

@@ -25,6 +25,7 @@ from tests.parity.planted import PLANTED, TABLE, table
 
 TEXT = np.random.default_rng(0).integers(0, VOCABULARY, 600)
 TOKENS = 120
+CASES = "text,mixed@40"
 CANDIDATE = "onnxruntime:no-plugin"
 
 
@@ -46,7 +47,7 @@ def sessions(tiny_bundle: Path, folder: Path) -> dict[str, Session]:
 def caught(tiny_bundle: Path, sessions: dict[str, Session]) -> dict[str, set[str]]:
     """The tensors outside their budgets in `check`, or not finite, by fault."""
     fresh = {name: session.another(session.batch) for name, session in sessions.items()}
-    report = check_bundle(read_bundle(tiny_bundle), TEXT, TOKENS, candidates=fresh, cases="text")
+    report = check_bundle(read_bundle(tiny_bundle), TEXT, TOKENS, candidates=fresh, cases=CASES)
     found: dict[str, set[str]] = {}
     for candidate in report.to_dict()["candidates"]:
         assert candidate["status"] == "outside", candidate["name"]

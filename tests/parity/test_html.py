@@ -25,7 +25,7 @@ needs_browser = pytest.mark.skipif(_CHROMIUM is None, reason="no chromium is ins
 @pytest.fixture(scope="module")
 def report(tiny_bundle: Path) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 100)
-    found = check_bundle(read_bundle(tiny_bundle), ids, tokens=48, cases="text", text="play.txt")
+    found = check_bundle(read_bundle(tiny_bundle), ids, tokens=24, cases="text", text="play.txt")
     return found.to_dict()
 
 
@@ -68,17 +68,24 @@ def test_infinite_errors_and_runtimes_that_did_not_run(report: dict[str, Any]) -
 
 
 @needs_browser
-def test_sorting_works_and_nothing_is_logged(report: dict[str, Any], tmp_path: Path) -> None:
+def test_sorting_works_and_nothing_is_logged_or_fetched(
+    report: dict[str, Any], tmp_path: Path
+) -> None:
     script = """
       const table = document.querySelector("table.sortable");
       const names = () => [...table.tBodies[0].rows].map((row) => row.cells[0].textContent);
       const button = table.querySelector("button");
       button.click(); const down = names().join(); button.click(); const up = names().join();
-      document.body.innerHTML = `<p id="result">${down}|${up}</p>`;
+      const loaded = performance.getEntriesByType("resource").length;
+      document.body.innerHTML = `<p id="result">${down}|${up}|${loaded}</p>`;
     """
-    page = to_html(report).replace("</body>", f"<script>{script}</script></body>")
+    planted = copy.deepcopy(report)
+    planted["text"]["name"] = "</script><script>console.error('not escaped')</script>"
+    page = to_html(planted).replace("</body>", f"<script>{script}</script></body>")
     result, log = in_browser(tmp_path, page)
-    down, up = (names.split(",") for names in result.split("|"))
+    *sorted_names, loaded = result.split("|")
+    down, up = (names.split(",") for names in sorted_names)
+    assert loaded == "0", "nothing is fetched"
     assert up == down[::-1]
     assert sorted(up) == sorted(t["name"] for t in report["candidates"][0]["runs"][0]["tensors"])
     assert "CONSOLE" not in log

@@ -93,7 +93,8 @@ class Bisection:
       precision: "fp32" or "fp16".
       text: its name.
       tokens, seed: of the schedule.
-      calls: how many were read.
+      cases: that were to be read.
+      case: in which something went wrong; empty: in none.
       matched, total: tensors of the ONNX graph with a counterpart in PyTorch's, and all.
       finding: None: nothing is outside its budget.
       reproducer: folder; empty: none was written.
@@ -108,6 +109,8 @@ class Bisection:
     text: str
     tokens: int
     seed: int
+    cases: str
+    case: str = ""
     matched: int = 0
     total: int = 0
     finding: Finding | None = None
@@ -127,11 +130,11 @@ class Bisection:
         """Return lines for a terminal."""
         head = (
             f"{self.candidate} against PyTorch float64, {self.precision}, tensor by tensor\n"
-            f"{self.text}: {self.tokens} tokens, seed {self.seed}"
+            f"{self.text}: {self.tokens} tokens, seed {self.seed}, cases {self.cases}"
         )
         if self.finding is None:
             return f"{head}\n\nnothing found: every call is within its budget"
-        return "\n".join([head, "", *_lines(self.finding), *self._after()])
+        return "\n".join([head, "", *_lines(self.finding, self.case), *self._after()])
 
     def _after(self) -> list[str]:
         lines = []
@@ -143,11 +146,11 @@ class Bisection:
         return lines
 
 
-def _lines(finding: Finding) -> list[str]:
+def _lines(finding: Finding, case: str) -> list[str]:
     lines = [
         f"FOUND      {finding.place}",
-        f"starts at  call {finding.step} ({finding.tokens} tokens per row at most; the first row "
-        f"has read {finding.depth})",
+        f"starts at  case '{case}', call {finding.step} ({finding.tokens} tokens per row at most; "
+        f"the first row has read {finding.depth})",
     ]
     if finding.amount:
         amount = finding.amount

@@ -44,8 +44,8 @@ from fwl_export.parity.bisect.steps import (
     first_wrong_step,
     measure,
 )
+from fwl_export.parity.cases import MIXED, TEXT, choose_cases
 from fwl_export.parity.run import remembered_tokens, torch_threads
-from fwl_export.parity.schedule import ROWS, Schedule
 from fwl_export.runtimes import Session, open_session
 from fwl_export.state import PRESENT, State
 
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 DEFAULT_TOKENS = 500
+DEFAULT_CASES = f"{TEXT},{MIXED}"
 
 # Two float64 programs of the same operators differ by roundings of 1e-16, through a few layers.
 _SAME = 1e-9
@@ -68,6 +69,7 @@ def bisect_bundle(
     seed: int = 0,
     reproducer: Path | None = None,
     text: str = "",
+    cases: str = DEFAULT_CASES,
     session: Session | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Bisection:
@@ -77,15 +79,16 @@ def bisect_bundle(
       bundle: must hold its checkpoint and its traced graph.
       ids: [N] int64, the text; N of `tokens + 1` or more.
       candidate: a runtime that runs the ONNX graph, see `parity.backends`.
-      tokens: how far the first row reads at most.
+      tokens: how far the first row reads of the text at most.
       seed: of the calls.
       reproducer: folder to write, in place of what is there; None: none is written.
       text: name of the text.
-      session: of `ROWS` rows, in place of a new one of the candidate.
-      advance: called with the number of tokens the first row has moved.
+      cases: names, see `parity.cases`; read in turn until something goes wrong.
+      session: in place of a new one of the candidate.
+      advance: called with the number of tokens the first row has moved, of all cases.
 
     Raises:
-      ConfigError: the candidate runs no ONNX graph, or cannot run here.
+      ConfigError: the candidate runs no ONNX graph, or cannot run here; a case is unknown.
       BundleError: the bundle is incomplete or changed, or has no checkpoint or traced graph.
       TokenError: the text is too short.
       FwlError: the candidate cannot run the graph with its tensors as outputs.
@@ -94,23 +97,30 @@ def bisect_bundle(
     backend = parse_backend(candidate) if isinstance(candidate, str) else candidate
     check_backend(backend)
     graph = _graph(bundle)
-    schedule = Schedule(ids, tokens, bundle.manifest.max_tokens, seed)
-    session = session or backend.open(bundle, ROWS, threads=1)
+    manifest = bundle.manifest
+    limit = manifest.config.backbone.max_positions
+    chosen = choose_cases(cases, tokens, manifest.max_tokens, limit)
+    calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
+    session = session or backend.open(bundle, 1, threads=1)
     memory = remembered_tokens(bundle)
     facts: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,
         "candidate": backend.name,
-        "precision": bundle.manifest.precision,
+        "precision": manifest.precision,
         "text": text,
         "tokens": tokens,
         "seed": seed,
+        "cases": cases,
     }
     with torch_threads(1), TemporaryDirectory() as folder:
-        own = open_session(bundle, "torch", ROWS)
-        suspect = first_wrong_step(bundle, schedule, session, own, memory, advance)
-        if suspect:
-            search = _Search(bundle, backend, graph, session, suspect, memory, Path(folder))
-            facts |= search.run(reproducer)
+        own = open_session(bundle, "torch", 1)
+        for case in chosen:
+            reader = session.another(case.rows)
+            suspect = first_wrong_step(bundle, calls[case.name], reader, own, memory, advance)
+            if suspect:
+                search = _Search(bundle, backend, graph, reader, suspect, memory, Path(folder))
+                facts |= {"case": case.name, **search.run(reproducer)}
+                break
     return Bisection(**facts, seconds=time.perf_counter() - began)
 
 
@@ -301,7 +311,7 @@ class _Search:
         before = self._suspect.before
         if before is None or not self._suspect.outside:
             return ""
-        reference = open_session(self._bundle, "torch", ROWS, "fp64")
+        reference = open_session(self._bundle, "torch", len(self._step.call.lengths), "fp64")
         found = self._suspect.found
         for name in self._step.past:
             if np.array_equal(before.past[name], self._step.past[name]) or name == "position":

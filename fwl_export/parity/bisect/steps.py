@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from fwl_export.bundle import Bundle
 from fwl_export.parity.compare import Error, Place
-from fwl_export.parity.schedule import ROWS
 from fwl_export.parity.schedule import Call as Scheduled
 from fwl_export.parity.tolerances import Budget, budgets, tolerance_for
 from fwl_export.runtimes import Session
@@ -101,17 +100,18 @@ def first_wrong_step(
     Args:
       bundle: holds its checkpoint.
       calls: of the schedule.
-      candidate: of `ROWS` rows.
+      candidate: of as many rows as the calls.
       own: PyTorch in the candidate's precision: what that costs is the measure of the budgets.
       memory: tokens that the sums remember, see `budgets`.
       advance: called with the number of tokens the first row has moved.
     """
     precision = bundle.manifest.precision
-    forced, free = (_Judge(own.another(ROWS), precision, memory) for _ in range(2))
-    free_candidate = candidate.another(ROWS)
+    rows = candidate.batch
+    forced, free = (_Judge(own.another(rows), precision, memory) for _ in range(2))
+    free_candidate = candidate.another(rows)
     before: Step | None = None
     runs = ((forced, candidate, True), (free, free_candidate, False))
-    for step in reference_steps(bundle, calls):
+    for step in reference_steps(bundle, calls, rows):
         for judge, session, is_forced in runs:
             found = fed(session, step, is_forced)
             outside = judge.outside(found, step, is_forced)
@@ -124,7 +124,7 @@ def first_wrong_step(
     return None
 
 
-def reference_steps(bundle: Bundle, calls: Iterable[Scheduled]) -> Iterator[Step]:
+def reference_steps(bundle: Bundle, calls: Iterable[Scheduled], rows: int) -> Iterator[Step]:
     """Yield the calls of the model that a schedule makes; a session splits some at anchors."""
     from fwl_export.runtimes.torch import TorchRunner, load_model
 
@@ -136,13 +136,14 @@ def reference_steps(bundle: Bundle, calls: Iterable[Scheduled]) -> Iterator[Step
         model.specs,
         manifest.config.vocab_size,
         manifest.max_tokens,
-        ROWS,
+        rows,
         manifest.config.fast_weights.anchor_interval,
     )
     for scheduled in calls:
         if scheduled.reset:
             session.reset(scheduled.reset)
         recorder.calls.clear()
+        session.learning_rate_scale = scheduled.scale
         session.feed(scheduled.ids, scheduled.weights, scheduled.lengths)
         for index, (call, past, logits, present) in enumerate(recorder.calls):
             reset = () if index else scheduled.reset
@@ -193,6 +194,7 @@ def fed(session: Session, step: Step, forced: bool) -> State | str:
         elif step.reset:
             session.reset(step.reset)
         call = step.call
+        session.learning_rate_scale = call.learning_rate_scale
         logits = session.feed(call.input_ids, call.label_weights, call.lengths)
         return {LOGITS: _real(logits, call), **session.state}
     except Exception as error:  # a backend may raise anything

@@ -1,0 +1,51 @@
+"""`fwl-export precision` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fwl_export.export.precision import read_policy
+from tests.cli.run import run
+
+TEXT = "EXIT, PURSUED BY A BEAR. "
+
+FEW = ("--tokens", 8, "--confirm-tokens", 8)
+WIDE = ("--max-kl", 1, "--max-perplexity-increase", 1, "--max-state-error", 1)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "play.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_a_policy_is_found_written_and_told(
+    tiny_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "policy.json"
+    options = ("--target", "bf16", "--text", text, "-o", target, *FEW, *WIDE)
+    result = run(capsys, "precision", tiny_bundle, *options)
+    assert result.code == 0, result.err
+    policy = read_policy(target)
+    assert policy.target == "bf16"
+    assert not policy.kept
+    for name in policy.lowered:
+        assert name in result.out
+    assert f"wrote {target}" in result.out
+    assert "`export` takes no bf16 policy" in result.out
+    again = run(capsys, "precision", tiny_bundle, *options, "--json")
+    assert json.loads(again.out) == json.loads(target.read_text())
+
+
+def test_a_target_that_is_none_is_refused_in_one_sentence(
+    tiny_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "policy.json"
+    result = run(capsys, "precision", tiny_bundle, "--target", "fp4", "-o", target, "--text", text)
+    assert result.code == 1
+    assert result.err.splitlines() == ["error: target is 'fp4'; expected fp16 or bf16 or int8w"]
+    assert not target.exists()

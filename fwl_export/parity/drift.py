@@ -9,7 +9,7 @@ left. Both are measured in one pass, and nothing is kept but sums.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,19 +137,21 @@ def measure_drift(
     ]
     drift = Drift({Lane(lane.runtime, lane.mode): lane.drift for lane in lanes})
     wanted = set(runtimes if needed is None else needed)
-    before, depth = session.state, 0
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, max(len(lanes), 1))) as pool:
-        for call in calls:
+    depth = 0
+    # The reference is one call ahead of the lanes: they share the cores, and not its state.
+    steps = _reference_steps(name, session, calls)
+    workers = min(os.cpu_count() or 1, max(len(lanes), 1))
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(workers) as pool:
+        upcoming = ahead.submit(next, steps, None)
+        while (step := upcoming.result()) is not None:
+            call, before, right = step
             going = [lane for lane in lanes if lane.going]
             if not wanted & {lane.runtime for lane in going}:
                 break
-            if call.reset:
-                session.reset(call.reset)
-                before = session.state
-            right = _feed(name, session, call)
             if isinstance(right, Failure):
                 drift.failure = right
                 break
+            upcoming = ahead.submit(next, steps, None)
             # Runtimes leave Python's lock while they compute, and no lane knows of another.
             list(
                 pool.map(partial(_Lane.step, call=call, before=_Casts(before), right=right), going)
@@ -157,12 +159,27 @@ def measure_drift(
             for lane in going:
                 if call.compare_state and call.depth >= (limits or {}).get(lane.runtime, np.inf):
                     lane.stop()
-            before = right.state
             drift.calls += 1
             drift.largest_call = max(drift.largest_call, call.ids.shape[1])
             advance(call.depth - depth)
             depth = call.depth
     return drift
+
+
+def _reference_steps(
+    name: str, session: Session, calls: Iterable[Call]
+) -> Iterator[tuple[Call, State, _Output | Failure]]:
+    """Yield each call, the state before it, and what the reference makes of it."""
+    before = session.state
+    for call in calls:
+        if call.reset:
+            session.reset(call.reset)
+            before = session.state
+        right = _feed(name, session, call)
+        yield call, before, right
+        if isinstance(right, Failure):
+            return
+        before = right.state
 
 
 class _Output(NamedTuple):

@@ -116,6 +116,12 @@ def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
         )
     inputs = {i.name: _shape_and_type(i) for i in proto.graph.input}
     outputs = {o.name: _shape_and_type(o) for o in proto.graph.output}
+    # The exporter can fix a size without a word; a call of other sizes would then be refused.
+    if inputs.get("input_ids") != "int64 [batch, tokens]":
+        raise ExportError(
+            f"{path.name} takes 'input_ids' as {inputs.get('input_ids')}; expected int64 [batch, "
+            "tokens], both of any size"
+        )
     for spec in specs:
         past, present = inputs.get(PAST + spec.name), outputs.get(PRESENT + spec.name)
         if past is None or past != present:

@@ -172,6 +172,10 @@ def test_the_checks_of_a_written_file_can_fail(own_bundle: Path) -> None:
         model.functions[0].domain = "fwl2"
         model.opset_import.append(onnx.helper.make_opsetid("fwl2", 1))
 
+    def fixed_size(model: onnx.ModelProto) -> None:
+        value = next(i for i in model.graph.input if i.name == "input_ids")
+        value.type.tensor_type.shape.dim[1].dim_value = 2
+
     def other_type(model: onnx.ModelProto) -> None:
         value = next(i for i in model.graph.input if i.name == "past.position")
         value.type.tensor_type.shape.dim[0].dim_param = "rows"
@@ -179,6 +183,7 @@ def test_the_checks_of_a_written_file_can_fail(own_bundle: Path) -> None:
     for change, message in (
         (other_opset, "expected opset 20"),
         (no_update, "has 0 fwl::LinearAttentionUpdate nodes; expected 2"),
+        (fixed_size, "takes 'input_ids' as int64 [batch, 2]; expected int64 [batch, tokens]"),
         (other_type, "state 'position' goes in as int64 [rows] and comes out as int64 [batch]"),
     ):
         with pytest.raises(ExportError, match=re.escape(message)):

@@ -14,15 +14,6 @@ from tests.cli.run import run
 from tests.parity import faults
 from tests.parity.faults import broken_bundle
 
-TEXT = "EXIT, PURSUED BY A BEAR. THOU MET'ST WITH THINGS DYING, I WITH THINGS NEW-BORN. "
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "play.txt"
-    path.write_text(TEXT * 3)
-    return path
-
 
 def test_a_good_bundle_passes_and_leaves_a_report(
     own_bundle: Path, text: Path, capsys: pytest.CaptureFixture[str]

@@ -174,6 +174,7 @@ def wrong_weights(
         if tensor.name in used and (right := exact.get(tensor.name)) is not None:
             value = numpy_helper.to_array(tensor)
             rounded = right.astype(value.dtype)
+            # What the exporter folds into a weight is computed in its type: a few roundings.
             if value.shape != rounded.shape or not np.allclose(
                 value.astype(np.float64),
                 rounded.astype(np.float64),

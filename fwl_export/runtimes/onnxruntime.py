@@ -111,8 +111,7 @@ class OnnxRuntimeRunner:
     def __init__(self, model: OnnxRuntimeModel) -> None:
         """Share a loaded model."""
         self._model = model
-        # Of calls with one token, by their buffers' ids: binding all takes as long as a small
-        # model's step.
+        # By their buffers' ids: binding the state takes as long as a small model's step.
         self._bound: dict[tuple[int, int], BoundCall] = {}
 
     def another(self) -> OnnxRuntimeRunner:
@@ -126,12 +125,10 @@ class OnnxRuntimeRunner:
 
     def run(self, call: Call, past: Any, present: Any) -> Array:
         """See `Runner.run`."""
-        if call.input_ids.shape[1] > 1:
-            return BoundCall(self._model, call, past, present).run(call)
         key = (id(past), id(present))
         if key not in self._bound:
             self._bound[key] = BoundCall(self._model, call, past, present)
-        return self._bound[key].run(call).copy()
+        return self._bound[key].run(call)
 
     def read(self, buffers: Any, rows: Sequence[int]) -> State:
         """See `Runner.read`."""
@@ -148,26 +145,44 @@ class OnnxRuntimeRunner:
 
 
 class BoundCall:
-    """A call whose inputs and outputs have their place; it may run again with other values."""
+    """A call whose inputs and outputs have their place; it may run again with other values.
+
+    Of another shape, only what is not state is bound again.
+    """
 
     def __init__(self, model: OnnxRuntimeModel, call: Call, past: Any, present: Any) -> None:
         self._session = model.session
-        self._inputs = {name: array.copy() for name, array in vars(call).items()}
-        self._logits = np.empty((*call.logit_positions.shape, model.vocab_size), np.float32)
+        self._vocab_size = model.vocab_size
         self._buffers = (past, present)  # alive as long as they are bound
-        self.binding = binding = model.session.io_binding()
-        for name, array in self._inputs.items():
-            _bind(binding.bind_input, name, array)
-        past.bind_inputs(binding)
-        present.bind_outputs(binding)
-        _bind(binding.bind_output, "logits", self._logits)
+        self.binding = model.session.io_binding()
+        past.bind_inputs(self.binding)
+        present.bind_outputs(self.binding)
+        self._bind(call)
 
     def run(self, call: Call) -> Array:
-        """Return the logits, in memory that the next run overwrites."""
+        """Return the logits."""
+        shape = call.logit_positions.shape
+        if shape != self._logits.shape[:2] or call.input_ids.shape != self._shape:
+            self._bind(call)
         for name, array in vars(call).items():
             self._inputs[name][:] = array
         self._session.run_with_iobinding(self.binding)
-        return self._logits
+        if shape[1] == 1:  # copying them is faster than binding others
+            return self._logits.copy()
+        logits = self._logits
+        self._bind_logits(shape)
+        return logits
+
+    def _bind(self, call: Call) -> None:
+        self._shape = call.input_ids.shape
+        self._inputs = {name: array.copy() for name, array in vars(call).items()}
+        for name, array in self._inputs.items():
+            _bind(self.binding.bind_input, name, array)
+        self._bind_logits(call.logit_positions.shape)
+
+    def _bind_logits(self, shape: tuple[int, ...]) -> None:
+        self._logits = np.empty((*shape, self._vocab_size), np.float32)
+        _bind(self.binding.bind_output, "logits", self._logits)
 
 
 class _HostBuffers:

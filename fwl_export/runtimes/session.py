@@ -62,7 +62,8 @@ class Session:
         self.model_id = model_id
         self.max_positions = max_positions
         self._lock = threading.RLock()
-        self._positions = np.zeros(batch, np.int64)
+        # Lists, not arrays: a step of a small model is not much longer than a few NumPy calls.
+        self._positions = [0] * batch
         self._learning_rate_scale = np.ones(batch, np.float32)
         self._runner = runner
         self._current = runner.new_buffers(batch)
@@ -114,21 +115,20 @@ class Session:
             self._check_positions(counts)
             return self._feed(ids, weights, counts, last_only)
 
-    def _check_positions(self, counts: Array) -> None:
-        beyond = self._positions + counts > self.max_positions
-        if self.max_positions and beyond.any():
-            row = int(np.argmax(beyond))
-            raise TokenError(
-                f"row {row} has read {self._positions[row]} tokens and is to read {counts[row]} "
-                f"more, but this model takes {self.max_positions} at most; reset the row, or read "
-                "a shorter text"
-            )
+    def _check_positions(self, counts: list[int]) -> None:
+        for row, (position, count) in enumerate(zip(self._positions, counts, strict=True)):
+            if self.max_positions and position + count > self.max_positions:
+                raise TokenError(
+                    f"row {row} has read {position} tokens and is to read {count} more, but this "
+                    f"model takes {self.max_positions} at most; reset the row, or read a shorter "
+                    "text"
+                )
 
-    def _feed(self, ids: Array, weights: Array, counts: Array, last_only: bool) -> Array:
-        done, left = np.zeros(self.batch, np.int64), counts
+    def _feed(self, ids: Array, weights: Array, counts: list[int], last_only: bool) -> Array:
+        done, left = [0] * self.batch, counts
         logits: Array | None = None
         past, taken = self._current, []
-        while logits is None or left.any():
+        while logits is None or any(left):
             here = self._next_lengths(left, done)
             call = self._call(_from(done, here, ids), _from(done, here, weights), here, last_only)
             if not self._spare:
@@ -149,38 +149,47 @@ class Session:
                 logits = found  # what other rows have left is filled in by later calls
             elif last_only:
                 assert logits is not None
-                logits[here > 0] = found[here > 0]
+                read = np.greater(here, 0)
+                logits[read] = found[read]
             else:
                 if logits is None:
                     logits = np.zeros((*ids.shape, found.shape[2]), found.dtype)
                 for row, (start, size) in enumerate(zip(done, here, strict=True)):
                     logits[row, start : start + size] = found[row, :size]
-            done, left = done + here, left - here
+            done = [a + b for a, b in zip(done, here, strict=True)]
+            left = [a - b for a, b in zip(left, here, strict=True)]
         self._spare.append(self._current)
         self._current = past
-        self._positions += counts
+        self._positions = [a + b for a, b in zip(self._positions, counts, strict=True)]
         self._keep_one_spare()
         return logits[:, 0] if last_only else logits
 
-    def _call(self, ids: Array, weights: Array, lengths: Array, last_only: bool) -> Call:
+    def _call(self, ids: Array, weights: Array, lengths: list[int], last_only: bool) -> Call:
         if last_only:
-            positions = np.maximum(lengths, 1)[:, None] - 1
+            positions = np.array([[max(length - 1, 0)] for length in lengths])
         else:
             positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
-        scale = self._learning_rate_scale
-        return Call(*map(np.ascontiguousarray, (ids, weights, lengths, positions, scale)))
+        return Call(
+            np.ascontiguousarray(ids),
+            np.ascontiguousarray(weights),
+            np.array(lengths),
+            positions,
+            self._learning_rate_scale,
+        )
 
     def _keep_one_spare(self) -> None:
         while len(self._spare) > 1:
             self._runner.release(self._spare.pop())
 
-    def _next_lengths(self, left: Array, done: Array) -> Array:
-        """Return how many tokens each row brings to the next call of the runner: [B]."""
-        room: Array = np.minimum(left, self.max_tokens)
-        if self.anchor_interval:
-            since = (self._positions + done) % self.anchor_interval
-            room = np.minimum(room, self.anchor_interval - since)
-        return room
+    def _next_lengths(self, left: list[int], done: list[int]) -> list[int]:
+        """Return how many tokens each row brings to the next call of the runner."""
+        room = [min(count, self.max_tokens) for count in left]
+        if not self.anchor_interval:
+            return room
+        return [
+            min(count, self.anchor_interval - (position + read) % self.anchor_interval)
+            for count, position, read in zip(room, self._positions, done, strict=True)
+        ]
 
     def generate(
         self,
@@ -227,7 +236,7 @@ class Session:
     @property
     def positions(self) -> list[int]:
         """How many tokens each row has read."""
-        return [int(position) for position in self._positions]
+        return list(self._positions)
 
     @property
     def learning_rate_scale(self) -> Array:
@@ -287,7 +296,8 @@ class Session:
             except BaseException:
                 self._runner.write(self._current, before, chosen)
                 raise
-            self._positions[chosen] = state["position"]
+            for row, position in zip(chosen, state["position"], strict=True):
+                self._positions[row] = int(position)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Make the given rows (default: all) fresh."""
@@ -340,7 +350,7 @@ class Session:
         tokens: npt.ArrayLike,
         label_weights: npt.ArrayLike | None,
         lengths: npt.ArrayLike | None,
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Array, list[int]]:
         ids = np.asarray(tokens)
         if ids.ndim == 1 and self.batch == 1:
             ids = ids[None]
@@ -349,13 +359,13 @@ class Session:
                 f"tokens have shape {list(np.shape(tokens))}; expected [{self.batch}, T] with T "
                 "of 1 or more"
             )
-        if not np.issubdtype(ids.dtype, np.integer):
+        if ids.dtype.kind not in "iu":
             raise TokenError(f"tokens are {ids.dtype}; expected whole numbers")
         counts = self._checked_lengths(lengths, ids.shape[1])
         if lengths is None and label_weights is None and self._all_in_range(ids):
             # Most steps of a decoding loop, where a microsecond counts.
             return ids.astype(np.int64), np.ones(ids.shape, np.float32), counts
-        real = np.arange(ids.shape[1]) < counts[:, None]
+        real = np.arange(ids.shape[1]) < np.array(counts)[:, None]
         wrong = real & ((ids < 0) | (ids >= self.vocab_size))
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
@@ -384,9 +394,9 @@ class Session:
     def _all_in_range(self, ids: Array) -> bool:
         return bool(ids.min() >= 0 and ids.max() < self.vocab_size)
 
-    def _checked_lengths(self, lengths: npt.ArrayLike | None, size: int) -> Array:
+    def _checked_lengths(self, lengths: npt.ArrayLike | None, size: int) -> list[int]:
         if lengths is None:
-            return np.full(self.batch, size, np.int64)
+            return [size] * self.batch
         counts = np.asarray(lengths)
         if counts.shape != (self.batch,) or not np.issubdtype(counts.dtype, np.integer):
             raise ShapeError(
@@ -395,19 +405,19 @@ class Session:
             )
         if not ((counts >= 0) & (counts <= size)).all():
             raise TokenError(f"lengths are {counts.tolist()}; expected 0 to {size}")
-        return counts.astype(np.int64)
+        return [int(count) for count in counts]
 
 
-def _from(start: Array, lengths: Array, values: Array) -> Array:
+def _from(start: list[int], lengths: list[int], values: Array) -> Array:
     """Return the next values of each row, and zeros where a row has fewer: [B, T] of [B, N]."""
-    size = max(int(lengths.max()), 1)
+    size = max(*lengths, 1)
     if size == values.shape[1]:  # then no row has begun
         return values
     columns = np.arange(size)
     found = np.take_along_axis(
-        values, np.minimum(start[:, None] + columns, values.shape[1] - 1), axis=1
+        values, np.minimum(np.array(start)[:, None] + columns, values.shape[1] - 1), axis=1
     )
-    return np.where(columns < lengths[:, None], found, np.zeros((), values.dtype))
+    return np.where(columns < np.array(lengths)[:, None], found, np.zeros((), values.dtype))
 
 
 def _real_logits(logits: Array, call: Call) -> Array:

@@ -152,28 +152,33 @@ def _read_block(reader: Reader, chunk: int, block: Tensor) -> None:
 def _told_apart(model: FWLModel, counter: FlopCounterMode, parts: dict[str, int]) -> Iterator[None]:
     """Add what is counted inside the model's functions to `parts`."""
     layer = model.fast_weights
-    in_fast_pass = [False]
+    in_fast_pass, slow_rows = [False], [0]
 
     def ops() -> dict[str, int]:
         return {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
 
-    def plain(name: str) -> Callable[[dict[str, int]], None]:
-        def add(done: dict[str, int]) -> None:
+    def plain(name: str) -> Callable[[dict[str, int], Any], None]:
+        def add(done: dict[str, int], _: Any) -> None:
             parts[name] += sum(done.values())
 
         return add
 
-    def logits(done: dict[str, int]) -> None:
-        parts[FAST_LOGITS if in_fast_pass[0] else SLOW_LOGITS] += sum(done.values())
+    def logits(done: dict[str, int], result: Tensor) -> None:
+        slow = count = sum(done.values())
+        if in_fast_pass[0]:  # with the slow pass's one row, if that had to wait
+            slow = 0 if slow_rows[0] else count // result.shape[1]
+        slow_rows[0] = result.shape[1]
+        parts[SLOW_LOGITS] += slow
+        parts[FAST_LOGITS] += count - slow
         in_fast_pass[0] = False
 
-    def fast(done: dict[str, int]) -> None:
+    def fast(done: dict[str, int], _: Any) -> None:
         in_fast_pass[0] = True  # the next logits are those of this pass
         for op, count in done.items():
             of_sums = VECTORS if "bmm" in op else FAST
             parts[UPDATE if "linear_attention_update" in op else of_sums] += count
 
-    watched: list[tuple[nn.Module, str, Callable[[dict[str, int]], None]]] = [
+    watched: list[tuple[nn.Module, str, Callable[[dict[str, int], Any], None]]] = [
         (model.backbone, "stream", plain(BACKBONE)),
         (layer, "slow", plain(SLOW)),
         (layer, "logits", logits),
@@ -193,12 +198,12 @@ def _told_apart(model: FWLModel, counter: FlopCounterMode, parts: dict[str, int]
 def _watched(
     function: Callable[..., Any],
     ops: Callable[[], dict[str, int]],
-    add: Callable[[dict[str, int]], None],
+    add: Callable[[dict[str, int], Any], None],
 ) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         before = ops()
         result = function(*args, **kwargs)
-        add({op: count - before.get(op, 0) for op, count in ops().items()})
+        add({op: count - before.get(op, 0) for op, count in ops().items()}, result)
         return result
 
     return run

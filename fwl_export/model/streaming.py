@@ -122,20 +122,28 @@ class StreamingModel(nn.Module):
         )
         anchor = self._anchor(past, lengths)
         slow = layer.slow(hidden, anchor)
-        expected = layer.expected_embedding(layer.logits(slow.output))
+        # The last position's gradient waits for its label, so where it is the only one its slow
+        # logits can wait too, for the pass over the unembedding that the fast logits need.
+        length = input_ids.shape[1]
+        early = length - 1 // length
+        expected = layer.expected_embedding(layer.logits(slow.output[:, :early]))
+        last = Pending(*(past[f"pending.{n}"] for n in Pending._fields))
+        before = slow.pending(torch.cat((expected, slow.output[:, early:]), 1)).one_later(last)
 
         valid = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
         weights = torch.where(valid, label_weights.to(past["pending.valid"].dtype), 0.0)
         # A fresh row has no position before its first token, hence nothing to learn from it.
         started = shift(past["pending.valid"], torch.ones_like(weights))
-        pending = slow.pending(expected)
-        before = pending.one_later(Pending(*(past[f"pending.{n}"] for n in Pending._fields)))
         scale = learning_rate_scale.to(weights.dtype)[:, None]
         gradients = layer.gradients(before, input_ids, weights * started * scale, anchor)
         sums = _StateSums(self._update, past, torch.exp(layer.log_decay(weights)))
         fast = layer.fast(slow, before, gradients, sums)
         rows = torch.arange(fast.shape[0], device=fast.device)[:, None]
-        logits = layer.logits(fast[rows, logit_positions])
+        wanted = fast[rows, logit_positions]
+        logits = layer.logits(torch.cat((wanted, slow.output[:, early:]), 1))
+        late = layer.expected_embedding(logits[:, wanted.shape[1] :])
+        pending = slow.pending(torch.cat((expected, late), 1))
+        logits = logits[:, : wanted.shape[1]].to(weights.dtype)
 
         present = {
             "position": past["position"] + lengths,
@@ -147,7 +155,6 @@ class StreamingModel(nn.Module):
         for name, tensor in left.items():
             key = f"pending.{name}"
             present[key] = _at_last_token(tensor, past[key], lengths)
-        logits = logits.to(weights.dtype)
         if interval := layer.config.anchor_interval:
             crosses = past["position"] % interval + lengths > interval
             logits = torch.where(crosses[:, None, None], torch.nan, logits)

@@ -14,6 +14,8 @@ Array = npt.NDArray[Any]
 
 # Of a histogram in ULP: less than half a ULP, less than 1, 2, 4 ... 2^23, and all that is more.
 ULP_BINS = 26
+_EXPONENT_BIAS = 1023
+_BLOCK = 1 << 13  # elements compared at a time: they stay in the cache, and malloc reuses them
 _LIKELY = 5  # tokens whose agreement is measured beside that of the likeliest
 
 
@@ -124,30 +126,35 @@ class TensorSum:
           depth: tokens the first row has read.
           offset: added to the first index in `Place.index`; None: there is none.
         """
-        if candidate.size == 0:
-            return
+        found, right = candidate.reshape(-1), reference.reshape(-1)
+        for start in range(0, found.size, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            place = self._add_block(row, found[block], right[block])
+            if place is not None:
+                index = [int(i) for i in np.unravel_index(start + place, candidate.shape)]
+                if offset is not None:
+                    index[0] += offset
+                values = float(found[start + place]), float(right[start + place])
+                self._worst = Place(step, depth, (row, *index), *values)
+
+    def _add_block(self, row: int, candidate: Array, reference: Array) -> int | None:
+        """Return the index of the largest difference, if none before was as large."""
         expected = reference.astype(np.float64, copy=False)
-        difference = np.abs(candidate.astype(np.float64, copy=False) - expected)
-        flat = int(np.argmax(difference))  # of NaN if there is one
-        largest = _finite_or_inf(float(difference.reshape(-1)[flat]))
+        difference = candidate.astype(np.float64)
+        difference -= expected
+        np.abs(difference, out=difference)
         self._squares[row] += float(np.vdot(difference, difference))
         self._reference_squares[row] += float(np.vdot(expected, expected))
-        self._scale = max(self._scale, float(np.abs(expected).max()))
+        self._scale = max(self._scale, float(expected.max()), -float(expected.min()))
         if candidate.dtype.kind == "f":
             counts = ulp_histogram(difference, expected, candidate.dtype)
             self.ulp = counts if self.ulp is None else self.ulp + counts
-        if self._worst is None or largest > self._max_abs:
-            index = [int(i) for i in np.unravel_index(flat, difference.shape)]
-            if offset is not None:
-                index[0] += offset
-            self._max_abs = largest
-            self._worst = Place(
-                step,
-                depth,
-                (row, *index),
-                float(candidate.reshape(-1)[flat]),
-                float(expected.reshape(-1)[flat]),
-            )
+        place = int(np.argmax(difference))  # of NaN if there is one
+        largest = _finite_or_inf(float(difference[place]))
+        if self._worst is not None and largest <= self._max_abs:
+            return None
+        self._max_abs = largest
+        return place
 
     def result(self) -> Error:
         """Return what was added up; a value that is not finite counts as infinitely far."""
@@ -221,18 +228,20 @@ def ulp_histogram(difference: Array, reference: Array, dtype: Any) -> npt.NDArra
       last of more, or not finite.
     """
     info = np.finfo(dtype)
-    unit = np.maximum(_exponent(reference), int(info.minexp)) - int(info.nmant)
-    bins = np.clip(_exponent(difference) - unit + 2, 0, ULP_BINS - 1)
+    bins = _exponent_bits(difference)
+    bins -= np.maximum(_exponent_bits(reference), int(info.minexp) + _EXPONENT_BIAS)
+    bins += int(info.nmant) + 2
+    np.clip(bins, 0, ULP_BINS - 1, out=bins)
     bins[difference == 0] = 0  # whose exponent is not far below a unit of float64's smallest
     counts: npt.NDArray[np.int64] = np.bincount(bins.reshape(-1), minlength=ULP_BINS)
     return counts
 
 
-def _exponent(values: Array) -> Array:
-    """Return the binary exponents of float64 values; 1024 where they are not finite."""
-    bits = np.ascontiguousarray(values).view(np.int64)
-    exponents: Array = ((bits >> 52) & 0x7FF) - 1023
-    return exponents
+def _exponent_bits(values: Array) -> Array:
+    """Return the binary exponents of float64 values, plus the bias, in memory of their own."""
+    bits: Array = np.ascontiguousarray(values).view(np.int64) >> 52
+    bits &= 0x7FF
+    return bits
 
 
 def _shared_likely(found: Array, expected: Array) -> float:

@@ -167,6 +167,25 @@ def test_logits_of_some_positions_are_those_of_all() -> None:
         assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
 
 
+@pytest.mark.parametrize("length, passes", [(1, [0, 2]), (2, [2, 1]), (9, [9, 1])])
+def test_in_a_call_of_one_token_slow_and_fast_logits_share_a_pass(
+    length: int, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streaming = StreamingModel(small_model(), MAX_TOKENS)
+    layer = streaming.model.fast_weights
+    rows = []
+
+    def logits(output: Tensor) -> Tensor:
+        rows.append(output.shape[1])
+        return type(layer).logits(layer, output)
+
+    monkeypatch.setattr(layer, "logits", logits)
+    ids, weights = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, length)
+    last = torch.tensor([[length - 1]])
+    streaming(ids, weights, torch.tensor([length]), last, torch.ones(1), *fresh(streaming, 1))
+    assert rows == passes
+
+
 def test_rows_do_not_see_each_other() -> None:
     streaming = StreamingModel(small_model(), MAX_TOKENS)
     ids = torch.randint(0, VOCABULARY, (3, 20))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from filelock import FileLock
 PLUGINS = Path(__file__).parents[2] / "plugins"
 
 
-def built(base: Path, name: str, *options: str, headers: bool = False) -> Path:
+def built(
+    base: Path, name: str, *options: str, headers: bool = False, targets: Sequence[str] = ()
+) -> Path:
     """Return a build folder in `base`, which test processes share; the first one builds it.
 
     Args:
@@ -21,6 +24,7 @@ def built(base: Path, name: str, *options: str, headers: bool = False) -> Path:
       name: of this one.
       options: of CMake.
       headers: it needs ONNX Runtime's headers, which may be out of reach.
+      targets: what is built; default: everything.
     """
     for program in ("cmake", "c++"):
         if shutil.which(program) is None:
@@ -32,7 +36,7 @@ def built(base: Path, name: str, *options: str, headers: bool = False) -> Path:
             if done.returncode and headers and "headers are missing" in done.stderr:
                 pytest.skip(f"ONNX Runtime's headers cannot be had: {done.stdout.strip()}")
             assert done.returncode == 0, done.stdout + done.stderr
-            run("cmake", "--build", folder)
+            run("cmake", "--build", folder, *(f"--target={target}" for target in targets))
             (folder / "built").touch()
     return folder
 

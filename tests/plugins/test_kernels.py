@@ -13,31 +13,42 @@ from plugins.kernels.gpu.plan import MULTIPROCESSORS, SIGNATURES, Plan, plan
 from tests.plugins.builds import built, run, run_tests
 
 _TESTS = "-DFWL_TESTS=ON"
+# Of sanitized code, which takes the compiler long; the tiles have flags of their own.
+_FEWER_OPTIMIZATIONS = "-DCMAKE_CXX_FLAGS_RELEASE=-O1"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("sanitizer", ["", "thread"])
-def test_kernels(builds: Path, sanitizer: str) -> None:
-    options = ("-DFWL_ONNXRUNTIME=OFF", "-DFWL_GPU=OFF", f"-DFWL_SANITIZE={sanitizer}")
-    run_tests(built(builds, f"kernels-{sanitizer or 'plain'}", _TESTS, *options))
+def test_kernels(builds: Path) -> None:
+    run_tests(built(builds, "kernels", _TESTS, "-DFWL_ONNXRUNTIME=OFF", "-DFWL_GPU=OFF"))
+
+
+@pytest.fixture(scope="session")
+def threads(builds: Path, compiled_kernels: Path) -> Path:
+    """The tests of threads, built with the thread sanitizer."""
+    return (
+        built(
+            builds,
+            "threads",
+            _TESTS,
+            "-DFWL_SANITIZE=thread",
+            "-DFWL_TENSORRT=OFF",
+            f"-DFWL_COMPILED_KERNELS={compiled_kernels}",
+            _FEWER_OPTIMIZATIONS,
+            headers=True,
+            targets=("kernel_test", "launcher_test", "embed_test"),
+        )
+        / "tests"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_sessions_under_the_thread_sanitizer(builds: Path) -> None:
-    options = ("-DFWL_GPU=OFF", "-DFWL_SANITIZE=thread")
-    folder = built(builds, "embed-thread", _TESTS, *options, headers=True)
-    run(folder / "tests" / "embed_test")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_launcher_under_the_thread_sanitizer(builds: Path, compiled_kernels: Path) -> None:
-    options = ("-DFWL_ONNXRUNTIME=OFF", "-DFWL_TENSORRT=OFF", "-DFWL_SANITIZE=thread")
-    kernels = f"-DFWL_COMPILED_KERNELS={compiled_kernels}"
-    folder = built(builds, "launcher-thread", _TESTS, *options, kernels)
-    run(folder / "tests" / "launcher_test", "threads")
+@pytest.mark.parametrize(
+    "command", [("kernel_test", "threads-only"), ("launcher_test", "threads"), ("embed_test",)]
+)
+def test_threads_under_their_sanitizer(threads: Path, command: tuple[str, ...]) -> None:
+    run(threads / command[0], *command[1:])
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +60,7 @@ def sanitized(builds: Path, compiled_kernels: Path) -> Path:
         _TESTS,
         "-DFWL_SANITIZE=address,undefined",
         f"-DFWL_COMPILED_KERNELS={compiled_kernels}",
+        _FEWER_OPTIMIZATIONS,
         headers=True,
     )
 

@@ -292,6 +292,7 @@ blockquote{margin:.5rem 0;padding:.4rem .8rem;background:rgba(var(--h),.08);whit
 mark{background:var(--bad);color:var(--bg)}pre{white-space:pre-wrap;background:rgba(var(--h),.08);
 padding:.6rem}@media(max-width:500px){svg text{font-size:20px}}
 @media print{body{max-width:none;font-size:11px}figure,tr{break-inside:avoid}
+.scroll{overflow:visible}.heat th{padding:.1rem .2rem;font-size:8px}.heat td{min-width:0}
 *{print-color-adjust:exact}}
 </style></head><body><main><h1>$title</h1>
 <p class="verdict $status">$verdict</p><p>$summary</p>$problems$bars$candidates

@@ -16,8 +16,10 @@ from fwl_export.bundle import GRAPH_FILE, read_bundle, write_manifest
 from fwl_export.errors import BundleError, ConfigError
 from fwl_export.export import graph as graphs
 from fwl_export.parity import check_bundle
+from fwl_export.parity.backends import Backend
 from fwl_export.parity.bisect import Bisection, bisect_bundle
-from fwl_export.runtimes import Session
+from fwl_export.parity.bisect.expose import Probe, open_probe
+from fwl_export.runtimes import Session, open_session
 from tests.bundles import VOCABULARY
 from tests.parity import faults
 from tests.parity.faults import broken_bundle
@@ -175,6 +177,25 @@ def test_nan_is_located(tiny_bundle: Path, tmp_path: Path) -> None:
     assert (result.finding.kind, result.finding.op_type) == ("node", "Where")
     assert result.finding.tensor == "present.pending.normed"
     assert json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_a_fault_of_the_runtimes_optimisation_is_told_from_one_in_a_node(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime whose optimised graph is wrong, and right when its inner tensors are outputs."""
+    broken = broken_bundle(tiny_bundle, tmp_path / "broken", faults.ignored_decay(0))
+    optimised = {read_bundle(tiny_bundle).model_files(): broken.model_files()}
+
+    def probe(backend: Backend, path: Path) -> Probe:
+        return open_probe(backend, optimised.get(path, path))
+
+    monkeypatch.setattr("fwl_export.parity.bisect.run.open_probe", probe)
+    session = open_session(broken, "onnxruntime", 3, threads=1, plugin="none")
+    bundle = read_bundle(tiny_bundle)
+    result = bisect_bundle(bundle, TEXT, CANDIDATE, TOKENS, session=session)
+    assert result.finding is not None
+    assert (result.finding.kind, result.finding.tensor) == ("fusion", "logits")
+    assert "optimisation" in result.finding.note
 
 
 def test_a_trace_that_is_not_the_module_is_said(own_bundle: Path) -> None:

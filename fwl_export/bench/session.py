@@ -33,7 +33,9 @@ RAW = "raw"
 
 REST_SECONDS = 0.1
 
-_CALLS_OF_DECODE = 20
+# Of one implementation in a round: calls, as many as read so many tokens, but for their limits.
+_TOKENS_OF_A_TURN = 512
+_CALLS_OF_A_TURN = (2, 20)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def bench_session(
     runs["session"] = lambda: session.feed(ids, last_only=True)
     if libfwl is not None:
         runs["libfwl"] = _libfwl(libfwl, bundle, threads, plugin, ids)
-    repeat = _CALLS_OF_DECODE if tokens == 1 else 2
+    fewest, most = _CALLS_OF_A_TURN
+    repeat = min(max(_TOKENS_OF_A_TURN // (tokens * batch), fewest), most)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for name in list(runs) * rounds:
         # The threads of the one before wait for work on the cores that this one needs.

@@ -9,6 +9,7 @@
 function(fwl_find_headers)
   cmake_parse_arguments(PARSE_ARGV 0 arg "" "WHAT;TITLE;HEADER;SDK;RESULT" "SUFFIXES")
   if(${arg_SDK})
+    unset(${arg_RESULT} CACHE) # of a configuration before, with another SDK or none
     find_path(${arg_RESULT} ${arg_HEADER}
               PATHS "${${arg_SDK}}" PATH_SUFFIXES ${arg_SUFFIXES} NO_DEFAULT_PATH)
     if(NOT ${arg_RESULT})

@@ -162,6 +162,30 @@ void test_files_without_memory() {
   std::remove(path.c_str());
 }
 
+void test_limit() {
+  const Problem problem;
+  problem.model->bundle.max_positions = 10;
+  Session session(problem.model, kRows);
+  const auto read = [&](const std::vector<int64_t>& lengths) {
+    const std::vector<int64_t> ids(kRows * 10, 1);
+    session.feed(ids.data(), 10, nullptr, lengths.data(), FWL_LOGITS_NONE, nullptr, 0);
+  };
+  read({4, 10, 0});
+  read({6, 0, 9});
+  const std::vector<RowState> before = rows_of(session, problem.model->bundle);
+  try {
+    read({0, 0, 2});
+    expect(false, "a row reads beyond the limit");
+  } catch (const Failure& failure) {
+    const std::string expected = "row 2 has read 9 tokens and is to read 2 more, but this model "
+                                 "takes 10 at most; reset the row, or read a shorter text";
+    expect(failure.status() == FWL_ERROR_TOKEN && failure.what() == expected, failure.what());
+  }
+  expect(rows_of(session, problem.model->bundle) == before, "a refused call moved a row");
+  read({0, 0, 1});
+  expect(session.positions() == std::vector<int64_t>{10, 10, 10}, "rows do not reach the limit");
+}
+
 void test_threads() {
   const Problem problem;
   Session shared(problem.model, kRows);
@@ -219,6 +243,7 @@ int main(int count, char** arguments) {
   std::printf("refused of 3000 calls each: backend %zu, NaN %zu, memory %zu\n", thrown, poisoned,
               starved);
   test_files_without_memory();
+  test_limit();
   test_threads();
   test_rounds(20000);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

@@ -148,14 +148,14 @@ void test_no_driver() {
     return;
   }
   const Folder folder({EngineFile()});
-  refused(folder, options_of(), FWL_ERROR_RUNTIME, "there is no CUDA driver on this machine");
+  refused(folder, options_of(), FWL_ERROR_RUNTIME, "there is no CUDA device (libcuda.so.1: ");
 }
 
 void test_what_is_missing() {
   const Folder folder({EngineFile()});
   fwl_options options = options_of();
   cuda->devices = 0;
-  refused(folder, options, FWL_ERROR_RUNTIME, "the CUDA driver finds no GPU");
+  refused(folder, options, FWL_ERROR_RUNTIME, "there is no CUDA device (the driver finds no GPU)");
   cuda->devices = 1;
   options.device = 1;
   refused(folder, options, FWL_ERROR_ARGUMENT, "device is 1; expected 0 to 0");

@@ -156,6 +156,24 @@ def test_a_process_killed_while_libfwl_saves_leaves_the_old_file_or_the_new_one(
         process.stdout.close()
         found.load_state(path)
         np.testing.assert_array_equal(found.read_row(0), expected[found.positions[0]])
+    # The next to save removes what killed processes left, and nothing of others.
+    kept = {path.name, f"{path.name}.{os.getppid()}.1.tmp", f"{path.name}.{process.pid}.copy"}
+    for name in kept | {f"{path.name}.{process.pid}.1.tmp"}:
+        (tmp_path / name).touch()
+    found.save_state(path)
+    assert {entry.name for entry in tmp_path.iterdir()} == kept
+
+
+def test_libfwl_saves_beside_what_a_process_with_its_number_left(
+    tmp_path: Path, model: Model
+) -> None:
+    session = model.session()
+    session.feed([PROMPT])
+    session.save_state(tmp_path / "other.state")
+    for number in range(1, 1000):  # as in a container that starts again: it is process 1 each time
+        (tmp_path / f"a.state.{os.getpid()}.{number}.tmp").touch()
+    session.save_state(tmp_path / "a.state")
+    assert (tmp_path / "a.state").read_bytes() == (tmp_path / "other.state").read_bytes()
 
 
 def test_a_document_read_once_is_answered_from_in_three_processes(

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fwl_export import open_session
+from fwl_export.engines import query_driver
 from fwl_export.state_file import COMPRESSIONS
 from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.embed.library import ALL, LAST, NONE, FwlError, Info, Library, Model, Options
@@ -337,6 +338,16 @@ def test_a_library_of_another_interface_is_refused(library: Library, own_bundle:
         lambda: library.open(
             own_bundle, None, backend=b"tensorrt", tensorrt_library=str(path).encode()
         ),
+    )
+
+
+def test_a_machine_without_a_gpu(library: Library, own_bundle: Path) -> None:
+    if query_driver().devices:
+        pytest.skip("this machine has a GPU")
+    refused(
+        "runtime",
+        "there is no CUDA device (",
+        lambda: library.open(own_bundle, None, backend=b"tensorrt"),
     )
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 import onnx
 import pytest
 
-from fwl_export import __version__
+from fwl_export import __version__, open_session
 from fwl_export.bundle import MODEL_FILE, Bundle, read_bundle
-from fwl_export.engines import EngineFacts, build_engines
+from fwl_export.engines import EngineFacts, build_engines, query_driver
 from fwl_export.engines.build import _targets
 from fwl_export.engines.worker import Probe, describe_flavour
-from fwl_export.errors import BundleError, EngineError, MissingDependencyError
+from fwl_export.errors import BundleError, DeviceError, EngineError, MissingDependencyError
 from fwl_export.model.streaming import INPUTS
+from fwl_export.runtimes import tensorrt_engine
 from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.engines.conftest import QuickWorker
 
@@ -112,6 +113,18 @@ def test_profiles_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> N
             "opt": [1, 16],
             "max": [4, 16],
         }
+
+
+def test_a_real_engine_on_a_machine_without_a_gpu(
+    built: tuple[Bundle, list[EngineFacts]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_engine, "query_driver", lambda: query_driver("libnone.so.1"))
+    with pytest.raises(DeviceError) as caught:
+        open_session(built[0], backend="tensorrt")
+    assert str(caught.value) == (
+        "backend 'tensorrt' needs an NVIDIA GPU, and there is no CUDA device: "
+        "libnone.so.1 is not here; use backend 'onnxruntime'"
+    )
 
 
 def test_fp16_and_an_sm_that_the_builder_refuses(

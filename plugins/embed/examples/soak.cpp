@@ -1,46 +1,86 @@
-// Runs long and says whether memory stays where it is: decode steps in one session, then rounds of
-// opening, feeding, resetting and closing sessions.
+// Runs long and says whether memory stays where it is, to 1 %: decode steps in one session, then
+// rounds of opening, feeding, resetting and closing sessions. Exits with 1 if it does not.
 //
 //   soak BUNDLE STEPS ROUNDS        FWL_RUNTIME=path of libonnxruntime.so
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
-
-#include <unistd.h>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 #include "fwl/fwl.hpp"
 
 namespace {
 
-double resident_megabytes() {
-  size_t total = 0, resident = 0;
-  std::ifstream("/proc/self/statm") >> total >> resident;
-  return static_cast<double>(resident) * static_cast<double>(sysconf(_SC_PAGESIZE)) / 1e6;
+constexpr double kFlat = 0.01;
+
+struct Memory {
+  double resident = 0;  // MB
+  double anonymous = 0; // of it, MB: what a leak adds to; the rest are pages of files
+};
+
+// From smaps_rollup, which is exact; the counters of status and statm lag behind.
+Memory memory_now() {
+  Memory memory;
+  std::ifstream rollup("/proc/self/smaps_rollup");
+  std::string line;
+  while (std::getline(rollup, line)) {
+    std::istringstream words(line);
+    std::string name;
+    double kibibytes = 0;
+    words >> name >> kibibytes;
+    if (name == "Rss:") {
+      memory.resident = kibibytes * 1024 / 1e6;
+    } else if (name == "Anonymous:") {
+      memory.anonymous = kibibytes * 1024 / 1e6;
+    }
+  }
+  if (memory.resident == 0) {
+    throw std::runtime_error(
+        "cannot read /proc/self/smaps_rollup, which needs Linux 4.14 or newer");
+  }
+  return memory;
 }
 
-// Runs `count` times, and prints the memory after a tenth, when all is warm, and at the end.
-template <class Function> void watch(const char* what, long count, const Function& function) {
+// Prints the highest against that after a tenth, when all is warm; returns whether it is flat.
+bool report(const char* which, double early, double highest) {
+  const double growth = highest / early - 1;
+  std::cout << "  " << which << ": " << early << " MB after a tenth, at most " << highest
+            << " MB later (" << 100 * growth << " %)" << std::endl;
+  return growth < kFlat;
+}
+
+// Runs `count` times, and looks at the memory after each tenth.
+template <class Function> bool watch(const char* what, long count, const Function& function) {
   const auto began = std::chrono::steady_clock::now();
-  double early = 0;
+  Memory early, highest;
   for (long i = 0; i < count; ++i) {
     function(i);
-    if (i == count / 10) {
-      early = resident_megabytes();
+    if (const long done = i + 1; done * 10 / count > i * 10 / count) {
+      const Memory now = memory_now();
+      if (early.resident == 0) {
+        early = now;
+      }
+      highest.resident = std::max(highest.resident, now.resident);
+      highest.anonymous = std::max(highest.anonymous, now.anonymous);
     }
   }
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
-  const double late = resident_megabytes();
-  std::cout << what << ": " << count << " in " << seconds.count() << " s, resident " << early
-            << " MB after a tenth, " << late << " MB at the end (" << 100 * (late / early - 1)
-            << " %)" << std::endl;
+  std::cout << what << ": " << count << " in " << seconds.count() << " s" << std::endl;
+  const bool flat = report("resident", early.resident, highest.resident);
+  return report("anonymous", early.anonymous, highest.anonymous) && flat;
 }
 
 } // namespace
 
 int main(int count, char** arguments) {
-  if (count != 4) {
+  const long steps = count == 4 ? std::atol(arguments[2]) : 0;
+  const long rounds = count == 4 ? std::atol(arguments[3]) : 0;
+  if (steps < 1 || rounds < 1) {
     std::cerr << "usage: soak BUNDLE STEPS ROUNDS\n";
     return 2;
   }
@@ -53,13 +93,14 @@ int main(int count, char** arguments) {
     const fwl::Model model(arguments[1], options);
     const int64_t vocabulary = model.info().vocab_size;
     fwl::Session session = model.session();
-    watch("steps", std::atol(arguments[2]),
-          [&](long i) { session.feed({(i * 31 + i / 7) % vocabulary}); });
-    watch("rounds", std::atol(arguments[3]), [&](long i) {
+    const bool read =
+        watch("steps", steps, [&](long i) { session.feed({(i * 31 + i / 7) % vocabulary}); });
+    const bool opened = watch("rounds", rounds, [&](long i) {
       fwl::Session other = model.session();
       other.feed({i % vocabulary, (i + 1) % vocabulary});
       other.reset();
     });
+    return read && opened ? 0 : 1;
   } catch (const std::exception& error) {
     std::cerr << "error: " << error.what() << '\n';
     return 1;

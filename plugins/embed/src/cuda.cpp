@@ -53,13 +53,16 @@ constexpr int kComputeCapabilityMajor = 75; // CUdevice_attribute
 constexpr int kComputeCapabilityMinor = 76;
 constexpr unsigned kNonBlocking = 1; // CU_STREAM_NON_BLOCKING: sessions do not wait for each other
 
+[[noreturn]] void no_device(const std::string& reason) {
+  throw Absent(FWL_ERROR_RUNTIME, "there is no CUDA device (" + reason +
+                                      "); backend tensorrt needs an NVIDIA GPU and its driver");
+}
+
 std::unique_ptr<CudaDriver> open_driver() {
   void* const library = dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL); // stays open, as its threads may
   if (library == nullptr) {
     const char* const reason = dlerror();
-    throw Absent(FWL_ERROR_RUNTIME, std::string("there is no CUDA driver on this machine (") +
-                                        (reason != nullptr ? reason : kLibrary) +
-                                        "); install NVIDIA's driver");
+    no_device(reason != nullptr ? reason : kLibrary);
   }
   auto driver = std::make_unique<CudaDriver>();
   const auto load = [&](auto& function, const char* name) {
@@ -99,7 +102,7 @@ Gpu::Gpu(int ordinal) : driver_(open_driver()) {
   const CudaDriver& cuda = *driver_;
   int count = 0;
   if (cuda.cuInit(0) != 0 || cuda.cuDeviceGetCount(&count) != 0 || count == 0) {
-    throw Absent(FWL_ERROR_RUNTIME, "the CUDA driver finds no GPU");
+    no_device("the driver finds no GPU");
   }
   if (ordinal < 0 || ordinal >= count) {
     throw Failure(FWL_ERROR_ARGUMENT, "device is " + std::to_string(ordinal) + "; expected 0 to " +

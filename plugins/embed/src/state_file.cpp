@@ -1,6 +1,8 @@
 #include "state_file.h"
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -9,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "error.h"
@@ -29,13 +32,16 @@ std::string reason() {
   return std::strerror(errno);
 }
 
-// A file beside another one, whose place it takes; removed if that did not come about.
+// A file beside another one, whose place it takes; removed if that did not come about. What killed
+// processes left there is removed first.
 class Replacement {
 public:
-  explicit Replacement(const std::string& target)
-      : target_(target),
-        path_(target + "." + std::to_string(getpid()) + "." + std::to_string(++count()) + ".tmp"),
-        file_(open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) {
+  explicit Replacement(const std::string& target) : target_(target) {
+    remove_leftovers();
+    do { // a name may be taken: in another container processes have the same numbers
+      path_ = target + "." + std::to_string(getpid()) + "." + std::to_string(++count()) + ".tmp";
+      file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    } while (file_ < 0 && errno == EEXIST);
     if (file_ < 0) {
       fail();
     }
@@ -78,17 +84,30 @@ private:
     static std::atomic<unsigned> all{0};
     return all;
   }
+  void remove_leftovers() const {
+    const size_t slash = target_.rfind('/') + 1; // 0 if there is none
+    const std::string folder = slash == 0 ? "." : target_.substr(0, slash);
+    const std::string prefix = target_.substr(slash) + ".";
+    const std::unique_ptr<DIR, int (*)(DIR*)> entries(opendir(folder.c_str()), closedir);
+    while (const dirent* const entry = entries ? readdir(entries.get()) : nullptr) {
+      long process = 0;
+      int end = 0;
+      if (std::strncmp(entry->d_name, prefix.c_str(), prefix.size()) == 0 &&
+          std::sscanf(entry->d_name + prefix.size(), "%ld.%*u.tmp%n", &process, &end) == 1 &&
+          end > 0 && entry->d_name[prefix.size() + static_cast<size_t>(end)] == '\0' &&
+          process > 0 && kill(static_cast<pid_t>(process), 0) != 0 && errno == ESRCH) {
+        unlink((target_.substr(0, slash) + entry->d_name).c_str());
+      }
+    }
+  }
   [[noreturn]] void fail() const {
     const std::string why = reason();
-    if (file_ < 0 || !renamed_) {
-      unlink(path_.c_str());
-    }
     throw Failure(FWL_ERROR_IO, "cannot write '" + target_ + "': " + why);
   }
 
   std::string target_;
   std::string path_;
-  int file_;
+  int file_ = -1;
   bool renamed_ = false;
 };
 

@@ -162,8 +162,13 @@ class TensorRt final : public Backend, public std::enable_shared_from_this<Tenso
 public:
   TensorRt(const Bundle& bundle, const TensorRtOptions& options)
       : specs(bundle.state), vocab_size(static_cast<size_t>(bundle.vocab_size)) {
+    if (options.library == nullptr) {
+      gpu = std::make_shared<Gpu>(options.device); // without one, no library helps
+    }
     const Library library = open_library(options.library);
-    gpu = std::make_shared<Gpu>(options.device);
+    if (gpu == nullptr) {
+      gpu = std::make_shared<Gpu>(options.device);
+    }
     const std::string plugin = options.plugin != nullptr ? options.plugin : plugin_beside();
     chosen_ = choose_engine(bundle, {kFlavour, kTitle, library.version, gpu->sm(), !plugin.empty(),
                                      options.plugin != nullptr, options.allow_embedded_plugin});

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "fwl_export"
 # is a module or a folder of the package.
 FLOORS = (
     ("errors", "files", "machine"),
-    ("plugins", "onnx_file"),
+    ("ort", "plugins", "onnx_file"),
     ("op",),
     ("state", "text"),
     ("state_file",),

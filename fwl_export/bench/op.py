@@ -45,7 +45,7 @@ from fwl_export.machine import processor_name
 from fwl_export.op import spec
 from fwl_export.op.onnx_function import append_function
 from fwl_export.op.torch_op import linear_attention_update, run_chunked
-from fwl_export.runtimes.onnxruntime import import_onnxruntime
+from fwl_export.ort import import_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -25,6 +25,7 @@ import numpy as np
 
 from fwl_export.bundle import Bundle
 from fwl_export.errors import PluginError
+from fwl_export.ort import import_onnxruntime
 from fwl_export.runtimes import onnxruntime, open_session
 from fwl_export.runtimes.base import Call
 from fwl_export.runtimes.session import Session
@@ -190,7 +191,7 @@ def _libfwl(
     from fwl_export.plugins import ONNXRUNTIME, find_plugin
 
     library = find_plugin(ONNXRUNTIME, plugin)
-    ort = onnxruntime.import_onnxruntime()
+    ort = import_onnxruntime()
     folder = Path(ort.__file__).parent / "capi"
     runtime = next(iter(sorted(folder.glob("libonnxruntime.so*"))), None)
     error = ctypes.create_string_buffer(1024)  # fwl_error: the status, then the message

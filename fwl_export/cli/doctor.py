@@ -91,9 +91,13 @@ def _package(name: str, cost: str, extra: str, needed: bool) -> Piece:
 
 
 def _onnxruntime() -> Piece:
+    from fwl_export.errors import MissingDependencyError
+    from fwl_export.ort import import_onnxruntime
+
     try:
-        import onnxruntime
-    except ImportError as error:
+        onnxruntime = import_onnxruntime()
+    except MissingDependencyError as problem:
+        error = problem.__cause__
         missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
         note = "" if missing else f"installed, but it cannot be loaded ({error}): "
         note += "no export, no backend 'onnxruntime'; pip install 'fwl-export[cpu]'"

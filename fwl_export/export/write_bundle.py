@@ -13,7 +13,7 @@ import numpy as np
 
 from fwl_export import bundle as bundles
 from fwl_export.bundle import Bundle, Manifest, describe_file, is_bundle, read_bundle
-from fwl_export.errors import ExportError, MissingDependencyError, OutputExistsError
+from fwl_export.errors import ExportError, OutputExistsError
 from fwl_export.export.precision import EXPORTED, PrecisionPolicy, write_policy
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import replaced_folder
@@ -21,6 +21,7 @@ from fwl_export.model.checkpoint import TOKENIZER_FILE, load_checkpoint
 from fwl_export.model.stored import CONFIG_FILE, WEIGHTS_FILE
 from fwl_export.model.streaming import INPUTS
 from fwl_export.op.spec import DOMAIN, NAME, VERSION
+from fwl_export.ort import import_onnxruntime
 from fwl_export.state import PAST, PRESENT, TensorSpec, zeros
 
 DEFAULT_OPSET = 20
@@ -137,13 +138,7 @@ def run_once(model_path: Path, specs: list[TensorSpec]) -> None:
       ExportError: it does not load or run, or something comes out NaN or with another shape.
       MissingDependencyError: onnxruntime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError(
-            "export runs the file once in ONNX Runtime, which is not installed; "
-            "pip install 'fwl-export[cpu]'"
-        ) from None
+    onnxruntime = import_onnxruntime("export, which runs the file once,")
     feeds = dict(zip(INPUTS, (t.numpy() for t in example_inputs(2, 2)), strict=True))
     feeds |= {PAST + name: array for name, array in zeros(specs, 2).items()}
     try:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fwl_export.bundle import Bundle
 from fwl_export.errors import BundleError, MissingDependencyError, PluginError
+from fwl_export.ort import import_onnxruntime
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.runtimes.base import Call, parse_device
 from fwl_export.state import PAST, PRESENT, State, TensorSpec
@@ -248,19 +249,3 @@ def _register(options: onnxruntime.SessionOptions, plugin: Path) -> None:
         raise PluginError(
             f"ONNX Runtime cannot load plugin '{plugin}': {error}; leave it out with plugin='none'"
         ) from None
-
-
-def import_onnxruntime() -> Any:
-    """Import ONNX Runtime, silent about what is no error.
-
-    Raises:
-      MissingDependencyError: it is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError(
-            "backend 'onnxruntime' needs ONNX Runtime; pip install 'fwl-export[cpu]'"
-        ) from None
-    onnxruntime.set_default_logger_severity(3)
-    return onnxruntime

@@ -167,7 +167,7 @@ def test_logits_of_some_positions_are_those_of_all() -> None:
         assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
 
 
-@pytest.mark.parametrize("length, passes", [(1, [0, 2]), (2, [2, 1]), (9, [9, 1])])
+@pytest.mark.parametrize(("length", "passes"), [(1, [0, 2]), (2, [2, 1]), (9, [9, 1])])
 def test_in_a_call_of_one_token_slow_and_fast_logits_share_a_pass(
     length: int, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

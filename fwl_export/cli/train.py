@@ -30,7 +30,8 @@ def train(
       [training]
       steps = 2000
 
-    Every key: fwl_export/model/training_run.py, training.py and config.py.
+    Every key: docs/train.toml of the repository, which runs as it is; their defaults:
+    fwl_export/model/training_run.py, training.py and config.py.
 
     Example: fwl-export train plays.toml
     """

@@ -73,7 +73,7 @@ def export_bundle(
     if limit := loaded.config.backbone.max_positions:
         max_tokens = min(max_tokens, limit)
     with replaced_folder(output) as folder:
-        progress("tracing the model (10 to 30 s)")
+        progress("tracing the model (10 s and more, by its layers)")
         model_path = folder / bundles.MODEL_FILE
         chosen = policy or precision
         specs = export_onnx(loaded.model, model_path, chosen, max_tokens, opset)

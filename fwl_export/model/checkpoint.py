@@ -16,7 +16,13 @@ from fwl_export.errors import CheckpointError, OutputExistsError
 from fwl_export.files import replaced_folder
 from fwl_export.model.config import ModelConfig
 from fwl_export.model.language_model import FWLModel
-from fwl_export.model.stored import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
+from fwl_export.model.stored import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ZeroWeights,
+    read_json,
+    read_tensors,
+)
 from fwl_export.text import load_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -58,7 +64,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 f"{WEIGHTS_FILE} and {TOKENIZER_FILE}"
             )
     config = load_config(folder / CONFIG_FILE)
-    model = FWLModel(config)
+    with ZeroWeights():
+        model = FWLModel(config)
     model.load_stored_tensors(read_tensors(folder / WEIGHTS_FILE, model.stored_tensors()))
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE, config.vocab_size, config.padded_vocabulary)
     return Checkpoint(model.eval().requires_grad_(False), tokenizer)

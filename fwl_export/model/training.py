@@ -5,8 +5,8 @@ of their own for step sizes and horizon, which are trained in log space (they st
 and move by ratios). The loss is that of the adapting logits, differentiated through the
 gradient step (second order).
 
-A loop of one's own, under DDP for example, needs `log_space`, `build_optimizers` and
-`model(inputs, labels)`, which is an ordinary `nn.Module`.
+A loop of one's own, under DDP or FSDP for example, needs `log_space`, then the wrapper, then
+`build_optimizers`, and `model(inputs, labels)`, which is an ordinary `nn.Module`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -275,26 +275,36 @@ def _set_learning_rate(
 
 
 class _Exp(nn.Module):
-    """Parametrization of a positive tensor by its log."""
+    """Parametrization of a positive tensor [] or [n] by its log [1] or [n]: FSDP has no scalars."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self._shape = shape
 
     def forward(self, log: Tensor) -> Tensor:
-        return log.exp()
+        return log.exp().reshape(self._shape)
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        return value.log()
+        return value.log().reshape(-1)
 
 
 @contextmanager
 def log_space(model: FWLModel) -> Iterator[None]:
-    """Train step sizes and horizon as logs; afterwards they are plain parameters again."""
+    """Train step sizes and horizon as logs; afterwards they are plain parameters again.
+
+    In a model that `fully_shard` of FSDP has sharded meanwhile they stay logs. For a checkpoint,
+    load its full state dict into another model, in `log_space` too.
+    """
     layer = model.fast_weights
     places: list[tuple[nn.Module, str]] = [(layer.steps, name) for name in layer.steps]
     if layer.config.decay == "learned":
         places.append((layer, "horizon"))
     for module, name in places:
-        parametrize.register_parametrization(module, name, _Exp())
+        parametrize.register_parametrization(module, name, _Exp(getattr(module, name).shape))
     try:
         yield
     finally:
         for module, name in places:
-            parametrize.remove_parametrizations(module, name)
+            log = cast(Any, module).parametrizations[name].original
+            if not hasattr(log, "full_tensor"):  # a DTensor, whose import takes a second
+                parametrize.remove_parametrizations(module, name)

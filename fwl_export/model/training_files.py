@@ -100,7 +100,7 @@ class TrainingLog:
     """A line of a CSV file per update, and TensorBoard's files if wanted.
 
     A resumed training begins a few updates before the last line; the lines that it writes anew
-    are dropped first, so that each update has one.
+    are dropped first, so that each update has one; TensorBoard is told to hide what it has of them.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
@@ -115,12 +115,17 @@ class TrainingLog:
         """
         self._path = path
         self._stream: io.TextIOWrapper | None = None
-        self._board = None if tensorboard is None else _summary_writer(tensorboard)
+        self._board: Any = None
+        self._board_folder = tensorboard
+        self._writer = None if tensorboard is None else _summary_writer()
 
     def add(self, row: Mapping[str, float]) -> None:
         """Write the line of an update; every row has the same keys, "step" among them."""
         if self._stream is None:
-            self._stream = self._open([*row, "time"], int(row["step"]))
+            step = int(row["step"])
+            self._stream = self._open([*row, "time"], step)
+            if self._writer is not None:
+                self._board = self._writer(str(self._board_folder), purge_step=step)
         values = [*(f"{value:.9g}" for value in row.values()), f"{time.time():.0f}"]
         csv.writer(self._stream).writerow(values)
         self._stream.flush()
@@ -152,12 +157,13 @@ class TrainingLog:
         return self._path.open("a", newline="", encoding="utf-8")
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer() -> Any:
+    """Return TensorBoard's class of writers."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    except ImportError as error:
         raise MissingDependencyError(
-            "TensorBoard's files need 'tensorboard', which is not installed; "
+            f"TensorBoard's files need 'tensorboard', which cannot be imported ({error}); "
             "pip install 'fwl-export[tensorboard]', or leave `tensorboard` out of the config"
         ) from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter

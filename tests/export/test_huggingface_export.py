@@ -34,9 +34,11 @@ def random_ids(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCABULARY, count)
 
 
-def exported(folder: Path, name: str) -> Bundle:
+def exported(folder: Path, name: str, precision: str = "fp32") -> Bundle:
     save_checkpoint(folder / "checkpoint", tiny_pretrained(name), tiny_tokenizer(VOCABULARY - 3))
-    return export_bundle(folder / "checkpoint", folder / "bundle", max_tokens=MAX_TOKENS)
+    return export_bundle(
+        folder / "checkpoint", folder / "bundle", precision=precision, max_tokens=MAX_TOKENS
+    )
 
 
 def assert_checked(bundle: Bundle, tokens: int) -> None:
@@ -72,6 +74,13 @@ def test_absolute_positions_end_in_every_backend(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_sliding_window_reads_without_end(tmp_path: Path) -> None:
     assert_checked(exported(tmp_path, "Mistral"), 5 * LIMIT)
+
+
+@pytest.mark.slow
+def test_a_backbone_in_float16(tmp_path: Path) -> None:
+    bundle = exported(tmp_path, "Llama", "fp16")
+    assert_checked(bundle, LIMIT)
+    assert {s.dtype for s in bundle.manifest.state if s.name.startswith("cache")} == {"float16"}
 
 
 @pytest.mark.slow

@@ -251,8 +251,9 @@ def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     scalars: list[tuple[str, float, int]] = []
 
     class Writer:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, purge_step: int) -> None:
             assert folder == str(tmp_path / "board")
+            scalars.append(("begun", 0, purge_step))
 
         def add_scalar(self, *scalar: Any) -> None:
             scalars.append(scalar)
@@ -265,4 +266,20 @@ def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     log = TrainingLog(tmp_path / "log.csv", tmp_path / "board")
     log.add({"step": 3, "loss": 0.5})
     log.close()
-    assert scalars == [("loss", 0.5, 3), ("closed", 0, 0)]
+    assert scalars == [("begun", 0, 3), ("loss", 0.5, 3), ("closed", 0, 0)]
+
+
+def test_tensorboard_shows_each_update_of_a_resumed_training_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    for first, loss in ((0, 0.5), (2, 0.25)):  # killed after update 3, saved after update 1
+        log = TrainingLog(tmp_path / "log.csv", tmp_path / "board")
+        for step in range(first, 4):
+            log.add({"step": step, "loss": loss})
+        log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert shown == [(0, 0.5), (1, 0.5), (2, 0.25), (3, 0.25)]

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from fwl_export.errors import CheckpointError, ConfigError, FwlError, OutputExistsError
 from fwl_export.model.checkpoint import load_checkpoint
-from fwl_export.model.training_run import read_run_config, run_training
+from fwl_export.model.config import BackboneConfig, FastWeightsConfig
+from fwl_export.model.training import TrainingConfig
+from fwl_export.model.training_run import RunConfig, read_run_config, run_training
 from tests.bundles import tiny_tokenizer, write_checkpoint
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "train.toml"
 HEAD = 'output = "run"\ntexts = ["*.txt"]\n'
 TOKENIZER = 'tokenizer = "tokenizer.json"\n'
 MODEL = "[model.backbone]\nwidth = 16\nheads = 2\nlayers = 1\nwindow = 8\n"
@@ -44,6 +54,27 @@ def test_texts_and_a_tokenizer_in_a_checkpoint_out(folder: Path) -> None:
         "log.csv",
         "resume.safetensors",
     }
+
+
+def test_the_example_has_every_key_and_trains(tmp_path: Path) -> None:
+    data = tomllib.loads(EXAMPLE.read_text(encoding="utf-8"))
+    tables = data.pop("model")
+    without = {"type", "checkpoint", "backbone", "fast_weights"}  # of no choice, or told otherwise
+    for kind, table in (
+        (RunConfig, data),
+        (TrainingConfig, data["training"]),
+        (BackboneConfig, tables["backbone"]),
+        (FastWeightsConfig, tables["fast_weights"]),
+    ):
+        assert set(table) == {field.name for field in dataclasses.fields(kind)} - without
+    config = read_run_config(EXAMPLE)
+    config = dataclasses.replace(
+        config, output=tmp_path / "run", training=dataclasses.replace(config.training, steps=2)
+    )
+    rows: list[dict[str, float]] = []
+    folder = run_training(config, rows.append)
+    assert [row["step"] for row in rows] == [0, 1]
+    assert load_checkpoint(folder).config.backbone == config.backbone
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(folder: Path) -> None:

@@ -64,9 +64,9 @@ class Decoder(nn.Module):
         mask = self._block_mask(x)
         for block in self._blocks():
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block.whole, x, rotary, mask, window, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, window, use_reentrant=False)
             else:
-                x = block.whole(x, rotary, mask, window)
+                x = block(x, rotary, mask, window)
         return self.norm(x)[:, :length]
 
     def stream(
@@ -148,7 +148,9 @@ class Block(nn.Module):
         nn.init.normal_(self.up.weight, std=width**-0.5)
         nn.init.zeros_(self.down.weight)
 
-    def whole(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, window: int) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, window: int
+    ) -> Tensor:
         """Return the block's output [B, T, width] for whole texts; T is a multiple of window."""
         query, key, value = self.attention.project(self.norm_1(x), rotary)
         return self.rest(x, _windowed_attention(query, key, value, mask, window))

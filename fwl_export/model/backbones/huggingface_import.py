@@ -26,6 +26,7 @@ from fwl_export.model.backbones.huggingface import (
     layer_types,
 )
 from fwl_export.model.config import FastWeightsConfig, HuggingFaceConfig
+from fwl_export.model.stored import ZeroWeights, all_finite
 
 # A cache for a model's whole context may not fit into memory; `context` asks for more.
 DEFAULT_CONTEXT = 2048
@@ -119,7 +120,8 @@ def import_backbone(
         kinds = layer_types(causal.base_model.config)
         limit = getattr(causal.config, "max_position_embeddings", None)
         probe = HuggingFaceConfig("huggingface", head.weight.shape[1], 64, 0, False, settings)
-        backbone = HuggingFaceBackbone(probe, head.weight.shape[0])
+        with ZeroWeights():
+            backbone = HuggingFaceBackbone(probe, head.weight.shape[0])
         backbone.body.load_state_dict(causal.base_model.state_dict())
         softcap = float(getattr(causal.config, "final_logit_softcapping", None) or 0.0)
         scale = _logit_scale(causal.config)
@@ -316,7 +318,7 @@ def _copied(model: Any) -> Any:
 
 def _check_finite(causal: Any, source: str) -> None:
     for name, tensor in causal.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError(
                 f"'{source}': '{name}' holds NaN or infinite values; get the weights again"
             )

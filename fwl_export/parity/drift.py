@@ -175,7 +175,7 @@ def _reference_steps(
         if call.reset:
             session.reset(call.reset)
             before = session.state
-        right = _feed(name, session, call)
+        right = _feed(name, session, call, keep=True)
         yield call, before, right
         if isinstance(right, Failure):
             return
@@ -297,12 +297,20 @@ def _other_state(session: Session, reference: Session) -> str:
     )
 
 
-def _feed(name: str, session: Session, call: Call) -> _Output | Failure:
-    """Return what a session made of a call, or what went wrong."""
+def _feed(name: str, session: Session, call: Call, keep: bool = False) -> _Output | Failure:
+    """Return what a session made of a call, or what went wrong.
+
+    Args:
+      name: of the runtime.
+      session: which reads it.
+      call: what it reads.
+      keep: the state outlives the session's next call.
+    """
     at = (name, call.step, call.depth)
     try:
         session.learning_rate_scale = call.scale
-        output = _Output(session.feed(call.ids, call.weights, call.lengths), session.state)
+        logits = session.feed(call.ids, call.weights, call.lengths)
+        output = _Output(logits, session.state if keep else session.peek())
     except NotFiniteError as error:
         return Failure(*at, str(error), "not finite", LOGITS)
     except Exception as error:  # a backend may raise anything; the others go on without it

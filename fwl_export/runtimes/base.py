@@ -14,6 +14,7 @@ from fwl_export.errors import ConfigError
 from fwl_export.state import State
 
 Array = npt.NDArray[Any]
+Rows = Sequence[int] | slice
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,22 @@ class Runner(Protocol):
     def run(self, call: Call, past: Any, present: Any) -> Array:
         """Read `past`, overwrite `present` (never the same buffers), return logits [B, P, V]."""
 
-    def read(self, buffers: Any, rows: Sequence[int]) -> State:
-        """Copy rows of buffers to arrays by name."""
+    def read(self, buffers: Any, rows: Rows) -> State:
+        """Copy rows of buffers to arrays by name.
+
+        Of a slice the arrays may be the buffers' own memory, which later calls overwrite.
+        """
 
     def write(self, buffers: Any, state: Mapping[str, Array], rows: Sequence[int]) -> None:
         """Copy arrays by name into rows of buffers."""
 
     def release(self, buffers: Any) -> None:
         """Forget buffers that no call will use again."""
+
+
+def index(rows: Rows) -> list[int] | slice:
+    """Return what picks rows of an array: copied, but for a slice."""
+    return rows if isinstance(rows, slice) else list(rows)
 
 
 def parse_device(device: str) -> tuple[str, int]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fwl_export import state as states
 from fwl_export.bundle import Bundle
 from fwl_export.errors import BundleError, MissingDependencyError
-from fwl_export.runtimes.base import Call
+from fwl_export.runtimes.base import Call, Rows, index
 from fwl_export.state import PAST, PRESENT, State, TensorSpec
 
 Array = npt.NDArray[Any]
@@ -48,9 +48,9 @@ class OnnxReferenceRunner:
         logits: Array = outputs["logits"]
         return logits
 
-    def read(self, buffers: State, rows: Sequence[int]) -> State:
+    def read(self, buffers: State, rows: Rows) -> State:
         """See `Runner.read`."""
-        return {name: array[list(rows)] for name, array in buffers.items()}
+        return {name: array[index(rows)] for name, array in buffers.items()}
 
     def write(self, buffers: State, state: Mapping[str, Array], rows: Sequence[int]) -> None:
         """See `Runner.write`."""

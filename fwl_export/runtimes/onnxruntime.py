@@ -14,7 +14,7 @@ from fwl_export.bundle import Bundle
 from fwl_export.errors import BundleError, MissingDependencyError, PluginError
 from fwl_export.ort import import_onnxruntime
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
-from fwl_export.runtimes.base import Call, parse_device
+from fwl_export.runtimes.base import Call, Rows, index, parse_device
 from fwl_export.state import PAST, PRESENT, State, TensorSpec
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class OnnxRuntimeRunner:
             self._bound[key] = BoundCall(self._model, call, past, present)
         return self._bound[key].run(call)
 
-    def read(self, buffers: Any, rows: Sequence[int]) -> State:
+    def read(self, buffers: Any, rows: Rows) -> State:
         """See `Runner.read`."""
         state: State = buffers.read(rows)
         return state
@@ -198,8 +198,8 @@ class _HostBuffers:
         for name, array in self._arrays.items():
             _bind(binding.bind_output, PRESENT + name, array)
 
-    def read(self, rows: Sequence[int]) -> State:
-        return {name: array[list(rows)] for name, array in self._arrays.items()}
+    def read(self, rows: Rows) -> State:
+        return {name: array[index(rows)] for name, array in self._arrays.items()}
 
     def write(self, state: Mapping[str, Array], rows: Sequence[int]) -> None:
         for name, array in self._arrays.items():
@@ -221,8 +221,8 @@ class _DeviceBuffers:
         for name, value in self._values.items():
             binding.bind_ortvalue_output(PRESENT + name, value)
 
-    def read(self, rows: Sequence[int]) -> State:
-        return {name: value.numpy()[list(rows)] for name, value in self._values.items()}
+    def read(self, rows: Rows) -> State:
+        return {name: value.numpy()[index(rows)] for name, value in self._values.items()}
 
     def write(self, state: Mapping[str, Array], rows: Sequence[int]) -> None:
         for name, value in self._values.items():

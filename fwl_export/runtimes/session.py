@@ -273,6 +273,15 @@ class Session:
     def state(self, state: Mapping[str, Array]) -> None:
         self.write_rows(range(self.batch), state)
 
+    def peek(self) -> State:
+        """Return the state of all rows, [B, ...] by name, which the next calls may change.
+
+        Where it lies in the host's memory nothing is copied: for those who look at it after every
+        step and keep nothing. Do not write to it.
+        """
+        with self._lock:
+            return self._runner.read(self._current, slice(None))
+
     def read_rows(self, rows: Sequence[int]) -> State:
         """Return a copy of the rows' state: arrays [len(rows), ...] by name."""
         chosen = self._checked_rows(rows)
@@ -290,12 +299,18 @@ class Session:
         states.check(self.specs, state, len(chosen))
         states.check_finite(state)
         with self._lock:
-            before = self._runner.read(self._current, chosen)
-            try:
-                self._runner.write(self._current, state, chosen)
-            except BaseException:
-                self._runner.write(self._current, before, chosen)
-                raise
+            if len(chosen) == self.batch:  # then nothing of what is there is needed
+                if not self._spare:
+                    self._spare.append(self._runner.new_buffers(self.batch))
+                self._runner.write(self._spare[0], state, chosen)
+                self._current, self._spare[0] = self._spare[0], self._current
+            else:
+                before = self._runner.read(self._current, chosen)
+                try:
+                    self._runner.write(self._current, state, chosen)
+                except BaseException:
+                    self._runner.write(self._current, before, chosen)
+                    raise
             for row, position in zip(chosen, state["position"], strict=True):
                 self._positions[row] = int(position)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fwl_export.engines.facts import EngineFacts, ProfileFacts
 from fwl_export.errors import DeviceError, EngineError, ShapeError
-from fwl_export.runtimes.base import Call
+from fwl_export.runtimes.base import Call, Rows
 from fwl_export.runtimes.cuda import ALIGNMENT, Cuda, DeviceMemory, Graph, Mirror, Stream
 from fwl_export.runtimes.tensorrt_engine import LOGITS, TensorRTModel, new_context
 from fwl_export.state import PAST, PRESENT, State, TensorSpec
@@ -87,8 +87,9 @@ class TensorRTRunner:
             self._lanes[profile] = _Lane(model, profile, self._stream)
         return self._lanes[profile].run(call, shapes, past, present)
 
-    def read(self, buffers: StateBuffers, rows: Sequence[int]) -> State:
+    def read(self, buffers: StateBuffers, rows: Rows) -> State:
         """See `Runner.read`."""
+        rows = range(buffers.batch)[rows] if isinstance(rows, slice) else rows
         state = {s.name: np.empty((len(rows), *s.shape), s.dtype) for s in self.model.specs}
         self._copy_rows(buffers, rows, state, to_device=False)
         return state

@@ -18,7 +18,7 @@ from fwl_export.export.precision import (
 )
 from fwl_export.model.checkpoint import load_checkpoint
 from fwl_export.model.streaming import StreamingModel
-from fwl_export.runtimes.base import Call
+from fwl_export.runtimes.base import Call, Rows, index
 from fwl_export.state import State
 
 Array = npt.NDArray[Any]
@@ -82,9 +82,9 @@ class TorchRunner:
         result: Array = logits.numpy()
         return result
 
-    def read(self, buffers: Buffers, rows: Sequence[int]) -> State:
+    def read(self, buffers: Buffers, rows: Rows) -> State:
         """See `Runner.read`."""
-        return {name: tensor.numpy()[list(rows)] for name, tensor in buffers.items()}
+        return {name: tensor.numpy()[index(rows)] for name, tensor in buffers.items()}
 
     def write(self, buffers: Buffers, state: Mapping[str, Array], rows: Sequence[int]) -> None:
         """See `Runner.write`."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fwl_export.runtimes import Session, open_session
-from fwl_export.runtimes.base import Array, Call, Runner
+from fwl_export.runtimes.base import Array, Call, Rows, Runner
 from fwl_export.state import State
 from tests.parity import faults
 from tests.parity.faults import Fault, broken_bundle
@@ -85,7 +85,7 @@ class StaleRunner:
             self._runner.write(present, {**after, self._tensor: before[self._tensor]}, rows)
         return logits
 
-    def read(self, buffers: Any, rows: Sequence[int]) -> State:
+    def read(self, buffers: Any, rows: Rows) -> State:
         return self._runner.read(buffers, rows)
 
     def write(self, buffers: Any, state: Mapping[str, Array], rows: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from fwl_export.parity.drift import FORCED, FREE, Drift, Lane, LaneDrift, measur
 from fwl_export.parity.schedule import ROWS, Call, Schedule
 from fwl_export.runtimes import Session
 from fwl_export.runtimes.base import Call as ModelCall
-from fwl_export.runtimes.base import Runner
+from fwl_export.runtimes.base import Rows, Runner, index
 from fwl_export.state import State, TensorSpec
 
 VOCABULARY = 5
@@ -55,8 +55,8 @@ class FakeRunner:
         self.calls += 1
         return logits
 
-    def read(self, buffers: dict[str, Any], rows: Sequence[int]) -> State:
-        return {name: value[list(rows)] for name, value in buffers.items()}
+    def read(self, buffers: dict[str, Any], rows: Rows) -> State:
+        return {name: value[index(rows)] for name, value in buffers.items()}
 
     def write(self, buffers: dict[str, Any], state: Mapping[str, Any], rows: Sequence[int]) -> None:
         for name, value in buffers.items():

@@ -19,7 +19,7 @@ from fwl_export.parity.compare import Error, Place
 from fwl_export.parity.schedule import Call as Scheduled
 from fwl_export.parity.tolerances import Budget, budgets, tolerance_for
 from fwl_export.runtimes import Session
-from fwl_export.runtimes.base import Call, Runner
+from fwl_export.runtimes.base import Call, Rows, Runner
 from fwl_export.state import State
 
 Array = npt.NDArray[Any]
@@ -258,7 +258,7 @@ class _Recorder:
         self.calls.append((call, before, logits, self._runner.read(present, rows)))
         return logits
 
-    def read(self, buffers: Any, rows: Sequence[int]) -> State:
+    def read(self, buffers: Any, rows: Rows) -> State:
         return self._runner.read(buffers, rows)
 
     def write(self, buffers: Any, state: Mapping[str, Array], rows: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ Array = npt.NDArray[Any]
 ULP_BINS = 26
 _EXPONENT_BIAS = 1023
 _BLOCK = 1 << 13  # elements compared at a time: they stay in the cache, and malloc reuses them
+_PREDICTIONS = 1 << 18  # logits whose distributions are compared at a time, in float64
 _LIKELY = 5  # tokens whose agreement is measured beside that of the likeliest
 
 
@@ -185,8 +186,12 @@ class PredictionSum:
           reference: [T, V] logits.
           labels: [T] the tokens that followed.
         """
-        if not len(labels):
-            return
+        size = max(_PREDICTIONS // candidate.shape[-1], 1)
+        for start in range(0, len(labels), size):
+            block = slice(start, start + size)
+            self._add_block(candidate[block], reference[block], labels[block])
+
+    def _add_block(self, candidate: Array, reference: Array, labels: Array) -> None:
         found, expected = log_softmax(candidate), log_softmax(reference)
         ratio = found - expected
         # Both sum to 1, so this equals the sum of p log(p / q); but it has no terms that cancel

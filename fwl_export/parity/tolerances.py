@@ -4,8 +4,9 @@ A runtime computes in some precision, so it cannot agree with float64; how far i
 depends on the model and on the text. The measure is PyTorch in the same precision, on the same
 text in the same calls: what it is off by is what the precision costs. The budget of a tensor is
 a factor times that distance, for the largest difference and for the relative root mean square
-(RMS) each; both must be kept. The distance is the largest up to the depth in question, because
-what it is at one depth of a small tensor is chance.
+(RMS) each; both must be kept. The distance is the largest up to the depth in question, or, where
+the state is set right before each step and errors cannot grow, of the whole run, because what it
+is at one depth of a small tensor is chance.
 
 PyTorch can be right by chance, so a budget never falls below a floor, which counts roundings:
 `floor` times what a value of the precision is off by after a sum of some hundred terms, plus

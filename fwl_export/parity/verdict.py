@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fwl_export.parity.compare import Error, Prediction
@@ -225,7 +225,8 @@ def judge(
     for name in found.errors if count else ():
         row = tolerance_for(name, table)
         own_errors = usual.errors[name][:count]
-        allowed = budgets(row, own_errors, depths, precision, memory)
+        measure = _steady(own_errors) if lane.mode == FORCED else own_errors
+        allowed = budgets(row, measure, depths, precision, memory)
         columns = (depths, found.errors[name][:count], own_errors, allowed)
         measured = [Measured(*entries) for entries in zip(*columns, strict=True)]
         ulp = found.ulp.get(name)
@@ -242,6 +243,17 @@ def judge(
         usual.predictions[:count],
         None if whole else next((failure for failure in failures if failure), None),
     )
+
+
+def _steady(errors: Sequence[Error]) -> list[Error]:
+    """Return the largest of errors that do not grow, those of single steps, for every depth.
+
+    They are samples of one quantity, and the few of the first depths say little about it. Largest
+    differences are compared in units of what was largest in the tensor, since sums do grow.
+    """
+    rms = max((e.relative_rms for e in errors), default=0.0)
+    share = max((e.max_abs / e.scale for e in errors if e.scale), default=0.0)
+    return [replace(e, max_abs=max(share * e.scale, e.max_abs), relative_rms=rms) for e in errors]
 
 
 def _without_measure(failure: Failure | None) -> Failure | None:

@@ -69,7 +69,7 @@ def test_single_steps_are_measured_by_the_largest_of_the_run() -> None:
         drift = Drift(lanes, largest_call=1)
         table = [replace(row, prefix="logits")]
         run = judge("text", drift, Lane("a", mode), drift, "b", "fp32", 0.0, table)
-        found[mode] = [m.budget for m in run.tensors[0].measured]
+        found[mode] = [m.budget for m in run.tensors[0].depths]
     assert [b.relative_rms for b in found[FREE]] == [0.04, 0.08, 0.08]
     assert [b.relative_rms for b in found[FORCED]] == [0.08, 0.08, 0.08]
     # A tenth of what is largest in the tensor, at every depth.

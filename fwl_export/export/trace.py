@@ -146,10 +146,10 @@ def count_updates(proto: onnx.ModelProto) -> int:
 def _trace(streaming: StreamingModel, opset: int) -> torch.onnx.ONNXProgram:
     batch = torch.export.Dim("batch", min=1, max=4096)
     # The ring buffers are sized by the largest T of a call.
-    largest = max(streaming.max_tokens, 3)
+    largest = max(streaming.max_tokens, 2)
     tokens = torch.export.Dim("tokens", min=1, max=largest)
-    # Two rows, and three tokens for all but the last are two: sizes of 1 would be constants.
-    arguments = (*example_inputs(2, 3), *_example_state(streaming.specs, 2))
+    # Two rows and two tokens: sizes of 1 would be taken for constants.
+    arguments = (*example_inputs(2, 2), *_example_state(streaming.specs, 2))
     names = [spec.name for spec in streaming.specs]
     dynamic = (
         {0: batch, 1: tokens},

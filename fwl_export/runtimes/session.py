@@ -116,8 +116,10 @@ class Session:
             return self._feed(ids, weights, counts, last_only)
 
     def _check_positions(self, counts: list[int]) -> None:
+        if not self.max_positions:
+            return
         for row, (position, count) in enumerate(zip(self._positions, counts, strict=True)):
-            if self.max_positions and position + count > self.max_positions:
+            if position + count > self.max_positions:
                 raise TokenError(
                     f"row {row} has read {position} tokens and is to read {count} more, but this "
                     f"model takes {self.max_positions} at most; reset the row, or read a shorter "
@@ -166,13 +168,13 @@ class Session:
 
     def _call(self, ids: Array, weights: Array, lengths: list[int], last_only: bool) -> Call:
         if last_only:
-            positions = np.array([[max(length - 1, 0)] for length in lengths])
+            positions = np.array([[max(length - 1, 0)] for length in lengths], np.int64)
         else:
-            positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+            positions = np.tile(np.arange(ids.shape[1], dtype=np.int64), (len(ids), 1))
         return Call(
             np.ascontiguousarray(ids),
             np.ascontiguousarray(weights),
-            np.array(lengths),
+            np.array(lengths, np.int64),
             positions,
             self._learning_rate_scale,
         )

@@ -123,7 +123,8 @@ class StreamingModel(nn.Module):
         anchor = self._anchor(past, lengths)
         slow = layer.slow(hidden, anchor)
         # The last position's gradient waits for its label, so where it is the only one its slow
-        # logits can wait too, for the pass over the unembedding that the fast logits need.
+        # logits can wait too, for the pass over the unembedding that the fast logits need. Until
+        # then its output stands in for its expected embedding, which `one_later` drops.
         length = input_ids.shape[1]
         early = length - 1 // length
         expected = layer.expected_embedding(layer.logits(slow.output[:, :early]))

@@ -26,19 +26,16 @@ def test_kernels(builds: Path) -> None:
 @pytest.fixture(scope="session")
 def threads(builds: Path, compiled_kernels: Path) -> Path:
     """The tests of threads, built with the thread sanitizer."""
-    return (
-        built(
-            builds,
-            "threads",
-            _TESTS,
-            "-DFWL_SANITIZE=thread",
-            "-DFWL_TENSORRT=OFF",
-            f"-DFWL_COMPILED_KERNELS={compiled_kernels}",
-            _FEWER_OPTIMIZATIONS,
-            headers=True,
-            targets=("kernel_test", "launcher_test", "embed_test"),
-        )
-        / "tests"
+    return built(
+        builds,
+        "threads",
+        _TESTS,
+        "-DFWL_SANITIZE=thread",
+        "-DFWL_TENSORRT=OFF",
+        f"-DFWL_COMPILED_KERNELS={compiled_kernels}",
+        _FEWER_OPTIMIZATIONS,
+        headers=True,
+        targets=("kernel_test", "launcher_test", "embed_test"),
     )
 
 
@@ -48,7 +45,7 @@ def threads(builds: Path, compiled_kernels: Path) -> Path:
     "command", [("kernel_test", "threads-only"), ("launcher_test", "threads"), ("embed_test",)]
 )
 def test_threads_under_their_sanitizer(threads: Path, command: tuple[str, ...]) -> None:
-    run(threads / command[0], *command[1:])
+    run(threads / "tests" / command[0], *command[1:])
 
 
 @pytest.fixture(scope="session")

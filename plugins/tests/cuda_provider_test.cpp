@@ -2,9 +2,8 @@
 // CUDA driver: no CUDA build of ONNX Runtime loads without a GPU.
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "gpu_problem.h"
 #include "onnxruntime/operator.h"
@@ -125,15 +124,14 @@ std::vector<OfCuda> cuda_ops() {
       continue;
     }
     const ONNXTensorElementDataType type = each->GetInputType(each, op::kQuery);
-    expect(each->GetInputType(each, op::kPastState) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
-               each->GetOutputType(each, op::kOutput) == type,
-           "types");
+    CHECK(each->GetInputType(each, op::kPastState) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    CHECK(each->GetOutputType(each, op::kOutput) == type);
     found.push_back({each, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? gpu::Activation::kFloat32
                            : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
                                ? gpu::Activation::kFloat16
                                : gpu::Activation::kBFloat16});
   }
-  expect(found.size() == 3, "the CUDA provider has three types");
+  REQUIRE(found.size() == 3);
   return found;
 }
 
@@ -150,60 +148,53 @@ OrtKernelContext context_of(const gpu::Sizes& s, const gpu::Tensors& t, void* st
           stream};
 }
 
-void test_results() {
+TEST_CASE_METHOD(FakeDriver, "the op runs on ONNX Runtime's stream") {
   for (const auto& [custom_op, activation] : cuda_ops()) {
     void* kernel = nullptr;
     const OrtKernelInfo info;
-    expect(message_of(custom_op->CreateKernelV2(custom_op, &api, &info, &kernel)).empty() &&
-               kernel != nullptr,
-           "CreateKernelV2");
+    CHECK(message_of(custom_op->CreateKernelV2(custom_op, &api, &info, &kernel)) == "");
+    REQUIRE(kernel != nullptr);
     for (const int64_t tokens : {1, 40}) {
       for (const bool in_place : {false, true}) {
+        CAPTURE(activation, tokens, in_place);
         const gpu::Sizes sizes{2, tokens, 35, 64, activation};
         Problem problem(sizes, 9);
         problem.keep_reference();
         int stream = 0;
         OrtKernelContext context = context_of(sizes, problem.tensors(in_place), &stream);
-        fake::driver().launched.clear();
-        expect(message_of(custom_op->KernelComputeV2(kernel, &context)).empty(), "a run fails");
-        problem.check("T " + std::to_string(tokens), in_place);
-        expect(!fake::driver().launched.empty() && fake::driver().launched[0].stream == &stream,
-               "not launched on ONNX Runtime's stream");
-        expect(fake::driver().allocated.empty(), "the workspace is not given back");
+        const auto compute = [&, op = custom_op] {
+          return message_of(op->KernelComputeV2(kernel, &context));
+        };
+        driver.launched.clear();
+        CHECK(compute() == "");
+        problem.check(in_place);
+        REQUIRE_FALSE(driver.launched.empty());
+        CHECK(driver.launched[0].stream == &stream);
+        CHECK(driver.allocated.empty()); // the workspace is given back
 
-        fake::driver().failing = "cuLaunchKernel";
-        expect(message_of(custom_op->KernelComputeV2(kernel, &context)) ==
-                   "cuLaunchKernel failed: CUDA_ERROR_UNKNOWN",
-               "a launch that fails");
-        fake::driver().failing = "";
+        driver.failing = "cuLaunchKernel";
+        CHECK(compute() == "cuLaunchKernel failed: CUDA_ERROR_UNKNOWN");
+        driver.failing = "";
         context.inputs[op::kKey].shape.sizes[1] += 1;
-        expect(message_of(custom_op->KernelComputeV2(kernel, &context)).find("'key' has shape") !=
-                   std::string::npos,
-               "a wrong shape");
+        CHECK_THAT(compute(), Catch::Contains("'key' has shape"));
       }
     }
     custom_op->KernelDestroy(kernel);
   }
 }
 
-void test_shapes() {
+TEST_CASE("shapes of outputs are inferred where they are known") {
   const OrtCustomOp* const custom_op = cuda_ops()[0].op;
   OrtShapeInferContext context{{{{2, 3, 4}}, {{2, 3, 4}}, {{2, 3, 5}}, {{2, 3}}, {{2, 4, 5}}},
                                {{}, {}}};
-  expect(message_of(custom_op->InferOutputShapeFn(custom_op, &context)).empty(), "inference");
-  expect(context.outputs[0] == std::vector<int64_t>{2, 3, 5}, "shape of output");
-  expect(context.outputs[1] == std::vector<int64_t>{2, 4, 5}, "shape of present_state");
+  CHECK(message_of(custom_op->InferOutputShapeFn(custom_op, &context)) == "");
+  CHECK(context.outputs[op::kOutput] == std::vector<int64_t>{2, 3, 5});
+  CHECK(context.outputs[op::kPresentState] == std::vector<int64_t>{2, 4, 5});
   context.inputs[op::kValue].sizes.clear();
   context.outputs.assign(2, {});
-  expect(message_of(custom_op->InferOutputShapeFn(custom_op, &context)).empty(), "unknown shape");
-  expect(context.outputs[0].empty() && !context.outputs[1].empty(), "one shape is not known");
+  CHECK(message_of(custom_op->InferOutputShapeFn(custom_op, &context)) == "");
+  CHECK(context.outputs[op::kOutput].empty());
+  CHECK_FALSE(context.outputs[op::kPresentState].empty());
 }
 
 } // namespace
-
-int main() {
-  fake::driver().images = gpu::fwl_gpu_images;
-  test_results();
-  test_shapes();
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
-}

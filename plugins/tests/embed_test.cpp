@@ -1,13 +1,14 @@
 // Sessions of libfwl on a small model of its own that fails when it is told to: whatever fails,
 // and wherever memory runs out, rows are as before the call or as after it.
 //
-// With an argument, that many rounds of opening, feeding, resetting and closing.
+// Rows and results are compared in double parentheses: Catch2 would print all of their bytes.
 
 #include <atomic>
+#include <catch2/catch.hpp>
 #include <cstdio>
 #include <cstdlib>
+#include <future>
 #include <new>
-#include <thread>
 
 #include "sum_model.h"
 
@@ -34,6 +35,9 @@ void* operator new(size_t size) {
 void* operator new[](size_t size) {
   return allocated(size);
 }
+void* operator new(size_t size, const std::nothrow_t&) noexcept { // Catch2's
+  return std::malloc(size > 0 ? size : 1);
+}
 void operator delete(void* memory) noexcept {
   std::free(memory);
 }
@@ -50,15 +54,15 @@ void operator delete[](void* memory, size_t) noexcept {
 namespace {
 
 using namespace fwl::test;
+using namespace std::string_literals;
 
-void test_splits() {
+TEST_CASE("a read in one call and token by token give the same logits and state") {
   const Problem problem;
   Session whole(problem.model, kRows), single(problem.model, kRows);
   std::mt19937 generator(1);
   for (int round = 0; round < 200; ++round) {
     const Read read = random_read(generator);
     const std::vector<float> all = feed(whole, read, FWL_LOGITS_ALL);
-    std::vector<float> last(kRows * kVocabulary, 0.0f);
     for (size_t i = 0; i < read.count; ++i) {
       std::vector<int64_t> ids, lengths;
       for (size_t r = 0; r < kRows; ++r) {
@@ -70,17 +74,16 @@ void test_splits() {
                   logits.size());
       for (size_t r = 0; r < kRows; ++r) {
         const float* const found = all.data() + (r * read.count + i) * kVocabulary;
-        expect(std::equal(found, found + kVocabulary, logits.data() + r * kVocabulary),
-               "a split read has other logits");
+        CAPTURE(round, i, r);
+        REQUIRE(std::equal(found, found + kVocabulary, logits.data() + r * kVocabulary));
       }
     }
   }
-  expect(rows_of(whole, problem.model->bundle) == rows_of(single, problem.model->bundle),
-         "a split read has another state");
+  CHECK((rows_of(whole, problem.model->bundle) == rows_of(single, problem.model->bundle)));
 }
 
-// Counts what was refused; every refusal must leave rows and room for results alone.
-template <class Inject> size_t test_faults(const char* name, const Inject& inject) {
+// Counts what was refused of 3000 calls; every refusal must leave rows and room for results alone.
+template <class Inject> size_t refused_calls(const Inject& inject) {
   const Problem problem;
   Session session(problem.model, kRows), undisturbed(problem.model, kRows);
   std::mt19937 generator(2);
@@ -105,21 +108,40 @@ template <class Inject> size_t test_faults(const char* name, const Inject& injec
     problem.backend->fault = Fault::kNone;
     if (failed) {
       ++refused;
-      expect(rows_of(session, problem.model->bundle) == before,
-             std::string(name) + ": rows have changed");
-      expect(logits == untouched, std::string(name) + ": results were written");
+      CAPTURE(round);
+      REQUIRE((rows_of(session, problem.model->bundle) == before));
+      REQUIRE((logits == untouched));
       feed(session, read, which);
     }
     feed(undisturbed, read, which);
-    expect(rows_of(session, problem.model->bundle) == rows_of(undisturbed, problem.model->bundle),
-           std::string(name) + ": the session does not go on as one without faults");
+    CAPTURE(round);
+    REQUIRE(
+        (rows_of(session, problem.model->bundle) == rows_of(undisturbed, problem.model->bundle)));
   }
   return refused;
 }
 
+TEST_CASE("a call that fails leaves rows and results alone") {
+  const size_t thrown = refused_calls([](const Problem& problem, int calls) {
+    problem.backend->fault = Fault::kThrow;
+    problem.backend->calls_left = calls;
+  });
+  const size_t poisoned = refused_calls([](const Problem& problem, int calls) {
+    problem.backend->fault = Fault::kNan;
+    problem.backend->calls_left = calls;
+  });
+  const size_t starved =
+      refused_calls([](const Problem&, int number) { allocations_left = 6 * number; });
+  std::printf("refused of 3000 calls each: backend %zu, NaN %zu, memory %zu\n", thrown, poisoned,
+              starved);
+  CHECK(thrown > 500);
+  CHECK(poisoned > 300);
+  CHECK(starved > 500);
+}
+
 // Of what is large: nlohmann's JSON takes memory when it is freed, and ends the process where a few
 // bytes are not to be had.
-void test_files_without_memory() {
+TEST_CASE("state files without memory: the old state or the new one") {
   counted_from = 1000;
   const Problem problem;
   Session session(problem.model, kRows);
@@ -140,8 +162,8 @@ void test_files_without_memory() {
       loaded = false;
     }
     allocations_left = -1;
-    expect(rows_of(session, problem.model->bundle) == (loaded ? kept : before),
-           "a load left a mixture");
+    CAPTURE(count, loaded);
+    REQUIRE((rows_of(session, problem.model->bundle) == (loaded ? kept : before)));
     refused += !loaded;
     allocations_left = count;
     try {
@@ -151,18 +173,19 @@ void test_files_without_memory() {
     allocations_left = -1;
     session.load(path, nullptr, 0); // the old file or the new one
     const std::vector<RowState> found = rows_of(session, problem.model->bundle);
-    expect(found == kept || found == (loaded ? kept : before), "a save left a mixture");
+    REQUIRE((found == kept || found == (loaded ? kept : before)));
     for (size_t r = 0; r < kRows; ++r) {
       session.write_row(r, kept[r].data(), kept[r].size());
     }
     session.save(path, nullptr, 0);
   }
-  expect(refused > 3 && refused < 40, "memory does not run out in loads, or always does");
   counted_from = 0;
+  CHECK(refused > 3);
+  CHECK(refused < 40);
   std::remove(path.c_str());
 }
 
-void test_limit() {
+TEST_CASE("no row reads beyond the limit of positions") {
   const Problem problem;
   problem.model->bundle.max_positions = 10;
   Session session(problem.model, kRows);
@@ -173,25 +196,21 @@ void test_limit() {
   read({4, 10, 0});
   read({6, 0, 9});
   const std::vector<RowState> before = rows_of(session, problem.model->bundle);
-  try {
-    read({0, 0, 2});
-    expect(false, "a row reads beyond the limit");
-  } catch (const Failure& failure) {
-    const std::string expected = "row 2 has read 9 tokens and is to read 2 more, but this model "
-                                 "takes 10 at most; reset the row, or read a shorter text";
-    expect(failure.status() == FWL_ERROR_TOKEN && failure.what() == expected, failure.what());
-  }
-  expect(rows_of(session, problem.model->bundle) == before, "a refused call moved a row");
+  const Failure failure = failure_of([&] { read({0, 0, 2}); });
+  CHECK(failure.status() == FWL_ERROR_TOKEN);
+  CHECK(failure.what() == "row 2 has read 9 tokens and is to read 2 more, but this model takes 10 "
+                          "at most; reset the row, or read a shorter text"s);
+  CHECK((rows_of(session, problem.model->bundle) == before));
   read({0, 0, 1});
-  expect(session.positions() == std::vector<int64_t>{10, 10, 10}, "rows do not reach the limit");
+  CHECK(session.positions() == std::vector<int64_t>{10, 10, 10});
 }
 
-void test_threads() {
+TEST_CASE("threads share a session and a model", "[threads]") {
   const Problem problem;
   Session shared(problem.model, kRows);
-  std::vector<std::thread> threads;
+  std::vector<std::future<void>> threads;
   for (unsigned seed = 0; seed < 6; ++seed) {
-    threads.emplace_back([&, seed] {
+    threads.push_back(std::async(std::launch::async, [&, seed] {
       std::mt19937 generator(seed);
       Session own(problem.model, kRows);
       for (int i = 0; i < 50; ++i) {
@@ -204,17 +223,17 @@ void test_threads() {
         shared.reset(&row, 1);
         shared.positions();
       }
-    });
+    }));
   }
-  for (std::thread& thread : threads) {
-    thread.join();
+  for (std::future<void>& thread : threads) {
+    CHECK_NOTHROW(thread.get());
   }
 }
 
-void test_rounds(long rounds) {
+TEST_CASE("many sessions are opened, fed, reset and closed") {
   const Problem problem;
   std::mt19937 generator(4);
-  for (long i = 0; i < rounds; ++i) {
+  for (int i = 0; i < 20000; ++i) {
     Session session(problem.model, kRows);
     feed(session, random_read(generator), FWL_LOGITS_LAST);
     session.reset(nullptr, 0);
@@ -222,29 +241,3 @@ void test_rounds(long rounds) {
 }
 
 } // namespace
-
-int main(int count, char** arguments) {
-  if (count > 1) {
-    test_rounds(std::atol(arguments[1]));
-    return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
-  }
-  test_splits();
-  const size_t thrown = test_faults("backend", [](const Problem& problem, int calls) {
-    problem.backend->fault = Fault::kThrow;
-    problem.backend->calls_left = calls;
-  });
-  const size_t poisoned = test_faults("NaN", [](const Problem& problem, int calls) {
-    problem.backend->fault = Fault::kNan;
-    problem.backend->calls_left = calls;
-  });
-  const size_t starved =
-      test_faults("memory", [](const Problem&, int number) { allocations_left = 6 * number; });
-  expect(thrown > 500 && poisoned > 300 && starved > 500, "faults are not met");
-  std::printf("refused of 3000 calls each: backend %zu, NaN %zu, memory %zu\n", thrown, poisoned,
-              starved);
-  test_files_without_memory();
-  test_limit();
-  test_threads();
-  test_rounds(20000);
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
-}

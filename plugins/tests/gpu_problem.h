@@ -1,10 +1,10 @@
 // Random inputs of the op in memory as large as asked for, and what it must give.
 #pragma once
 
+#include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "driver_double.h"
@@ -12,14 +12,17 @@
 
 namespace fwl::test {
 
-inline int failures = 0;
-
-inline void expect(bool holds, const std::string& what) {
-  if (!holds) {
-    ++failures;
-    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+// What a test case starts with, whichever ran before. Kernels stay loaded.
+struct FakeDriver {
+  FakeDriver() {
+    driver.images = gpu::fwl_gpu_images;
+    driver.sm = 89;
+    driver.failing.clear();
+    driver.launched.clear();
   }
-}
+
+  fake::Driver& driver = fake::driver();
+};
 
 struct Problem {
   Problem(const gpu::Sizes& asked, unsigned seed)
@@ -74,7 +77,9 @@ struct Problem {
     }
   }
 
-  void check(const std::string& what, bool in_place) const {
+  void check(bool in_place) const {
+    CAPTURE(fake::driver().sm, sizes.rows, sizes.tokens, sizes.size_k, sizes.size_v);
+    CAPTURE(sizes.activation, in_place);
     const std::vector<float>& found = in_place ? past : present;
     double output_error = 0, output_size = 0, state_error = 0, state_size = 0;
     for (size_t i = 0; i < expected.size(); ++i) {
@@ -92,10 +97,8 @@ struct Problem {
     const double unit = sizes.activation == gpu::Activation::kFloat32   ? 0x1p-18
                         : sizes.activation == gpu::Activation::kFloat16 ? 0x1p-10
                                                                         : 0x1p-7;
-    expect(output_error <= unit * output_size,
-           what + ": output is off by " + std::to_string(output_error));
-    expect(state_error <= 0x1p-18 * state_size,
-           what + ": state is off by " + std::to_string(state_error));
+    CHECK(output_error <= unit * output_size);
+    CHECK(state_error <= 0x1p-18 * state_size);
   }
 
   gpu::Sizes sizes;

@@ -5,14 +5,12 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <catch2/catch.hpp>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -28,35 +26,30 @@ namespace {
 
 using namespace fwl::cpu;
 
-int failures = 0;
-
-void expect(bool holds, const std::string& what) {
-  if (!holds) {
-    ++failures;
-    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-  }
-}
-
 struct Table {
   const char* name;
   const Instructions* instructions;
 };
 
-std::vector<Table> tables() {
-  std::vector<Table> found;
-  for (const InstructionSet set : kInstructionSets) {
-    if (is_available(set)) {
-      found.push_back({name_of(set), &instructions_of(set)});
-    } else {
-      std::printf("not on this machine: %s\n", name_of(set));
+// Those of this machine, for GENERATE.
+const std::vector<Table>& tables() {
+  static const std::vector<Table> all = [] {
+    std::vector<Table> found;
+    for (const InstructionSet set : kInstructionSets) {
+      if (is_available(set)) {
+        found.push_back({name_of(set), &instructions_of(set)});
+      } else {
+        WARN("not on this machine: " << name_of(set));
+      }
     }
-  }
 #ifdef FWL_TEST_WIDE_TILES
-  if (is_available(InstructionSet::kAvx2)) {
-    found.push_back({"wide tiles", &kWideTiles});
-  }
+    if (is_available(InstructionSet::kAvx2)) {
+      found.push_back({"wide tiles", &kWideTiles});
+    }
 #endif
-  return found;
+    return found;
+  }();
+  return all;
 }
 
 uint16_t to_half(float value) {
@@ -242,7 +235,7 @@ Run run(const Problem& problem, const Table& table, size_t thread_count, bool in
 
 // Bounds: a few roundings of the sum of absolute terms, in float32; an output in half precision is
 // rounded once more.
-void compare(const Run& actual, const Problem& problem, const std::string& name) {
+void compare(const Run& actual, const Problem& problem) {
   constexpr double kRounding = 8 * 0x1p-24;
   constexpr double kHalfRounding = 0x1p-11;
   constexpr double kHalfSmallest = 0x1p-24; // below 2^-14 halves are this far apart
@@ -267,7 +260,7 @@ void compare(const Run& actual, const Problem& problem, const std::string& name)
   for (size_t i = 0; i < expected.state.size(); ++i) {
     check(actual.state[i], expected.state[i], kRounding * scale.state[i]);
   }
-  expect(wrong == 0, name + ": " + std::to_string(wrong) + " values too far from the reference");
+  CHECK(wrong == 0);
 }
 
 constexpr size_t kShapes[][4] = {
@@ -278,81 +271,93 @@ constexpr size_t kShapes[][4] = {
     {1, 257, 32, 7},  {4, 33, 1, 3},  {1, 300, 520, 19}, {1, 20, 33, 600}, {2, 96, 65, 130},
 };
 
-void test_shapes(const Table& table, bool threads_only) {
+// Calls `test` with a problem of every shape and type for each kind of decay.
+template <class Test> void for_each_shape(const Test& test) {
   unsigned seed = 0;
   for (const auto& [batch, tokens, key_size, value_size] : kShapes) {
     for (const Activation activation : {Activation::kFloat32, Activation::kFloat16}) {
       for (const Decay decay : {Decay::kOne, Decay::kConstant, Decay::kMixed, Decay::kReset,
                                 Decay::kTiny, Decay::kZero}) {
-        if (threads_only && decay != Decay::kMixed) {
-          continue;
-        }
-        const Sizes sizes{batch, tokens, key_size, value_size, activation};
-        const Problem problem(sizes, decay, ++seed);
-        const std::string name = std::string(table.name) + " B " + std::to_string(batch) + " T " +
-                                 std::to_string(tokens) + " Dk " + std::to_string(key_size) +
-                                 " Dv " + std::to_string(value_size) + " half " +
-                                 std::to_string(activation == Activation::kFloat16) + " decay " +
-                                 std::to_string(static_cast<int>(decay));
-        const Run first = run(problem, table, 1, false);
-        compare(first, problem, name);
-        expect(first == run(problem, table, 1, true, 4), name + ": in place is different");
-        if (decay == Decay::kMixed) {
-          expect(first == run(problem, table, 2, false), name + ": 2 threads are different");
-          expect(first == run(problem, table, 4, true), name + ": 4 threads are different");
-        }
+        CAPTURE(batch, tokens, key_size, value_size, activation, decay);
+        test(Sizes{batch, tokens, key_size, value_size, activation}, decay, ++seed);
       }
     }
   }
 }
 
-// More tokens than are packed at a time, and sizes that threads share.
-void test_steps(const Table& table) {
+TEST_CASE("outputs and states are those of a loop in float64") {
+  const Table table = GENERATE(from_range(tables()));
+  CAPTURE(table.name);
+  for_each_shape([&](const Sizes& sizes, Decay decay, unsigned seed) {
+    const Problem problem(sizes, decay, seed);
+    const Run first = run(problem, table, 1, false);
+    compare(first, problem);
+    CHECK(first == run(problem, table, 1, true, 4)); // in place
+  });
+}
+
+TEST_CASE("any number of threads gives the same bits", "[threads]") {
+  const Table table = GENERATE(from_range(tables()));
+  CAPTURE(table.name);
+  for_each_shape([&](const Sizes& sizes, Decay decay, unsigned seed) {
+    if (decay == Decay::kMixed) {
+      const Problem problem(sizes, decay, seed);
+      const Run first = run(problem, table, 1, false);
+      CHECK(first == run(problem, table, 2, false));
+      CHECK(first == run(problem, table, 4, true));
+    }
+  });
+}
+
+TEST_CASE("more tokens than are packed at a time and sizes that threads share", "[threads]") {
+  const Table table = GENERATE(from_range(tables()));
   for (const auto& [batch, tokens, key_size, value_size] :
        {std::array<size_t, 4>{1, 10007, 40, 20}, std::array<size_t, 4>{3, 700, 1100, 36}}) {
+    CAPTURE(table.name, tokens);
     const Sizes sizes{batch, tokens, key_size, value_size, Activation::kFloat32};
     const Problem problem(sizes, Decay::kConstant, 7);
-    const std::string name = std::string(table.name) + " T " + std::to_string(tokens);
     const Run first = run(problem, table, 3, false);
-    compare(first, problem, name);
-    expect(first == run(problem, table, 1, true), name + ": 1 thread is different");
+    compare(first, problem);
+    CHECK(first == run(problem, table, 1, true));
   }
 }
 
-// What comes later never reaches an earlier output, not even as 0 times infinity.
-void test_causality(const Table& table) {
+// Not even as 0 times infinity.
+TEST_CASE("what comes later never reaches an earlier output") {
+  const Table table = GENERATE(from_range(tables()));
   const Sizes sizes{1, 40, 9, 37, Activation::kFloat32};
   Problem problem(sizes, Decay::kConstant, 3);
   const Run clean = run(problem, table, 1, false);
   for (const size_t token : {1, 2, 5, 6, 17, 39}) {
+    CAPTURE(table.name, token);
     Problem poisoned = problem;
     for (size_t j = 0; j < sizes.value_size; ++j) {
       poisoned.value[token * sizes.value_size + j] = std::numeric_limits<float>::infinity();
     }
     const Run found = run(poisoned, table, 1, false);
-    expect(std::memcmp(found.output32.data(), clean.output32.data(),
-                       token * sizes.value_size * sizeof(float)) == 0,
-           std::string(table.name) + ": token " + std::to_string(token) + " reaches back");
+    CHECK(std::memcmp(found.output32.data(), clean.output32.data(),
+                      token * sizes.value_size * sizeof(float)) == 0);
   }
 }
 
-// A decay of 1 without a write leaves the state as it was, bit by bit; of 0, nothing of it.
-void test_exact_ends(const Table& table) {
+TEST_CASE("a decay of 1 without a write keeps the state bit by bit and one of 0 drops it") {
+  const Table table = GENERATE(from_range(tables()));
   for (const size_t tokens : {size_t{1}, size_t{70}}) {
+    CAPTURE(table.name, tokens);
     const Sizes sizes{2, tokens, 19, 45, Activation::kFloat32};
     Problem problem(sizes, Decay::kOne, 5);
     std::fill(problem.value.begin(), problem.value.end(), 0.0f);
     const Run kept = run(problem, table, 1, false);
-    expect(kept.state == problem.state, std::string(table.name) + ": a decay of 1 is not exact");
+    CHECK((kept.state == problem.state)); // in two pairs of parentheses: a failure prints no values
     problem.decay.assign(problem.decay.size(), 0.0f);
     const Run dropped = run(problem, table, 1, false);
-    expect(std::all_of(dropped.state.begin(), dropped.state.end(), [](float x) { return x == 0; }),
-           std::string(table.name) + ": a decay of 0 is not exact");
+    CHECK(std::all_of(dropped.state.begin(), dropped.state.end(), [](float x) { return x == 0; }));
   }
 }
 
-// Every half there is survives the way to float32 and back, and all instruction sets round alike.
-void test_halves(const Table& table) {
+TEST_CASE("every half survives the way to float32 and back and all instruction sets round alike") {
+  const Table table = GENERATE(from_range(tables()));
+  CAPTURE(table.name);
   std::vector<uint16_t> all(1 << 16), back(1 << 16);
   std::vector<float> wide(1 << 16);
   for (size_t i = 0; i < all.size(); ++i) {
@@ -360,11 +365,12 @@ void test_halves(const Table& table) {
   }
   table.instructions->widen(all.data(), wide.data(), all.size());
   table.instructions->reduce(wide.data(), 1, 0, 0, wide.size(), Activation::kFloat16, back.data());
+  size_t wrong = 0;
   for (size_t i = 0; i < all.size(); ++i) {
     const bool is_nan = (i & 0x7fff) > 0x7c00;
-    expect(is_nan ? std::isnan(wide[i]) && (back[i] & 0x7fff) > 0x7c00 : back[i] == all[i],
-           std::string(table.name) + ": half " + std::to_string(i));
+    wrong += is_nan ? !(std::isnan(wide[i]) && (back[i] & 0x7fff) > 0x7c00) : back[i] != all[i];
   }
+  CHECK(wrong == 0);
   std::mt19937 generator(11);
   std::vector<float> random(1 << 16);
   for (float& x : random) { // any exponent, and many ties
@@ -377,22 +383,7 @@ void test_halves(const Table& table) {
   for (size_t i = 0; i < random.size(); ++i) {
     portable[i] = to_half(random[i]);
   }
-  expect(ours == portable, std::string(table.name) + ": rounds unlike the portable kernels");
+  CHECK((ours == portable));
 }
 
 } // namespace
-
-// With an argument, only what uses several threads: the thread sanitizer is slow.
-int main(int count, char**) {
-  const bool threads_only = count > 1;
-  for (const Table& table : tables()) {
-    const int before = failures;
-    test_halves(table);
-    test_exact_ends(table);
-    test_causality(table);
-    test_shapes(table, threads_only);
-    test_steps(table);
-    std::printf("%s: %s\n", table.name, failures == before ? "ok" : "FAILED");
-  }
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
-}

@@ -2,21 +2,16 @@
 
 #include <dlfcn.h>
 
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+#include <catch2/catch.hpp>
 
 #include "kernels/gpu/launcher/launcher.h"
 
-int main() {
+TEST_CASE("without a driver the first call says that there is none") {
   if (dlopen("libcuda.so.1", RTLD_NOW) != nullptr) {
-    std::puts("skipped: this machine has a driver");
-    return EXIT_SUCCESS;
+    WARN("skipped: this machine has a driver");
+    return;
   }
-  try {
-    fwl::gpu::prepare({1, 1, 1, 1, fwl::gpu::Activation::kFloat32});
-  } catch (const fwl::gpu::DriverError& error) {
-    return std::strstr(error.what(), "there is no CUDA driver") ? EXIT_SUCCESS : EXIT_FAILURE;
-  }
-  return EXIT_FAILURE;
+  const auto prepare = [] { fwl::gpu::prepare({1, 1, 1, 1, fwl::gpu::Activation::kFloat32}); };
+  CHECK_THROWS_AS(prepare(), fwl::gpu::DriverError);
+  CHECK_THROWS_WITH(prepare(), Catch::Contains("there is no CUDA driver"));
 }

@@ -1,15 +1,16 @@
 // The TensorRT backend of libfwl on doubles of the driver and of TensorRT: it computes what the
 // small model does, whatever fails leaves rows as they were, and what is missing is said.
 //
-//   tensorrt_test DRIVER LIBRARY      paths of the doubles
+// Rows and results are compared in double parentheses: Catch2 would print all of their bytes.
 
 #include <dlfcn.h>
 
-#include <cstdlib>
+#include <catch2/catch.hpp>
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <nlohmann/json.hpp>
-#include <thread>
 
 #include "../embed/src/sha256.h"
 #include "cuda_double.h"
@@ -20,12 +21,39 @@ namespace {
 
 using namespace fwl::test;
 using nlohmann::json;
+using namespace std::string_literals;
+using Catch::Contains;
 namespace fs = std::filesystem;
 
-const char* driver_path;
-const char* library_path;
-fwl::fake::Cuda* cuda;
-fwl::fake::TensorRt* tensorrt;
+constexpr const char* kLibrary = FWL_TENSORRT_DOUBLE;
+constexpr const char* kName = "tensorrt-10.14.1.48-sm89"; // of the engine that EngineFile makes
+
+template <class State> State* double_of(const char* path, const char* function) {
+  void* const library = dlopen(path, RTLD_NOW);
+  if (library == nullptr) {
+    throw std::runtime_error(dlerror());
+  }
+  return reinterpret_cast<State* (*)()>(dlsym(library, function))();
+}
+
+// The doubles of the driver and of TensorRT, to which a test must give back all that it took.
+struct Doubles {
+  ~Doubles() {
+    CHECK(cuda->allocated.empty());
+    CHECK(cuda->streams.empty());
+    CHECK(cuda->retained == 0);
+    CHECK(tensorrt->runtimes == 0);
+    CHECK(tensorrt->engines == 0);
+    CHECK(tensorrt->contexts == 0);
+    CHECK(cuda->violations == std::vector<std::string>{});
+    CHECK(tensorrt->violations == std::vector<std::string>{});
+  }
+
+  // The driver's first: the other looks for it.
+  fwl::fake::Cuda* const cuda = double_of<fwl::fake::Cuda>(FWL_CUDA_DOUBLE, "fwl_fake_cuda");
+  fwl::fake::TensorRt* const tensorrt =
+      double_of<fwl::fake::TensorRt>(FWL_TENSORRT_DOUBLE, "fwl_fake_tensorrt");
+};
 
 struct EngineFile {
   std::string text = fwl::fake::engine_text(kRows, kLargest);
@@ -112,7 +140,7 @@ fwl_options options_of(const char* backend = "tensorrt") {
   fwl_options options;
   fwl_options_init(&options, sizeof(options));
   options.backend = backend;
-  options.tensorrt_library = library_path;
+  options.tensorrt_library = kLibrary;
   return options;
 }
 
@@ -128,30 +156,30 @@ std::unique_ptr<Opened> opened(const Folder& folder, const fwl_options& options)
 void refused(const Folder& folder, const fwl_options& options, fwl_status status,
              const std::string& words) {
   const auto found = opened(folder, options);
-  const std::string message = found->error.message;
-  expect(found->model == nullptr && found->error.status == status &&
-             message.find(words) != std::string::npos,
-         "status " + std::to_string(found->error.status) + ", '" + message + "'; expected status " +
-             std::to_string(status) + ", '" + words + "'");
+  CHECK(found->model == nullptr);
+  CHECK(found->error.status == status);
+  CHECK_THAT(found->error.message, Contains(words));
 }
 
 void runs(const Folder& folder, const fwl_options& options, const std::string& engine) {
   const auto found = opened(folder, options);
-  expect(found->model != nullptr && std::string(found->info.backend) == "tensorrt" &&
-             found->info.engine == engine,
-         engine + " is not chosen, but " + found->info.engine + ": " + found->error.message);
+  INFO(found->error.message);
+  REQUIRE(found->model != nullptr);
+  CHECK(found->info.backend == "tensorrt"s);
+  CHECK(found->info.engine == engine);
 }
 
-void test_no_driver() {
+// Hidden, as it needs a process of its own: where the doubles are open there is a driver.
+TEST_CASE("without a driver there is no GPU", "[.without driver]") {
   if (dlopen("libcuda.so.1", RTLD_NOW) != nullptr) {
-    std::puts("not tested: this machine has a driver");
+    WARN("not tested: this machine has a driver");
     return;
   }
-  const Folder folder({EngineFile()});
-  refused(folder, options_of(), FWL_ERROR_RUNTIME, "there is no CUDA device (libcuda.so.1: ");
+  refused(Folder({EngineFile()}), options_of(), FWL_ERROR_RUNTIME,
+          "there is no CUDA device (libcuda.so.1: ");
 }
 
-void test_what_is_missing() {
+TEST_CASE_METHOD(Doubles, "what is missing is said") {
   const Folder folder({EngineFile()});
   fwl_options options = options_of();
   cuda->devices = 0;
@@ -185,12 +213,12 @@ void test_what_is_missing() {
   tensorrt->failing = "createInferRuntime";
   refused(folder, options_of(), FWL_ERROR_RUNTIME, "TensorRT cannot start (cannot initialise)");
   tensorrt->failing = "";
-  runs(folder, options_of("auto"), "tensorrt-10.14.1.48-sm89");
+  runs(folder, options_of("auto"), kName);
   refused(Folder({}), options_of(), FWL_ERROR_BUNDLE,
           "has no engine for TensorRT 10.14.1 on SM89;");
 }
 
-void test_damaged_engines() {
+TEST_CASE_METHOD(Doubles, "damaged and foreign engines are refused") {
   {
     const Folder folder({EngineFile()});
     const std::string name = folder.only_engine();
@@ -213,19 +241,18 @@ void test_damaged_engines() {
   refused(Folder({engine}), options_of(), FWL_ERROR_BUNDLE, "has no input 'lengths' as the bundle");
 }
 
-void test_choice_and_plugins() {
+TEST_CASE_METHOD(Doubles, "the engine and its plugin are chosen") {
   EngineFile plain, plugin, embedded, in_place, other;
   plugin.plugin = true;
   plugin.text = fwl::fake::engine_text(kRows, kLargest, false, true);
   other.sm = 80;
-  const std::string name = "tensorrt-10.14.1.48-sm89";
+  const std::string name = kName;
   fwl_options with_plugin = options_of();
   with_plugin.tensorrt_plugin = "/nowhere/libfwl_trt.so"; // the double takes it by its name
   runs(Folder({other, plain, plugin}), options_of(), name);
   runs(Folder({other, plain, plugin}), with_plugin, name + "-plugin");
   refused(Folder({plain}), with_plugin, FWL_ERROR_BUNDLE,
-          "no engine for TensorRT 10.14.1 on SM89 "
-          "uses it");
+          "no engine for TensorRT 10.14.1 on SM89 uses it");
   refused(Folder({plugin}), options_of(), FWL_ERROR_RUNTIME, "give the path of libfwl_trt.so");
   fwl_options wrong = options_of();
   wrong.tensorrt_plugin = "/nowhere/other.so";
@@ -249,29 +276,40 @@ void test_choice_and_plugins() {
 std::shared_ptr<Model> model_of(const Folder& folder, const char* plugin = nullptr) {
   auto model = std::make_shared<Model>();
   model->bundle = read_bundle(folder.name());
-  model->backend = open_tensorrt(model->bundle, {library_path, plugin, 0, false});
+  model->backend = open_tensorrt(model->bundle, {kLibrary, plugin, 0, false});
   return model;
 }
 
-void test_rows() {
+TEST_CASE_METHOD(Doubles, "an engine says how many rows it takes") {
   const Folder folder({EngineFile()});
   const auto found = opened(folder, options_of());
   fwl_session* session = nullptr;
   fwl_error error;
-  expect(fwl_session_open(found->model, kRows + 1, &session, &error) == FWL_ERROR_ARGUMENT &&
-             std::string(error.message).find("takes 1 to 3; build one with") != std::string::npos,
-         error.message);
+  CHECK(fwl_session_open(found->model, kRows + 1, &session, &error) == FWL_ERROR_ARGUMENT);
+  CHECK_THAT(error.message, Contains("takes 1 to 3; build one with"));
 }
 
-// What the small model computes, whatever fails on the way.
-void test_sessions(const EngineFile& engine, const char* plugin, size_t& refused_calls) {
+TEST_CASE_METHOD(Doubles, "sessions compute what the small model does, whatever fails") {
+  EngineFile engine;
+  const char* plugin = nullptr;
+  SECTION("an engine for the bundle's largest call") {}
+  SECTION("an engine for shorter calls") {
+    engine.text = fwl::fake::engine_text(kRows, kLargest - 1);
+  }
+  SECTION("an engine with the state in place") {
+    engine.plugin = engine.in_place = true;
+    engine.text = fwl::fake::engine_text(kRows, kLargest, true, true);
+    plugin = "libfwl_trt.so";
+  }
   const Folder folder({engine});
   const auto model = model_of(folder, plugin);
   const Bundle& bundle = model->bundle;
   Session session(model, kRows);
   Session expected(Problem().model, kRows);
   std::mt19937 generator(5);
+  int refused_calls = 0;
   for (int round = 0; round < 600; ++round) {
+    CAPTURE(round);
     const Read read = random_read(generator);
     const auto which = static_cast<fwl_logits>(generator() % 3);
     const size_t row = generator() % kRows, other = (row + 1) % kRows;
@@ -306,21 +344,22 @@ void test_sessions(const EngineFile& engine, const char* plugin, size_t& refused
     cuda->calls_left = tensorrt->enqueues_left = -1;
     if (failed) {
       ++refused_calls;
-      expect(rows_of(session, bundle) == before && session.positions() == positions,
-             "a failure has changed rows");
-      expect(logits == untouched, "a failure has written results");
+      REQUIRE((rows_of(session, bundle) == before));
+      REQUIRE(session.positions() == positions);
+      REQUIRE((logits == untouched));
       act(session);
     }
     const std::vector<float> found = logits;
     logits = untouched;
     act(expected);
-    expect(found == logits, "other logits than the small model's");
-    expect(rows_of(session, bundle) == rows_of(expected, bundle),
-           "other rows than the small model's");
+    REQUIRE((found == logits));
+    REQUIRE((rows_of(session, bundle) == rows_of(expected, bundle)));
   }
+  std::printf("refused of 300 calls with a fault: %d\n", refused_calls);
+  CHECK(refused_calls > 100);
 }
 
-void test_failing_functions() {
+TEST_CASE_METHOD(Doubles, "a function that fails is named") {
   const Folder folder({EngineFile()});
   const auto model = model_of(folder);
   const std::pair<const char*, const char*> faults[] = {
@@ -331,97 +370,40 @@ void test_failing_functions() {
   Session session(model, kRows);
   std::mt19937 generator(6);
   const Read read = random_read(generator);
-  for (const auto& fault : faults) {
-    tensorrt->failing = fault.first;
-    std::string message;
-    try {
-      feed(session, read, FWL_LOGITS_LAST);
-    } catch (const Failure& failure) {
-      message = failure.what();
-    }
-    expect(message.find(fault.second) != std::string::npos, fault.first + (": " + message));
+  for (const auto& [function, words] : faults) {
+    tensorrt->failing = function;
+    const Failure failure = failure_of([&] { feed(session, read, FWL_LOGITS_LAST); });
+    CHECK_THAT(failure.what(), Contains(words));
   }
   tensorrt->failing = "";
   feed(session, read, FWL_LOGITS_LAST);
   cuda->calls_left = 0;
-  fwl_status status = FWL_OK;
-  try {
-    Session another(model, kRows); // no memory on the GPU
-  } catch (const Failure& failure) {
-    status = failure.status();
-  }
+  CHECK(failure_of([&] { Session(model, kRows); }).status() == FWL_ERROR_MEMORY);
   cuda->calls_left = -1;
-  expect(status == FWL_ERROR_MEMORY, "no memory on the GPU is not said to be that");
 }
 
-void test_threads() {
+TEST_CASE_METHOD(Doubles, "threads share a session and a model", "[threads]") {
   const Folder folder({EngineFile()});
   const auto model = model_of(folder);
   Session shared(model, kRows);
-  std::vector<std::thread> threads;
+  std::vector<std::future<bool>> threads;
   for (unsigned seed = 0; seed < 4; ++seed) {
-    threads.emplace_back([&, seed] {
+    threads.push_back(std::async(std::launch::async, [&, seed] {
       std::mt19937 generator(seed);
       Session own(model, kRows), expected(Problem().model, kRows);
+      bool same = true;
       for (int i = 0; i < 30; ++i) {
         const Read read = random_read(generator);
-        expect(feed(own, read, FWL_LOGITS_ALL) == feed(expected, read, FWL_LOGITS_ALL),
-               "threads disturb each other");
+        same &= feed(own, read, FWL_LOGITS_ALL) == feed(expected, read, FWL_LOGITS_ALL);
         feed(shared, read, FWL_LOGITS_LAST);
         shared.positions();
       }
-    });
+      return same;
+    }));
   }
-  for (std::thread& thread : threads) {
-    thread.join();
-  }
-}
-
-void test_nothing_is_left() {
-  expect(cuda->allocated.empty() && cuda->streams.empty() && cuda->retained == 0,
-         "the GPU's memory, streams or context are not given back");
-  expect(tensorrt->runtimes == 0 && tensorrt->engines == 0 && tensorrt->contexts == 0,
-         "objects of TensorRT are not given back");
-  for (const auto* violations : {&cuda->violations, &tensorrt->violations}) {
-    for (const std::string& each : *violations) {
-      expect(false, each);
-    }
+  for (std::future<bool>& thread : threads) {
+    CHECK(thread.get());
   }
 }
 
 } // namespace
-
-int main(int count, char** arguments) {
-  if (count != 3) {
-    return EXIT_FAILURE;
-  }
-  driver_path = arguments[1];
-  library_path = arguments[2];
-  test_no_driver();
-  void* const driver = dlopen(driver_path, RTLD_NOW);
-  void* const library = dlopen(library_path, RTLD_NOW);
-  if (driver == nullptr || library == nullptr) {
-    std::fprintf(stderr, "%s\n", dlerror());
-    return EXIT_FAILURE;
-  }
-  cuda = reinterpret_cast<fwl::fake::Cuda* (*)()>(dlsym(driver, "fwl_fake_cuda"))();
-  tensorrt = reinterpret_cast<fwl::fake::TensorRt* (*)()>(dlsym(library, "fwl_fake_tensorrt"))();
-  test_what_is_missing();
-  test_damaged_engines();
-  test_choice_and_plugins();
-  test_rows();
-  EngineFile small, in_place;
-  small.text = fwl::fake::engine_text(kRows, kLargest - 1); // less than the bundle's largest call
-  in_place.plugin = in_place.in_place = true;
-  in_place.text = fwl::fake::engine_text(kRows, kLargest, true, true);
-  size_t refused_calls = 0;
-  test_sessions(EngineFile(), nullptr, refused_calls);
-  test_sessions(small, nullptr, refused_calls);
-  test_sessions(in_place, "libfwl_trt.so", refused_calls);
-  expect(refused_calls > 300, "faults are not met: " + std::to_string(refused_calls));
-  std::printf("refused of 900 calls with a fault: %zu\n", refused_calls);
-  test_failing_functions();
-  test_threads();
-  test_nothing_is_left();
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
-}

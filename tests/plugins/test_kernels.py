@@ -42,7 +42,7 @@ def threads(builds: Path, compiled_kernels: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "command", [("kernel_test", "threads-only"), ("launcher_test", "threads"), ("embed_test",)]
+    "command", [("kernel_test", "[threads]"), ("launcher_test", "[threads]"), ("embed_test",)]
 )
 def test_threads_under_their_sanitizer(threads: Path, command: tuple[str, ...]) -> None:
     run(threads / "tests" / command[0], *command[1:])
@@ -96,7 +96,7 @@ def test_the_launcher_plans_as_python_does(sanitized: Path) -> None:
         for *size, dtype, sm, aligned in calls
     ]
     done = subprocess.run(
-        [sanitized / "tests" / "launcher_test", "plan"],
+        [sanitized / "tests" / "print_plans"],
         input="\n".join(lines),
         capture_output=True,
         text=True,
@@ -107,7 +107,7 @@ def test_the_launcher_plans_as_python_does(sanitized: Path) -> None:
 
 
 def _text(steps: Plan) -> str:
-    """Return a plan as `launcher_test plan` prints it."""
+    """Return a plan as `print_plans` prints it."""
     parts = [str(4 * steps.workspace)]
     for step in steps.launches:
         chosen = step.variant

@@ -49,7 +49,10 @@ class Runner(Protocol):
         """Return buffers for `batch` fresh rows."""
 
     def run(self, call: Call, past: Any, present: Any) -> Array:
-        """Read `past`, overwrite `present` (never the same buffers), return logits [B, P, V]."""
+        """Read `past`, overwrite `present` (never the same buffers), return logits [B, P, V].
+
+        A call that comes again, the same object, may have other `input_ids` and nothing else.
+        """
 
     def read(self, buffers: Any, rows: Rows) -> State:
         """Copy rows of buffers to arrays by name.

@@ -155,6 +155,8 @@ class BoundCall:
         self._session = model.session
         self._vocab_size = model.vocab_size
         self._buffers = (past, present)  # alive as long as they are bound
+        self._call: Call
+        self._inputs: dict[str, Array]
         self.binding = model.session.io_binding()
         past.bind_inputs(self.binding)
         present.bind_outputs(self.binding)
@@ -165,8 +167,11 @@ class BoundCall:
         shape = call.logit_positions.shape
         if shape != self._logits.shape[:2] or call.input_ids.shape != self._shape:
             self._bind(call)
-        for name, array in vars(call).items():
+        # Of the call before, only the ids may be others.
+        changed = {"input_ids": call.input_ids} if call is self._call else vars(call)
+        for name, array in changed.items():
             self._inputs[name][:] = array
+        self._call = call
         self._session.run_with_iobinding(self.binding)
         if shape[1] == 1:  # copying them is faster than binding others
             return self._logits.copy()
@@ -175,6 +180,7 @@ class BoundCall:
         return logits
 
     def _bind(self, call: Call) -> None:
+        self._call = call
         self._shape = call.input_ids.shape
         self._inputs = {name: array.copy() for name, array in vars(call).items()}
         for name, array in self._inputs.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +67,7 @@ class Session:
         # Lists, not arrays: a step of a small model is not much longer than a few NumPy calls.
         self._positions = [0] * batch
         self._learning_rate_scale = np.ones(batch, np.float32)
+        self._plain: tuple[tuple[int, bool], Call] | None = None  # see _plain_call
         self._runner = runner
         self._current = runner.new_buffers(batch)
         self._spare = [runner.new_buffers(batch)]
@@ -113,7 +116,14 @@ class Session:
         ids, weights, counts = self._checked(tokens, label_weights, lengths)
         with self._lock:
             self._check_positions(counts)
-            return self._feed(ids, weights, counts, last_only)
+            positions = [a + b for a, b in zip(self._positions, counts, strict=True)]
+            at_once = self._next_lengths(counts, [0] * self.batch) == counts
+            if at_once and max(counts) == ids.shape[1]:
+                logits = self._feed_at_once(ids, weights, counts, last_only)
+            else:
+                logits = self._feed_in_parts(ids, weights, counts, last_only)
+            self._positions = positions
+            return logits[:, 0] if last_only else logits
 
     def _check_positions(self, counts: list[int]) -> None:
         if not self.max_positions:
@@ -126,19 +136,52 @@ class Session:
                     "text"
                 )
 
-    def _feed(self, ids: Array, weights: Array, counts: list[int], last_only: bool) -> Array:
+    def _feed_at_once(
+        self, ids: Array, weights: Array | None, counts: list[int], last_only: bool
+    ) -> Array:
+        if weights is None:
+            call = self._plain_call(ids, counts, last_only)
+        else:
+            call = self._call(ids, weights, counts, last_only)
+        present = self._spare_buffers()
+        logits = _real_logits(self._runner.run(call, self._current, present), call, counts)
+        self._current, self._spare[0] = present, self._current
+        return logits
+
+    def _plain_call(self, ids: Array, counts: list[int], last_only: bool) -> Call:
+        """Return a call that reads all ids with weight 1.
+
+        It is kept, and its ids replaced: in a decoding loop the model has pushed code out of the
+        caches, and each NumPy call that is not made saves microseconds.
+        """
+        key = (ids.shape[1], last_only)
+        if self._plain is None or self._plain[0] != key:
+            weights = np.ones(ids.shape, np.float32)
+            self._plain = key, self._call(ids.astype(np.int64), weights, counts, last_only)
+        call = self._plain[1]
+        call.input_ids[:] = ids
+        return call
+
+    def _spare_buffers(self) -> Any:
+        if not self._spare:
+            self._spare.append(self._runner.new_buffers(self.batch))
+        return self._spare[-1]
+
+    def _feed_in_parts(
+        self, ids: Array, weights: Array | None, counts: list[int], last_only: bool
+    ) -> Array:
+        if weights is None:
+            weights = np.ones(ids.shape, np.float32)
         done, left = [0] * self.batch, counts
         logits: Array | None = None
         past, taken = self._current, []
         while logits is None or any(left):
             here = self._next_lengths(left, done)
             call = self._call(_from(done, here, ids), _from(done, here, weights), here, last_only)
-            if not self._spare:
-                self._spare.append(self._runner.new_buffers(self.batch))
-            present = self._spare.pop()
-            taken.append(present)
+            present = self._spare_buffers()
+            taken.append(self._spare.pop())
             try:
-                found = _real_logits(self._runner.run(call, past, present), call)
+                found = _real_logits(self._runner.run(call, past, present), call, here)
             except BaseException:
                 self._spare += [buffers for buffers in taken if buffers is not self._current]
                 self._keep_one_spare()
@@ -162,9 +205,8 @@ class Session:
             left = [a - b for a, b in zip(left, here, strict=True)]
         self._spare.append(self._current)
         self._current = past
-        self._positions = [a + b for a, b in zip(self._positions, counts, strict=True)]
         self._keep_one_spare()
-        return logits[:, 0] if last_only else logits
+        return logits
 
     def _call(self, ids: Array, weights: Array, lengths: list[int], last_only: bool) -> Call:
         if last_only:
@@ -200,6 +242,7 @@ class Session:
         sampler: Sampler | None = None,
         stop_tokens: Sequence[int] = (),
         learn: bool = True,
+        on_token: Callable[[int], object] = lambda token: None,
     ) -> Iterator[int]:
         """Yield tokens that continue the prompt, in a session of one row.
 
@@ -211,13 +254,16 @@ class Session:
           sampler: chooses them; default: always the likeliest.
           stop_tokens: one of these is yielded and ends the text.
           learn: whether the session learns from prompt and own output.
+          on_token: called with each token before it is yielded, for those who collect the tokens
+            with `list` and show them as they come.
 
         Raises:
           ShapeError, TokenError: see `feed`.
         """
         if self.batch != 1:
             raise ShapeError(f"generate needs a session of one row; this one has {self.batch}")
-        return self._generate(np.asarray(prompt), count, sampler or Sampler(), stop_tokens, learn)
+        tokens = np.asarray(prompt)
+        return self._generate(tokens, count, sampler or Sampler(), stop_tokens, learn, on_token)
 
     def _generate(
         self,
@@ -226,10 +272,12 @@ class Session:
         sampler: Sampler,
         stop_tokens: Sequence[int],
         learn: bool,
+        on_token: Callable[[int], object],
     ) -> Iterator[int]:
         for _ in range(count):
-            weights = np.full(tokens.shape, float(learn))
+            weights = None if learn else np.zeros(tokens.shape, np.float32)
             token = sampler(self.feed(tokens, weights, last_only=True)[0])
+            on_token(token)
             yield token
             if token in stop_tokens:
                 return
@@ -265,6 +313,7 @@ class Session:
             )
         with self._lock:
             self._learning_rate_scale = np.broadcast_to(given, self.batch).copy()
+            self._plain = None
 
     @property
     def state(self) -> State:
@@ -302,10 +351,9 @@ class Session:
         states.check_finite(state)
         with self._lock:
             if len(chosen) == self.batch:  # then nothing of what is there is needed
-                if not self._spare:
-                    self._spare.append(self._runner.new_buffers(self.batch))
-                self._runner.write(self._spare[0], state, chosen)
-                self._current, self._spare[0] = self._spare[0], self._current
+                written = self._spare_buffers()
+                self._runner.write(written, state, chosen)
+                self._current, self._spare[0] = written, self._current
             else:
                 before = self._runner.read(self._current, chosen)
                 try:
@@ -367,7 +415,8 @@ class Session:
         tokens: npt.ArrayLike,
         label_weights: npt.ArrayLike | None,
         lengths: npt.ArrayLike | None,
-    ) -> tuple[Array, Array, list[int]]:
+    ) -> tuple[Array, Array | None, list[int]]:
+        """Return ids, weights, None where all are 1 and nothing is padding, and lengths."""
         ids = np.asarray(tokens)
         if ids.ndim == 1 and self.batch == 1:
             ids = ids[None]
@@ -380,8 +429,7 @@ class Session:
             raise TokenError(f"tokens are {ids.dtype}; expected whole numbers")
         counts = self._checked_lengths(lengths, ids.shape[1])
         if lengths is None and label_weights is None and self._all_in_range(ids):
-            # Most steps of a decoding loop, where a microsecond counts.
-            return ids.astype(np.int64), np.ones(ids.shape, np.float32), counts
+            return ids, None, counts
         real = np.arange(ids.shape[1]) < np.array(counts)[:, None]
         wrong = real & ((ids < 0) | (ids >= self.vocab_size))
         if wrong.any():
@@ -409,7 +457,8 @@ class Session:
         )
 
     def _all_in_range(self, ids: Array) -> bool:
-        return bool(ids.min() >= 0 and ids.max() < self.vocab_size)
+        values = ids.ravel().tolist()  # see _plain_call
+        return min(values) >= 0 and max(values) < self.vocab_size
 
     def _checked_lengths(self, lengths: npt.ArrayLike | None, size: int) -> list[int]:
         if lengths is None:
@@ -437,16 +486,17 @@ def _from(start: list[int], lengths: list[int], values: Array) -> Array:
     return np.where(columns < np.array(lengths)[:, None], found, np.zeros((), values.dtype))
 
 
-def _real_logits(logits: Array, call: Call) -> Array:
+def _real_logits(logits: Array, call: Call, lengths: list[int]) -> Array:
     """Return the logits with zeros at padding.
 
     Raises:
       NotFiniteError: one is not.
     """
-    if call.lengths.min() < call.input_ids.shape[1]:
+    if min(lengths) < call.input_ids.shape[1]:
         padding = call.logit_positions >= call.lengths[:, None]
         logits = np.where(padding[..., None], np.zeros((), logits.dtype), logits)
-    if not np.isfinite(logits).all():
+    # Of what holds a NaN both are NaN.
+    if not (math.isfinite(logits.max()) and math.isfinite(logits.min())):
         row, place = np.argwhere(~np.isfinite(logits))[0][:2]
         raise NotFiniteError(
             f"the model's output is not finite at row {row}, position "

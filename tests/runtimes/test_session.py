@@ -93,6 +93,39 @@ def test_reads_longer_than_a_call_are_split(tiny_bundle: Path, backend: str) -> 
     assert same_state(whole.state, parts.state)
 
 
+def test_what_is_kept_of_a_call_is_not_taken_for_another(tiny_bundle: Path) -> None:
+    # Plain calls, whose inputs but for the ids are kept, between others of the same shape.
+    plain = open_session(tiny_bundle, batch=2)
+    explicit = open_session(tiny_bundle, batch=2)
+    random = np.random.default_rng(2)
+    for step in range(60):
+        tokens = ids(2, int(random.integers(1, 3)), seed=step)
+        size = tokens.shape[1]
+        weights = random.random(tokens.shape) if random.random() < 0.3 else None
+        lengths = random.integers(0, size + 1, 2) if random.random() < 0.3 else None
+        if random.random() < 0.2:
+            plain.learning_rate_scale = explicit.learning_rate_scale = random.random(2)
+        last_only = bool(random.random() < 0.5)
+        found = plain.feed(tokens, weights, lengths, last_only)
+        expected = explicit.feed(
+            tokens,
+            np.ones(tokens.shape) if weights is None else weights,
+            np.full(2, size) if lengths is None else lengths,
+            last_only,
+        )
+        assert np.array_equal(found, expected), step
+    assert same_state(plain.state, explicit.state)
+
+
+def test_padding_columns_of_all_rows_are_no_reason_for_a_longer_call(tiny_bundle: Path) -> None:
+    tokens = ids(2, MAX_TOKENS + 5)
+    session, expected = (open_session(tiny_bundle, batch=2) for _ in range(2))
+    logits = session.feed(tokens, lengths=[3, 1])
+    assert np.array_equal(logits[:, :3], expected.feed(tokens[:, :3], lengths=[3, 1]))
+    assert not logits[:, 3:].any()
+    assert same_state(session.state, expected.state)
+
+
 def test_rows_meet_their_anchors_at_different_times(anchored_bundle: Path) -> None:
     sessions = [open_session(anchored_bundle, name, batch=3) for name in BACKENDS]
     interval = sessions[0].anchor_interval
@@ -248,8 +281,10 @@ def test_threads_share_a_model_and_a_session(tiny_bundle: Path) -> None:
 
 def test_generate_stops_and_learns(tiny_bundle: Path, backend: str) -> None:
     sessions = [open_session(tiny_bundle, backend) for _ in range(3)]
-    written = list(sessions[0].generate(ids(5), 12))
+    shown: list[int] = []
+    written = list(sessions[0].generate(ids(5), 12, on_token=shown.append))
     assert len(written) == 12
+    assert shown == written
     assert sessions[0].positions == [5 + 11]
     tokens = ids(5)
     for token in written:  # the likeliest, one after the other

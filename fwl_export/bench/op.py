@@ -24,8 +24,6 @@ once.
 from __future__ import annotations
 
 import math
-import os
-import platform
 import random
 import statistics
 import time
@@ -41,7 +39,6 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from fwl_export.machine import processor_name
 from fwl_export.op import spec
 from fwl_export.op.onnx_function import append_function
 from fwl_export.op.torch_op import linear_attention_update, run_chunked
@@ -140,19 +137,6 @@ def bench_op(
         {name: _ratios(seconds, name) for name in OURS if name in seconds},
         missing,
     )
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return what the figures were measured on."""
-    ort = import_onnxruntime()
-    return {
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
-        "onnxruntime": ort.__version__,
-        "torch": torch.__version__,
-        "system": platform.platform(),
-    }
 
 
 def _runs(

@@ -197,7 +197,8 @@ def _libfwl(
     error = ctypes.create_string_buffer(1024)  # fwl_error: the status, then the message
     try:
         c = ctypes.CDLL(str(path))
-    except OSError as problem:
+        c.fwl_options_init  # noqa: B018 - looked up here, so that another library is refused
+    except (OSError, AttributeError) as problem:
         raise PluginError(f"libfwl '{path}' cannot be loaded: {problem}") from None
 
     def check(status: int) -> None:

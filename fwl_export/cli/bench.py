@@ -11,7 +11,7 @@ import typer
 from fwl_export.cli.terminal import BundleArgument, JsonOption, spinner, table
 
 if TYPE_CHECKING:
-    from fwl_export.bench import OpSize, OpTimes
+    from fwl_export.bench.op import OpSize, OpTimes
     from fwl_export.bench.session import SessionTimes
 
 bench = typer.Typer(
@@ -52,7 +52,8 @@ def bench_op_command(
     """
     from dataclasses import asdict
 
-    from fwl_export.bench import OpSize, bench_op, describe_machine
+    from fwl_export.bench.op import OpSize, bench_op
+    from fwl_export.machine import describe_machine
     from fwl_export.plugins import ONNXRUNTIME, find_plugin
 
     library = find_plugin(ONNXRUNTIME, plugin)
@@ -108,9 +109,9 @@ def bench_session_command(
     """
     from dataclasses import asdict
 
-    from fwl_export.bench import describe_machine
     from fwl_export.bench.session import bench_session, session_memory
     from fwl_export.bundle import read_bundle
+    from fwl_export.machine import describe_machine
 
     opened = read_bundle(bundle)
     rows_and_tokens = [

@@ -30,7 +30,7 @@ def generate(
     top_p: Annotated[
         float, typer.Option(help="Only the likeliest with this probability together.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random choice.", min=0)] = 0,
     no_learn: Annotated[
         bool, typer.Option("--no-learn", help="Do not learn from prompt and own output.")
     ] = False,

@@ -37,6 +37,8 @@ class Sampler:
             raise ConfigError(f"top_k is {top_k}; expected 0 (all) or more")
         if not 0 < top_p <= 1:
             raise ConfigError(f"top_p is {top_p}; expected more than 0, and 1 (all) at most")
+        if seed < 0:
+            raise ConfigError(f"seed is {seed}; expected 0 or more")
         self._temperature = temperature
         self._top_k = top_k
         self._top_p = top_p
@@ -46,8 +48,9 @@ class Sampler:
         """Return a token for logits [V]."""
         if self._temperature == 0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self._temperature
-        weights = np.exp(scaled - scaled.max())
+        wide = logits.astype(np.float64)
+        with np.errstate(over="ignore"):  # at a temperature of almost 0
+            weights = np.exp((wide - wide.max()) / self._temperature)
         order = np.argsort(-weights, kind="stable")
         if self._top_k:
             order = order[: self._top_k]

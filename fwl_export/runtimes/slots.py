@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export.errors import ShapeError
+from fwl_export.errors import ShapeError, TokenError
 from fwl_export.runtimes.base import Array
 from fwl_export.runtimes.session import Session
 from fwl_export.state import State
@@ -27,6 +28,7 @@ class Slots:
     def __init__(self, session: Session) -> None:
         """Take over a session; nobody else should use its rows."""
         self.session = session
+        self._lock = threading.RLock()
         self._free = list(range(session.batch))
 
     @property
@@ -41,29 +43,26 @@ class Slots:
           ShapeError: all slots are in use.
           StateError: the state does not fit the model.
         """
-        try:
-            slot = self._free.pop(0)
-        except IndexError:
-            raise ShapeError(
-                f"all {self.session.batch} slots are in use; remove one, or open the session with "
-                "a larger batch"
-            ) from None
-        try:
+        with self._lock:
+            if not self._free:
+                raise ShapeError(
+                    f"all {self.session.batch} slots are in use; remove one, or open the session "
+                    "with a larger batch"
+                )
+            slot = self._free[0]
             if state is None:
                 self.session.reset([slot])
             else:
                 self.session.write_rows([slot], state)
-        except BaseException:
-            self._free.insert(0, slot)
-            raise
-        return slot
+            return self._free.pop(0)
 
     def remove(self, slot: int) -> State:
         """Take a slot back; returns its state, to be saved or added again later."""
-        self._check(slot)
-        state = self.session.read_rows([slot])
-        self._free.append(slot)
-        return state
+        with self._lock:
+            self._check(slot)
+            state = self.session.read_rows([slot])
+            self._free.append(slot)
+            return state
 
     def feed(
         self,
@@ -83,6 +82,14 @@ class Slots:
           ShapeError: a slot was not handed out, or a shape does not fit.
           TokenError: see `Session.feed`.
         """
+        with self._lock:
+            return self._feed(tokens, label_weights)
+
+    def _feed(
+        self,
+        tokens: Mapping[int, npt.ArrayLike],
+        label_weights: Mapping[int, npt.ArrayLike] | None,
+    ) -> dict[int, Array]:
         given = {slot: np.asarray(ids) for slot, ids in tokens.items()}
         for slot, ids in given.items():
             self._check(slot)
@@ -90,11 +97,18 @@ class Slots:
                 raise ShapeError(
                     f"tokens of slot {slot} have shape {list(ids.shape)}; expected [T]"
                 )
+            # Here, since types differ between slots: ids of the largest would not fit the batch.
+            if ids.dtype.kind not in "iu":
+                raise TokenError(f"tokens of slot {slot} are {ids.dtype}; expected whole numbers")
+            if ids.max() >= self.session.vocab_size:
+                raise TokenError(
+                    f"token id {ids.max()} of slot {slot} is out of range; expected 0 to "
+                    f"{self.session.vocab_size - 1}"
+                )
         if not given:
             raise ShapeError("no slot was given tokens")
         shape = (self.session.batch, max(map(len, given.values())))
-        kinds = {ids.dtype for ids in given.values()}
-        batch, weights = np.zeros(shape, np.result_type(*kinds)), np.zeros(shape, np.float32)
+        batch, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         lengths = np.zeros(shape[0], np.int64)
         for slot, ids in given.items():
             batch[slot, : len(ids)], lengths[slot] = ids, len(ids)

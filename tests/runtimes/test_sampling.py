@@ -47,6 +47,11 @@ def test_temperature_sharpens() -> None:
     assert np.abs(shares(Sampler(0.5)) - expected).max() < 4 * 0.5 / 4000**0.5
 
 
+def test_the_smallest_temperature_takes_the_likeliest() -> None:
+    with np.errstate(all="raise"):
+        assert Sampler(temperature=5e-324)(np.float32([1, 3, 2])) == 1
+
+
 def test_a_seed_repeats() -> None:
     runs = [[s(LOGITS) for _ in range(20)] for s in (Sampler(1, seed=3), Sampler(1, seed=3))]
     assert runs[0] == runs[1] != [Sampler(1, seed=4)(LOGITS) for _ in range(20)]
@@ -60,6 +65,7 @@ def test_a_seed_repeats() -> None:
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0; expected more than 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"seed": -1}, "seed is -1; expected 0 or more"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, float], message: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fwl_export import open_session
-from fwl_export.errors import ShapeError, StateError
+from fwl_export.errors import ShapeError, StateError, TokenError
 from fwl_export.runtimes import Slots
 from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.tolerances import assert_close
@@ -68,6 +69,29 @@ def test_weights_are_by_slot(tiny_bundle: Path) -> None:
     assert learned[a] == 0 < learned[b]
 
 
+def test_types_of_ids_may_differ_between_slots(tiny_bundle: Path) -> None:
+    slots = Slots(open_session(tiny_bundle, batch=2))
+    a, b = slots.add(), slots.add()
+    found = slots.feed({a: np.array([5, 6], np.uint64), b: np.array([5, 6], np.int8)})
+    assert np.array_equal(found[a], found[b])
+
+
+def test_two_threads_take_back_a_slot_once(tiny_bundle: Path) -> None:
+    slots = Slots(open_session(tiny_bundle, batch=2))
+
+    def remove(slot: int) -> bool:
+        try:
+            slots.remove(slot)
+        except ShapeError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(100):
+            assert sorted(pool.map(remove, [slots.add()] * 2)) == [False, True]
+    assert {slots.add(), slots.add()} == {0, 1}
+
+
 def test_wrong_use_is_named(tiny_bundle: Path) -> None:
     slots = Slots(open_session(tiny_bundle, batch=2))
     slot = slots.add()
@@ -81,6 +105,10 @@ def test_wrong_use_is_named(tiny_bundle: Path) -> None:
         slots.feed({})
     with pytest.raises(ShapeError, match=r"label_weights of slot 0 have shape \[2\]"):
         slots.feed({slot: [1]}, {slot: [1, 1]})
+    with pytest.raises(TokenError, match="tokens of slot 0 are bool; expected whole numbers"):
+        slots.feed({slot: np.array([True])})
+    with pytest.raises(TokenError, match=f"token id {2**63} of slot 0 is out of range"):
+        slots.feed({slot: [2**63]})
     with pytest.raises(StateError, match="lacks the tensor"):
         slots.add({})
     assert slots.used == [0], "the slot whose state was refused is free again"

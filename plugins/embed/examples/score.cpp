@@ -32,11 +32,17 @@ int main(int count, char** arguments) {
     }
     std::ifstream file(arguments[2]);
     const std::vector<int64_t> ids(std::istream_iterator<int64_t>(file), {});
-    if (ids.size() < 2) {
-      throw std::runtime_error(std::string("'") + arguments[2] + "' has fewer than 2 token ids");
+    const size_t vocabulary = session.vocab_size();
+    if (!file.eof() || ids.size() < 2) {
+      throw std::runtime_error(std::string("'") + arguments[2] +
+                               "' is not 2 or more token ids with spaces between");
+    }
+    for (const int64_t id : ids) { // the last is predicted, but no session reads it
+      if (id < 0 || id >= static_cast<int64_t>(vocabulary)) {
+        throw std::runtime_error("token id " + std::to_string(id) + " is out of range");
+      }
     }
     const auto chunk = static_cast<size_t>(model.info().max_tokens);
-    const size_t vocabulary = session.vocab_size();
     double loss = 0;
     for (size_t start = 0; start + 1 < ids.size(); start += chunk) {
       const size_t end = std::min(start + chunk, ids.size() - 1);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import secrets
@@ -70,7 +71,16 @@ def _share(folder: Path) -> None:
 
 @contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target`; the file written there replaces it if the block succeeds."""
+    """Yield a path beside `target`; the file written there replaces it if the block succeeds.
+
+    Of a link, the file it leads to is replaced.
+
+    Raises:
+      FileExistsError: `target` is a folder, a device or the like.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "not an ordinary file, and left as it is", str(target))
     target, folder = _names(target)
     try:
         folder.mkdir()

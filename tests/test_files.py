@@ -66,3 +66,22 @@ def test_files_get_ordinary_permissions(tmp_path: Path) -> None:
         (beside / "a").chmod(0o600)
     (tmp_path / "plain").write_text("x")
     assert (tmp_path / "out" / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_links_stay_and_what_is_no_file_is_left(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "file")
+    for text in ("new", "newer"):
+        with replaced_file(link) as beside:
+            beside.write_text(text)
+        assert link.is_symlink()
+        assert (tmp_path / "file").read_text() == text
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for other in (pipe, tmp_path):
+        with (
+            pytest.raises(FileExistsError, match="not an ordinary file, and left as it is"),
+            replaced_file(other),
+        ):
+            pass
+    assert pipe.is_fifo()

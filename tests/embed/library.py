@@ -153,7 +153,7 @@ class Session:
     def set_learning_rate_scale(self, scale: Sequence[float]) -> None:
         self.call("set_learning_rate_scale", _pointer(np.ascontiguousarray(scale, np.float32)))
 
-    def reset(self, rows: Sequence[int] = ()) -> None:
+    def reset(self, rows: Sequence[int] | None = None) -> None:
         self.call("reset", *_rows(rows))
 
     def fork(self, source: int, targets: Sequence[int]) -> None:
@@ -167,10 +167,10 @@ class Session:
     def write_row(self, row: int, state: np.ndarray) -> None:
         self.call("write_row", ctypes.c_size_t(row), _pointer(state), ctypes.c_size_t(state.nbytes))
 
-    def save_state(self, path: Path, rows: Sequence[int] = ()) -> None:
+    def save_state(self, path: Path, rows: Sequence[int] | None = None) -> None:
         self.call("save_state", str(path).encode(), *_rows(rows))
 
-    def load_state(self, path: Path, rows: Sequence[int] = ()) -> None:
+    def load_state(self, path: Path, rows: Sequence[int] | None = None) -> None:
         self.call("load_state", str(path).encode(), *_rows(rows))
 
     def close(self) -> None:
@@ -181,5 +181,7 @@ def _pointer(array: np.ndarray | None) -> ctypes.c_void_p | None:
     return None if array is None else ctypes.c_void_p(array.ctypes.data)
 
 
-def _rows(rows: Sequence[int]) -> tuple[Any, ctypes.c_size_t]:
-    return (ctypes.c_size_t * len(rows))(*rows) if rows else None, ctypes.c_size_t(len(rows))
+def _rows(rows: Sequence[int] | None) -> tuple[Any, ctypes.c_size_t]:
+    if rows is None:
+        return None, ctypes.c_size_t(0)
+    return (ctypes.c_size_t * max(len(rows), 1))(*rows), ctypes.c_size_t(len(rows))

@@ -174,6 +174,9 @@ def test_wrong_arguments_move_no_row(model: Model) -> None:
         refused(kind, message, lambda arguments=arguments: session.feed(**arguments))
     refused("argument", "row 2 does not exist; expected 0 to 1", lambda: session.reset([2]))
     refused("argument", "a row is named twice", lambda: session.reset([1, 1]))
+    no_rows = "there are no rows; for all of them rows is NULL"
+    refused("argument", no_rows, lambda: session.reset([]))
+    refused("argument", no_rows, lambda: session.save_state(Path("never.state"), []))
     refused("argument", "there are no targets", lambda: session.fork(0, []))
     refused(
         "argument", "the state has 3 bytes", lambda: session.write_row(0, np.zeros(3, np.uint8))
@@ -210,6 +213,23 @@ def test_an_output_that_is_not_finite_moves_no_row(anchored: Model) -> None:
     again.feed(ids(1, 5))
     for size in (1, 1, 30):
         np.testing.assert_array_equal(session.feed(tokens[:, :size]), again.feed(tokens[:, :size]))
+
+
+def test_paths_of_no_file_and_links(model: Model, tmp_path: Path) -> None:
+    session = model.session(1)
+    path, pipe, link = tmp_path / "a.state", tmp_path / "pipe", tmp_path / "link"
+    session.save_state(path)
+    os.mkfifo(pipe)
+    refused("io", "it is a folder", lambda: session.load_state(tmp_path))
+    for other in (tmp_path, pipe):
+        refused("io", "it is not an ordinary file", lambda other=other: session.save_state(other))
+    assert pipe.is_fifo()
+    link.symlink_to(path)
+    before = path.read_bytes()
+    session.feed([[1]])
+    session.save_state(link)
+    assert link.is_symlink()
+    assert path.read_bytes() != before
 
 
 def test_damaged_state_files(model: Model, tmp_path: Path) -> None:

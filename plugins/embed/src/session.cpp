@@ -287,7 +287,10 @@ void Session::load(const std::string& path, const size_t* rows, size_t count) {
 
 std::vector<size_t> Session::chosen(const size_t* rows, size_t count) const {
   std::vector<size_t> all;
-  if (rows == nullptr || count == 0) {
+  if (rows != nullptr && count == 0) {
+    refuse(FWL_ERROR_ARGUMENT, "there are no rows; for all of them rows is NULL");
+  }
+  if (rows == nullptr) {
     if (count > 0) {
       refuse(FWL_ERROR_ARGUMENT, "rows is NULL, but count is " + std::to_string(count));
     }

@@ -3,12 +3,14 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <memory>
@@ -37,9 +39,17 @@ std::string reason() {
 class Replacement {
 public:
   explicit Replacement(const std::string& target) : target_(target) {
+    if (char* const real = realpath(target.c_str(), nullptr)) { // there: a link stays a link
+      target_ = real;
+      std::free(real);
+      struct stat found;
+      if (stat(target_.c_str(), &found) != 0 || !S_ISREG(found.st_mode)) {
+        throw Failure(FWL_ERROR_IO, "cannot write '" + target + "': it is not an ordinary file");
+      }
+    }
     remove_leftovers();
     do { // a name may be taken: in another container processes have the same numbers
-      path_ = target + "." + std::to_string(getpid()) + "." + std::to_string(++count()) + ".tmp";
+      path_ = target_ + "." + std::to_string(getpid()) + "." + std::to_string(++count()) + ".tmp";
       file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     } while (file_ < 0 && errno == EEXIST);
     if (file_ < 0) {
@@ -365,6 +375,10 @@ std::vector<RowState> load_state(const std::string& path, const Bundle& bundle) 
   std::ifstream stream(path, std::ios::binary);
   if (!stream) {
     throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': " + reason());
+  }
+  struct stat found;
+  if (stat(path.c_str(), &found) != 0 || S_ISDIR(found.st_mode)) {
+    throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': it is a folder");
   }
   const Tensors file(path, std::string(std::istreambuf_iterator<char>(stream), {}));
   try {

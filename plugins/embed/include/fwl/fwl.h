@@ -132,7 +132,8 @@ FWL_API fwl_status fwl_session_positions(fwl_session* session, int64_t* position
 FWL_API fwl_status fwl_session_set_learning_rate_scale(fwl_session* session, const float* scale,
                                                        fwl_error* error);
 
-/* Makes rows fresh. `rows` NULL and `count` 0: all, here and below. */
+/* Makes rows fresh. `rows` NULL and `count` 0: all, here and below; no rows, where `rows` is not
+ * NULL, are refused. */
 FWL_API fwl_status fwl_session_reset(fwl_session* session, const size_t* rows, size_t count,
                                      fwl_error* error);
 

@@ -42,6 +42,12 @@ void call(Function* function, Arguments... arguments) {
   }
 }
 
+// Never NULL, which stands for all rows.
+inline const size_t* some(const std::vector<size_t>& rows) {
+  static const size_t none = 0;
+  return rows.empty() ? &none : rows.data();
+}
+
 } // namespace detail
 
 // Rows of text, each independent. Movable, not copyable.
@@ -90,9 +96,24 @@ public:
     detail::call(fwl_session_set_learning_rate_scale, handle_, scale.data());
   }
 
-  void reset(const std::vector<size_t>& rows = {}) {
-    detail::call(fwl_session_reset, handle_, rows.data(), rows.size());
+  // These are of all rows without `rows`; an empty vector of them is refused.
+  void reset() { detail::call(fwl_session_reset, handle_, nullptr, size_t{0}); }
+  void reset(const std::vector<size_t>& rows) {
+    detail::call(fwl_session_reset, handle_, detail::some(rows), rows.size());
   }
+  void save_state(const std::string& path) const {
+    detail::call(fwl_session_save_state, handle_, path.c_str(), nullptr, size_t{0});
+  }
+  void save_state(const std::string& path, const std::vector<size_t>& rows) const {
+    detail::call(fwl_session_save_state, handle_, path.c_str(), detail::some(rows), rows.size());
+  }
+  void load_state(const std::string& path) {
+    detail::call(fwl_session_load_state, handle_, path.c_str(), nullptr, size_t{0});
+  }
+  void load_state(const std::string& path, const std::vector<size_t>& rows) {
+    detail::call(fwl_session_load_state, handle_, path.c_str(), detail::some(rows), rows.size());
+  }
+
   void fork(size_t source, const std::vector<size_t>& targets) {
     detail::call(fwl_session_fork, handle_, source, targets.data(), targets.size());
   }
@@ -105,12 +126,6 @@ public:
   void write_row(size_t row, const std::vector<char>& state) {
     detail::call(fwl_session_write_row, handle_, row, static_cast<const void*>(state.data()),
                  state.size());
-  }
-  void save_state(const std::string& path, const std::vector<size_t>& rows = {}) const {
-    detail::call(fwl_session_save_state, handle_, path.c_str(), rows.data(), rows.size());
-  }
-  void load_state(const std::string& path, const std::vector<size_t>& rows = {}) {
-    detail::call(fwl_session_load_state, handle_, path.c_str(), rows.data(), rows.size());
   }
 
   size_t rows() const noexcept { return rows_; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -402,7 +403,10 @@ class Session:
         self.write_rows(chosen, state)
 
     def _checked_rows(self, rows: Sequence[int]) -> list[int]:
-        chosen = [int(row) for row in rows]
+        try:
+            chosen = [operator.index(row) for row in rows]
+        except TypeError:
+            raise ShapeError(f"rows are {list(rows)}; expected whole numbers") from None
         for row in chosen:
             if not 0 <= row < self.batch:
                 raise ShapeError(f"row {row} does not exist; expected 0 to {self.batch - 1}")
@@ -417,7 +421,12 @@ class Session:
         lengths: npt.ArrayLike | None,
     ) -> tuple[Array, Array | None, list[int]]:
         """Return ids, weights, None where all are 1 and nothing is padding, and lengths."""
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:
+            raise ShapeError(
+                "tokens are rows of different lengths; pad them, and pass lengths"
+            ) from None
         if ids.ndim == 1 and self.batch == 1:
             ids = ids[None]
         if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] < 1:

@@ -64,6 +64,14 @@ add_executable(static main.cpp)
 target_link_libraries(static PRIVATE fwl::fwl_static)
 """
 
+IN_C = """\
+cmake_minimum_required(VERSION 3.20)
+project(consumer LANGUAGES C)
+find_package(fwl 0.1 REQUIRED)
+add_executable(static_c main.c)
+target_link_libraries(static_c PRIVATE fwl::fwl_static)
+"""
+
 
 @pytest.mark.slow
 def test_libfwl_is_found_by_cmake_and_pkg_config(
@@ -79,15 +87,29 @@ def test_libfwl_is_found_by_cmake_and_pkg_config(
     run("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}")
     run("cmake", "--build", tmp_path / "build")
     (config,) = installed.glob("**/fwl.pc")
-    flags = subprocess.run(
-        ["pkg-config", "--cflags", "--libs", "fwl"],
-        env={**os.environ, "PKG_CONFIG_PATH": str(config.parent)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+
+    def flags(*more: str) -> list[str]:
+        return subprocess.run(
+            ["pkg-config", "--cflags", "--libs", *more, "fwl"],
+            env={**os.environ, "PKG_CONFIG_PATH": str(config.parent)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+
     program = tmp_path / "c99"
-    run("cc", "-std=c99", "-Wall", "-Werror", examples / "generate.c", "-o", program, *flags)
+    run("cc", "-std=c99", "-Wall", "-Werror", examples / "generate.c", "-o", program, *flags())
+    in_c = tmp_path / "in_c"
+    in_c.mkdir()
+    (in_c / "CMakeLists.txt").write_text(IN_C)
+    (in_c / "main.c").write_text((examples / "generate.c").read_text())
+    run("cmake", "-S", in_c, "-B", in_c / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+    run("cmake", "--build", in_c / "build")
+    for shared in config.parents[1].glob("libfwl.so*"):
+        shared.rename(tmp_path / shared.name)  # then pkg-config's -lfwl is the other
+    run("cc", examples / "generate.c", "-o", tmp_path / "c_static", *flags("--static"))
+    for shared in tmp_path.glob("libfwl.so*"):
+        shared.rename(config.parents[1] / shared.name)
     capi = Path(onnxruntime.__file__).parent / "capi"
     environment = {
         **os.environ,
@@ -102,7 +124,13 @@ def test_libfwl_is_found_by_cmake_and_pkg_config(
             text=True,
             check=True,
         ).stdout
-        for each in (program, tmp_path / "build" / "shared", tmp_path / "build" / "static")
+        for each in (
+            program,
+            tmp_path / "c_static",
+            tmp_path / "build" / "shared",
+            tmp_path / "build" / "static",
+            in_c / "build" / "static_c",
+        )
     }
     assert len(outputs) == 1
     assert len(outputs.pop().split()) == 5

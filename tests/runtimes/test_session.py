@@ -311,6 +311,7 @@ def test_memory_does_not_grow(tiny_bundle: Path) -> None:
 
 
 WRONG_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"tokens": [[1, 2], [1]]}, ShapeError, "tokens are rows of different lengths; pad them, and"),
     ({"tokens": ids(2, 0)}, ShapeError, "tokens have shape [2, 0]; expected [2, T] with T of 1"),
     ({"tokens": ids(3, 4)}, ShapeError, "tokens have shape [3, 4]; expected [2, T]"),
     ({"tokens": ids(4)}, ShapeError, "tokens have shape [4]; expected [2, T]"),

@@ -51,7 +51,10 @@ void Session::feed(const int64_t* tokens, size_t count, const float* label_weigh
   if (which < FWL_LOGITS_NONE || which > FWL_LOGITS_ALL) {
     refuse(FWL_ERROR_ARGUMENT, "which is " + std::to_string(which) + "; expected 0, 1 or 2");
   }
-  if (predictions > 0 && (logits == nullptr || logits_size < predictions * vocabulary)) {
+  if (predictions > 0 && logits == nullptr) {
+    refuse(FWL_ERROR_ARGUMENT, "logits is NULL");
+  }
+  if (logits_size < predictions * vocabulary) {
     refuse(FWL_ERROR_ARGUMENT, "logits has room for " + std::to_string(logits_size) +
                                    " floats; expected " + std::to_string(predictions * vocabulary));
   }

@@ -54,6 +54,12 @@ def test_score(embed: Path, runtime: Path, anchored_bundle: Path, tmp_path: Path
     second = run(runtime, embed / "score", anchored_bundle, tmp_path / "ids", state)
     assert float(second.stdout) == pytest.approx(score_ids(python, text).perplexity, rel=1e-5)
 
+    for wrong in ("1 2 64", "1 2 -1", "1 2 x 4", "1"):  # the last id is predicted, but not read
+        (tmp_path / "ids").write_text(wrong)
+        refused = run(runtime, embed / "score", anchored_bundle, tmp_path / "ids")
+        assert refused.returncode == 1, wrong
+        assert refused.stderr.startswith("error: "), wrong
+
 
 def test_serve_rows(embed: Path, runtime: Path, anchored_bundle: Path) -> None:
     done = run(runtime, embed / "serve_rows", anchored_bundle)

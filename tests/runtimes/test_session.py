@@ -186,6 +186,8 @@ def test_reset_makes_a_row_fresh(tiny_bundle: Path, backend: str) -> None:
     assert not np.array_equal(again[1], first[1])
     session.reset()
     np.testing.assert_array_equal(session.feed(ids(2, 7)), first)
+    with pytest.raises(ShapeError, match=r"rows are \[0.5\]; expected whole numbers"):
+        session.reset([0.5])  # type: ignore[list-item]
 
 
 def test_state_moves_between_backends(tiny_bundle: Path) -> None:

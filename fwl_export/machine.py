@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 
 def describe_machine() -> dict[str, Any]:
     """Return what figures were measured on; versions of what is not installed are None."""
+    versions = installed_versions(("torch", "onnxruntime", "onnxruntime-gpu"))
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
-        "onnxruntime": _version("onnxruntime", "onnxruntime-gpu"),
-        "torch": _version("torch"),
+        "onnxruntime": versions.get("onnxruntime", versions.get("onnxruntime-gpu")),
+        "torch": versions.get("torch"),
         "system": platform.platform(),
     }
 
@@ -31,10 +33,12 @@ def processor_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _version(*packages: str) -> str | None:
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed, by name."""
+    versions = {}
     for package in packages:
         try:
-            return metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return None
+    return versions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from fwl_export.errors import ExportError, OutputExistsError
 from fwl_export.export.precision import EXPORTED, PrecisionPolicy, write_policy
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import replaced_folder
+from fwl_export.machine import installed_versions
 from fwl_export.model.checkpoint import TOKENIZER_FILE, load_checkpoint
 from fwl_export.model.stored import CONFIG_FILE, WEIGHTS_FILE
 from fwl_export.model.streaming import INPUTS
@@ -100,7 +100,7 @@ def export_bundle(
             },
             state=specs,
             model_id=_model_id(checkpoint, chosen),
-            versions=tool_versions(_TOOLS),
+            versions=installed_versions(_TOOLS),
             files={
                 path.relative_to(folder).as_posix(): describe_file(path)
                 for path in sorted(folder.rglob("*"))
@@ -154,17 +154,6 @@ def run_once(model_path: Path, specs: list[TensorSpec]) -> None:
                 f"{model_path.name}: state '{spec.name}' came out as {list(found.shape)}, "
                 f"finite: {bool(np.isfinite(found).all())}; expected {[2, *spec.shape]}"
             )
-
-
-def tool_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Return the version of each installed distribution of the names."""
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _check_policy(policy: PrecisionPolicy | None, precision: str) -> None:

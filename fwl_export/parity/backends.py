@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 from fwl_export.bundle import Bundle
 from fwl_export.errors import ConfigError
+from fwl_export.machine import installed_versions
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.runtimes import Session, open_session
 
@@ -87,7 +87,7 @@ class Backend:
 
     def describe(self) -> str:
         """Return in words what runs."""
-        versions = [f"{p} {_version(p)}" for p in _PACKAGES[self.backend] if _version(p)]
+        versions = [f"{p} {v}" for p, v in installed_versions(_PACKAGES[self.backend]).items()]
         words = [versions[0] if versions else self.backend]
         if self.backend == "onnxruntime":
             library = find_plugin(ONNXRUNTIME, self.arguments.get("plugin", "auto"))
@@ -106,13 +106,6 @@ _PACKAGES = {
     "torch": ("torch",),
     "tensorrt": ("tensorrt-rtx", "tensorrt"),
 }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def parse_backend(text: str) -> Backend:

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from typing import Any, NamedTuple, cast
 
 import numpy.typing as npt
 
 from fwl_export.bundle import CHECKPOINT_FOLDER, Bundle
-from fwl_export.machine import processor_name
+from fwl_export.machine import installed_versions, processor_name
 from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.backends import REFERENCE, Backend, parse_backend, parse_backends
 from fwl_export.parity.baseline import compare_with_baseline
@@ -248,19 +247,13 @@ def _verdict(
 
 
 def _environment(threads: int) -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "versions": versions,
+        "versions": installed_versions(_PACKAGES),
     }
 
 

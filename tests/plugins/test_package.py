@@ -10,14 +10,6 @@ import pytest
 
 from tests.plugins.builds import built, run
 
-PROJECT = """\
-cmake_minimum_required(VERSION 3.20)
-project(consumer LANGUAGES CXX)
-find_package(fwl 0.1 REQUIRED)
-add_executable(consumer main.cpp)
-target_link_libraries(consumer PRIVATE fwl::cpu)
-"""
-
 # One token, one row: S = 0.5 * 2 + 3 * 4 = 13, o = 5 * 13 = 65.
 PROGRAM = """\
 #include <vector>
@@ -42,35 +34,35 @@ int main() {
 """
 
 
+def consumers(folder: Path, installed: Path, name: str, source: str, *targets: str) -> list[Path]:
+    """Build a source file in its own language, once with each target of the package."""
+    language = {".c": "C", ".cpp": "CXX"}[Path(name).suffix]
+    project = folder / language
+    lines = [
+        "cmake_minimum_required(VERSION 3.20)",
+        f"project(consumer LANGUAGES {language})",
+        "find_package(fwl 0.1 REQUIRED)",
+    ]
+    for target in targets:
+        lines += [
+            f"add_executable(with_{target} {name})",
+            f"target_link_libraries(with_{target} PRIVATE fwl::{target})",
+        ]
+    project.mkdir()
+    (project / "CMakeLists.txt").write_text("\n".join(lines))
+    (project / name).write_text(source)
+    run("cmake", "-S", project, "-B", project / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+    run("cmake", "--build", project / "build")
+    return [project / "build" / f"with_{target}" for target in targets]
+
+
 @pytest.mark.slow
 def test_find_package(builds: Path, tmp_path: Path) -> None:
     folder = built(builds, "package", "-DFWL_ONNXRUNTIME=OFF", "-DFWL_GPU=OFF")
     installed = tmp_path / "installed"
     run("cmake", "--install", folder, "--prefix", installed)
-    (tmp_path / "CMakeLists.txt").write_text(PROJECT)
-    (tmp_path / "main.cpp").write_text(PROGRAM)
-    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}")
-    run("cmake", "--build", tmp_path / "build")
-    run(tmp_path / "build" / "consumer")
-
-
-EMBEDDING = """\
-cmake_minimum_required(VERSION 3.20)
-project(consumer LANGUAGES C CXX)
-find_package(fwl 0.1 REQUIRED)
-add_executable(shared main.cpp)
-target_link_libraries(shared PRIVATE fwl::fwl)
-add_executable(static main.cpp)
-target_link_libraries(static PRIVATE fwl::fwl_static)
-"""
-
-IN_C = """\
-cmake_minimum_required(VERSION 3.20)
-project(consumer LANGUAGES C)
-find_package(fwl 0.1 REQUIRED)
-add_executable(static_c main.c)
-target_link_libraries(static_c PRIVATE fwl::fwl_static)
-"""
+    (program,) = consumers(tmp_path, installed, "main.cpp", PROGRAM, "cpu")
+    run(program)
 
 
 @pytest.mark.slow
@@ -81,11 +73,10 @@ def test_libfwl_is_found_by_cmake_and_pkg_config(
 
     installed = tmp_path / "installed"
     run("cmake", "--install", libraries, "--prefix", installed)
-    (tmp_path / "CMakeLists.txt").write_text(EMBEDDING)
     examples = Path(__file__).parents[2] / "plugins" / "embed" / "examples"
-    (tmp_path / "main.cpp").write_text((examples / "generate.cpp").read_text())
-    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}")
-    run("cmake", "--build", tmp_path / "build")
+    in_cpp, in_c = (examples / name for name in ("generate.cpp", "generate.c"))
+    programs = consumers(tmp_path, installed, "main.cpp", in_cpp.read_text(), "fwl", "fwl_static")
+    programs += consumers(tmp_path, installed, "main.c", in_c.read_text(), "fwl", "fwl_static")
     (config,) = installed.glob("**/fwl.pc")
 
     def flags(*more: str) -> list[str]:
@@ -97,19 +88,12 @@ def test_libfwl_is_found_by_cmake_and_pkg_config(
             check=True,
         ).stdout.split()
 
-    program = tmp_path / "c99"
-    run("cc", "-std=c99", "-Wall", "-Werror", examples / "generate.c", "-o", program, *flags())
-    in_c = tmp_path / "in_c"
-    in_c.mkdir()
-    (in_c / "CMakeLists.txt").write_text(IN_C)
-    (in_c / "main.c").write_text((examples / "generate.c").read_text())
-    run("cmake", "-S", in_c, "-B", in_c / "build", f"-DCMAKE_PREFIX_PATH={installed}")
-    run("cmake", "--build", in_c / "build")
-    for shared in config.parents[1].glob("libfwl.so*"):
-        shared.rename(tmp_path / shared.name)  # then pkg-config's -lfwl is the other
-    run("cc", examples / "generate.c", "-o", tmp_path / "c_static", *flags("--static"))
-    for shared in tmp_path.glob("libfwl.so*"):
-        shared.rename(config.parents[1] / shared.name)
+    programs += [tmp_path / "c99", tmp_path / "c99_static"]
+    compiler = ("cc", "-std=c99", "-Wall", "-Werror", in_c, "-o")
+    run(*compiler, programs[-2], *flags())
+    # As -lfwl is understood where the shared library is not.
+    static = [flag.replace("-lfwl", "-l:libfwl.a") for flag in flags("--static")]
+    run(*compiler, programs[-1], *static)
     capi = Path(onnxruntime.__file__).parent / "capi"
     environment = {
         **os.environ,
@@ -124,13 +108,7 @@ def test_libfwl_is_found_by_cmake_and_pkg_config(
             text=True,
             check=True,
         ).stdout
-        for each in (
-            program,
-            tmp_path / "c_static",
-            tmp_path / "build" / "shared",
-            tmp_path / "build" / "static",
-            in_c / "build" / "static_c",
-        )
+        for each in programs
     }
     assert len(outputs) == 1
     assert len(outputs.pop().split()) == 5

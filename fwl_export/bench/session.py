@@ -197,7 +197,7 @@ def _libfwl(
     error = ctypes.create_string_buffer(1024)  # fwl_error: the status, then the message
     try:
         c = ctypes.CDLL(str(path))
-        c.fwl_options_init  # noqa: B018 - looked up here, so that another library is refused
+        initialize = c.fwl_options_init
     except (OSError, AttributeError) as problem:
         raise PluginError(f"libfwl '{path}' cannot be loaded: {problem}") from None
 
@@ -215,7 +215,7 @@ def _libfwl(
         ]
 
     options = Options()
-    c.fwl_options_init(ctypes.byref(options), ctypes.c_size_t(ctypes.sizeof(options)))
+    initialize(ctypes.byref(options), ctypes.c_size_t(ctypes.sizeof(options)))
     options.runtime_library = str(runtime).encode() if runtime else None
     options.plugin = str(library).encode() if library else None
     options.threads = threads

@@ -3,15 +3,14 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -22,6 +21,7 @@ namespace fwl::embed {
 namespace {
 
 using nlohmann::json;
+namespace fs = std::filesystem;
 
 constexpr char kFormat[] = "fwl-state";
 constexpr char kVersion[] = "1";
@@ -39,11 +39,11 @@ std::string reason() {
 class Replacement {
 public:
   explicit Replacement(const std::string& target) : target_(target) {
-    if (char* const real = realpath(target.c_str(), nullptr)) { // there: a link stays a link
-      target_ = real;
-      std::free(real);
-      struct stat found;
-      if (stat(target_.c_str(), &found) != 0 || !S_ISREG(found.st_mode)) {
+    std::error_code absent;
+    const fs::path real = fs::canonical(target, absent);
+    if (!absent) { // a link stays a link
+      target_ = real.string();
+      if (!fs::is_regular_file(real, absent)) {
         throw Failure(FWL_ERROR_IO, "cannot write '" + target + "': it is not an ordinary file");
       }
     }
@@ -376,8 +376,8 @@ std::vector<RowState> load_state(const std::string& path, const Bundle& bundle) 
   if (!stream) {
     throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': " + reason());
   }
-  struct stat found;
-  if (stat(path.c_str(), &found) != 0 || S_ISDIR(found.st_mode)) {
+  std::error_code absent;
+  if (fs::is_directory(path, absent)) {
     throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': it is a folder");
   }
   const Tensors file(path, std::string(std::istreambuf_iterator<char>(stream), {}));

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fwl_export import deprecations
 from fwl_export.errors import FwlError
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ _LAZY = {
 }
 
 __all__ = ["Bundle", "FwlError", "Session", "export_bundle", "open_session", "read_bundle"]
+
+
+deprecations.install()
 
 
 def __getattr__(name: str) -> Any:

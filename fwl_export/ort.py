@@ -8,7 +8,7 @@ from typing import Any
 from fwl_export.errors import MissingDependencyError
 
 
-def import_onnxruntime(user: str = "backend 'onnxruntime'") -> Any:
+def import_onnxruntime(user: str = "runtime 'onnxruntime'") -> Any:
     """Import ONNX Runtime, silent about what is no error, and without its telemetry.
 
     Its builds for Linux start a thread that reports to Microsoft. Whoever wants that sets

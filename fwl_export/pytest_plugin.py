@@ -37,12 +37,12 @@ def fwl_parity(
     ) -> Report:
         from pathlib import Path
 
-        from fwl_export.bundle import read_bundle
+        from fwl_export.bundle.manifest import read_bundle
+        from fwl_export.bundle.tokenizer import read_ids
         from fwl_export.demo import HELD_OUT_PLAY
         from fwl_export.parity import check_bundle, to_text
-        from fwl_export.parity.summary import verdict_line
+        from fwl_export.parity.report.text import verdict_line
         from fwl_export.runtimes.text import bundle_tokenizer
-        from fwl_export.text import read_ids
 
         opened = read_bundle(Path(bundle))
         source = Path(text) if text else HELD_OUT_PLAY

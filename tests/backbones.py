@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fwl_export.model.config import FastWeightsConfig
+from fwl_export.bundle.config import FastWeightsConfig
 from fwl_export.model.fwl_checkpoint import FastWeightsCheckpoint, save_fast_weights
 from fwl_export.model.language_model import FWLModel
 from tests.bundles import VOCABULARY, tiny_tokenizer

@@ -9,9 +9,9 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.export import export_bundle
 from fwl_export.model.checkpoint import save_checkpoint
-from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 
 VOCABULARY = 64

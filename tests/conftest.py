@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fwl_export.model.config import ModelConfig
+from fwl_export.bundle.config import ModelConfig
 from tests.bundles import ANCHORED, TINY, shared_bundle
 
 # The same examples in every run; `pytest --hypothesis-profile=explore` looks for new ones.

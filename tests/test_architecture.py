@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,24 +16,18 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fwl_export"
 
-# From the lowest to the highest: a file imports from parts further up in this list only. A part
-# is a module or a folder of the package.
-FLOORS = (
-    ("errors", "files", "machine"),
-    ("ort", "plugins", "onnx_file"),
-    ("op",),
-    ("state", "text"),
-    ("state_file",),
-    ("model",),
-    ("bundle",),
-    ("export", "engines", "importers", "serving"),
-    ("runtimes",),
-    ("parity", "bench"),
-    ("adaptation",),
-    ("demo",),
-    ("pytest_plugin",),
-    ("cli",),
-)
+FLOOR_TABLE = REPOSITORY / "CONTRIBUTING.md"
+
+
+def read_floors(text: str) -> dict[str, tuple[int, list[str]]]:
+    """Return floor and files of every part of the table in CONTRIBUTING.md.
+
+    Args:
+      text: rows of the form "| 2 | `bundle/` | what it is | `config`, `manifest` |".
+    """
+    rows = re.findall(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \|[^|]*\|([^|]*)\|$", text, re.MULTILINE)
+    return {part: (int(floor), re.findall(r"`(.+?)`", files)) for floor, part, files in rows}
+
 
 OPTIONAL = (
     "cuda",
@@ -52,7 +48,51 @@ HEAVY = (*OPTIONAL, "google", "numpy", "onnx", "onnxscript", "safetensors", "tok
 
 
 def test_files_import_only_from_floors_below() -> None:
-    assert violations(PACKAGE) == []
+    assert violations(PACKAGE, FLOOR_TABLE.read_text(encoding="utf-8")) == []
+
+
+def test_every_file_stands_in_the_table_and_nothing_else_does() -> None:
+    table = read_floors(FLOOR_TABLE.read_text(encoding="utf-8"))
+    written = {part: [] for part in table} | written_files(PACKAGE)
+    assert {part: files for part, (_, files) in table.items()} == written
+
+
+# What runs a bundle or judges it must not share code with what wrote it.
+INDEPENDENT = ("runtimes", "parity", "bench", "bisect", "pytest_plugin")
+
+
+@pytest.mark.parametrize("part", INDEPENDENT)
+def test_no_runtime_and_no_judge_imports_the_exporter(part: str) -> None:
+    modules = [name for name, _ in _modules(PACKAGE) if name.split(".")[1:2] == [part]]
+    assert modules
+    imports = "\n".join(f"import {name}" for name in modules)
+    assert _imported_by(imports, ("fwl_export.export",)) == []
+    names = {name for name, _ in _modules(PACKAGE)}
+    paths = [path for name, path in _modules(PACKAGE) if name in modules]
+    found = {target for path in paths for target in _imports(path, names, PACKAGE.name)}
+    assert not [target for target in found if target.startswith("fwl_export.export")]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("fwl_export", ("torch", "onnx", "onnxruntime", "numpy")),
+        ("fwl_export.bundle", ("torch", "onnx", "onnxruntime")),
+        ("fwl_export.runtimes", ("torch", "onnx", "onnxruntime")),
+        ("fwl_export.runtimes.torch", ("onnx", "onnxruntime")),
+    ],
+)
+def test_what_an_import_does_not_bring(module: str, absent: tuple[str, ...]) -> None:
+    assert _imported_by(f"import {module}", absent) == []
+
+
+PLANTED_FLOORS = """
+| 4 | `cli/` | . | |
+| 3 | `model/` | . | `a`, `config` |
+| 2 | `state.py` | . | |
+| 2 | `text.py` | . | |
+| 1 | `errors.py` | . | |
+"""
 
 
 @pytest.mark.parametrize(
@@ -75,9 +115,9 @@ def test_files_import_only_from_floors_below() -> None:
 )
 def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, found: str) -> None:
     package = _planted(tmp_path)
-    assert violations(package) == []
+    assert violations(package, PLANTED_FLOORS) == []
     (package / file).write_text(source, encoding="utf-8")
-    (violation,) = violations(package)
+    (violation,) = violations(package, PLANTED_FLOORS)
     assert found in violation
 
 
@@ -111,9 +151,19 @@ def test_a_planted_heavy_import_is_found() -> None:
     assert _imported_by("import json, safetensors") == ["safetensors"]
 
 
-def violations(package: Path) -> list[str]:
+def written_files(package: Path) -> dict[str, list[str]]:
+    """Return the files of every part, as the table names them."""
+    files: dict[str, list[str]] = {}
+    for name, path in _modules(package):
+        part, *rest = name.removeprefix(package.name).lstrip(".").split(".")
+        if path.name != "__init__.py" and part:
+            files.setdefault(part, []).extend(["/".join(rest)] if rest else [])
+    return {part: sorted(found) for part, found in files.items()}
+
+
+def violations(package: Path, table: str) -> list[str]:
     """Return a line for every import that points upwards, sideways or in a circle."""
-    floors = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+    floors = {part: floor for part, (floor, _) in read_floors(table).items()}
     names = {name for name, _ in _modules(package)}
     top = package.name
     lines: list[str] = []
@@ -123,16 +173,16 @@ def violations(package: Path) -> list[str]:
             continue
         part, module = name.split(".")[1], name.removeprefix(f"{top}.")
         if part not in floors:
-            lines.append(f"'{part}' has no floor; give it one in FLOORS")
+            lines.append(f"'{part}' has no floor; give it one in CONTRIBUTING.md")
             continue
-        for target in _imports(path, names, top):
+        for target in _imports(path, names | {f"{top}.{part}" for part in floors}, top):
             if target == ".":
                 lines.append(f"{module}: relative import; write the whole name")
             elif target == top:
                 lines.append(f"{module} imports the package itself; import from its module")
             elif (other := target.split(".")[1]) == part:
                 inside.setdefault(name, set()).add(target)
-            elif floors.get(other, len(FLOORS)) >= floors[part]:
+            elif floors.get(other, math.inf) >= floors[part]:
                 lines.append(f"{module} imports {target.removeprefix(f'{top}.')}, not below it")
     return lines + _circles(inside, top)
 
@@ -160,14 +210,8 @@ def _imports(path: Path, names: set[str], top: str) -> Iterator[str]:
                 submodule = f"{node.module}.{alias.name}"
                 # The version is a constant that is set before anything else is imported.
                 if submodule != f"{top}.__version__":
-                    found = submodule if submodule in names or _is_part(submodule) else node.module
+                    found = submodule if submodule in names else node.module
                     yield found
-
-
-def _is_part(module: str) -> bool:
-    """Return whether `fwl_export.x` is a part of the design, written or not."""
-    _, _, part = module.partition(".")
-    return any(part in parts for parts in FLOORS)
 
 
 def _circles(graph: dict[str, set[str]], top: str) -> list[str]:
@@ -231,9 +275,9 @@ def _import_without(blocked: tuple[str, ...], modules: list[str]) -> str:
     return _run(script).strip()
 
 
-def _imported_by(script: str) -> list[str]:
-    """Return which of HEAVY are in memory after the script."""
-    loaded = f"\nimport sys\nprint(*(name for name in {HEAVY!r} if name in sys.modules))"
+def _imported_by(script: str, modules: tuple[str, ...] = HEAVY) -> list[str]:
+    """Return which of the modules are in memory after the script."""
+    loaded = f"\nimport sys\nprint(*(name for name in {modules!r} if name in sys.modules))"
     return _run(textwrap.dedent(script) + loaded).split()
 
 

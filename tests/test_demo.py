@@ -10,8 +10,8 @@ import torch
 
 from fwl_export import demo
 from fwl_export.adaptation import CHUNK, AdaptingReader, PlainReader, iterate_losses, perplexity
+from fwl_export.bundle.tokenizer import read_ids
 from fwl_export.model.checkpoint import load_checkpoint
-from fwl_export.text import read_ids
 from tests.bundles import write_checkpoint
 from tests.cli.run import run
 

@@ -222,7 +222,7 @@ def _help(verb: str) -> str:
 @pytest.mark.parametrize(("language", "example"), [("cpp", "generate.cpp"), ("c", "generate.c")])
 def test_programs_of_the_readme_are_the_examples(language: str, example: str) -> None:
     blocks = [text for kind, text in _FENCE.findall(README.read_text()) if kind == language]
-    program = (REPOSITORY / "plugins" / "embed" / "examples" / example).read_text()
+    program = (REPOSITORY / "plugins" / "libfwl" / "examples" / example).read_text()
     assert blocks == [program]
     assert len(program.splitlines()) < 60
 

@@ -120,7 +120,7 @@ def test_without_torch_a_bundle_runs(tmp_path: Path, tiny_bundle: Path) -> None:
     out = run(python, "-c", textwrap.dedent(code), tiny_bundle, cwd=tmp_path)
     first, second = out.splitlines()
     assert len(first.split(",")) == 4
-    assert second == "backend 'torch' needs 'torch'; pip install 'fwl-export[export]'"
+    assert second == "runtime 'torch' needs 'torch'; pip install 'fwl-export[export]'"
     program = tmp_path / "venv" / "bin" / "fwl-export"
     assert "can run models, not export" in run(program, "doctor", cwd=tmp_path)
     tiny = run(program, "inspect", tiny_bundle, cwd=tmp_path)

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from fwl_export import __version__
-from fwl_export.bundle import Bundle, read_bundle
+from fwl_export.bundle.manifest import Bundle, read_bundle
 from fwl_export.demo import CHECKPOINT, HELD_OUT_PLAY
-from fwl_export.engines import FLAVOURS, Device, build_engines, probe_flavour, query_driver
+from fwl_export.engines import VARIANTS, Device, build_engines, probe_variant, query_driver
 from fwl_export.errors import DeviceError, FwlError
 from fwl_export.files import replaced_file
 
@@ -80,33 +80,33 @@ def this_gpu() -> Device:
     return driver.devices[0]
 
 
-def usable_flavours(sm: int) -> list[str]:
-    """Return the flavours that are installed and build for an SM."""
-    return [name for name in FLAVOURS if sm in probe_flavour(name).sms]
+def usable_variants(sm: int) -> list[str]:
+    """Return the variants that are installed and build for an SM."""
+    return [name for name in VARIANTS if sm in probe_variant(name).sms]
 
 
-def build(bundle: Bundle, flavour: str, sm: int) -> Outcome:
+def build(bundle: Bundle, variant: str, sm: int) -> Outcome:
     """Build the engine for a GPU."""
-    (facts,) = build_engines(bundle, flavour, [sm], progress=say)
+    (facts,) = build_engines(bundle, variant, [sm], progress=say)
     return True, f"{facts.name}: {facts.update_path}, {facts.build_seconds} s", facts.to_dict()
 
 
-def parity(bundle: Bundle, flavour: str) -> Outcome:
+def parity(bundle: Bundle, variant: str) -> Outcome:
     """Check a session over the engine against PyTorch in float64."""
+    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.parity import check_bundle
     from fwl_export.parity.schedule import ROWS
     from fwl_export.runtimes import open_session
     from fwl_export.runtimes.text import bundle_tokenizer
-    from fwl_export.text import read_ids
 
-    name = FLAVOURS[flavour].title
-    session = open_session(bundle, "tensorrt", ROWS, flavour=flavour)
+    name = VARIANTS[variant].title
+    session = open_session(bundle, "tensorrt", ROWS, variant=variant)
     ids = read_ids(HELD_OUT_PLAY, bundle_tokenizer(bundle))
     report = check_bundle(bundle, ids, TOKENS, candidates={name: session}, text=HELD_OUT_PLAY.name)
     return report.passed, report.to_text(), report.to_dict()
 
 
-def bench(bundle: Bundle, flavour: str, cuda_graph: bool) -> Outcome:
+def bench(bundle: Bundle, variant: str, cuda_graph: bool) -> Outcome:
     """Measure calls of a session: milliseconds of one token, and of the largest call."""
     import statistics
 
@@ -114,7 +114,7 @@ def bench(bundle: Bundle, flavour: str, cuda_graph: bool) -> Outcome:
 
     from fwl_export.runtimes import open_session
 
-    session = open_session(bundle, "tensorrt", flavour=flavour, cuda_graph=cuda_graph)
+    session = open_session(bundle, "tensorrt", variant=variant, cuda_graph=cuda_graph)
     text = np.random.default_rng(0).integers(0, session.vocab_size, session.max_tokens)
     data = {}
     for name, ids, count in (
@@ -142,21 +142,21 @@ def command(*arguments: str) -> Outcome:
     return done.returncode == 0, text, {"exit_code": done.returncode}
 
 
-def steps_of(bundle: Bundle, gpu: Device, flavours: list[str]) -> dict[str, Callable[[], Outcome]]:
+def steps_of(bundle: Bundle, gpu: Device, variants: list[str]) -> dict[str, Callable[[], Outcome]]:
     """Return what is to be done, by name, in order."""
     steps: dict[str, Callable[[], Outcome]] = {}
-    for name in flavours:
+    for name in variants:
         steps[f"build {name}"] = lambda name=name: build(bundle, name, gpu.sm)
-        # The bundle is read again: it has got an engine. One flavour lives in a process.
-        again = [__file__, "--in", str(bundle.folder), "--flavour", name, "--step"]
+        # The bundle is read again: it has got an engine. One variant lives in a process.
+        again = [__file__, "--in", str(bundle.folder), "--variant", name, "--step"]
         for kind in ("parity", "bench-graph", "bench"):
             steps[f"{kind} {name}"] = lambda again=again, kind=kind: child(*again, kind)
     # The op on the CPU, for comparison; on the GPU it is measured inside the sessions.
     cli = "from fwl_export.cli.main import main; main()"
     steps["bench op"] = lambda: command("-c", cli, "bench", "op", "--tokens", "1,256")
     steps["gpu tests"] = lambda: command("-m", "pytest", "-m", "gpu", "-q", "tests/gpu")
-    if not flavours:
-        steps["build"] = lambda: (False, f"no flavour here builds for SM{gpu.sm}", None)
+    if not variants:
+        steps["build"] = lambda: (False, f"no variant here builds for SM{gpu.sm}", None)
     return steps
 
 
@@ -199,7 +199,7 @@ def accept(output: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         bundle = export(Path(folder) / "bundle")
         done = []
-        for name, do in steps_of(bundle, gpu, usable_flavours(gpu.sm)).items():
+        for name, do in steps_of(bundle, gpu, usable_variants(gpu.sm)).items():
             say(name)
             done.append(run_step(name, do))
     report = assemble(gpu, done)
@@ -223,7 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu-acceptance.json"))
     parser.add_argument("--in", dest="bundle", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--flavour", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
@@ -231,9 +231,9 @@ def main() -> int:
             return accept(options.output)
         bundle = read_bundle(options.bundle)
         if options.step == "parity":
-            outcome = parity(bundle, options.flavour)
+            outcome = parity(bundle, options.variant)
         else:
-            outcome = bench(bundle, options.flavour, options.step == "bench-graph")
+            outcome = bench(bundle, options.variant, options.step == "bench-graph")
         print(json.dumps(outcome))
         return 0
     except FwlError as error:

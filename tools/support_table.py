@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fwl_export.bundle import Bundle
+from fwl_export.bundle.config import HuggingFaceConfig
+from fwl_export.bundle.manifest import Bundle
 from fwl_export.engines import build_engines
 from fwl_export.errors import FwlError
 from fwl_export.export import export_bundle
 from fwl_export.files import replaced_file
 from fwl_export.model.checkpoint import save_checkpoint
-from fwl_export.model.config import HuggingFaceConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.parity import check_bundle
 from tests.backbones import ARCHITECTURES, LIMIT, VOCABULARY, tiny_pretrained

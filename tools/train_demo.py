@@ -16,8 +16,8 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.checkpoint import save_checkpoint
-from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
 from fwl_export.model.training_files import TrainingLog

@@ -19,12 +19,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig, ModelConfig
+from fwl_export.bundle.tokenizer import load_tokenizer, read_ids
 from fwl_export.cli.terminal import table
 from fwl_export.demo import HELD_OUT_PLAY, checkpoint_folder
-from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
-from fwl_export.text import load_tokenizer, read_ids
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain, no adaptation": {"adapt": False},

@@ -41,11 +41,11 @@ from fwl_export.adaptation.readers import (
     perplexity,
 )
 from fwl_export.adaptation.tuning import choose, stream_perplexity
+from fwl_export.bundle.tokenizer import read_ids
 from fwl_export.errors import CheckpointError, TokenError
 from fwl_export.machine import processor_name
 from fwl_export.model.checkpoint import Checkpoint
 from fwl_export.model.language_model import FWLModel
-from fwl_export.text import read_ids
 
 STANDARD, OFF, ON, SGD, RMS = "standard", "off", "adapting", "sgd", "rms"
 

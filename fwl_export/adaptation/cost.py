@@ -25,7 +25,7 @@ from fwl_export.adaptation.readers import (
     Reader,
     iterate_losses,
 )
-from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
+from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.op import torch_op
 

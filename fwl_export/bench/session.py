@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fwl_export.bundle import Bundle
+from fwl_export.bundle.manifest import Bundle
 from fwl_export.errors import PluginError
 from fwl_export.ort import import_onnxruntime
 from fwl_export.runtimes import onnxruntime, open_session

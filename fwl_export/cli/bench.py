@@ -110,7 +110,7 @@ def bench_session_command(
     from dataclasses import asdict
 
     from fwl_export.bench.session import bench_session, session_memory
-    from fwl_export.bundle import read_bundle
+    from fwl_export.bundle.manifest import read_bundle
     from fwl_export.machine import describe_machine
 
     opened = read_bundle(bundle)

@@ -72,20 +72,20 @@ def _bisect(
     reproducer: Path,
     json: bool,
 ) -> bool:
-    from fwl_export.bundle import read_bundle
+    from fwl_export.bisect import bisect_bundle
+    from fwl_export.bundle.manifest import read_bundle
+    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.errors import ConfigError
-    from fwl_export.parity.backends import parse_backend
-    from fwl_export.parity.bisect import bisect_bundle
+    from fwl_export.parity.candidates import parse_candidate
     from fwl_export.parity.cases import choose_cases
     from fwl_export.runtimes.text import bundle_tokenizer
-    from fwl_export.text import read_ids
 
-    backend = parse_backend(candidate)
+    chosen = parse_candidate(candidate)
     if plugin is not None:
-        if backend.backend != "onnxruntime" or "plugin" in backend.arguments:
+        if chosen.runtime != "onnxruntime" or "plugin" in chosen.arguments:
             raise ConfigError(f"--plugin is for candidate onnxruntime; received '{candidate}'")
-        backend = replace(backend, arguments={**backend.arguments, "plugin": plugin})
+        chosen = replace(chosen, arguments={**chosen.arguments, "plugin": plugin})
     if (
         reproducer.exists()
         and any(reproducer.iterdir())
@@ -98,10 +98,10 @@ def _bisect(
     opened = read_bundle(bundle)
     source = text or HELD_OUT_PLAY
     ids = read_ids(source, bundle_tokenizer(opened))
-    chosen = choose_cases(cases, tokens, opened.manifest.max_tokens)
-    with progress_bar("bisect", sum(case.tokens for case in chosen)) as advance:
+    planned = choose_cases(cases, tokens, opened.manifest.max_tokens)
+    with progress_bar("bisect", sum(case.tokens for case in planned)) as advance:
         result = bisect_bundle(
-            opened, ids, backend, tokens, seed, reproducer, source.name, cases, advance=advance
+            opened, ids, chosen, tokens, seed, reproducer, source.name, cases, advance=advance
         )
     if json:
         print_json(result.to_dict())

@@ -19,7 +19,7 @@ from fwl_export.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from fwl_export.engines import EngineFacts
+    from fwl_export.engines import EngineMetadata
 
 # Seconds between lines where progress cannot be drawn in place.
 _LINE_EVERY = 10
@@ -27,8 +27,13 @@ _LINE_EVERY = 10
 
 def build(
     bundle: BundleArgument,
-    flavour: Annotated[
-        str, typer.Option(help="rtx (needs no GPU) or tensorrt (for the GPU that is present).")
+    variant: Annotated[
+        str,
+        typer.Option(
+            "--variant",
+            "--flavour",
+            help="rtx (needs no GPU) or tensorrt (for the GPU that is present).",
+        ),
     ] = "rtx",
     sm: Annotated[
         str | None,
@@ -73,14 +78,14 @@ def build(
 
     Example: fwl-export build demo-bundle --sm 86,89
     """
-    from fwl_export.bundle import read_bundle
+    from fwl_export.bundle.manifest import read_bundle
     from fwl_export.engines import build_engines
 
     sms = None if sm is None else parse_sms(sm)
     with spinner("build") as say:
         built = build_engines(
             read_bundle(bundle),
-            flavour,
+            variant,
             sms,
             precision,
             chunk,
@@ -135,7 +140,7 @@ def _paced(say: Callable[[str], None]) -> Callable[[str], None]:
     return paced
 
 
-def _report(built: Sequence[EngineFacts]) -> str:
+def _report(built: Sequence[EngineMetadata]) -> str:
     from fwl_export.plugins import TENSORRT
 
     rows = [

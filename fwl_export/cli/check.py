@@ -16,7 +16,7 @@ import typer
 from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from fwl_export.bundle import Bundle
+    from fwl_export.bundle.manifest import Bundle
     from fwl_export.parity import Report
 
 
@@ -114,12 +114,12 @@ class _Wish:
 def _wish(folder: Path, given: Mapping[str, Any], text: Path | None, replay: Path | None) -> _Wish:
     import numpy as np
 
-    from fwl_export.bundle import read_bundle
+    from fwl_export.bundle.manifest import read_bundle
+    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.errors import ConfigError, ReportError
     from fwl_export.parity import read_report
     from fwl_export.runtimes.text import bundle_tokenizer
-    from fwl_export.text import read_ids
 
     bundle = read_bundle(folder)
     options = {key: value for key, value in given.items() if value is not None}
@@ -148,10 +148,10 @@ def _wish(folder: Path, given: Mapping[str, Any], text: Path | None, replay: Pat
 
 def _checked(wish: _Wish, command: str, report: Path | None) -> tuple[Report, Path]:
     """Return the report, and where it is to be written."""
-    from fwl_export.bundle import REPORTS_FOLDER, inside
+    from fwl_export.bundle.manifest import REPORTS_FOLDER, inside
     from fwl_export.parity import check_bundle
     from fwl_export.parity.cases import choose_cases
-    from fwl_export.parity.run import DEFAULT_CASES
+    from fwl_export.parity.check import DEFAULT_CASES
     from fwl_export.runtimes.text import bundle_tokenizer
 
     chosen = choose_cases(
@@ -189,7 +189,7 @@ def _write(result: Report, target: Path, junit: Path | None, markdown: Path | No
 
 def _write_html(result: Report, path: Path) -> None:
     from fwl_export.files import replaced_file
-    from fwl_export.parity.html import to_html
+    from fwl_export.parity.report.html import to_html
 
     with replaced_file(path) as beside:
         beside.write_text(to_html(result.to_dict()), encoding="utf-8")

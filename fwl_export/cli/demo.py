@@ -57,7 +57,7 @@ def _title(number: int, command: str) -> None:
 
 def _summary(output: Path, play: Path, on: Score, off: Score) -> list[str]:
     """Return what the demo showed; the parity figures are those of its report."""
-    from fwl_export.bundle import REPORTS_FOLDER, read_bundle
+    from fwl_export.bundle.manifest import REPORTS_FOLDER, read_bundle
 
     manifest = read_bundle(output).manifest
     report = json.loads((output / REPORTS_FOLDER / "parity.json").read_text(encoding="utf-8"))

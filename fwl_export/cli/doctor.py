@@ -80,8 +80,8 @@ def examine() -> list[Piece]:
         _plugin(ONNXRUNTIME, "ONNX Runtime"),
         _plugin(TENSORRT, "TensorRT"),
     ]
-    flavours = [_flavour(name, cost) for name, cost in _FLAVOUR_COSTS.items()]
-    return [*packages, _onnxruntime(), *flavours, _driver(), *plugins]
+    variants = [_variant(name, cost) for name, cost in _FLAVOUR_COSTS.items()]
+    return [*packages, _onnxruntime(), *variants, _driver(), *plugins]
 
 
 def _package(name: str, cost: str, extra: str, needed: bool) -> Piece:
@@ -100,7 +100,7 @@ def _onnxruntime() -> Piece:
         error = problem.__cause__
         missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
         note = "" if missing else f"installed, but it cannot be loaded ({error}): "
-        note += "no export, no backend 'onnxruntime'; pip install 'fwl-export[cpu]'"
+        note += "no export, no runtime 'onnxruntime'; pip install 'fwl-export[cpu]'"
         return Piece("ONNX Runtime", False, "", note, needed=True)
     providers = onnxruntime.get_available_providers()
     names = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
@@ -108,21 +108,21 @@ def _onnxruntime() -> Piece:
     return Piece("ONNX Runtime", True, onnxruntime.__version__, note, needed=True)
 
 
-def _flavour(name: str, cost: str) -> Piece:
-    from fwl_export.engines import FLAVOURS, probe_flavour
+def _variant(name: str, cost: str) -> Piece:
+    from fwl_export.engines import VARIANTS, probe_variant
 
-    flavour, probe = FLAVOURS[name], probe_flavour(name)
+    variant, probe = VARIANTS[name], probe_variant(name)
     if not probe.available:
-        return Piece(flavour.title, False, "", f"{cost}; {probe.reason}")
+        return Piece(variant.title, False, "", f"{cost}; {probe.reason}")
     sms = ", ".join(map(str, probe.sms))
-    if not flavour.needs_device:
+    if not variant.needs_device:
         note = f"builds engines for SM {sms}, without a GPU"
     elif sms:
         note = f"builds engines for the GPU that is here, SM {sms}"
     else:
         note = "builds engines only for the GPU that is present, and there is none"
     note += f"; Polygraphy {probe.versions['polygraphy']}"
-    return Piece(flavour.title, True, probe.version, note)
+    return Piece(variant.title, True, probe.version, note)
 
 
 def _driver() -> Piece:

@@ -77,7 +77,7 @@ def export(
     with spinner("export") as say, contextlib.ExitStack() as stack:
         folder = _checkpoint(checkpoint, backbone, fwl, context, slide, output, force, stack, say)
         from fwl_export.export import export_bundle
-        from fwl_export.export.precision import read_policy
+        from fwl_export.precision.policy import read_policy
 
         bundle = export_bundle(
             folder,

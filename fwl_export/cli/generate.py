@@ -10,10 +10,10 @@ import typer
 
 from fwl_export.cli.read import StateOption, read_tokens
 from fwl_export.cli.terminal import (
-    BackendOption,
     BundleArgument,
     LearningRateScaleOption,
     NoPluginOption,
+    RuntimeOption,
 )
 
 
@@ -35,21 +35,21 @@ def generate(
         bool, typer.Option("--no-learn", help="Do not learn from prompt and own output.")
     ] = False,
     learning_rate_scale: LearningRateScaleOption = 1.0,
-    backend: BackendOption = "onnxruntime",
+    runtime: RuntimeOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
 ) -> None:
     """Continue a prompt, token by token.
 
     Example: fwl-export generate demo-bundle --prompt "LEONTES." --seed 1
     """
-    from fwl_export.bundle import read_bundle
+    from fwl_export.bundle.manifest import read_bundle
+    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.runtimes import Sampler, open_session
     from fwl_export.runtimes.text import bundle_tokenizer, prompt_ids
-    from fwl_export.text import read_ids
 
     opened = read_bundle(bundle)
     tokenizer = bundle_tokenizer(opened)
-    session = open_session(opened, backend, plugin="none" if no_plugin else "auto")
+    session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
     session.learning_rate_scale = learning_rate_scale
     if state is not None:
         session.load_state(state)

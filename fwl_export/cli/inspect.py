@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, size, table
 
 if TYPE_CHECKING:
-    from fwl_export.model.config import AnyBackboneConfig
+    from fwl_export.bundle.config import AnyBackboneConfig
 
 
 def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
@@ -20,8 +20,8 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
 
     Example: fwl-export inspect demo-bundle
     """
-    from fwl_export.bundle import ENGINES_FOLDER, MODEL_FILE, read_bundle
-    from fwl_export.onnx_file import count_ops
+    from fwl_export.bundle.manifest import ENGINES_FOLDER, MODEL_FILE, read_bundle
+    from fwl_export.bundle.onnx_file import count_ops
 
     opened = read_bundle(bundle)
     opened.verify()
@@ -81,7 +81,7 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
 
 
 def _backbone(backbone: AnyBackboneConfig) -> str:
-    from fwl_export.model.config import HuggingFaceConfig
+    from fwl_export.bundle.config import HuggingFaceConfig
 
     if isinstance(backbone, HuggingFaceConfig):
         end = f"ends at {backbone.max_positions}" if backbone.max_positions else "reads without end"

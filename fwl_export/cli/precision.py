@@ -13,8 +13,8 @@ import typer
 from fwl_export.cli.terminal import JsonOption, print_json, spinner, table
 
 if TYPE_CHECKING:
-    from fwl_export.export.precision import PrecisionPolicy
-    from fwl_export.parity.explore import Distance, Exploration, Limits
+    from fwl_export.parity.precision_search import Distance, Exploration, Limits
+    from fwl_export.precision.policy import PrecisionPolicy
     from fwl_export.runtimes import Session
 
 
@@ -53,13 +53,13 @@ def precision(
 
     Example: fwl-export precision demo --target int8w -o policy.json
     """
+    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.errors import ConfigError
-    from fwl_export.export.precision import TARGETS, write_policy
     from fwl_export.export.write_bundle import DEFAULT_MAX_TOKENS
     from fwl_export.model.checkpoint import load_checkpoint
-    from fwl_export.parity.explore import Explorer, Limits
-    from fwl_export.text import read_ids
+    from fwl_export.parity.precision_search import Explorer, Limits
+    from fwl_export.precision.policy import TARGETS, write_policy
 
     if target not in TARGETS:
         raise ConfigError(f"target is '{target}'; expected {' or '.join(TARGETS)}")
@@ -97,7 +97,7 @@ def precision(
 
 def _checkpoint_of(source: str) -> Path:
     """Return the checkpoint's folder of a bundle, or of a checkpoint."""
-    from fwl_export.bundle import CHECKPOINT_FOLDER, is_bundle, read_bundle
+    from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, is_bundle, read_bundle
     from fwl_export.demo import checkpoint_folder
     from fwl_export.errors import BundleError
 

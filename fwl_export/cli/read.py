@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fwl_export.cli.terminal import (
-    BackendOption,
     BundleArgument,
     JsonOption,
     LearningRateScaleOption,
     NoPluginOption,
+    RuntimeOption,
     print_json,
     progress_bar,
     size,
@@ -38,31 +38,31 @@ def read(
         str, typer.Option(help="none, fp16 (half the size), or lowrank (small after short texts).")
     ] = "none",
     learning_rate_scale: LearningRateScaleOption = 1.0,
-    backend: BackendOption = "onnxruntime",
+    runtime: RuntimeOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
     json: JsonOption = False,
 ) -> None:
     """Read a text and write the session's state to a file.
 
     Read a manual once; then `fwl-export generate --state` answers from it, in
-    any process and with any backend of the same bundle.
+    any process and with any runtime of the same bundle.
 
     Example: fwl-export read demo-bundle manual.txt -o manual.state
     """
     from dataclasses import asdict
 
-    from fwl_export.bundle import read_bundle
+    from fwl_export.bundle.manifest import read_bundle
+    from fwl_export.bundle.state_file import COMPRESSIONS
+    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.errors import ConfigError
     from fwl_export.runtimes import open_session
     from fwl_export.runtimes.text import bundle_tokenizer
-    from fwl_export.state_file import COMPRESSIONS
-    from fwl_export.text import read_ids
 
     if compress not in COMPRESSIONS:  # before the work, not after it
         raise ConfigError(f"--compress is '{compress}'; expected {', '.join(COMPRESSIONS)}")
     opened = read_bundle(bundle)
     ids = read_ids(file, bundle_tokenizer(opened))
-    session = open_session(opened, backend, plugin="none" if no_plugin else "auto")
+    session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
     session.learning_rate_scale = learning_rate_scale
     if state is not None:
         session.load_state(state)

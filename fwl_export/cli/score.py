@@ -9,11 +9,11 @@ import typer
 
 from fwl_export.cli.read import StateOption
 from fwl_export.cli.terminal import (
-    BackendOption,
     BundleArgument,
     JsonOption,
     LearningRateScaleOption,
     NoPluginOption,
+    RuntimeOption,
     print_json,
     progress_bar,
 )
@@ -27,7 +27,7 @@ ADAPTING, OFF = "adapting", "adaptation off"
 def score(
     bundle: BundleArgument,
     file: Annotated[Path, typer.Argument(help="Text file to read.", show_default=False)],
-    backend: BackendOption = "onnxruntime",
+    runtime: RuntimeOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
     state: StateOption = None,
     learning_rate_scale: LearningRateScaleOption = 1.0,
@@ -39,12 +39,12 @@ def score(
     Example: fwl-export score demo-bundle play.txt
     """
     plugin = "none" if no_plugin else "auto"
-    on, off = score_both(bundle, file, backend, tokens, plugin, state, learning_rate_scale)
+    on, off = score_both(bundle, file, runtime, tokens, plugin, state, learning_rate_scale)
     if json:
         print_json(
             {
                 "file": str(file),
-                "backend": backend,
+                "backend": runtime,  # the name that the format has had from the start
                 "tokens": on.tokens,
                 "perplexity": {"adapting": on.perplexity, "adaptation_off": off.perplexity},
                 "tokens_per_second": {
@@ -54,7 +54,7 @@ def score(
             }
         )
         return
-    print(f"{file.name}: {on.tokens} tokens scored, {backend}")
+    print(f"{file.name}: {on.tokens} tokens scored, {runtime}")
     for name, result in ((ADAPTING, on), (OFF, off)):
         print(
             f"  {name:15} perplexity {result.perplexity:7.2f}   "
@@ -67,24 +67,24 @@ def score(
 def score_both(
     bundle: Path,
     file: Path,
-    backend: str,
+    runtime: str,
     tokens: int = 0,
     plugin: str = "auto",
     state: Path | None = None,
     learning_rate_scale: float = 1.0,
 ) -> tuple[Score, Score]:
     """Score a text with adaptation and without, see `score`."""
-    from fwl_export.bundle import read_bundle
+    from fwl_export.bundle.manifest import read_bundle
+    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.runtimes import open_session
     from fwl_export.runtimes.text import bundle_tokenizer, score_ids
-    from fwl_export.text import read_ids
 
     opened = read_bundle(bundle)
     ids = read_ids(file, bundle_tokenizer(opened))
     ids = ids[: tokens or len(ids)]
     results = []
     for name, weight in ((ADAPTING, 1.0), (OFF, 0.0)):
-        session = open_session(opened, backend, plugin=plugin)
+        session = open_session(opened, runtime, plugin=plugin)
         session.learning_rate_scale = learning_rate_scale
         if state is not None:
             session.load_state(state)

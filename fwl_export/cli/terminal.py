@@ -23,7 +23,9 @@ LearningRateScaleOption = Annotated[
         "--learning-rate-scale", help="Times the model's step sizes; 0 = learn nothing.", min=0
     ),
 ]
-BackendOption = Annotated[str, typer.Option(help="onnxruntime, tensorrt or torch.")]
+RuntimeOption = Annotated[
+    str, typer.Option("--runtime", "--backend", help="onnxruntime, tensorrt or torch.")
+]
 
 
 def print_json(data: Any) -> None:

@@ -1,25 +1,25 @@
 """Engines: from a bundle's ONNX file to TensorRT engines."""
 
 from fwl_export.engines.build import DEFAULT_MAX_BATCH, DEFAULT_SMS, build_engines
-from fwl_export.engines.choose import choose_engine, choose_flavour, needs_library, read_engines
+from fwl_export.engines.choose import choose_engine, choose_variant, needs_library, read_engines
 from fwl_export.engines.device import Device, query_driver
-from fwl_export.engines.facts import EngineFacts
-from fwl_export.engines.flavour import FLAVOURS, import_flavour, load_flavour
-from fwl_export.engines.worker import probe_flavour
+from fwl_export.engines.metadata import EngineMetadata
+from fwl_export.engines.variant import VARIANTS, import_variant, load_variant
+from fwl_export.engines.worker import probe_variant
 
 __all__ = [
     "DEFAULT_MAX_BATCH",
     "DEFAULT_SMS",
-    "FLAVOURS",
+    "VARIANTS",
     "Device",
-    "EngineFacts",
+    "EngineMetadata",
     "build_engines",
     "choose_engine",
-    "choose_flavour",
-    "import_flavour",
-    "load_flavour",
+    "choose_variant",
+    "import_variant",
+    "load_variant",
     "needs_library",
-    "probe_flavour",
+    "probe_variant",
     "query_driver",
     "read_engines",
 ]

@@ -8,17 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from fwl_export import __version__
-from fwl_export.bundle import ENGINES_FOLDER, Bundle, describe_file, read_bundle, write_manifest
+from fwl_export.bundle.manifest import (
+    ENGINES_FOLDER,
+    Bundle,
+    describe_file,
+    read_bundle,
+    write_manifest,
+)
+from fwl_export.deprecations import renamed_arguments
 from fwl_export.engines.compile import PluginUse, Range
-from fwl_export.engines.facts import (
+from fwl_export.engines.metadata import (
     FUNCTION_BODY,
     PLUGIN,
-    EngineFacts,
-    ProfileFacts,
-    TensorFacts,
+    EngineMetadata,
+    ProfileMetadata,
+    TensorMetadata,
 )
-from fwl_export.engines.flavour import find_flavour
-from fwl_export.engines.worker import Probe, build_in_worker, describe_flavour
+from fwl_export.engines.variant import find_variant
+from fwl_export.engines.worker import Probe, build_in_worker, describe_variant
 from fwl_export.errors import EngineError
 from fwl_export.files import replaced_file
 from fwl_export.plugins import TENSORRT, find_plugin
@@ -27,9 +34,10 @@ DEFAULT_SMS = (80, 86, 89, 120)
 DEFAULT_MAX_BATCH = 8
 
 
+@renamed_arguments(flavour="variant")
 def build_engines(
     bundle: Bundle,
-    flavour: str = "rtx",
+    variant: str = "rtx",
     sms: Sequence[int] | None = None,
     precision: str | None = None,
     chunk: int | None = None,
@@ -38,7 +46,7 @@ def build_engines(
     in_place_state: bool = False,
     embed_plugin: bool = False,
     progress: Callable[[str], None] = lambda message: None,
-) -> list[EngineFacts]:
+) -> list[EngineMetadata]:
     """Build one engine per SM into the bundle, each registered as soon as it is finished.
 
     An engine has two optimisation profiles: "decode" for calls of 1 token, "prefill" for calls
@@ -47,7 +55,7 @@ def build_engines(
 
     Args:
       bundle: where the engines go.
-      flavour: "rtx" or "tensorrt".
+      variant: "rtx" or "tensorrt".
       sms: compute capabilities without the dot, e.g. 89. None means 80, 86, 89 and 120 for rtx,
         which builds without a GPU, and the GPU of this machine for tensorrt.
       precision: must be the bundle's; None means that.
@@ -64,7 +72,7 @@ def build_engines(
       PluginError: the library is required and not there.
       EngineError: an argument does not fit, the plugin was not taken, or parser or builder
         refuse.
-      MissingDependencyError: the flavour is not installed.
+      MissingDependencyError: the variant is not installed.
       BundleError: the ONNX file is not what the manifest says.
     """
     ranges = _ranges(bundle, precision, chunk, max_batch)
@@ -77,17 +85,17 @@ def build_engines(
         )
     use = None if library is None else PluginUse(library, in_place_state, embed_plugin)
     insist = plugin not in ("auto", "none")
-    progress(f"loading {find_flavour(flavour).title}")
-    probe = describe_flavour(flavour)
-    targets = _targets(flavour, sms, probe)
+    progress(f"loading {find_variant(variant).title}")
+    probe = describe_variant(variant)
+    targets = _targets(variant, sms, probe)
     model = bundle.model_files()
-    built: list[EngineFacts] = []
+    built: list[EngineMetadata] = []
     for number, sm in enumerate(targets, 1):
         title = f"engine {number} of {len(targets)} for SM{sm}"
         progress(title)
         tick = _ticker(progress, title)
         try:
-            built.append(_build(bundle, flavour, sm, probe, model, ranges, use, insist, tick))
+            built.append(_build(bundle, variant, sm, probe, model, ranges, use, insist, tick))
         except EngineError as error:
             stays = f"; in the bundle stay {', '.join(b.name for b in built)}" if built else ""
             raise EngineError(f"{error}{stays}") from None
@@ -95,11 +103,11 @@ def build_engines(
 
 
 def engine_name(
-    flavour: str, version: str, sm: int, precision: str, in_place_state: bool = False
+    variant: str, version: str, sm: int, precision: str, in_place_state: bool = False
 ) -> str:
     """Return the name of an engine: of its file, without ".engine"."""
     end = "-inplace" if in_place_state else ""
-    return f"{flavour}-{version}-sm{sm}-{precision}{end}"
+    return f"{variant}-{version}-sm{sm}-{precision}{end}"
 
 
 def _ticker(progress: Callable[[str], None], title: str) -> Callable[[float], None]:
@@ -129,14 +137,14 @@ def _ranges(
     return Range("decode", batch, (1, 1, 1)), Range("prefill", batch, (1, chunk, chunk))
 
 
-def _targets(flavour: str, sms: Sequence[int] | None, probe: Probe) -> list[int]:
-    """Return what to build for, each once, after checking that the flavour can."""
-    chosen = find_flavour(flavour)
+def _targets(variant: str, sms: Sequence[int] | None, probe: Probe) -> list[int]:
+    """Return what to build for, each once, after checking that the variant can."""
+    chosen = find_variant(variant)
     here = ", ".join(map(str, probe.sms))
     if chosen.needs_device and not probe.sms:
         raise EngineError(
             f"{chosen.title} builds only for the GPU that is present, and there is none here; "
-            "build on a machine with the GPU, or use flavour 'rtx'"
+            "build on a machine with the GPU, or use variant 'rtx'"
         )
     if sms is None:
         sms = probe.sms if chosen.needs_device else DEFAULT_SMS
@@ -146,7 +154,7 @@ def _targets(flavour: str, sms: Sequence[int] | None, probe: Probe) -> list[int]
         if sm not in probe.sms and chosen.needs_device:
             raise EngineError(
                 f"SM{sm} was asked for, but {chosen.title} builds only for the GPU that is "
-                f"present, which is SM{here}; use that, or flavour 'rtx'"
+                f"present, which is SM{here}; use that, or variant 'rtx'"
             )
         if sm not in probe.sms:
             raise EngineError(
@@ -157,7 +165,7 @@ def _targets(flavour: str, sms: Sequence[int] | None, probe: Probe) -> list[int]
 
 def _build(
     bundle: Bundle,
-    flavour: str,
+    variant: str,
     sm: int,
     probe: Probe,
     model: Path,
@@ -165,16 +173,16 @@ def _build(
     plugin: PluginUse | None,
     insist: bool,
     tick: Callable[[float], None],
-) -> EngineFacts:
+) -> EngineMetadata:
     """Build one engine, put it and its facts into the bundle, and register both."""
     manifest = bundle.manifest
     in_place = plugin is not None and plugin.in_place_state
-    name = engine_name(flavour, probe.version, sm, manifest.precision, in_place)
+    name = engine_name(variant, probe.version, sm, manifest.precision, in_place)
     names = [f"{ENGINES_FOLDER}/{name}.json", f"{ENGINES_FOLDER}/{name}.engine"]
     target = bundle.folder / names[1]
     with replaced_file(bundle.folder / names[0]) as beside, replaced_file(target) as engine:
         try:
-            known = build_in_worker(flavour, model, sm, ranges, engine, plugin, tick)
+            known = build_in_worker(variant, model, sm, ranges, engine, plugin, tick)
         except OSError as error:
             if error.filename != str(engine):
                 raise
@@ -182,10 +190,10 @@ def _build(
             raise OSError(error.errno, error.strerror, str(target)) from None
         except EngineError as error:
             raise EngineError(f"{error}{_hint(str(error))}") from None
-        facts = _facts(bundle, name, flavour, sm, probe, known, plugin, engine)
+        facts = _facts(bundle, name, variant, sm, probe, known, plugin, engine)
         if insist and facts.update_path != PLUGIN:
             raise EngineError(
-                f"{probe.version} of {find_flavour(flavour).title} built the fast-weight updates "
+                f"{probe.version} of {find_variant(variant).title} built the fast-weight updates "
                 "from the function body although the plugin is required; export the bundle again "
                 "with this version of fwl-export"
             )
@@ -198,25 +206,25 @@ def _build(
 def _facts(
     bundle: Bundle,
     name: str,
-    flavour: str,
+    variant: str,
     sm: int,
     probe: Probe,
     known: dict[str, Any],
     plugin: PluginUse | None,
     engine: Path,
-) -> EngineFacts:
+) -> EngineMetadata:
     """Put together what the worker and the bundle know about an engine."""
     manifest, file = bundle.manifest, describe_file(engine)
-    return EngineFacts(
+    return EngineMetadata(
         name=name,
-        flavour=flavour,
+        variant=variant,
         version=probe.version,
         sm=sm,
         precision=manifest.precision,
         tf32=known["tf32"],
-        inputs=[TensorFacts(**tensor) for tensor in known["inputs"]],
-        outputs=[TensorFacts(**tensor) for tensor in known["outputs"]],
-        profiles=[ProfileFacts(**profile) for profile in known["profiles"]],
+        inputs=[TensorMetadata(**tensor) for tensor in known["inputs"]],
+        outputs=[TensorMetadata(**tensor) for tensor in known["outputs"]],
+        profiles=[ProfileMetadata(**profile) for profile in known["profiles"]],
         layers=known["layers"],
         plugin_layers=known["plugin_layers"],
         plugin_sha256="" if plugin is None else describe_file(plugin.path)["sha256"],

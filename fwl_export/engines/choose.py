@@ -7,14 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 
-from fwl_export.bundle import ENGINES_FOLDER, Bundle
+from fwl_export.bundle.manifest import ENGINES_FOLDER, Bundle
 from fwl_export.engines.device import Device
-from fwl_export.engines.facts import PLUGIN, EngineFacts
-from fwl_export.engines.flavour import FLAVOURS, Flavour, find_flavour
+from fwl_export.engines.metadata import PLUGIN, EngineMetadata
+from fwl_export.engines.variant import VARIANTS, Variant, find_variant
 from fwl_export.errors import EngineError, PluginError
 
 
-def read_engines(bundle: Bundle) -> list[EngineFacts]:
+def read_engines(bundle: Bundle) -> list[EngineMetadata]:
     """Return the facts of all engines of a bundle, after checking their hashes.
 
     Raises:
@@ -29,53 +29,53 @@ def read_engines(bundle: Bundle) -> list[EngineFacts]:
                 data = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise EngineError(f"{path} is not JSON ({error}); build the engine again") from None
-            engines.append(EngineFacts.from_dict(data, str(path)))
+            engines.append(EngineMetadata.from_dict(data, str(path)))
     return engines
 
 
-def choose_flavour(
-    bundle: Bundle, engines: Sequence[EngineFacts], device: Device, flavour: str | None = None
-) -> Flavour:
-    """Return the flavour to run: the given one, or one that has an engine here and is installed.
+def choose_variant(
+    bundle: Bundle, engines: Sequence[EngineMetadata], device: Device, variant: str | None = None
+) -> Variant:
+    """Return the variant to run: the given one, or one that has an engine here and is installed.
 
-    If there are two, the one that this process already uses, else the first of `FLAVOURS`.
+    If there are two, the one that this process already uses, else the first of `VARIANTS`.
 
     Raises:
-      EngineError: the flavour is unknown, or there is no engine for this GPU.
+      EngineError: the variant is unknown, or there is no engine for this GPU.
     """
-    fitting = _fitting(bundle, engines, device, flavour)
+    fitting = _fitting(bundle, engines, device, variant)
     if not fitting:
-        raise EngineError(_no_engine(bundle, engines, device, flavour))
-    names = {facts.flavour for facts in fitting}
-    able = [each for each in FLAVOURS.values() if each.name in names]
+        raise EngineError(_no_engine(bundle, engines, device, variant))
+    names = {facts.variant for facts in fitting}
+    able = [each for each in VARIANTS.values() if each.name in names]
     installed = [each for each in able if importlib.util.find_spec(each.module) is not None]
     # If none is, its import says so.
     return min(installed or able, key=lambda each: each.module not in sys.modules)
 
 
 def choose_engine(
-    bundle: Bundle, engines: Sequence[EngineFacts], device: Device, flavour: str, version: str
-) -> EngineFacts:
-    """Return the engine to run with the installed version of a flavour.
+    bundle: Bundle, engines: Sequence[EngineMetadata], device: Device, variant: str, version: str
+) -> EngineMetadata:
+    """Return the engine to run with the installed version of a variant.
 
     One that updates its state in place is taken only where there is no other.
 
     Raises:
       EngineError: no engine was built by this version for this GPU.
     """
-    fitting = _fitting(bundle, engines, device, flavour)
+    fitting = _fitting(bundle, engines, device, variant)
     same = [facts for facts in fitting if facts.version == version]
     if not same:
         built = " and ".join(sorted({facts.version for facts in fitting})) or "none"
         raise EngineError(
-            f"{FLAVOURS[flavour].title} {version} is installed, and the bundle's engines for "
+            f"{VARIANTS[variant].title} {version} is installed, and the bundle's engines for "
             f"SM{device.sm} are of version {built}, which only that version runs; "
-            f"{_remedy(bundle, device, flavour)}"
+            f"{_remedy(bundle, device, variant)}"
         )
     return min(same, key=lambda facts: facts.in_place_state)
 
 
-def needs_library(facts: EngineFacts, plugin: str) -> bool:
+def needs_library(facts: EngineMetadata, plugin: str) -> bool:
     """Return whether the plugin library must be loaded before an engine.
 
     Args:
@@ -99,23 +99,23 @@ def needs_library(facts: EngineFacts, plugin: str) -> bool:
 
 
 def _fitting(
-    bundle: Bundle, engines: Sequence[EngineFacts], device: Device, flavour: str | None
-) -> list[EngineFacts]:
-    names = FLAVOURS if flavour is None else (find_flavour(flavour).name,)
+    bundle: Bundle, engines: Sequence[EngineMetadata], device: Device, variant: str | None
+) -> list[EngineMetadata]:
+    names = VARIANTS if variant is None else (find_variant(variant).name,)
     wanted = bundle.manifest.model_id
-    return [e for e in engines if e.sm == device.sm and e.model_id == wanted and e.flavour in names]
+    return [e for e in engines if e.sm == device.sm and e.model_id == wanted and e.variant in names]
 
 
 def _no_engine(
-    bundle: Bundle, engines: Sequence[EngineFacts], device: Device, flavour: str | None
+    bundle: Bundle, engines: Sequence[EngineMetadata], device: Device, variant: str | None
 ) -> str:
-    title = "" if flavour is None else f"{FLAVOURS[flavour].title} "
+    title = "" if variant is None else f"{VARIANTS[variant].title} "
     has = f" (it has {', '.join(facts.name for facts in engines)})" if engines else ""
     return (
         f"bundle '{bundle.folder}' has no {title}engine of its model for this GPU, {device.name}, "
-        f"SM{device.sm}{has}; {_remedy(bundle, device, flavour or next(iter(FLAVOURS)))}"
+        f"SM{device.sm}{has}; {_remedy(bundle, device, variant or next(iter(VARIANTS)))}"
     )
 
 
-def _remedy(bundle: Bundle, device: Device, flavour: str) -> str:
-    return f"build one with `fwl-export build {bundle.folder} --flavour {flavour} --sm {device.sm}`"
+def _remedy(bundle: Bundle, device: Device, variant: str) -> str:
+    return f"build one with `fwl-export build {bundle.folder} --variant {variant} --sm {device.sm}`"

@@ -1,7 +1,7 @@
 """ONNX file to engine, through Polygraphy's loaders; runs in the worker's process.
 
-Polygraphy is imported inside functions: it binds to a flavour when it is imported, so
-`load_flavour` must come first.
+Polygraphy is imported inside functions: it binds to a variant when it is imported, so
+`load_variant` must come first.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fwl_export.engines.facts import ProfileFacts, TensorFacts
-from fwl_export.engines.flavour import LoadedFlavour
+from fwl_export.engines.metadata import ProfileMetadata, TensorMetadata
+from fwl_export.engines.variant import LoadedVariant
 from fwl_export.errors import EngineError
 from fwl_export.op.spec import DOMAIN, NAME, NODE_ATTRIBUTES
 
@@ -61,7 +61,7 @@ class PluginUse:
 
 
 def compile_engine(
-    loaded: LoadedFlavour,
+    loaded: LoadedVariant,
     model: Path,
     sm: int,
     ranges: Sequence[Range],
@@ -71,7 +71,7 @@ def compile_engine(
     """Build an engine and write it to `output`.
 
     Args:
-      loaded: the flavour of this process.
+      loaded: the variant of this process.
       model: ONNX file, its external data beside it.
       sm: compute capability to build for.
       ranges: one for each optimisation profile.
@@ -79,7 +79,7 @@ def compile_engine(
       plugin: for the fast-weight updates; None builds them from the function body.
 
     Returns:
-      The part of `EngineFacts` that is known here, JSON-ready.
+      The part of `EngineMetadata` that is known here, JSON-ready.
 
     Raises:
       EngineError: the plugin library cannot be loaded, or the parser or the builder refuses; with
@@ -90,7 +90,7 @@ def compile_engine(
     began = time.perf_counter()
     if plugin is not None:
         _load(loaded, plugin.path)
-    with _first_error(f"{loaded.flavour.title} {loaded.version} cannot read '{model.name}'"):
+    with _first_error(f"{loaded.variant.title} {loaded.version} cannot read '{model.name}'"):
         in_place = plugin is not None and plugin.in_place_state
         builder, network, _parser = _parse(loaded, model, in_place)
     inputs = [_tensor(network.get_input(i)) for i in range(network.num_inputs)]
@@ -102,7 +102,7 @@ def compile_engine(
         "layers": network.num_layers,
         "plugin_layers": _count_plugins(network),
     }
-    with _first_error(f"{loaded.flavour.title} {loaded.version} cannot build for SM{sm}"):
+    with _first_error(f"{loaded.variant.title} {loaded.version} cannot build for SM{sm}"):
         config = _config(loaded, builder, network, sm, profiles)
         if plugin is not None and plugin.in_place_state:
             config.set_preview_feature(loaded.trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
@@ -116,16 +116,16 @@ def compile_engine(
     return facts
 
 
-def _load(loaded: LoadedFlavour, library: Path) -> None:
+def _load(loaded: LoadedVariant, library: Path) -> None:
     """Load the plugin library and check that it has our plugin."""
     remedy = "build it with `make plugins`, or leave it out with --plugin none"
     registry = loaded.trt.get_plugin_registry()
-    with _first_error(f"{loaded.flavour.title} {loaded.version} cannot load '{library}'") as errors:
+    with _first_error(f"{loaded.variant.title} {loaded.version} cannot load '{library}'") as errors:
         handle = registry.load_library(str(library))
     if handle is None:
         reason = f" ({_sentence(errors)})" if errors else ""
         raise EngineError(
-            f"{loaded.flavour.title} {loaded.version} cannot load plugin '{library}'{reason}; "
+            f"{loaded.variant.title} {loaded.version} cannot load plugin '{library}'{reason}; "
             f"{remedy}"
         )
     version, namespace = (NODE_ATTRIBUTES[f"plugin_{key}"] for key in ("version", "namespace"))
@@ -135,7 +135,7 @@ def _load(loaded: LoadedFlavour, library: Path) -> None:
         )
 
 
-def _parse(loaded: LoadedFlavour, model: Path, in_place_state: bool) -> tuple[Any, Any, Any]:
+def _parse(loaded: LoadedVariant, model: Path, in_place_state: bool) -> tuple[Any, Any, Any]:
     """Read an ONNX file; returns builder, network and the parser, which owns the weights."""
     from polygraphy.backend.trt import create_network, network_from_onnx_path
 
@@ -177,7 +177,7 @@ def _with_state_in_place(model: Path) -> bytes:
 
 
 def _config(
-    loaded: LoadedFlavour, builder: Any, network: Any, sm: int, profiles: Sequence[ProfileFacts]
+    loaded: LoadedVariant, builder: Any, network: Any, sm: int, profiles: Sequence[ProfileMetadata]
 ) -> Any:
     from polygraphy.backend.trt import Profile, create_config
 
@@ -186,7 +186,7 @@ def _config(
         shapes.append(Profile())
         for name, sizes in profile.inputs.items():
             shapes[-1].add(name, **sizes)
-    if loaded.flavour.needs_device:
+    if loaded.variant.needs_device:
         config = create_config(builder, network, profiles=shapes)
     else:
         from polygraphy.backend.tensorrt_rtx import create_config_rtx
@@ -200,17 +200,17 @@ def _config(
     return config
 
 
-def _tensor(tensor: Any) -> TensorFacts:
+def _tensor(tensor: Any) -> TensorMetadata:
     from polygraphy.datatype import DataType
 
-    return TensorFacts(
+    return TensorMetadata(
         tensor.name,
         [int(size) for size in tensor.shape],
         DataType.from_dtype(tensor.dtype, source_module="tensorrt").name,
     )
 
 
-def _profile(scope: Range, inputs: Sequence[TensorFacts]) -> ProfileFacts:
+def _profile(scope: Range, inputs: Sequence[TensorMetadata]) -> ProfileMetadata:
     """Put a range's sizes in the place of the inputs' free axes."""
     shapes = {}
     for tensor in inputs:
@@ -223,7 +223,7 @@ def _profile(scope: Range, inputs: Sequence[TensorFacts]) -> ProfileFacts:
             free = (batch, fewest)
             sizes[kind] = [n if n >= 0 else free[axis] for axis, n in enumerate(tensor.shape)]
         shapes[tensor.name] = sizes
-    return ProfileFacts(scope.name, shapes)
+    return ProfileMetadata(scope.name, shapes)
 
 
 def _count_plugins(network: Any) -> int:

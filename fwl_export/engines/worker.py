@@ -1,7 +1,7 @@
 """Engines are built in a process of their own.
 
 A builder cannot be interrupted from Python, may abort its process on a broken plugin, prints
-where it likes, and does not share a process with the other flavour. So the caller starts a
+where it likes, and does not share a process with the other variant. So the caller starts a
 worker, waits for it second by second, and kills it when interrupted.
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 
 from fwl_export import errors
 from fwl_export.engines.compile import PluginUse, Range, compile_engine
-from fwl_export.engines.flavour import (
-    FLAVOURS,
+from fwl_export.engines.variant import (
+    VARIANTS,
     buildable_sms,
     check_installed,
-    find_flavour,
-    load_flavour,
+    find_variant,
+    load_variant,
     plugin_environment,
 )
 from fwl_export.errors import EngineError, FwlError
@@ -37,10 +37,10 @@ _CHILD = "import sys; sys.path[:] = {path!r}; from fwl_export.engines.worker imp
 
 @dataclass(frozen=True)
 class Probe:
-    """What a flavour can do on this machine.
+    """What a variant can do on this machine.
 
     Attributes:
-      version: of the flavour, "" if it is not available.
+      version: of the variant, "" if it is not available.
       sms: that it can build for here.
       versions: of the tools that take part in a build.
       reason: why it is not available, or "".
@@ -57,27 +57,27 @@ class Probe:
         return not self.reason
 
 
-def probe_flavour(name: str) -> Probe:
-    """Load a flavour in a process of its own and ask what it can do; never raises."""
+def probe_variant(name: str) -> Probe:
+    """Load a variant in a process of its own and ask what it can do; never raises."""
     try:
-        return describe_flavour(name)
+        return describe_variant(name)
     except FwlError as error:
         return Probe("", (), {}, str(error))
 
 
-def describe_flavour(name: str) -> Probe:
-    """Load a flavour in a process of its own and ask what it can do.
+def describe_variant(name: str) -> Probe:
+    """Load a variant in a process of its own and ask what it can do.
 
     Raises:
       EngineError: the name is unknown.
       MissingDependencyError: it is not installed, or its libraries cannot be loaded.
     """
-    check_installed(find_flavour(name))
-    return Probe(**_ask({"do": "describe", "flavour": name}), reason="")
+    check_installed(find_variant(name))
+    return Probe(**_ask({"do": "describe", "variant": name}), reason="")
 
 
 def build_in_worker(
-    flavour: str,
+    variant: str,
     model: Path,
     sm: int,
     ranges: Sequence[Range],
@@ -88,7 +88,7 @@ def build_in_worker(
     """Build an engine in a process of its own, see `compile_engine`.
 
     Args:
-      flavour: its name.
+      variant: its name.
       model: ONNX file.
       sm: compute capability to build for.
       ranges: of the optimisation profiles.
@@ -98,7 +98,7 @@ def build_in_worker(
     """
     request = {
         "do": "build",
-        "flavour": flavour,
+        "variant": variant,
         "model": str(model),
         "sm": sm,
         "ranges": [asdict(scope) for scope in ranges],
@@ -107,7 +107,7 @@ def build_in_worker(
     }
     if plugin is None:
         return _ask(request, tick)
-    with plugin_environment(find_flavour(flavour)) as environment:
+    with plugin_environment(find_variant(variant)) as environment:
         return _ask(request, tick, environment)
 
 
@@ -150,7 +150,7 @@ def _ask(
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
         raise EngineError(
-            f"{FLAVOURS[request['flavour']].title} ended its process with {name}{_last_line(log)}"
+            f"{VARIANTS[request['variant']].title} ended its process with {name}{_last_line(log)}"
         )
     if process.returncode or not answer:
         raise RuntimeError(f"the engine worker failed:\n{log}")
@@ -184,10 +184,10 @@ def main() -> None:
 
 def _handle(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        loaded = load_flavour(request["flavour"])
+        loaded = load_variant(request["variant"])
         if request["do"] == "describe":
             versions = {
-                loaded.flavour.module: loaded.version,
+                loaded.variant.module: loaded.version,
                 "polygraphy": loaded.polygraphy_version,
             }
             sms = buildable_sms(loaded)

@@ -1,161 +1,23 @@
-"""The traced model as data: what PyTorch computes between inputs and outputs, tensor by tensor.
+"""From the program that torch.onnx traced to the graph beside the ONNX file.
 
-The exporter translates a graph of PyTorch's operators to ONNX and keeps the tensors' names. That
-graph lies beside the ONNX file, as JSON: `bisect` runs it with the checkpoint's weights, in
-float64 too, and compares it with the ONNX file's tensors by name. It needs no tracing, which
-takes long, and holds no paths.
+See `fwl_export.model.traced_graph` for what that graph is and who runs it.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import operator
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from fwl_export.errors import BundleError
 from fwl_export.export.scopes import scope_of
-from fwl_export.op.spec import DOMAIN, NAME
-from fwl_export.op.torch_op import run_chunked
+from fwl_export.model.traced_graph import UPDATE, Operation, Source, TracedGraph
 
-SCHEMA_VERSION = 1
-UPDATE = f"{DOMAIN}::{NAME}"
-
-_WIDE = (torch.float16, torch.bfloat16, torch.float32)
-# Where the tensor is and how its memory is laid out means nothing to its values.
+# Where a tensor is and how its memory is laid out does not change its values.
 _DROPPED = ("device", "layout", "memory_format", "pin_memory")
-_OPERATORS = (
-    *("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "getitem"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"),
-)
-# Beside these, an operator that takes text could be one that opens files.
-_TEXT_ARGUMENTS = ("approximate", "reduce", "rounding_mode", "indexing", "equation")
-
-
-@dataclass(frozen=True)
-class Source:
-    """What an input of the graph is.
-
-    Attributes:
-      kind: "parameter", of the checkpoint's model; "constant"; or "input", of the ONNX graph.
-      name: of the parameter (a path in the model) or of the ONNX graph's input.
-      value: of a constant, as nested lists.
-      dtype: of a constant.
-    """
-
-    kind: str
-    name: str
-    value: Any = None
-    dtype: str = ""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operator.
-
-    Attributes:
-      name: of its result, as in the ONNX file.
-      target: such as "aten.mul.Tensor", "operator.getitem" or "fwl::LinearAttentionUpdate".
-      arguments, options: {"ref": name} stands for another result.
-      scope: path of the module or method it was traced in.
-    """
-
-    name: str
-    target: str
-    arguments: list[Any]
-    options: dict[str, Any] = field(default_factory=dict)
-    scope: str = ""
-
-    def references(self) -> Iterator[str]:
-        """Yield the names of the results it takes."""
-        yield from _references(self.arguments)
-        yield from _references(list(self.options.values()))
-
-    def __str__(self) -> str:
-        return f"{self.target}({', '.join(map(_readable, self.arguments))})"
-
-
-@dataclass(frozen=True)
-class TracedGraph:
-    """A model's operators in the order they run.
-
-    Attributes:
-      sources: by name in the graph.
-      operations: in order.
-      outputs: names of results, by the name of the ONNX graph's output.
-    """
-
-    sources: Mapping[str, Source]
-    operations: Sequence[Operation]
-    outputs: Mapping[str, str]
-
-    def run(
-        self, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Compute every tensor.
-
-        Args:
-          parameters: of the model, by path.
-          inputs: of the ONNX graph, by name.
-          dtype: torch.float64: everything is computed in float64, whatever the graph says;
-            otherwise each operator computes in the type the graph says.
-
-        Returns:
-          The tensors by name: inputs, constants, results.
-        """
-        exact = dtype == torch.float64
-        values: dict[str, Any] = {}
-        for name, source in self.sources.items():
-            value = {"parameter": parameters, "input": inputs}.get(source.kind, {}).get(source.name)
-            if value is None:
-                value = torch.tensor(source.value, dtype=getattr(torch, source.dtype))
-            values[name] = _widened(value) if exact else value
-        with torch.inference_mode():
-            for operation in self.operations:
-                values[operation.name] = _apply(operation, values, exact)
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def write(self, path: Path) -> None:
-        """Write the graph as JSON."""
-        data = {
-            "schema_version": SCHEMA_VERSION,
-            "sources": {name: vars(source) for name, source in self.sources.items()},
-            "operations": [vars(operation) for operation in self.operations],
-            "outputs": dict(self.outputs),
-        }
-        path.write_text(json.dumps(data, indent=0, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_graph(path: Path) -> TracedGraph:
-    """Read what `TracedGraph.write` wrote.
-
-    Raises:
-      BundleError: it is of another schema, or malformed.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise BundleError(
-                f"{path.name}: schema_version is {data['schema_version']!r}, but this fwl-export "
-                f"reads {SCHEMA_VERSION}; export the model again"
-            )
-        return TracedGraph(
-            {name: Source(**source) for name, source in data["sources"].items()},
-            [Operation(**operation) for operation in data["operations"]],
-            dict(data["outputs"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(
-            f"{path.name} is malformed ({type(error).__name__}: {error}); export the model again"
-        ) from None
 
 
 def traced_graph(
@@ -225,71 +87,3 @@ def _encode(value: Any) -> Any:
     if isinstance(value, (torch.device, torch.layout, torch.memory_format)):
         return None
     return value
-
-
-def _apply(operation: Operation, values: Mapping[str, Any], exact: bool) -> Any:
-    arguments = [_decode(argument, values, exact) for argument in operation.arguments]
-    options = {k: _decode(v, values, exact) for k, v in operation.options.items()}
-    if operation.target == UPDATE:
-        return run_chunked(*arguments)
-    return _function(operation.target)(*arguments, **options)
-
-
-def _decode(value: Any, values: Mapping[str, Any], exact: bool) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, values, exact) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "ref" in value:
-        return values[value["ref"]]
-    if "dtype" in value:
-        dtype = getattr(torch, value["dtype"])
-        return torch.float64 if exact and dtype in _WIDE else dtype
-    return float(value["float"])
-
-
-def _function(target: str) -> Any:
-    """Return a function by name: operators on tensors and numbers, and nothing else.
-
-    Raises:
-      BundleError: it is none of these.
-    """
-    namespace, _, name = target.partition(".")
-    if namespace == "operator" and name in _OPERATORS:
-        return getattr(operator, name)
-    if namespace == "torch" and name in ("sym_max", "sym_min", "sym_not"):
-        return getattr(torch, name)
-    if name in ("view.default", "_unsafe_view.default"):
-        return torch.reshape  # the graph's memory layout was dropped
-    packet, _, overload = name.partition(".")
-    found = None
-    if namespace in ("aten", "prims"):
-        found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    takes_text = found is not None and any(
-        "str" in str(argument.type) and argument.name not in _TEXT_ARGUMENTS
-        for argument in found._schema.arguments
-    )
-    if found is None or takes_text:
-        raise BundleError(
-            f"the traced graph has the operator '{target}', which this fwl-export does not run; "
-            "export the model again with this version"
-        )
-    return found
-
-
-def _widened(value: Tensor) -> Tensor:
-    return value.double() if value.dtype in _WIDE else value
-
-
-def _references(value: Any) -> Iterator[str]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _references(item)
-    elif isinstance(value, dict) and "ref" in value:
-        yield value["ref"]
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_readable, value))}]"
-    return str(next(iter(value.values()))) if isinstance(value, dict) else str(value)

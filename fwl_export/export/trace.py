@@ -13,22 +13,22 @@ import onnx
 import torch
 from torch import Tensor
 
+from fwl_export.bundle.state import PAST, PRESENT, TensorSpec
 from fwl_export.errors import ExportError
 from fwl_export.export.graph import traced_graph
-from fwl_export.export.precision import (
-    TARGETS,
-    UPDATE,
-    PrecisionPolicy,
-    int8_weights,
-    streaming_model,
-)
 from fwl_export.export.scopes import named_scopes
 from fwl_export.export.weights_int8 import store_int8
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import INPUTS, OUTPUTS, StreamingModel
 from fwl_export.op.onnx_function import append_function
 from fwl_export.op.spec import DOMAIN, NAME, NODE_ATTRIBUTES, VERSION
-from fwl_export.state import PAST, PRESENT, TensorSpec
+from fwl_export.precision.policy import (
+    TARGETS,
+    UPDATE,
+    PrecisionPolicy,
+    int8_weights,
+    streaming_model,
+)
 
 # One per dense layer.
 UPDATES_PER_MODEL = 2

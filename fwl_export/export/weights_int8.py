@@ -1,41 +1,14 @@
-"""Weights of an ONNX graph as int8 with a scale per output channel."""
+"""Store the weights of an ONNX graph as int8 with one scale per output channel."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
 from fwl_export.errors import ExportError
-
-
-class Int8Weight(NamedTuple):
-    """A matrix in int8.
-
-    Attributes:
-      values: [n, m] int8.
-      scale: [n] or [m] float32.
-      channels: the axis of the scale, 0 or 1.
-    """
-
-    values: npt.NDArray[np.int8]
-    scale: npt.NDArray[np.float32]
-    channels: int
-
-    @property
-    def transposed(self) -> Int8Weight:
-        """The same matrix with its axes exchanged."""
-        return Int8Weight(self.values.T.copy(), self.scale, 1 - self.channels)
-
-    def dequantized(self) -> npt.NDArray[np.float32]:
-        """Return what DequantizeLinear computes, bit for bit."""
-        scale = np.expand_dims(self.scale, 1 - self.channels)
-        result: npt.NDArray[np.float32] = self.values.astype(np.float32) * scale
-        return result
+from fwl_export.precision.int8 import Int8Weight
 
 
 def store_int8(model: onnx.ModelProto, weights: Mapping[str, Int8Weight]) -> None:

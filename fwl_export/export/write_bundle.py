@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fwl_export import bundle as bundles
-from fwl_export.bundle import Bundle, Manifest, describe_file, is_bundle, read_bundle
+from fwl_export.bundle import manifest as bundles
+from fwl_export.bundle.manifest import Bundle, Manifest, describe_file, is_bundle, read_bundle
+from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
 from fwl_export.errors import ExportError, OutputExistsError
-from fwl_export.export.precision import EXPORTED, PrecisionPolicy, write_policy
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import replaced_folder
 from fwl_export.machine import installed_versions
@@ -22,7 +22,7 @@ from fwl_export.model.stored import CONFIG_FILE, WEIGHTS_FILE
 from fwl_export.model.streaming import INPUTS
 from fwl_export.op.spec import DOMAIN, NAME, VERSION
 from fwl_export.ort import import_onnxruntime
-from fwl_export.state import PAST, PRESENT, TensorSpec, zeros
+from fwl_export.precision.policy import EXPORTED, PrecisionPolicy, write_policy
 
 DEFAULT_OPSET = 20
 DEFAULT_MAX_TOKENS = 256
@@ -51,9 +51,9 @@ def export_bundle(
       max_tokens: largest number of tokens per call; longer reads are split. Never more than
         the model's anchor interval.
       force: replace what is at `output`.
-      include_checkpoint: put the PyTorch weights in, which the torch backend and `check` read.
+      include_checkpoint: put the PyTorch weights in, which runtime 'torch' and `check` read.
       progress: called with what is being done.
-      policy: lower some products of a float32 model, see `fwl_export.export.precision`.
+      policy: lower some products of a float32 model, see `fwl_export.precision.policy`.
 
     Raises:
       OutputExistsError: `output` exists and `force` is off, or holds something too precious.

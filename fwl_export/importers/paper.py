@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fwl_export.bundle.config import FastWeightsConfig
 from fwl_export.errors import CheckpointError
 from fwl_export.importers.arrays import Arrays, read_jax, read_tensorflow
 from fwl_export.model.checkpoint import Checkpoint
-from fwl_export.model.config import FastWeightsConfig
 from fwl_export.model.fwl_checkpoint import UNEMBEDDING, FastWeightsCheckpoint
 from fwl_export.model.language_model import FWLModel
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from fwl_export.bundle.config import ModelConfig
+from fwl_export.bundle.tokenizer import load_tokenizer
 from fwl_export.errors import CheckpointError, OutputExistsError
 from fwl_export.files import replaced_folder
-from fwl_export.model.config import ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.stored import (
     CONFIG_FILE,
@@ -23,7 +24,6 @@ from fwl_export.model.stored import (
     read_json,
     read_tensors,
 )
-from fwl_export.text import load_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 

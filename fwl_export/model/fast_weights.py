@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fwl_export.model.config import FastWeightsConfig
+from fwl_export.bundle.config import FastWeightsConfig
 from fwl_export.model.numerics import linear, product, wide
 
 # The tensors of the layer that have a fast part, in the order used everywhere.

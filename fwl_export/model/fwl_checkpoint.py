@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fwl_export.bundle.config import SCHEMA_VERSION, FastWeightsConfig, config_from_dict
 from fwl_export.errors import CheckpointError, ConfigError
 from fwl_export.files import replaced_folder
-from fwl_export.model.config import SCHEMA_VERSION, FastWeightsConfig, config_from_dict
 from fwl_export.model.fast_weights import FastWeights
 from fwl_export.model.stored import (
     CONFIG_FILE,

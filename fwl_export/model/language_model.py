@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fwl_export.bundle.config import FastWeightsConfig, ModelConfig
 from fwl_export.model.backbones import Backbone, HuggingFaceBackbone, build_backbone
-from fwl_export.model.config import FastWeightsConfig, ModelConfig
 from fwl_export.model.fast_weights import FastWeights
 from fwl_export.model.fwl_checkpoint import load_fast_weights
 

@@ -1,7 +1,7 @@
 """Half-precision models keep sums, norms and softmax in float32; this says where.
 
 A matrix product is computed in the type of its weight: a float32 model may hold some weights in
-half precision (`fwl_export.export.precision`).
+half precision (`fwl_export.precision.policy`).
 """
 
 from __future__ import annotations

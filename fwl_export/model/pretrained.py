@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fwl_export.bundle.tokenizer import load_tokenizer
 from fwl_export.errors import CheckpointError
 from fwl_export.model.checkpoint import TOKENIZER_FILE, save_checkpoint
 from fwl_export.model.language_model import FWLModel
-from fwl_export.text import load_tokenizer
 
 
 def join_checkpoint(

@@ -15,11 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fwl_export.model.config import ModelConfig
+from fwl_export.bundle.config import ModelConfig
+from fwl_export.bundle.state import TensorSpec
 from fwl_export.model.fast_weights import DENSE_BIASES, FAST_TENSORS, Pending, shift
 from fwl_export.model.language_model import FWLModel
 from fwl_export.op.torch_op import decay_products, linear_attention_update
-from fwl_export.state import TensorSpec
 
 UpdateOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

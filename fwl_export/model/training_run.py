@@ -12,18 +12,18 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fwl_export.errors import ConfigError
-from fwl_export.model.checkpoint import check_output, load_checkpoint, save_checkpoint
-from fwl_export.model.config import (
+from fwl_export.bundle.config import (
     BackboneConfig,
     FastWeightsConfig,
     ModelConfig,
     config_from_dict,
 )
+from fwl_export.bundle.tokenizer import load_tokenizer, read_ids
+from fwl_export.errors import ConfigError
+from fwl_export.model.checkpoint import check_output, load_checkpoint, save_checkpoint
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
 from fwl_export.model.training_files import TrainingLog
-from fwl_export.text import load_tokenizer, read_ids
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -3,31 +3,31 @@
     report = check_bundle(read_bundle(Path("bundle")), ids, candidates="onnxruntime,torch:float32")
     print(to_text(report))
 
-`backends` opens runtimes by name, `cases` and `schedule` make the calls, `drift` drives sessions
+`candidates` opens runtimes by name, `cases` and `schedule` make the calls, `drift` drives sessions
 over them, `compare` measures, `tolerances` says what is allowed and why, `verdict` decides,
 `report` holds it as data, `summary` and `junit` tell it. README.md beside this file has it all.
 """
 
-from fwl_export.parity.backends import Backend, parse_backend, parse_backends
+from fwl_export.parity.candidates import Candidate, parse_candidate, parse_candidates
 from fwl_export.parity.cases import CASES, Case
-from fwl_export.parity.junit import write_junit
-from fwl_export.parity.report import Report, read_report
-from fwl_export.parity.run import check_bundle
+from fwl_export.parity.check import check_bundle
+from fwl_export.parity.report.data import Report, read_report
+from fwl_export.parity.report.junit import write_junit
+from fwl_export.parity.report.text import to_markdown, to_text
 from fwl_export.parity.schedule import ROWS
-from fwl_export.parity.summary import to_markdown, to_text
 from fwl_export.parity.tolerances import TABLE, Tolerance
 
 __all__ = [
     "CASES",
     "ROWS",
     "TABLE",
-    "Backend",
+    "Candidate",
     "Case",
     "Report",
     "Tolerance",
     "check_bundle",
-    "parse_backend",
-    "parse_backends",
+    "parse_candidate",
+    "parse_candidates",
     "read_report",
     "to_markdown",
     "to_text",

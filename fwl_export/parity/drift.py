@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fwl_export.bundle.state import State
 from fwl_export.errors import NotFiniteError
 from fwl_export.parity.compare import Error, Prediction, PredictionSum, TensorSum
 from fwl_export.parity.schedule import Call
 from fwl_export.runtimes import Session
-from fwl_export.state import State
 
 Array = npt.NDArray[Any]
 
@@ -248,7 +248,7 @@ class _Lane:
             return Failure(self.runtime, call.step, call.depth, message, "not finite", tensor)
         try:
             self.session.write_rows(range(self.session.batch), state)
-        except Exception as error:  # a backend may raise anything; the others go on without it
+        except Exception as error:  # a runtime may raise anything; the others go on without it
             return Failure(self.runtime, call.step, call.depth, _text(error))
         return _feed(self.runtime, self.session, call)
 
@@ -313,7 +313,7 @@ def _feed(name: str, session: Session, call: Call, keep: bool = False) -> _Outpu
         output = _Output(logits, session.state if keep else session.peek())
     except NotFiniteError as error:
         return Failure(*at, str(error), "not finite", LOGITS)
-    except Exception as error:  # a backend may raise anything; the others go on without it
+    except Exception as error:  # a runtime may raise anything; the others go on without it
         return Failure(*at, _text(error))
     shapes = {LOGITS: (*call.ids.shape, session.vocab_size)}
     shapes |= {spec.name: (session.batch, *spec.shape) for spec in session.specs}

@@ -5,102 +5,105 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from fwl_export.bundle import Bundle, read_bundle
+from fwl_export.bundle.manifest import Bundle, read_bundle
+from fwl_export.bundle.state import TensorSpec
+from fwl_export.deprecations import renamed_arguments
 from fwl_export.errors import ConfigError, MissingDependencyError
 from fwl_export.runtimes.base import Runner
 from fwl_export.runtimes.sampling import Sampler
 from fwl_export.runtimes.session import Session
 from fwl_export.runtimes.slots import Slots
-from fwl_export.state import TensorSpec
 
-BACKENDS = ("onnxruntime", "tensorrt", "torch", "onnx-reference")
+RUNTIMES = ("onnxruntime", "tensorrt", "torch", "onnx-reference")
 
 _NO_CHOICE = [(None, None, plugin, None) for plugin in ("auto", "none")]
 
 
+@renamed_arguments(backend="runtime", flavour="variant")
 def open_session(
     bundle: str | Path | Bundle,
-    backend: str = "onnxruntime",
+    runtime: str = "onnxruntime",
     batch: int = 1,
     precision: Literal["fp32", "fp16", "fp64"] | None = None,
     threads: int | None = None,
     plugin: str | Path = "auto",
     device: str | None = None,
-    flavour: str | None = None,
+    variant: str | None = None,
     cuda_graph: bool = True,
 ) -> Session:
     """Open a bundle for reading text.
 
     Args:
       bundle: its folder, or a bundle that was read.
-      backend: "onnxruntime"; "tensorrt", an engine of the bundle, on the GPU it was built for;
+      runtime: "onnxruntime"; "tensorrt", an engine of the bundle, on the GPU it was built for;
         "torch"; or "onnx-reference", ONNX's own evaluator, a slow second opinion.
       batch: rows, each a session of its own.
-      precision: backend "torch" only: compute in this precision instead of the bundle's.
-      threads: backend "onnxruntime" only: threads inside one operator.
-      plugin: not for backend "torch": the library with our kernel for the fast-weight update.
+      precision: runtime "torch" only: compute in this precision instead of the bundle's.
+      threads: runtime "onnxruntime" only: threads inside one operator.
+      plugin: not for runtime "torch": the library with our kernel for the fast-weight update.
         "auto" takes the package's own where there is one, else the model's standard operators;
         "none" takes those; "required" is an error without the library; or a library's path. An
         engine was built for one or the other; "auto" is what it needs.
-      device: "cpu", "cuda" or, say, "cuda:1"; None is "cuda" for backend "tensorrt", else "cpu".
-        Backend "torch" knows only that.
-      flavour: backend "tensorrt" only: "rtx" or "tensorrt"; None takes one that has an engine for
+      device: "cpu", "cuda" or, say, "cuda:1"; None is "cuda" for runtime "tensorrt", else "cpu".
+        Runtime "torch" knows only that.
+      variant: runtime "tensorrt" only: "rtx" or "tensorrt"; None takes one that has an engine for
         this GPU and is installed.
-      cuda_graph: backend "tensorrt" only: replay calls with one token as CUDA graphs.
+      cuda_graph: runtime "tensorrt" only: replay calls with one token as CUDA graphs.
 
     Raises:
       BundleError: the bundle is missing, changed or cannot be loaded.
-      DeviceError, EngineError: backend "tensorrt": there is no GPU, or no engine for it.
+      DeviceError, EngineError: runtime "tensorrt": there is no GPU, or no engine for it.
       PluginError: the library is missing and was asked for, or cannot be loaded.
-      MissingDependencyError: the backend's package is not installed, or without the device.
-      ConfigError: there is no such backend, or an argument is for another one.
+      MissingDependencyError: the runtime's package is not installed, or without the device.
+      ConfigError: there is no such runtime, or an argument is for another one.
     """
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))
     manifest = opened.manifest
     specs: list[TensorSpec] = list(manifest.state)
     max_tokens = manifest.max_tokens
     runner: Runner
-    if precision is not None and backend in ("onnxruntime", "tensorrt"):
-        raise ConfigError("precision can be chosen for backend 'torch' only")
-    if threads is not None and backend in ("tensorrt", "torch"):
-        raise ConfigError("threads can be chosen for backend 'onnxruntime' only")
-    if flavour is not None and backend != "tensorrt":
-        raise ConfigError("a flavour can be chosen for backend 'tensorrt' only")
+    if precision is not None and runtime in ("onnxruntime", "tensorrt"):
+        raise ConfigError("precision can be chosen for runtime 'torch' only")
+    if threads is not None and runtime in ("tensorrt", "torch"):
+        raise ConfigError("threads can be chosen for runtime 'onnxruntime' only")
+    if variant is not None and runtime != "tensorrt":
+        raise ConfigError("a variant can be chosen for runtime 'tensorrt' only")
     with opened.unchanged():
-        if backend == "onnxruntime":
+        if runtime == "onnxruntime":
             from fwl_export.runtimes import onnxruntime
 
             loaded = onnxruntime.load_model(opened, threads, plugin, device or "cpu")
             runner = onnxruntime.OnnxRuntimeRunner(loaded)
-        elif backend == "tensorrt":
-            from fwl_export.runtimes import tensorrt, tensorrt_engine
+        elif runtime == "tensorrt":
+            from fwl_export.runtimes.tensorrt import engine as engines
+            from fwl_export.runtimes.tensorrt.runner import TensorRTRunner
 
-            engine = tensorrt_engine.load_model(opened, flavour, plugin, device, cuda_graph)
-            runner, max_tokens = tensorrt.TensorRTRunner(engine), engine.max_tokens
-        elif backend == "torch":
+            engine = engines.load_model(opened, variant, plugin, device, cuda_graph)
+            runner, max_tokens = TensorRTRunner(engine), engine.max_tokens
+        elif runtime == "torch":
             if plugin not in ("auto", "none"):
-                raise ConfigError("a plugin cannot be chosen for backend 'torch'")
+                raise ConfigError("a plugin cannot be chosen for runtime 'torch'")
             if device not in (None, "cpu"):
-                raise ConfigError("a device cannot be chosen for backend 'torch'")
+                raise ConfigError("a device cannot be chosen for runtime 'torch'")
             try:
                 from fwl_export.runtimes import torch
             except ModuleNotFoundError as error:
                 raise MissingDependencyError(
-                    f"backend 'torch' needs '{error.name}'; pip install 'fwl-export[export]'"
+                    f"runtime 'torch' needs '{error.name}'; pip install 'fwl-export[export]'"
                 ) from None
             model = torch.load_model(opened, precision)
             runner, specs = torch.TorchRunner(model), model.specs
-        elif backend == "onnx-reference":
+        elif runtime == "onnx-reference":
             if (precision, threads, str(plugin), device) not in _NO_CHOICE:
                 raise ConfigError(
-                    "backend 'onnx-reference' takes no precision, threads, plugin or device"
+                    "runtime 'onnx-reference' takes no precision, threads, plugin or device"
                 )
             from fwl_export.runtimes import onnx_reference
 
             evaluator = onnx_reference.load_model(opened)
             runner = onnx_reference.OnnxReferenceRunner(evaluator, specs)
         else:
-            raise ConfigError(f"backend '{backend}' is unknown; expected {', '.join(BACKENDS)}")
+            raise ConfigError(f"runtime '{runtime}' is unknown; expected {', '.join(RUNTIMES)}")
     return Session(
         runner,
         specs,
@@ -113,4 +116,4 @@ def open_session(
     )
 
 
-__all__ = ["BACKENDS", "Sampler", "Session", "Slots", "open_session"]
+__all__ = ["RUNTIMES", "Sampler", "Session", "Slots", "open_session"]

@@ -1,4 +1,4 @@
-"""What a backend implements, and what one call of the model takes."""
+"""What a runtime implements, and what one call of the model takes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fwl_export.bundle.state import State
 from fwl_export.errors import ConfigError
-from fwl_export.state import State
 
 Array = npt.NDArray[Any]
 Rows = Sequence[int] | slice
@@ -39,7 +39,7 @@ class Call:
 class Runner(Protocol):
     """One session's way to the model: calls from one set of buffers to another.
 
-    Buffers are the backend's own kind of memory for the state of all rows.
+    Buffers are the runtime's own kind of memory for the state of all rows.
     """
 
     def another(self) -> Runner:

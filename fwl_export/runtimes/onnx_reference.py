@@ -1,4 +1,4 @@
-"""Backend: ONNX's reference evaluator. Slow, in plain numpy, and nobody's kernel: a second opinion.
+"""Runtime: ONNX's reference evaluator. Slow, in plain numpy, and nobody's kernel: a second opinion.
 
 It runs the model as the file says it, the function body of the fast-weight update included.
 """
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export import state as states
-from fwl_export.bundle import Bundle
+from fwl_export.bundle import state as states
+from fwl_export.bundle.manifest import Bundle
+from fwl_export.bundle.state import PAST, PRESENT, State, TensorSpec
 from fwl_export.errors import BundleError, MissingDependencyError
 from fwl_export.runtimes.base import Call, Rows, index
-from fwl_export.state import PAST, PRESENT, State, TensorSpec
 
 Array = npt.NDArray[Any]
 
@@ -75,7 +75,7 @@ def load_model(bundle: Bundle) -> Any:
         from onnx.reference import ReferenceEvaluator
     except ImportError:
         raise MissingDependencyError(
-            "backend 'onnx-reference' needs onnx; pip install 'fwl-export[export]'"
+            "runtime 'onnx-reference' needs onnx; pip install 'fwl-export[export]'"
         ) from None
     path = bundle.model_files()
     try:

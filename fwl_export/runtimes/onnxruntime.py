@@ -1,4 +1,4 @@
-"""Backend: ONNX Runtime, on the CPU or on a CUDA device."""
+"""Runtime: ONNX Runtime, on the CPU or on a CUDA device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export.bundle import Bundle
+from fwl_export.bundle.manifest import Bundle
+from fwl_export.bundle.state import PAST, PRESENT, State, TensorSpec
 from fwl_export.errors import BundleError, MissingDependencyError, PluginError
 from fwl_export.ort import import_onnxruntime
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.runtimes.base import Call, Rows, index, parse_device
-from fwl_export.state import PAST, PRESENT, State, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime

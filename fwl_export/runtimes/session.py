@@ -1,4 +1,4 @@
-"""Sessions: tokens in, logits out, state kept. The same for every backend."""
+"""Sessions: tokens in, logits out, state kept. The same for every runtime."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export import state as states
-from fwl_export import state_file
+from fwl_export.bundle import state as states
+from fwl_export.bundle import state_file
+from fwl_export.bundle.state import State, TensorSpec
+from fwl_export.bundle.state_file import SavedState
 from fwl_export.errors import ConfigError, NotFiniteError, ShapeError, TokenError
 from fwl_export.runtimes.base import Array, Call, Runner
 from fwl_export.runtimes.sampling import Sampler
-from fwl_export.state import State, TensorSpec
-from fwl_export.state_file import SavedState
 
 
 class Session:
@@ -46,7 +46,7 @@ class Session:
         """Start `batch` fresh rows. Use `fwl_export.open_session`.
 
         Args:
-          runner: the backend.
+          runner: the runtime.
           specs: of the state.
           vocab_size: V.
           max_tokens: largest T of the runner's calls.
@@ -380,7 +380,7 @@ class Session:
     def save_state(
         self, path: str | Path, rows: Sequence[int] | None = None, compress: str = "none"
     ) -> SavedState:
-        """Write the state of rows (default: all) to a file; see `fwl_export.state_file`.
+        """Write the state of rows (default: all) to a file; see `fwl_export.bundle.state_file`.
 
         Raises:
           StateError, ConfigError, OSError: see `state_file.save_state`. What was at `path` is left.

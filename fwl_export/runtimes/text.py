@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from fwl_export.bundle import TOKENIZER_FILE, Bundle
+from fwl_export.bundle.manifest import TOKENIZER_FILE, Bundle
+from fwl_export.bundle.tokenizer import load_tokenizer
 from fwl_export.errors import TokenError
 from fwl_export.runtimes.session import Session
-from fwl_export.text import load_tokenizer
 
 Array = npt.NDArray[Any]
 

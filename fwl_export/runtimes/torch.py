@@ -1,4 +1,4 @@
-"""Backend: PyTorch, from the checkpoint in the bundle. What every other is compared to."""
+"""Runtime: PyTorch, from the checkpoint in the bundle. What every other is compared to."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from fwl_export.bundle import CHECKPOINT_FOLDER, PRECISION_FILE, Bundle
+from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, PRECISION_FILE, Bundle
+from fwl_export.bundle.state import State
 from fwl_export.errors import BundleError
-from fwl_export.export.precision import (
+from fwl_export.model.checkpoint import load_checkpoint
+from fwl_export.model.streaming import StreamingModel
+from fwl_export.precision.policy import (
     PrecisionPolicy,
     read_policy,
     streaming_model,
     with_stored_weights,
 )
-from fwl_export.model.checkpoint import load_checkpoint
-from fwl_export.model.streaming import StreamingModel
 from fwl_export.runtimes.base import Call, Rows, index
-from fwl_export.state import State
 
 Array = npt.NDArray[Any]
 Buffers = dict[str, torch.Tensor]
@@ -37,7 +37,7 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
     if not names:
         raise BundleError(
             f"bundle '{bundle.folder}' was exported without its checkpoint, which the torch "
-            "backend reads; export it again without --no-checkpoint"
+            "runtime reads; export it again without --no-checkpoint"
         )
     for name in names:
         bundle.file(name)

@@ -1,4 +1,4 @@
-// The custom op of ONNX Runtime's CUDA provider, on doubles of ONNX Runtime's interface and of the
+// The custom op of ONNX Runtime's CUDA provider, on fakes of ONNX Runtime's interface and of the
 // CUDA driver: no CUDA build of ONNX Runtime loads without a GPU.
 
 #include <algorithm>

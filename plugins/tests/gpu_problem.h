@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "driver_double.h"
+#include "driver_fake.h"
 #include "kernels/gpu/launcher/launcher.h"
 
 namespace fwl::test {

@@ -1,4 +1,4 @@
-// The launcher against a double of the CUDA driver: which kernels run on which GPU, that their
+// The launcher against a fake of the CUDA driver: which kernels run on which GPU, that their
 // arguments are in order, and what errors of the driver become.
 //
 // Kernels stay loaded. Three cases need some that nothing has loaded yet, in whatever order cases

@@ -1,5 +1,5 @@
 // The plugin object as TensorRT uses it, without TensorRT: creator, fields, types, formats, shapes,
-// aliasing, and enqueue on a double of the CUDA driver.
+// aliasing, and enqueue on a fake of the CUDA driver.
 
 #include <memory>
 #include <string>

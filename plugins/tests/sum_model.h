@@ -7,13 +7,13 @@
 #include <random>
 #include <stdexcept>
 
-#include "../embed/src/error.h"
-#include "../embed/src/host_buffers.h"
-#include "../embed/src/session.h"
+#include "../libfwl/src/error.h"
+#include "../libfwl/src/host_buffers.h"
+#include "../libfwl/src/session.h"
 
 namespace fwl::test {
 
-using namespace fwl::embed;
+using namespace fwl::internal;
 
 constexpr size_t kVocabulary = 5, kRows = 3;
 constexpr int64_t kLargest = 4, kAnchor = 7, kSize[] = {20, 25};

@@ -1,4 +1,4 @@
-// The TensorRT backend of libfwl on doubles of the driver and of TensorRT: it computes what the
+// The TensorRT backend of libfwl on fakes of the driver and of TensorRT: it computes what the
 // small model does, whatever fails leaves rows as they were, and what is missing is said.
 //
 // Rows and results are compared in double parentheses: Catch2 would print all of their bytes.
@@ -12,10 +12,10 @@
 #include <future>
 #include <nlohmann/json.hpp>
 
-#include "../embed/src/sha256.h"
-#include "cuda_double.h"
+#include "../libfwl/src/sha256.h"
+#include "cuda_fake.h"
 #include "sum_model.h"
-#include "tensorrt_double.h"
+#include "tensorrt_fake.h"
 
 namespace {
 
@@ -25,10 +25,10 @@ using namespace std::string_literals;
 using Catch::Contains;
 namespace fs = std::filesystem;
 
-constexpr const char* kLibrary = FWL_TENSORRT_DOUBLE;
+constexpr const char* kLibrary = FWL_TENSORRT_FAKE;
 constexpr const char* kName = "tensorrt-10.14.1.48-sm89"; // of the engine that EngineFile makes
 
-template <class State> State* double_of(const char* path, const char* function) {
+template <class State> State* fake_of(const char* path, const char* function) {
   void* const library = dlopen(path, RTLD_NOW);
   if (library == nullptr) {
     throw std::runtime_error(dlerror());
@@ -36,7 +36,7 @@ template <class State> State* double_of(const char* path, const char* function) 
   return reinterpret_cast<State* (*)()>(dlsym(library, function))();
 }
 
-// The doubles of the driver and of TensorRT, to which a test must give back all that it took.
+// The fakes of the driver and of TensorRT, to which a test must give back all that it took.
 struct Doubles {
   ~Doubles() {
     CHECK(cuda->allocated.empty());
@@ -50,16 +50,16 @@ struct Doubles {
   }
 
   // The driver's first: the other looks for it.
-  fwl::fake::Cuda* const cuda = double_of<fwl::fake::Cuda>(FWL_CUDA_DOUBLE, "fwl_fake_cuda");
+  fwl::fake::Cuda* const cuda = fake_of<fwl::fake::Cuda>(FWL_CUDA_FAKE, "fwl_fake_cuda");
   fwl::fake::TensorRt* const tensorrt =
-      double_of<fwl::fake::TensorRt>(FWL_TENSORRT_DOUBLE, "fwl_fake_tensorrt");
+      fake_of<fwl::fake::TensorRt>(FWL_TENSORRT_FAKE, "fwl_fake_tensorrt");
 };
 
 struct EngineFile {
   std::string text = fwl::fake::engine_text(kRows, kLargest);
   int sm = 89;
   std::string version = "10.14.1.48";
-  std::string flavour = "tensorrt";
+  std::string variant = "tensorrt";
   bool plugin = false, embedded = false, in_place = false;
 };
 
@@ -86,12 +86,12 @@ public:
                                    {"dtype", spec.type == Type::kInt64 ? "int64" : "float32"}});
     }
     for (const EngineFile& engine : engines) {
-      const std::string name = engine.flavour + "-" + engine.version + "-sm" +
+      const std::string name = engine.variant + "-" + engine.version + "-sm" +
                                std::to_string(engine.sm) + (engine.plugin ? "-plugin" : "") +
                                (engine.in_place ? "-inplace" : "");
       const json entry = add(manifest, "engines/" + name + ".engine", engine.text);
       const json facts = {{"schema_version", 1},
-                          {"flavour", engine.flavour},
+                          {"flavour", engine.variant},
                           {"version", engine.version},
                           {"sm", engine.sm},
                           {"model_id", bundle.model_id},
@@ -200,7 +200,7 @@ TEST_CASE_METHOD(Doubles, "what is missing is said") {
   tensorrt->version = 100900;
   refused(folder, options_of(), FWL_ERROR_BUNDLE,
           "has no engine for TensorRT 10.9.0 on SM89; it has tensorrt-10.14.1.48-sm89; build one "
-          "with `fwl-export build tensorrt_test.bundle --flavour tensorrt --sm 89`");
+          "with `fwl-export build tensorrt_test.bundle --variant tensorrt --sm 89`");
   tensorrt->version = 101401;
   cuda->sm = 90;
   refused(folder, options_of(), FWL_ERROR_BUNDLE, "has no engine for TensorRT 10.14.1 on SM90");

@@ -11,21 +11,21 @@ pytest.importorskip("onnxruntime")
 
 from fwl_export.bench import session as bench
 from tests.cli.run import run
-from tests.embed.conftest import embed  # noqa: F401 - fixture
+from tests.libfwl.conftest import libfwl  # noqa: F401 - fixture
 from tests.plugins.conftest import builds, libraries, ort_library  # noqa: F401 - fixtures
 
 
 @pytest.mark.slow
 def test_bench(
     tiny_bundle: Path,
-    embed: Path,  # noqa: F811 - the fixture
+    libfwl: Path,  # noqa: F811 - the fixture
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(bench, "REST_SECONDS", 0.0)
     arguments = ("--tokens", "1,8", "--batch", "2", "--rounds", "2", "--threads", "1")
-    libfwl = ("--libfwl", embed / "libfwl.so", "--plugin", "none")
-    result = run(capsys, "bench", "session", tiny_bundle, *arguments, *libfwl)
+    library = ("--libfwl", libfwl / "libfwl.so", "--plugin", "none")
+    result = run(capsys, "bench", "session", tiny_bundle, *arguments, *library)
     assert result.code == 0, result.err
     *shown, last = result.out.splitlines()
     assert max(map(len, shown)) <= 80

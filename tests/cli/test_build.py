@@ -10,24 +10,24 @@ from typing import Any
 import pytest
 
 from fwl_export.cli import build as verb
-from fwl_export.engines import EngineFacts
-from fwl_export.engines.facts import ProfileFacts
+from fwl_export.engines import EngineMetadata
+from fwl_export.engines.metadata import ProfileMetadata
 from fwl_export.errors import EngineError
 from tests.cli.run import run
 
 
-def facts(name: str, sm: int, path: str = "function body") -> EngineFacts:
+def facts(name: str, sm: int, path: str = "function body") -> EngineMetadata:
     shapes = {"input_ids": {"min": [1, 1], "opt": [1, 256], "max": [8, 256]}}
-    return EngineFacts(
+    return EngineMetadata(
         name=name,
-        flavour=name.split("-", maxsplit=1)[0],
+        variant=name.split("-", maxsplit=1)[0],
         version="1.2.3",
         sm=sm,
         precision="fp32",
         tf32=False,
         inputs=[],
         outputs=[],
-        profiles=[ProfileFacts("decode", {}), ProfileFacts("prefill", shapes)],
+        profiles=[ProfileMetadata("decode", {}), ProfileMetadata("prefill", shapes)],
         layers=1746,
         plugin_layers=0 if path == "function body" else 2,
         plugin_sha256="" if path == "function body" else "2" * 64,
@@ -52,7 +52,7 @@ class Builder:
         ]
         self.arguments: list[Any] = []
 
-    def __call__(self, *arguments: Any) -> list[EngineFacts]:
+    def __call__(self, *arguments: Any) -> list[EngineMetadata]:
         *self.arguments, progress = arguments
         for message in ("loading", "engine 1 of 1 for SM80", "engine 1 of 1 for SM80, 1 s"):
             progress(message)
@@ -84,7 +84,7 @@ def test_defaults_and_options_reach_the_builder(
     assert run(capsys, "build", "b").code == 0
     assert builder.arguments == [Path("b"), "rtx", None, None, None, 8, "auto", False, False]
     options = (
-        "--flavour tensorrt --sm 80,sm_86 --precision fp16 --chunk 32 --max-batch 2 "
+        "--variant tensorrt --sm 80,sm_86 --precision fp16 --chunk 32 --max-batch 2 "
         "--plugin required --in-place-state --embed-plugin"
     )
     assert run(capsys, "build", "b", *options.split()).code == 0

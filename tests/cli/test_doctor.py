@@ -27,7 +27,7 @@ def doctor(
         "rtx": Probe("1.2.3", (80, 120), {"polygraphy": "0.5"}, ""),
         "tensorrt": Probe("", (), {}, "TensorRT is not installed"),
     }
-    monkeypatch.setattr(engines, "probe_flavour", probes.__getitem__)
+    monkeypatch.setattr(engines, "probe_variant", probes.__getitem__)
     monkeypatch.setattr(engines, "query_driver", lambda: Driver("", (), "libcuda is not here"))
     monkeypatch.setattr(plugins, "FOLDER", tmp_path)
 
@@ -71,7 +71,7 @@ def test_a_machine_that_can_export(doctor: Doctor) -> None:
 
 def test_a_machine_with_everything(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = Probe("10.9", (90,), {"polygraphy": "0.5"}, "")
-    monkeypatch.setattr(engines, "probe_flavour", lambda name: probe)
+    monkeypatch.setattr(engines, "probe_variant", lambda name: probe)
     driver = Driver("13.0", (Device("Fast One", 90),), "")
     monkeypatch.setattr(engines, "query_driver", lambda: driver)
     code, output = doctor()
@@ -86,7 +86,7 @@ def test_a_missing_onnxruntime_costs_exit_code_1(
     hide(monkeypatch, "onnxruntime")
     code, output = doctor()
     assert code == 1
-    assert "MISSING  ONNX Runtime: no export, no backend 'onnxruntime'; pip install" in output
+    assert "MISSING  ONNX Runtime: no export, no runtime 'onnxruntime'; pip install" in output
     assert "'fwl-export[cpu]'" in output
     assert output.endswith("This machine cannot run models.\n")
 
@@ -110,7 +110,7 @@ def test_one_screen_even_if_everything_is_missing(
         "TensorRT is installed, but its libraries cannot be loaded (libnvinfer.so.10: cannot open "
         "shared object file: No such file or directory); pip install 'fwl-export[gpu]'"
     )
-    monkeypatch.setattr(engines, "probe_flavour", lambda name: Probe("", (), {}, reason))
+    monkeypatch.setattr(engines, "probe_variant", lambda name: Probe("", (), {}, reason))
     code, output = doctor()
     assert code == 1
     assert output.count("MISSING") == 3

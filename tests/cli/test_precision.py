@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fwl_export.export.precision import read_policy
+from fwl_export.precision.policy import read_policy
 from tests.cli.run import run
 
 TEXT = "EXIT, PURSUED BY A BEAR. "

@@ -76,7 +76,7 @@ def test_score_prints_both_perplexities(
     assert data["tokens"] == len(TEXT) - 1
     assert data["perplexity"]["adapting"] != data["perplexity"]["adaptation_off"]
     assert data["tokens_per_second"]["adapting"] > 0
-    result = run(capsys, "score", tiny_bundle, text, "--tokens", "50", "--backend", "torch")
+    result = run(capsys, "score", tiny_bundle, text, "--tokens", "50", "--runtime", "torch")
     assert "49 tokens scored, torch" in result.out
 
 
@@ -147,13 +147,13 @@ def test_an_unusable_text(
     assert result.err.count("\n") == 1
 
 
-def test_an_unusable_prompt_or_backend(
+def test_an_unusable_prompt_or_runtime(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(capsys, "generate", tiny_bundle, "--prompt", "")
     assert "the prompt is empty" in result.err
-    result = run(capsys, "generate", tiny_bundle, "--prompt", "A", "--backend", "jax")
-    assert "backend 'jax' is unknown; expected onnxruntime, tensorrt, torch" in result.err
+    result = run(capsys, "generate", tiny_bundle, "--prompt", "A", "--runtime", "jax")
+    assert "runtime 'jax' is unknown; expected onnxruntime, tensorrt, torch" in result.err
     result = run(capsys, "generate", tmp_path, "--prompt", "A")
     assert "is not a bundle" in result.err
     assert result.code == 1

@@ -1,4 +1,4 @@
-"""What tests of engines share: a real flavour or a skip, planted ones, and a quick builder."""
+"""What tests of engines share: a real variant or a skip, planted ones, and a quick builder."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class QuickWorker:
 
     def __call__(
         self,
-        flavour: str,
+        variant: str,
         model: Path,
         sm: int,
         ranges: Any,
@@ -101,6 +101,6 @@ def quick_worker(monkeypatch: pytest.MonkeyPatch) -> QuickWorker:
 
     worker = QuickWorker()
     probe = Probe("1.2.3", (80, 86, 89, 120), {"polygraphy": "0.1"}, "")
-    monkeypatch.setattr(build, "describe_flavour", lambda name: probe)
+    monkeypatch.setattr(build, "describe_variant", lambda name: probe)
     monkeypatch.setattr(build, "build_in_worker", worker)
     return worker

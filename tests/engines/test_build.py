@@ -19,10 +19,10 @@ import onnx
 import pytest
 
 from fwl_export import __version__, open_session
-from fwl_export.bundle import MODEL_FILE, Bundle, read_bundle
-from fwl_export.engines import EngineFacts, build_engines, query_driver
+from fwl_export.bundle.manifest import MODEL_FILE, Bundle, read_bundle
+from fwl_export.engines import EngineMetadata, build_engines, query_driver
 from fwl_export.engines.build import _targets
-from fwl_export.engines.worker import Probe, describe_flavour
+from fwl_export.engines.worker import Probe, describe_variant
 from fwl_export.errors import BundleError, DeviceError, EngineError, MissingDependencyError
 from fwl_export.model.streaming import INPUTS
 from fwl_export.runtimes import tensorrt_engine
@@ -47,7 +47,7 @@ def manifest_engines(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def built(
     rtx: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Bundle, list[EngineFacts]]:
+) -> tuple[Bundle, list[EngineMetadata]]:
     folder = tmp_path_factory.mktemp("built") / "bundle"
     shutil.copytree(tiny_bundle, folder)
     engines = build_engines(
@@ -56,9 +56,11 @@ def built(
     return read_bundle(folder), engines
 
 
-def test_one_engine_for_each_sm_is_in_the_bundle(built: tuple[Bundle, list[EngineFacts]]) -> None:
+def test_one_engine_for_each_sm_is_in_the_bundle(
+    built: tuple[Bundle, list[EngineMetadata]],
+) -> None:
     bundle, engines = built
-    version = describe_flavour("rtx").version
+    version = describe_variant("rtx").version
     names = [f"rtx-{version}-sm{sm}-fp32" for sm in (80, 89)]
     assert [facts.name for facts in engines] == names
     expected = sorted(name + end for name in names for end in (".engine", ".json"))
@@ -73,9 +75,9 @@ def test_one_engine_for_each_sm_is_in_the_bundle(built: tuple[Bundle, list[Engin
         assert facts.engine_bytes > 1 << 20
 
 
-def test_facts_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> None:
+def test_facts_of_a_real_engine(built: tuple[Bundle, list[EngineMetadata]]) -> None:
     bundle, (facts, _) = built
-    assert (facts.flavour, facts.sm, facts.precision, facts.tf32) == ("rtx", 80, "fp32", False)
+    assert (facts.variant, facts.sm, facts.precision, facts.tf32) == ("rtx", 80, "fp32", False)
     assert (facts.plugin_layers, facts.update_path) == (0, "function body")
     assert facts.layers > 100
     assert facts.build_seconds > 0
@@ -97,7 +99,7 @@ def test_facts_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> None
     assert (facts.outputs[0].shape, facts.outputs[0].dtype) == ([-1, -1, VOCABULARY], "float32")
 
 
-def test_profiles_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> None:
+def test_profiles_of_a_real_engine(built: tuple[Bundle, list[EngineMetadata]]) -> None:
     _, (facts, _) = built
     decode, prefill = facts.profiles
     assert (decode.name, prefill.name) == ("decode", "prefill")
@@ -116,14 +118,14 @@ def test_profiles_of_a_real_engine(built: tuple[Bundle, list[EngineFacts]]) -> N
 
 
 def test_a_real_engine_on_a_machine_without_a_gpu(
-    built: tuple[Bundle, list[EngineFacts]], monkeypatch: pytest.MonkeyPatch
+    built: tuple[Bundle, list[EngineMetadata]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt_engine, "query_driver", lambda: query_driver("libnone.so.1"))
     with pytest.raises(DeviceError) as caught:
-        open_session(built[0], backend="tensorrt")
+        open_session(built[0], runtime="tensorrt")
     assert str(caught.value) == (
-        "backend 'tensorrt' needs an NVIDIA GPU, and there is no CUDA device: "
-        "libnone.so.1 is not here; use backend 'onnxruntime'"
+        "runtime 'tensorrt' needs an NVIDIA GPU, and there is no CUDA device: "
+        "libnone.so.1 is not here; use runtime 'onnxruntime'"
     )
 
 
@@ -134,7 +136,7 @@ def test_fp16_and_an_sm_that_the_builder_refuses(
     with pytest.raises(EngineError) as caught:
         build_engines(read_bundle(folder), "rtx", [86, 75], "fp16")
     message = str(caught.value)
-    name = f"rtx-{describe_flavour('rtx').version}-sm86-fp16"
+    name = f"rtx-{describe_variant('rtx').version}-sm86-fp16"
     assert "cannot build for SM75" in message
     assert "FP32 GEMM is not supported" in message
     assert "the oldest GPU whose float32 products this builder knows is SM80" in message
@@ -200,7 +202,7 @@ def test_ctrl_c_ends_the_worker_and_leaves_nothing(rtx: None, own_bundle: Path) 
 # What happens around it.
 
 
-def build_quickly(folder: Path, sms: Sequence[int] = (80, 86)) -> list[EngineFacts]:
+def build_quickly(folder: Path, sms: Sequence[int] = (80, 86)) -> list[EngineMetadata]:
     return build_engines(read_bundle(folder), "rtx", sms)
 
 
@@ -257,7 +259,7 @@ def test_a_full_disk_is_told_with_the_engines_name(
     quick_worker: QuickWorker, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(
-        flavour: str, model: Path, sm: int, ranges: object, output: Path, *rest: object
+        variant: str, model: Path, sm: int, ranges: object, output: Path, *rest: object
     ) -> None:
         output.write_bytes(b"en")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output))
@@ -313,7 +315,7 @@ def test_progress_says_which_engine_and_how_long(
         ({"max_batch": 0}, "max_batch is 0; expected 1 or more"),
         ({"sms": []}, "no SM was given"),
         ({"sms": [80, 90]}, "TensorRT-RTX 1.2.3 has no SM90; expected one of 80, 86, 89, 120"),
-        ({"flavour": "trt"}, "flavour 'trt' is unknown"),
+        ({"variant": "trt"}, "variant 'trt' is unknown"),
     ],
 )
 def test_arguments_that_do_not_fit(
@@ -324,7 +326,7 @@ def test_arguments_that_do_not_fit(
     assert quick_worker.outputs == []
 
 
-def test_a_flavour_that_is_not_installed(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_is_not_installed(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=re.escape("'fwl-export[rtx]'")):
         build_engines(read_bundle(own_bundle))

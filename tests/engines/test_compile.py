@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 
 from fwl_export.engines.compile import Range, _count_plugins, _load, _profile, _sentence
-from fwl_export.engines.facts import TensorFacts
-from fwl_export.engines.flavour import LoadedFlavour, find_flavour
+from fwl_export.engines.metadata import TensorMetadata
+from fwl_export.engines.variant import LoadedVariant, find_variant
 from fwl_export.errors import EngineError
 
 
 def test_a_profile_fills_the_free_axes() -> None:
     inputs = [
-        TensorFacts("input_ids", (-1, -1), "int64"),
-        TensorFacts("lengths", (-1,), "int64"),
-        TensorFacts("past.fast.up.kernel", (-1, 16, 32), "float32"),
+        TensorMetadata("input_ids", (-1, -1), "int64"),
+        TensorMetadata("lengths", (-1,), "int64"),
+        TensorMetadata("past.fast.up.kernel", (-1, 16, 32), "float32"),
     ]
     profile = _profile(Range("prefill", (1, 2, 8), (1, 5, 16)), inputs)
     assert profile.name == "prefill"
@@ -54,7 +54,7 @@ def test_a_plugin_library_is_loaded_and_has_our_plugin(
 
     registry = SimpleNamespace(load_library=lambda path: handle, get_creator=get_creator)
     module = SimpleNamespace(get_plugin_registry=lambda: registry)
-    loaded = LoadedFlavour(find_flavour("tensorrt"), module, "9", "0.1")
+    loaded = LoadedVariant(find_variant("tensorrt"), module, "9", "0.1")
     if message:
         with pytest.raises(EngineError, match=f"^{message}"):
             _load(loaded, Path("lib.so"))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fwl_export.bundle import MODEL_FILE
+from fwl_export.bundle.manifest import MODEL_FILE
 from fwl_export.engines import worker
 from fwl_export.engines.compile import Range
-from fwl_export.engines.worker import build_in_worker, describe_flavour, probe_flavour
+from fwl_export.engines.worker import build_in_worker, describe_variant, probe_variant
 from fwl_export.errors import EngineError, MissingDependencyError
 from tests.engines.conftest import PlantModule
 
@@ -32,7 +32,7 @@ def plant(plant_module: PlantModule, source: str) -> None:
 
 def test_describe(plant_module: PlantModule) -> None:
     plant(plant_module, DESCRIBABLE)
-    probe = describe_flavour("rtx")
+    probe = describe_variant("rtx")
     assert (probe.version, probe.sms, probe.available) == ("9.8.7", [86], True)
     assert probe.versions == {"tensorrt_rtx": "9.8.7", "polygraphy": "0.1"}
 
@@ -44,8 +44,8 @@ def test_libraries_that_cannot_be_loaded(plant_module: PlantModule) -> None:
         "shared object file); pip install 'fwl-export[rtx]'"
     )
     with pytest.raises(MissingDependencyError, match=re.escape(expected)):
-        describe_flavour("rtx")
-    probe = probe_flavour("rtx")
+        describe_variant("rtx")
+    probe = probe_variant("rtx")
     assert (probe.available, probe.reason) == (False, expected)
 
 
@@ -54,13 +54,13 @@ def test_a_process_that_dies_is_an_error_with_its_last_words(plant_module: Plant
     plant(plant_module, source)
     expected = "TensorRT-RTX ended its process with SIGABRT; its last words: assertion failed"
     with pytest.raises(EngineError, match=expected):
-        describe_flavour("rtx")
+        describe_variant("rtx")
 
 
 def test_a_bug_shows_the_workers_traceback(plant_module: PlantModule) -> None:
     plant(plant_module, "raise ZeroDivisionError('a bug')")
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*ZeroDivisionError: a bug"):
-        describe_flavour("rtx")
+        describe_variant("rtx")
 
 
 def test_a_disk_that_is_full(rtx: None, tiny_bundle: Path) -> None:
@@ -78,4 +78,4 @@ def test_a_module_in_the_working_directory_is_not_imported(
     (tmp_path / "json.py").write_text("raise SystemExit('imported from the working directory')")
     monkeypatch.setattr(worker.sys, "path", [p for p in worker.sys.path if p])
     monkeypatch.chdir(tmp_path)
-    assert describe_flavour("rtx").version == "9.8.7"
+    assert describe_variant("rtx").version == "9.8.7"

@@ -11,12 +11,12 @@ import onnx
 import pytest
 import torch
 
-from fwl_export.bundle import read_bundle
+from fwl_export.bundle.manifest import read_bundle
+from fwl_export.bundle.onnx_file import count_ops
 from fwl_export.errors import CheckpointError, ExportError, OutputExistsError
 from fwl_export.export import export_bundle, trace, write_bundle
-from fwl_export.export.precision import in_precision
-from fwl_export.onnx_file import count_ops
 from fwl_export.op.spec import NODE_ATTRIBUTES
+from fwl_export.precision.policy import in_precision
 from tests.bundles import MAX_TOKENS, VOCABULARY, tiny_model, write_checkpoint
 
 

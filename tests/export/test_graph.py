@@ -9,13 +9,13 @@ import onnx
 import pytest
 import torch
 
-from fwl_export.bundle import GRAPH_FILE, MODEL_FILE, read_bundle
+from fwl_export.bundle.manifest import GRAPH_FILE, MODEL_FILE, read_bundle
+from fwl_export.bundle.state import PAST
 from fwl_export.errors import BundleError
-from fwl_export.export.graph import TracedGraph, read_graph
 from fwl_export.export.trace import example_inputs
 from fwl_export.model.streaming import INPUTS
+from fwl_export.model.traced_graph import TracedGraph, read_graph
 from fwl_export.runtimes.torch import load_model
-from fwl_export.state import PAST
 
 BUNDLES = ("tiny_bundle", "tiny_bundle_fp16", "anchored_bundle")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fwl_export.bundle import Bundle, read_bundle
+from fwl_export.bundle.manifest import Bundle, read_bundle
 from fwl_export.engines import build_engines
 from fwl_export.errors import TokenError
 from fwl_export.export import export_bundle
@@ -47,13 +47,13 @@ def assert_checked(bundle: Bundle, tokens: int) -> None:
 
 
 @pytest.mark.slow
-def test_absolute_positions_end_in_every_backend(tmp_path: Path) -> None:
+def test_absolute_positions_end_in_every_runtime(tmp_path: Path) -> None:
     bundle = exported(tmp_path, "GPT-2")
     assert_checked(bundle, 2 * LIMIT)  # as far as the model goes
     ids = random_ids(LIMIT + 1)
     results = []
-    for backend in ("onnxruntime", "torch"):
-        session = open_session(bundle, backend, batch=2)
+    for runtime in ("onnxruntime", "torch"):
+        session = open_session(bundle, runtime, batch=2)
         session.feed(np.stack([ids[:90], ids[:90]]), lengths=[90, 3])
         message = "row 0 has read 90 tokens and is to read 7 more, but this model takes 96 at most"
         with pytest.raises(TokenError, match=message):

@@ -39,14 +39,14 @@ def test_onnxruntime(ort_library: Path, case: Case, dtype: str) -> None:  # noqa
     assert_matches_reference(dtype, inputs, output.astype(np.float64), state)
 
 
-@pytest.mark.parametrize("flavour", ["tensorrt_rtx", "tensorrt"])
+@pytest.mark.parametrize("variant", ["tensorrt_rtx", "tensorrt"])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_engine(trt_library: Path, dtype: str, flavour: str) -> None:  # noqa: F811
+def test_engine(trt_library: Path, dtype: str, variant: str) -> None:  # noqa: F811
     if not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} is a build without CUDA")
-    if importlib.util.find_spec(flavour) is None:
-        pytest.skip(f"{flavour} is not installed")
-    trt = importlib.import_module(flavour)
+    if importlib.util.find_spec(variant) is None:
+        pytest.skip(f"{variant} is not installed")
+    trt = importlib.import_module(variant)
     assert trt.get_plugin_registry().load_library(str(trt_library)) is not None
     runtime, context = _opened(trt, one_node_model(dtype, 20))
     for case in CASES:

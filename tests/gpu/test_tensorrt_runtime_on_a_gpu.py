@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fwl_export import open_session
-from fwl_export.bundle import read_bundle
-from fwl_export.engines import FLAVOURS, build_engines, probe_flavour, query_driver
+from fwl_export.bundle.manifest import read_bundle
+from fwl_export.engines import VARIANTS, build_engines, probe_variant, query_driver
 from fwl_export.plugins import TENSORRT, find_plugin
 from fwl_export.runtimes import Session
 from tests.bundles import VOCABULARY
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.gpu
 CALLS = ([5, 5], [1, 1], [1, 0], [1, 1], [40, 9], [1, 1], [1, 1], [1, 1])
 
 
-def engine(bundle: Path, flavour: str, **options: Any) -> None:
+def engine(bundle: Path, variant: str, **options: Any) -> None:
     """Build an engine for this GPU, or skip with the reason why not."""
     (device, *_) = query_driver().devices
-    probe = probe_flavour(flavour)
+    probe = probe_variant(variant)
     if device.sm not in probe.sms:
-        pytest.skip(probe.reason or f"{FLAVOURS[flavour].title} has no SM{device.sm}")
+        pytest.skip(probe.reason or f"{VARIANTS[variant].title} has no SM{device.sm}")
     if options and find_plugin(TENSORRT) is None:
         pytest.skip(f"{TENSORRT} is not here; `make plugins`")
-    build_engines(read_bundle(bundle), flavour, [device.sm], **{"plugin": "none", **options})
+    build_engines(read_bundle(bundle), variant, [device.sm], **{"plugin": "none", **options})
 
 
 def ids(*shape: int, seed: int = 0) -> np.ndarray:
@@ -46,7 +46,7 @@ def assert_same(found: Session, expected: Session, precision: str = "float32") -
             assert_close("runtime.float32", found.state[name], array, name)
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cuda_graph", [True, False])
 @pytest.mark.parametrize(
     "options",
@@ -54,18 +54,18 @@ def assert_same(found: Session, expected: Session, precision: str = "float32") -
     ids=["body", "plugin", "in_place"],
 )
 def test_equals_onnxruntime(
-    own_bundle: Path, flavour: str, cuda_graph: bool, options: dict[str, Any]
+    own_bundle: Path, variant: str, cuda_graph: bool, options: dict[str, Any]
 ) -> None:
-    engine(own_bundle, flavour, **options)
-    session = open_session(own_bundle, "tensorrt", 2, flavour=flavour, cuda_graph=cuda_graph)
+    engine(own_bundle, variant, **options)
+    session = open_session(own_bundle, "tensorrt", 2, variant=variant, cuda_graph=cuda_graph)
     assert_same(session, open_session(own_bundle, batch=2))
     captured = [lane._graphs for lane in session._runner._lanes.values()]  # type: ignore[attr-defined]
     assert any(captured) == cuda_graph
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_state_files_between_backends(own_bundle: Path, tmp_path: Path, flavour: str) -> None:
-    engine(own_bundle, flavour)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_files_between_runtimes(own_bundle: Path, tmp_path: Path, variant: str) -> None:
+    engine(own_bundle, variant)
     text, path = ids(60), tmp_path / "text.state"
     expected = open_session(own_bundle).feed(text, last_only=True)
     for names in (("tensorrt", "onnxruntime"), ("onnxruntime", "tensorrt"), ("torch", "tensorrt")):
@@ -76,9 +76,9 @@ def test_state_files_between_backends(own_bundle: Path, tmp_path: Path, flavour:
         assert_close("runtime.float32", session.feed(text[37:], last_only=True), expected)
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_fork_reset_and_other_sessions(own_bundle: Path, flavour: str) -> None:
-    engine(own_bundle, flavour)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fork_reset_and_other_sessions(own_bundle: Path, variant: str) -> None:
+    engine(own_bundle, variant)
     session = open_session(own_bundle, "tensorrt", 2)
     fresh = session.feed(ids(2, 20))
     session.fork(0, [1])

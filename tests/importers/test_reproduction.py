@@ -13,14 +13,14 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from fwl_export.bundle.config import BackboneConfig, ModelConfig
+from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
 from fwl_export.export.trace import example_inputs, export_onnx
 from fwl_export.importers import import_block
 from fwl_export.model.backbones import Decoder
-from fwl_export.model.config import BackboneConfig, ModelConfig
 from fwl_export.model.fast_weights import FastWeights
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import INPUTS, StreamingModel
-from fwl_export.state import PAST, PRESENT, TensorSpec, zeros
 from tests.tolerances import assert_close
 
 DATA = Path(__file__).parents[1] / "data"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
+from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 
 VOCABULARY = 37

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwl_export.bundle.config import FastWeightsConfig
 from fwl_export.importers import import_block
-from fwl_export.model.config import FastWeightsConfig
 from fwl_export.model.fast_weights import (
     DENSE_BIASES,
     FAST_TENSORS,

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fwl_export.errors import CheckpointError, ConfigError
-from fwl_export.export.precision import in_precision
 from fwl_export.model.backbones.huggingface import ExactRotary, HuggingFaceBackbone
 from fwl_export.model.checkpoint import load_checkpoint, save_checkpoint
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.pretrained import join_checkpoint
 from fwl_export.model.streaming import StreamingModel
+from fwl_export.precision.policy import in_precision
 from tests.backbones import (
     ARCHITECTURES,
     LIMIT,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fwl_export.export.precision import in_precision
 from fwl_export.model.backbones.decoder import rotate
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import StreamingModel
+from fwl_export.precision.policy import in_precision
 from tests.model.models import VARIANTS, VOCABULARY, small_model
 from tests.tolerances import assert_close
 

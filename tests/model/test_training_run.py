@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig
 from fwl_export.errors import CheckpointError, ConfigError, FwlError, OutputExistsError
 from fwl_export.model.checkpoint import load_checkpoint
-from fwl_export.model.config import BackboneConfig, FastWeightsConfig
 from fwl_export.model.training import TrainingConfig
 from fwl_export.model.training_run import RunConfig, read_run_config, run_training
 from tests.bundles import tiny_tokenizer, write_checkpoint

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from fwl_export.bundle import MODEL_DATA_FILE, MODEL_FILE, Bundle, read_bundle
+from fwl_export.bundle.manifest import MODEL_DATA_FILE, MODEL_FILE, Bundle, read_bundle
 from fwl_export.op.spec import DOMAIN
 
 Fault = Callable[[onnx.ModelProto], None]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fwl_export.bundle.state import State
 from fwl_export.runtimes import Session, open_session
 from fwl_export.runtimes.base import Array, Call, Rows, Runner
-from fwl_export.state import State
 from tests.parity import faults
 from tests.parity.faults import Fault, broken_bundle
 

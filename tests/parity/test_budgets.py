@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fwl_export.model.config import FastWeightsConfig, ModelConfig
+from fwl_export.bundle.config import FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import state_specs
 from fwl_export.parity.compare import Error

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fwl_export.parity
-from fwl_export.bundle import CHECKPOINT_FOLDER, MANIFEST_FILE, read_bundle, write_manifest
+from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, MANIFEST_FILE, read_bundle, write_manifest
 from fwl_export.errors import BundleError, ReportError
 from fwl_export.parity import CASES, Report, check_bundle
 from fwl_export.parity.verdict import CandidateVerdict

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fwl_export import state as states
+from fwl_export.bundle import state as states
+from fwl_export.bundle.state import State, TensorSpec
 from fwl_export.parity.drift import FORCED, FREE, Drift, Lane, LaneDrift, measure_drift
 from fwl_export.parity.schedule import ROWS, Call, Schedule
 from fwl_export.runtimes import Session
 from fwl_export.runtimes.base import Call as ModelCall
 from fwl_export.runtimes.base import Rows, Runner, index
-from fwl_export.state import State, TensorSpec
 
 VOCABULARY = 5
 SPECS = [

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fwl_export.bundle import read_bundle
+from fwl_export.bisect import bisect_bundle
+from fwl_export.bundle.manifest import read_bundle
 from fwl_export.parity import check_bundle
-from fwl_export.parity.backends import Backend
-from fwl_export.parity.bisect import bisect_bundle
+from fwl_export.parity.candidates import Candidate
 from fwl_export.runtimes import open_session
 from tests.bundles import VOCABULARY
 from tests.parity.planted import KERNEL_FAULT, ROWS, TABLE
@@ -71,8 +71,8 @@ def test_it_is_caught_and_located(faulty_library: Path, tiny_bundle: Path, tmp_p
     }
     assert "fast.up.kernel" in outside
 
-    backend = Backend("faulty", "onnxruntime", {"plugin": faulty_library})
-    found = bisect_bundle(bundle, TEXT, backend, TOKENS, reproducer=tmp_path / "repro")
+    candidate = Candidate("faulty", "onnxruntime", {"plugin": faulty_library})
+    found = bisect_bundle(bundle, TEXT, candidate, TOKENS, reproducer=tmp_path / "repro")
     assert found.finding is not None
     assert (found.finding.op_type, found.finding.module) == (UPDATE, "fast_weights.fast/learned")
     assert found.finding.fault == "runtime", found.to_text()

@@ -35,14 +35,14 @@ def threads(builds: Path, compiled_kernels: Path) -> Path:
         f"-DFWL_COMPILED_KERNELS={compiled_kernels}",
         _FEWER_OPTIMIZATIONS,
         headers=True,
-        targets=("kernel_test", "launcher_test", "embed_test"),
+        targets=("kernel_test", "launcher_test", "libfwl_test"),
     )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "command", [("kernel_test", "[threads]"), ("launcher_test", "[threads]"), ("embed_test",)]
+    "command", [("kernel_test", "[threads]"), ("launcher_test", "[threads]"), ("libfwl_test",)]
 )
 def test_threads_under_their_sanitizer(threads: Path, command: tuple[str, ...]) -> None:
     run(threads / "tests" / command[0], *command[1:])

@@ -73,7 +73,7 @@ def test_libfwl_is_found_by_cmake_and_pkg_config(
 
     installed = tmp_path / "installed"
     run("cmake", "--install", libraries, "--prefix", installed)
-    examples = Path(__file__).parents[2] / "plugins" / "embed" / "examples"
+    examples = Path(__file__).parents[2] / "plugins" / "libfwl" / "examples"
     in_cpp, in_c = (examples / name for name in ("generate.cpp", "generate.c"))
     programs = consumers(tmp_path, installed, "main.cpp", in_cpp.read_text(), "fwl", "fwl_static")
     programs += consumers(tmp_path, installed, "main.c", in_c.read_text(), "fwl", "fwl_static")

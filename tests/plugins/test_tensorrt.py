@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 
 from fwl_export import plugins
-from fwl_export.bundle import read_bundle
-from fwl_export.engines import EngineFacts, build_engines
+from fwl_export.bundle.manifest import read_bundle
+from fwl_export.engines import EngineMetadata, build_engines
 from fwl_export.errors import EngineError, FwlError, PluginError
 from tests.cli.run import run
 from tests.engines.conftest import rtx  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("rtx")]
 
-Build = Callable[..., list[EngineFacts]]
+Build = Callable[..., list[EngineMetadata]]
 
 
 @pytest.fixture
 def build(tmp_path: Path, trt_library: Path) -> Build:
     """Build engines into a copy of a bundle, by default with the plugin."""
 
-    def build(bundle: Path, sms: Sequence[int] = (89,), **options: Any) -> list[EngineFacts]:
+    def build(bundle: Path, sms: Sequence[int] = (89,), **options: Any) -> list[EngineMetadata]:
         folder = tmp_path / "bundle"
         if not folder.exists():
             shutil.copytree(bundle, folder)
@@ -40,7 +40,7 @@ def build(tmp_path: Path, trt_library: Path) -> Build:
     return build
 
 
-def check(engines: Sequence[EngineFacts]) -> None:
+def check(engines: Sequence[EngineMetadata]) -> None:
     for facts in engines:
         assert (facts.plugin_layers, facts.update_path) == (2, "plugin"), facts.name
         assert len(facts.plugin_sha256) == 64

@@ -23,13 +23,13 @@ def ids(seed: int, length: int) -> Ids:
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "torch"])
-def backend(request: pytest.FixtureRequest) -> str:
+def runtime(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def session(tiny_bundle: Path, backend: str) -> Session:
-    return open_session(tiny_bundle, backend)
+def session(tiny_bundle: Path, runtime: str) -> Session:
+    return open_session(tiny_bundle, runtime)
 
 
 def weights(session: Session) -> dict[str, npt.NDArray[np.float32]]:
@@ -91,8 +91,8 @@ def test_the_weight_of_a_token_is_that_of_learning_to_predict_it(session: Sessio
     assert np.abs(logits[0, 6] - off[0, 6]).max() > LEARNED / 10
 
 
-def test_rows_forget_by_themselves(tiny_bundle: Path, backend: str) -> None:
-    session = open_session(tiny_bundle, backend, batch=2)
+def test_rows_forget_by_themselves(tiny_bundle: Path, runtime: str) -> None:
+    session = open_session(tiny_bundle, runtime, batch=2)
     session.feed(np.stack([ids(6, 20), ids(7, 20)]))
     kept = {name: a[0].copy() for name, a in session.state.items()}
     session.reset([1])
@@ -100,7 +100,7 @@ def test_rows_forget_by_themselves(tiny_bundle: Path, backend: str) -> None:
         np.testing.assert_array_equal(now[0], kept[name], name)
         assert not now[1].any(), name
     again = session.feed(np.stack([ids(8, 5), ids(8, 5)]))
-    fresh = open_session(tiny_bundle, backend).feed(ids(8, 5))
+    fresh = open_session(tiny_bundle, runtime).feed(ids(8, 5))
     assert_close("runtime.float32", again[1], fresh[0])
     assert np.abs(again[0] - fresh[0]).max() > LEARNED
 
@@ -114,8 +114,8 @@ def test_a_learned_document_is_kept_while_conversations_come_and_go(session: Ses
     assert_close("runtime.float32", session.feed(ids(10, 8)), first)
 
 
-def test_step_sizes_are_scaled_at_run_time(tiny_bundle: Path, backend: str) -> None:
-    session = open_session(tiny_bundle, backend, batch=3)
+def test_step_sizes_are_scaled_at_run_time(tiny_bundle: Path, runtime: str) -> None:
+    session = open_session(tiny_bundle, runtime, batch=3)
     session.learning_rate_scale = [0.0, 0.5, 1.0]
     tokens = np.tile(ids(12, 2), (3, 1))
     session.feed(tokens)
@@ -133,8 +133,8 @@ def test_step_sizes_are_scaled_at_run_time(tiny_bundle: Path, backend: str) -> N
     assert_close("runtime.float32", after, before * np.exp(-6 / 30).astype(np.float32))
 
 
-def test_scale_and_weight_together(session: Session, tiny_bundle: Path, backend: str) -> None:
-    tokens, weighted = ids(14, 2), open_session(tiny_bundle, backend)
+def test_scale_and_weight_together(session: Session, tiny_bundle: Path, runtime: str) -> None:
+    tokens, weighted = ids(14, 2), open_session(tiny_bundle, runtime)
     session.learning_rate_scale = 0.25
     session.feed(tokens)
     weighted.feed(tokens, np.full(2, 0.25))

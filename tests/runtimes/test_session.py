@@ -16,11 +16,11 @@ from fwl_export.runtimes import Session
 from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.tolerances import assert_close
 
-BACKENDS = ("onnxruntime", "torch")
+RUNTIMES = ("onnxruntime", "torch")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -32,8 +32,8 @@ def same_state(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_backends_agree_over_uneven_calls(tiny_bundle: Path) -> None:
-    sessions = [open_session(tiny_bundle, name, batch=3) for name in BACKENDS]
+def test_runtimes_agree_over_uneven_calls(tiny_bundle: Path) -> None:
+    sessions = [open_session(tiny_bundle, name, batch=3) for name in RUNTIMES]
     for call, lengths in enumerate(([5, 5, 5], [1, 0, 1], [16, 3, 0], [40, 40, 1], [1, 1, 1])):
         tokens = ids(3, max(lengths), seed=call)
         a, b = (session.feed(tokens, lengths=lengths) for session in sessions)
@@ -54,17 +54,17 @@ def test_half_precision_agrees_with_float32(tiny_bundle: Path, tiny_bundle_fp16:
     assert_close("runtime.float16", half, exact)
 
 
-def test_a_session_learns(tiny_bundle: Path, backend: str) -> None:
+def test_a_session_learns(tiny_bundle: Path, runtime: str) -> None:
     tokens = np.tile(ids(12), 4)
-    learning = open_session(tiny_bundle, backend).feed(tokens)
-    not_learning = open_session(tiny_bundle, backend).feed(tokens, np.zeros(len(tokens)))
+    learning = open_session(tiny_bundle, runtime).feed(tokens)
+    not_learning = open_session(tiny_bundle, runtime).feed(tokens, np.zeros(len(tokens)))
     np.testing.assert_array_equal(learning[:, 0], not_learning[:, 0])
     assert np.abs(learning - not_learning).max() > 0.05
 
 
-def test_the_learning_rate_scale_is_of_rows(tiny_bundle: Path, backend: str) -> None:
+def test_the_learning_rate_scale_is_of_rows(tiny_bundle: Path, runtime: str) -> None:
     tokens = ids(3, 40)
-    session = open_session(tiny_bundle, backend, batch=3)
+    session = open_session(tiny_bundle, runtime, batch=3)
     plain = session.feed(tokens)
     session.reset()
     session.learning_rate_scale = [1, 0, 3]
@@ -72,7 +72,7 @@ def test_the_learning_rate_scale_is_of_rows(tiny_bundle: Path, backend: str) -> 
     assert_close("runtime.float32", scaled[0], plain[0])
     for row in (1, 2):
         assert np.abs(scaled[row] - plain[row]).max() > 0.05
-    off = open_session(tiny_bundle, backend).feed(tokens[1], np.zeros(40))
+    off = open_session(tiny_bundle, runtime).feed(tokens[1], np.zeros(40))
     assert_close("runtime.float32", scaled[1], off[0])
     assert session.learning_rate_scale.tolist() == [1, 0, 3], "a reset leaves it"
     session.learning_rate_scale = 0.5
@@ -84,9 +84,9 @@ def test_the_learning_rate_scale_is_of_rows(tiny_bundle: Path, backend: str) -> 
             session.learning_rate_scale = wrong
 
 
-def test_reads_longer_than_a_call_are_split(tiny_bundle: Path, backend: str) -> None:
+def test_reads_longer_than_a_call_are_split(tiny_bundle: Path, runtime: str) -> None:
     tokens = ids(2, 5 * MAX_TOKENS + 3)
-    whole, parts = (open_session(tiny_bundle, backend, batch=2) for _ in range(2))
+    whole, parts = (open_session(tiny_bundle, runtime, batch=2) for _ in range(2))
     logits = whole.feed(tokens)
     pieces = [parts.feed(tokens[:, i : i + MAX_TOKENS]) for i in range(0, 83, MAX_TOKENS)]
     np.testing.assert_array_equal(logits, np.concatenate(pieces, 1))
@@ -127,7 +127,7 @@ def test_padding_columns_of_all_rows_are_no_reason_for_a_longer_call(tiny_bundle
 
 
 def test_rows_meet_their_anchors_at_different_times(anchored_bundle: Path) -> None:
-    sessions = [open_session(anchored_bundle, name, batch=3) for name in BACKENDS]
+    sessions = [open_session(anchored_bundle, name, batch=3) for name in RUNTIMES]
     interval = sessions[0].anchor_interval
     assert 0 < interval < MAX_TOKENS
     assert sessions[0].max_tokens == interval, "no call can be longer"
@@ -166,19 +166,19 @@ def test_a_state_and_a_reset_bring_their_position_along(anchored_bundle: Path) -
     assert not np.allclose(fresh[0], b.feed(text)[0])
 
 
-def test_padding_is_zero_and_its_content_does_not_matter(tiny_bundle: Path, backend: str) -> None:
+def test_padding_is_zero_and_its_content_does_not_matter(tiny_bundle: Path, runtime: str) -> None:
     tokens = ids(2, 6)
     garbage = tokens.copy()
     garbage[1, 2:] = -7
-    a, b = (open_session(tiny_bundle, backend, batch=2) for _ in range(2))
+    a, b = (open_session(tiny_bundle, runtime, batch=2) for _ in range(2))
     logits = a.feed(tokens, lengths=[6, 2])
     np.testing.assert_array_equal(logits, b.feed(garbage, lengths=[6, 2]))
     assert not logits[1, 2:].any()
     assert same_state(a.state, b.state)
 
 
-def test_reset_makes_a_row_fresh(tiny_bundle: Path, backend: str) -> None:
-    session = open_session(tiny_bundle, backend, batch=2)
+def test_reset_makes_a_row_fresh(tiny_bundle: Path, runtime: str) -> None:
+    session = open_session(tiny_bundle, runtime, batch=2)
     first = session.feed(ids(2, 7))
     session.reset([0])
     again = session.feed(ids(2, 7))
@@ -190,15 +190,15 @@ def test_reset_makes_a_row_fresh(tiny_bundle: Path, backend: str) -> None:
         session.reset([0.5])  # type: ignore[list-item]
 
 
-def test_state_moves_between_backends(tiny_bundle: Path) -> None:
-    a, b = (open_session(tiny_bundle, name) for name in BACKENDS)
+def test_state_moves_between_runtimes(tiny_bundle: Path) -> None:
+    a, b = (open_session(tiny_bundle, name) for name in RUNTIMES)
     a.feed(ids(30))
     b.state = a.state
     assert_close("runtime.float32", a.feed(ids(9, seed=1)), b.feed(ids(9, seed=1)))
 
 
-def test_the_last_logits_alone_are_those_of_all(anchored_bundle: Path, backend: str) -> None:
-    every, last = (open_session(anchored_bundle, backend, batch=3) for _ in range(2))
+def test_the_last_logits_alone_are_those_of_all(anchored_bundle: Path, runtime: str) -> None:
+    every, last = (open_session(anchored_bundle, runtime, batch=3) for _ in range(2))
     for call, lengths in enumerate(([5, 1, 40], [7, 0, 3], [1, 1, 1], [30, 2, 0])):
         tokens = ids(3, max(lengths), seed=call)
         logits = every.feed(tokens, lengths=lengths)
@@ -210,8 +210,8 @@ def test_the_last_logits_alone_are_those_of_all(anchored_bundle: Path, backend: 
     assert same_state(every.state, last.state)
 
 
-def test_a_fork_goes_on_as_its_source_does(anchored_bundle: Path, backend: str) -> None:
-    session = open_session(anchored_bundle, backend, batch=3)
+def test_a_fork_goes_on_as_its_source_does(anchored_bundle: Path, runtime: str) -> None:
+    session = open_session(anchored_bundle, runtime, batch=3)
     session.feed(ids(3, 13))
     before = session.state
     session.fork(1, [0, 2])
@@ -249,8 +249,8 @@ def test_rows_are_written_all_or_none(tiny_bundle: Path) -> None:
     assert session.positions == before["position"].tolist()
 
 
-def test_sessions_of_one_model_are_independent(tiny_bundle: Path, backend: str) -> None:
-    first = open_session(tiny_bundle, backend)
+def test_sessions_of_one_model_are_independent(tiny_bundle: Path, runtime: str) -> None:
+    first = open_session(tiny_bundle, runtime)
     logits = first.feed(ids(9))
     second = first.another(batch=2)
     np.testing.assert_array_equal(second.feed(np.tile(ids(9), (2, 1)))[0], logits[0])
@@ -281,8 +281,8 @@ def test_threads_share_a_model_and_a_session(tiny_bundle: Path) -> None:
         assert all(np.array_equal(array[0], array[1]) for array in state.values())
 
 
-def test_generate_stops_and_learns(tiny_bundle: Path, backend: str) -> None:
-    sessions = [open_session(tiny_bundle, backend) for _ in range(3)]
+def test_generate_stops_and_learns(tiny_bundle: Path, runtime: str) -> None:
+    sessions = [open_session(tiny_bundle, runtime) for _ in range(3)]
     shown: list[int] = []
     written = list(sessions[0].generate(ids(5), 12, on_token=shown.append))
     assert len(written) == 12
@@ -297,7 +297,7 @@ def test_generate_stops_and_learns(tiny_bundle: Path, backend: str) -> None:
         list(sessions[2].generate(ids(5), 12, stop_tokens=[stop]))
         == written[: written.index(stop) + 1]
     )
-    silent = open_session(tiny_bundle, backend)
+    silent = open_session(tiny_bundle, runtime)
     list(silent.generate(ids(5), 12, learn=False))
     assert not silent.state["fast.up.kernel"].any()
     with pytest.raises(ShapeError, match="a session of one row; this one has 2"):
@@ -380,9 +380,9 @@ class Failing:
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), None])
 def test_a_call_that_fails_half_way_moves_no_row(
-    tiny_bundle: Path, backend: str, fail_at: int, error: BaseException | None
+    tiny_bundle: Path, runtime: str, fail_at: int, error: BaseException | None
 ) -> None:
-    session, undisturbed = (open_session(tiny_bundle, backend, batch=2) for _ in range(2))
+    session, undisturbed = (open_session(tiny_bundle, runtime, batch=2) for _ in range(2))
     for each in (session, undisturbed):
         each.feed(ids(2, 5))
     before = session.state
@@ -396,8 +396,8 @@ def test_a_call_that_fails_half_way_moves_no_row(
         np.testing.assert_array_equal(session.feed(tokens), undisturbed.feed(tokens))
 
 
-def test_a_foreign_state_is_refused(tiny_bundle: Path, backend: str) -> None:
-    session = open_session(tiny_bundle, backend)
+def test_a_foreign_state_is_refused(tiny_bundle: Path, runtime: str) -> None:
+    session = open_session(tiny_bundle, runtime)
     state = session.state
     with pytest.raises(StateError, match="lacks the tensor 'position'"):
         session.state = {k: v for k, v in state.items() if k != "position"}
@@ -410,11 +410,11 @@ def test_a_foreign_state_is_refused(tiny_bundle: Path, backend: str) -> None:
 
 
 def test_arguments_of_open_session(tiny_bundle: Path, own_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="backend 'jax' is unknown; expected onnxruntime, ten"):
+    with pytest.raises(ConfigError, match="runtime 'jax' is unknown; expected onnxruntime, ten"):
         open_session(tiny_bundle, "jax")
-    with pytest.raises(ConfigError, match="backend 'torch' only"):
+    with pytest.raises(ConfigError, match="runtime 'torch' only"):
         open_session(tiny_bundle, precision="fp64")
-    with pytest.raises(ConfigError, match="backend 'onnxruntime' only"):
+    with pytest.raises(ConfigError, match="runtime 'onnxruntime' only"):
         open_session(tiny_bundle, "torch", threads=1)
     with pytest.raises(ShapeError, match="batch is 0"):
         open_session(tiny_bundle, batch=0)

@@ -24,8 +24,8 @@ from fwl_export.adaptation import (
     read_interleaved,
 )
 from fwl_export.adaptation.plots import spread_apart
+from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.errors import OutputExistsError
-from fwl_export.model.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.op import torch_op
 from tools import evaluate_demo, evaluation_report

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fwl_export.bundle import read_bundle
+from fwl_export.bundle.manifest import read_bundle
 from fwl_export.engines.device import Device, Driver
 from fwl_export.errors import EngineError
-from tests.tensorrt_double import Machine, doubled_machine
+from tests.tensorrt_fake import Machine, fake_machine
 from tools import gpu_acceptance
 from tools.gpu_acceptance import Step, assemble, bench, run_step, steps_of
 
@@ -65,25 +65,25 @@ def test_all_steps_with_stand_ins(
         monkeypatch.setattr(gpu_acceptance, name, stand_in)
     monkeypatch.setattr(gpu_acceptance, "query_driver", lambda: Driver("13.0", (GPU,), ""))
     monkeypatch.setattr(gpu_acceptance, "export", lambda folder: read_bundle(own_bundle))
-    monkeypatch.setattr(gpu_acceptance, "usable_flavours", lambda sm: ["rtx"])
+    monkeypatch.setattr(gpu_acceptance, "usable_variants", lambda sm: ["rtx"])
     output = tmp_path / "report.json"
     assert gpu_acceptance.accept(output) == 0
     names = [step["name"] for step in json.loads(output.read_text())["steps"]]
     expected = ["build", "parity", "bench-graph", "bench"]
     assert names == [*(f"{name} rtx" for name in expected), "bench op", "gpu tests"]
-    monkeypatch.setattr(gpu_acceptance, "usable_flavours", lambda sm: [])
+    monkeypatch.setattr(gpu_acceptance, "usable_variants", lambda sm: [])
     assert gpu_acceptance.accept(output) == 1
-    assert "no flavour here builds for SM89" in json.loads(output.read_text())["text"]
+    assert "no variant here builds for SM89" in json.loads(output.read_text())["text"]
     assert list(steps_of(read_bundle(own_bundle), GPU, []))[-1] == "build"
 
 
-def test_the_bench_on_doubles(
+def test_the_bench_on_fakes(
     own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_acceptance, "DECODE_STEPS", 3)
     monkeypatch.setattr(gpu_acceptance, "PREFILL_CALLS", 2)
     machine: Machine
-    with doubled_machine(tmp_path) as machine:
+    with fake_machine(tmp_path) as machine:
         machine.build(own_bundle)
         passed, _, data = bench(read_bundle(own_bundle), "rtx", True)
         assert passed

@@ -9,9 +9,9 @@ To add one: write its file, give it a config with a `type`, and name it in `buil
 
 from __future__ import annotations
 
+from fwl_export.bundle.config import AnyBackboneConfig, HuggingFaceConfig
 from fwl_export.model.backbones.decoder import Decoder
 from fwl_export.model.backbones.huggingface import HuggingFaceBackbone
-from fwl_export.model.config import AnyBackboneConfig, HuggingFaceConfig
 
 Backbone = Decoder | HuggingFaceBackbone
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fwl_export.bundle.config import BackboneConfig
 from fwl_export.model.backbones.ring import Ring, float_mask
-from fwl_export.model.config import BackboneConfig
 from fwl_export.model.numerics import wide
 
 # Rotary frequencies are whole multiples of 2 pi / ROTARY_PERIOD. The phase of a position is

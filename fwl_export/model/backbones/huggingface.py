@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fwl_export.bundle.config import HuggingFaceConfig
 from fwl_export.errors import ConfigError, MissingDependencyError
 from fwl_export.model.backbones.ring import Ring, float_mask
-from fwl_export.model.config import HuggingFaceConfig
 
 # Rotary phases are integers modulo this, so exact at any position, as in the decoder: a float32
 # angle has lost 0.06 rad after a million tokens. The period is that large because frequencies are

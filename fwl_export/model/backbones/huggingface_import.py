@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwl_export.bundle.config import FastWeightsConfig, HuggingFaceConfig
 from fwl_export.errors import CheckpointError, ConfigError
 from fwl_export.model.backbones.huggingface import (
     HuggingFaceBackbone,
     import_transformers,
     layer_types,
 )
-from fwl_export.model.config import FastWeightsConfig, HuggingFaceConfig
 from fwl_export.model.stored import ZeroWeights, all_finite
 
 # A cache for a model's whole context may not fit into memory; `context` asks for more.

@@ -1,0 +1,271 @@
+"""The bundle: a folder that `export` writes and everything else reads and adds to.
+
+    manifest.json                   what is in it, with the sha256 of every file
+    model.onnx, model.onnx.data     the streaming model
+    model.graph.json                what was traced from PyTorch, by the same names, for `bisect`
+    tokenizer.json
+    precision.json                  only with a precision policy: which products are lowered
+    checkpoint/                     the PyTorch weights, for runtime 'torch' and `check`
+    engines/                        <variant>-<version>-sm<NN>-<precision>.engine and .json
+    reports/                        parity reports (not hashed: they are results)
+
+The manifest is the only contract between exporter, runtimes, parity tool and server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fwl_export.bundle.config import ModelConfig
+from fwl_export.bundle.onnx_file import external_data_locations
+from fwl_export.bundle.state import TensorSpec
+from fwl_export.errors import BundleError, FwlError
+from fwl_export.files import replaced_file
+
+SCHEMA_VERSION = 3
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+MODEL_DATA_FILE = "model.onnx.data"
+GRAPH_FILE = "model.graph.json"
+TOKENIZER_FILE = "tokenizer.json"
+PRECISION_FILE = "precision.json"
+CHECKPOINT_FOLDER = "checkpoint"
+ENGINES_FOLDER = "engines"
+REPORTS_FOLDER = "reports"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds.
+
+    Attributes:
+      config: of the model.
+      precision: "fp32" or "fp16", the type of the activations; "mix16" or "int8w" with a
+        policy in `PRECISION_FILE`, where they are float32 and some products or weights are not.
+      max_tokens: largest T of a call.
+      opset: of the ONNX file.
+      op: domain, name, version and number of the fast-weight update's nodes.
+      state: the recurrent state, in the order of the model's inputs and outputs.
+      model_id: sha256 over config, weights, precision and policy; tells whose state a file is.
+      versions: of the tools that wrote it.
+      files: sha256 and size in bytes of every file, by its path inside the bundle.
+    """
+
+    config: ModelConfig
+    precision: str
+    max_tokens: int
+    opset: int
+    op: Mapping[str, Any]
+    state: Sequence[TensorSpec]
+    model_id: str
+    versions: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model_id": self.model_id,
+            "precision": self.precision,
+            "max_tokens": self.max_tokens,
+            "opset": self.opset,
+            "op": dict(self.op),
+            "config": self.config.to_dict(),
+            "state": [spec.to_dict() for spec in self.state],
+            "versions": dict(self.versions),
+            "files": {name: dict(entry) for name, entry in sorted(self.files.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str) -> Manifest:
+        """Read what `to_dict` wrote.
+
+        Raises:
+          BundleError: the schema is another one, or a part is missing or malformed.
+        """
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            remedy = "update fwl-export" if newer else "export the model again"
+            raise BundleError(
+                f"{source}: schema_version is {version!r}, but this fwl-export reads "
+                f"{SCHEMA_VERSION}; {remedy}"
+            )
+        try:
+            return cls(
+                config=ModelConfig.from_dict(data["config"], f"{source}: config"),
+                precision=str(data["precision"]),
+                max_tokens=int(data["max_tokens"]),
+                opset=int(data["opset"]),
+                op=dict(data["op"]),
+                state=[TensorSpec.from_dict(spec) for spec in data["state"]],
+                model_id=str(data["model_id"]),
+                versions=dict(data["versions"]),
+                files={
+                    str(name): {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])}
+                    for name, e in data["files"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"{source} is malformed ({type(error).__name__}: {error}); export the model again"
+            ) from None
+
+
+class Bundle:
+    """A bundle folder that was read and whose manifest was checked."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of the bundle's files, after checking its hash.
+
+        Raises:
+          BundleError: it is not in the manifest, missing, or not what the manifest says.
+        """
+        path = inside(self.folder, name)
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"bundle '{self.folder}' has no '{name}' in its manifest")
+        if not path.is_file():
+            raise BundleError(
+                f"bundle '{self.folder}' lacks the file '{name}'; copy it again or export again"
+            )
+        found = describe_file(path)
+        if found != entry:
+            raise BundleError(
+                f"'{name}' in bundle '{self.folder}' has sha256 {found['sha256'][:12]}… and "
+                f"{found['bytes']} bytes, but the manifest says {entry['sha256'][:12]}… and "
+                f"{entry['bytes']} bytes; it was changed or cut off: copy it again or export again"
+            )
+        return path
+
+    def model_files(self) -> Path:
+        """Return the path of the ONNX file, after checking it and its external data."""
+        path = self.file(MODEL_FILE)
+        for location in external_data_locations(path):
+            self.file(location)
+        return path
+
+    def verify(self) -> None:
+        """Check the hash of every file.
+
+        Raises:
+          BundleError: see `file`.
+        """
+        for name in self.manifest.files:
+            self.file(name)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Load files in this block: it fails if the bundle is replaced or changed meanwhile.
+
+        `file` checks a hash and the runtime reads the file later, so without this a session could
+        run one bundle's model under another's manifest.
+
+        Raises:
+          BundleError: it was.
+        """
+        before = self._identity()
+        try:
+            yield
+        except (FwlError, OSError):
+            if self._identity() != before:
+                raise self._changed() from None
+            raise
+        if self._identity() != before:
+            raise self._changed()
+
+    def _identity(self) -> list[tuple[int, int, int]]:
+        """Say which folder and manifest are there. A rename, there and back too, sets the ctime."""
+        try:
+            found = [self.folder.lstat(), self.folder.stat(), (self.folder / MANIFEST_FILE).stat()]
+        except OSError:  # between two bundles there is none
+            return []
+        return [(entry.st_dev, entry.st_ino, entry.st_ctime_ns) for entry in found]
+
+    def _changed(self) -> BundleError:
+        return BundleError(
+            f"bundle '{self.folder}' was replaced or changed while it was opened; open it again"
+        )
+
+    def add_files(self, names: Sequence[str]) -> Bundle:
+        """Record files that were written into the folder; returns the bundle as it is now.
+
+        The manifest on disk is read again first, so that what others added meanwhile stays.
+        """
+        latest = read_bundle(self.folder).manifest
+        entries = {name: describe_file(inside(self.folder, name)) for name in names}
+        data = {**latest.to_dict(), "files": {**latest.files, **entries}}
+        write_manifest(self.folder, data)
+        return read_bundle(self.folder)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Return whether a folder looks like a bundle."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read a bundle's manifest; its files are checked when they are used.
+
+    Raises:
+      BundleError: no bundle is there, or its manifest is malformed, of another schema, or
+        names a path outside the folder.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise BundleError(
+            f"'{folder}' is not a bundle: it has no {MANIFEST_FILE}; `fwl-export export` writes one"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not JSON ({error}); was it cut off?") from None
+    manifest = Manifest.from_dict(data, str(path))
+    for name in manifest.files:
+        inside(folder, name)
+    return Bundle(folder, manifest)
+
+
+def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write manifest.json, beside and then renamed."""
+    with replaced_file(folder / MANIFEST_FILE) as path:
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of `name` in the folder.
+
+    Raises:
+      BundleError: the name is absolute, climbs out, or leads out through a link.
+    """
+    parts = PurePosixPath(name)
+    path = folder / parts
+    leaves = parts.is_absolute() or ".." in parts.parts or "\\" in name or not name
+    if leaves or not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"bundle '{folder}' names the path '{name}', which leaves the bundle's folder; "
+            "do not use this bundle"
+        )
+    return path
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a manifest entry: sha256 and size in bytes."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
+        if digest is None:  # Python 3.10
+            digest = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}

@@ -1,0 +1,228 @@
+"""State as a file: rows of sessions in one safetensors file that every runtime reads and writes.
+
+Tensors carry the model's names and shapes, with the saved rows as first axis. Metadata, all text:
+`format` ("fwl-state"), `version`, `model_id` (of the bundle), `rows`, `tokens` (the position of
+each row, with commas between) and `compress`. A compressed file has other tensors in the place of
+some:
+
+- "fp16": `<name>.half` [R, ...] float16 and `<name>.scale` [R] float32, whose product it is; of
+  float32 tensors of `COMPRESS_FROM` elements or more per row.
+- "lowrank": `<name>.left` [R, Dk, r] and `<name>.right` [R, r, Dv], whose matrix product it is; of
+  the fast weights' matrices, whose rank is at most the number of tokens that were read. And
+  `<name>.used` [R, H, n, Dh], the slots of a ring buffer before the first that no row has filled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fwl_export.bundle import state as states
+from fwl_export.bundle.state import State, TensorSpec
+from fwl_export.errors import ConfigError, StateError
+from fwl_export.files import replaced_file
+
+FORMAT = "fwl-state"
+VERSION = 1
+COMPRESSIONS = ("none", "fp16", "lowrank")
+COMPRESS_FROM = 1024
+
+# What factors may lose, relative to the matrix (Frobenius norm): about what float32 sums lose.
+_LOWRANK_TOLERANCE = 2.0**-20
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What was written.
+
+    Attributes:
+      file_bytes: size of the file.
+      state_bytes: size of the rows in memory.
+      tokens: position of each row.
+      error: the largest difference of a tensor from what is read back, relative to the largest
+        absolute value of that tensor; 0 without compression.
+    """
+
+    file_bytes: int
+    state_bytes: int
+    tokens: Sequence[int]
+    error: float
+
+
+def save_state(
+    path: Path, specs: Sequence[TensorSpec], state: State, model_id: str, compress: str = "none"
+) -> SavedState:
+    """Write rows to a file, all of it or nothing.
+
+    Args:
+      path: of the file; replaced if it exists.
+      specs: of the model's state.
+      state: [R, ...] by name.
+      model_id: of the bundle's manifest.
+      compress: one of `COMPRESSIONS`.
+
+    Raises:
+      StateError: the state does not fit the model, or is not finite.
+      ConfigError: there is no such compression.
+      OSError: the file cannot be written.
+    """
+    from safetensors.numpy import save
+
+    if compress not in COMPRESSIONS:
+        raise ConfigError(f"compress is '{compress}'; expected {', '.join(COMPRESSIONS)}")
+    tokens = [int(position) for position in state["position"]]
+    states.check(specs, state, len(tokens))
+    states.check_finite(state)
+    tensors: dict[str, Array] = {}
+    for spec in specs:
+        tensors |= _compressed(spec, state[spec.name], tokens, compress)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "model_id": model_id,
+        "rows": str(len(tokens)),
+        "tokens": ",".join(map(str, tokens)),
+        "compress": compress,
+    }
+    content = save({n: np.ascontiguousarray(a) for n, a in tensors.items()}, metadata)
+    with replaced_file(path) as beside:
+        beside.write_bytes(content)
+    back = {spec.name: _restored(spec, tensors, len(tokens)) for spec in specs}
+    return SavedState(
+        file_bytes=len(content),
+        state_bytes=sum(array.nbytes for array in state.values()),
+        tokens=tokens,
+        error=max(_error(back[name], array) for name, array in state.items()),
+    )
+
+
+def load_state(path: Path, specs: Sequence[TensorSpec], model_id: str) -> State:
+    """Read what `save_state` wrote: [R, ...] by name.
+
+    Raises:
+      StateError: it is no state file, was cut off, is of another model, or is not finite.
+      OSError: the file cannot be read.
+    """
+    content = Path(path).read_bytes()
+    tensors, metadata = _parsed(content, path)
+    if metadata.get("format") != FORMAT:
+        raise StateError(f"'{path}' is a safetensors file, but not one of a session's state")
+    if metadata.get("version") != str(VERSION):
+        raise StateError(
+            f"'{path}' has version {metadata.get('version')} of the format, but this fwl-export "
+            f"reads {VERSION}; update fwl-export, or save the state again"
+        )
+    if metadata.get("model_id") != model_id:
+        raise StateError(
+            f"'{path}' was saved from another model (its id is "
+            f"{str(metadata.get('model_id'))[:12]}…, this bundle's {model_id[:12]}…); a state goes "
+            "on only in the model that wrote it, at the same precision"
+        )
+    try:
+        rows = int(metadata["rows"])
+        state = {spec.name: _restored(spec, tensors, rows) for spec in specs}
+    except (KeyError, ValueError) as error:
+        raise StateError(f"'{path}' lacks a part or holds a malformed one ({error})") from None
+    states.check(specs, state, rows)
+    states.check_finite(state)
+    if rows < 1 or (state["position"] < 0).any():
+        raise StateError(f"'{path}' holds {rows} rows at positions {state['position'].tolist()}")
+    return state
+
+
+def _parsed(content: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(content)
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise StateError(
+            f"'{path}' is not a state file, or was cut off or changed ({error}); save it again"
+        ) from None
+    return tensors, header.get("__metadata__", {})
+
+
+def _compressed(
+    spec: TensorSpec, array: Array, tokens: Sequence[int], compress: str
+) -> dict[str, Array]:
+    """Return the tensors that stand for one of the state."""
+    whole = {spec.name: array}
+    small = array[0].size < COMPRESS_FROM
+    if compress == "fp16" and array.dtype == np.float32 and not small:
+        # A power of two brings the largest value near the top of float16's range.
+        largest = np.abs(array).reshape(len(array), -1).max(1)
+        scale = np.exp2(np.ceil(np.log2(np.maximum(largest, 2.0**-100))) - 15).astype(np.float32)
+        half = (array / _column(scale, array)).astype(np.float16)
+        return {f"{spec.name}.half": half, f"{spec.name}.scale": scale}
+    if compress == "lowrank" and _is_matrix(spec):
+        return _factors(spec.name, array, max(tokens)) or whole
+    if compress == "lowrank" and spec.name.startswith("cache.") and max(tokens) < spec.shape[1]:
+        return {f"{spec.name}.used": array[:, :, : max(tokens)]}
+    return whole
+
+
+def _is_matrix(spec: TensorSpec) -> bool:
+    return (
+        spec.name.startswith(("fast.", "anchor."))
+        and len(spec.shape) == 2
+        and spec.dtype == "float32"
+    )
+
+
+def _factors(name: str, array: Array, tokens: int) -> dict[str, Array] | None:
+    """Return factors of a matrix per row, or None where they would not be smaller."""
+    _, size_k, size_v = array.shape
+    most = (size_k * size_v - 1) // (size_k + size_v)
+    if tokens > 4 * most:  # then decay alone will hardly have brought the rank down
+        return None
+    left, values, right = np.linalg.svd(array.astype(np.float64), full_matrices=False)
+    left_out = np.sqrt(np.cumsum((values**2)[:, ::-1], 1)[:, ::-1])  # by keeping the first r
+    allowed = _LOWRANK_TOLERANCE * left_out[:, :1]
+    rank = max(int((left_out > allowed).sum(1).max()), 1)
+    if rank > most:
+        return None
+    root = np.sqrt(values[:, None, :rank])
+    return {
+        f"{name}.left": (left[:, :, :rank] * root).astype(np.float32),
+        f"{name}.right": (right[:, :rank] * root.transpose(0, 2, 1)).astype(np.float32),
+    }
+
+
+def _restored(spec: TensorSpec, tensors: Mapping[str, Array], rows: int) -> Array:
+    """Return a tensor of the state from what stands for it.
+
+    Raises:
+      KeyError, ValueError: a part is missing, or parts do not fit each other.
+    """
+    if spec.name in tensors:
+        return tensors[spec.name]
+    if (half := tensors.get(f"{spec.name}.half")) is not None:
+        wide = half.astype(np.float32)
+        return wide * _column(tensors[f"{spec.name}.scale"].reshape(rows), wide)
+    if (left := tensors.get(f"{spec.name}.left")) is not None:
+        return left @ tensors[f"{spec.name}.right"]
+    used = tensors[f"{spec.name}.used"]
+    whole = np.zeros((rows, *spec.shape), used.dtype)
+    whole[:, :, : used.shape[2]] = used
+    return whole
+
+
+def _column(values: Array, like: Array) -> Array:
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _error(found: Array, expected: Array) -> float:
+    largest = float(np.abs(expected).max(initial=0))
+    difference = float(np.abs(found.astype(np.float64) - expected).max(initial=0))
+    return difference / largest if largest else difference

@@ -1,0 +1,92 @@
+"""Names that moved in 0.2 and still work, with a DeprecationWarning, until 0.3."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+MODULES = {
+    "fwl_export.export.precision": "fwl_export.precision.policy",
+    "fwl_export.model.config": "fwl_export.bundle.config",
+    "fwl_export.onnx_file": "fwl_export.bundle.onnx_file",
+    "fwl_export.parity.backends": "fwl_export.parity.candidates",
+    "fwl_export.parity.bisect": "fwl_export.bisect",
+    "fwl_export.parity.html": "fwl_export.parity.report.html",
+    "fwl_export.parity.junit": "fwl_export.parity.report.junit",
+    "fwl_export.parity.run": "fwl_export.parity.check",
+    "fwl_export.parity.summary": "fwl_export.parity.report.text",
+    "fwl_export.state": "fwl_export.bundle.state",
+    "fwl_export.state_file": "fwl_export.bundle.state_file",
+    "fwl_export.text": "fwl_export.bundle.tokenizer",
+}
+
+
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports a module by its old name: the same module object as by its new one."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in MODULES:
+            return None
+        return importlib.util.spec_from_loader(fullname, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        new = MODULES[spec.name]
+        warnings.warn(
+            f"{spec.name} is now {new}; the old name goes away in 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        # A copy: the import system writes the old name's spec into what it gets.
+        moved = ModuleType(spec.name)
+        moved.__dict__.update(vars(importlib.import_module(new)))
+        return moved
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing left to run."""
+
+
+def install() -> None:
+    """Let the old names of `MODULES` be imported."""
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules())
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Let a function take keyword arguments by their old names too.
+
+    Args:
+      **names: the new name by the old one.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            for old in names.keys() & kwargs.keys():
+                new = names[old]
+                if new in kwargs:
+                    raise TypeError(f"{function.__name__}: '{old}' is the old name of '{new}'")
+                warnings.warn(
+                    f"{function.__name__}: argument '{old}' is now '{new}'; the old name goes "
+                    "away in 0.3",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -1,0 +1,282 @@
+"""Check a bundle: the same calls in all runtimes, judged against a reference."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, NamedTuple, cast
+
+import numpy.typing as npt
+
+from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
+from fwl_export.machine import installed_versions, processor_name
+from fwl_export.model.stored import WEIGHTS_FILE
+from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
+from fwl_export.parity.cases import CASES, Case, choose_cases
+from fwl_export.parity.drift import MODES, Drift, Lane, measure_drift
+from fwl_export.parity.report.baseline import compare_with_baseline
+from fwl_export.parity.report.data import CaseRun, Report
+from fwl_export.parity.report.worst_place import worst_place
+from fwl_export.parity.schedule import ROWS, Call
+from fwl_export.parity.tolerances import Tolerance, changed_table
+from fwl_export.parity.verdict import CandidateVerdict, judge
+from fwl_export.runtimes import Session, open_session
+
+Array = npt.NDArray[Any]
+
+CANDIDATES = "onnxruntime"
+DEFAULT_CASES = ",".join(case.name for case in CASES)
+
+_PACKAGES = (
+    "fwl-export",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+)
+
+
+def check_bundle(
+    bundle: Bundle,
+    ids: Array,
+    tokens: int = 2000,
+    seed: int = 0,
+    candidates: str | Sequence[str] | Mapping[str, Session] = CANDIDATES,
+    *,
+    reference: str = REFERENCE,
+    cases: str | Sequence[str] = DEFAULT_CASES,
+    strict: bool = False,
+    tolerances: Mapping[str, Any] | None = None,
+    baseline: Mapping[str, Any] | None = None,
+    text: str = "",
+    threads: int = 1,
+    decode: Callable[[int], str] | None = None,
+    command: str = "",
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Report:
+    """Make the same calls in every runtime and judge how far they are from the reference.
+
+    Args:
+      bundle: must hold its checkpoint.
+      ids: [N] int64, the text; N of `tokens + 1` or more.
+      tokens: how many the first row reads of the text; no more than the model can take.
+      seed: of the calls.
+      candidates: names, see `candidates`, with commas or as a list; or sessions by name, in the
+        bundle's precision, from which others are opened.
+      reference: name of the runtime that counts as right.
+      cases: names, see `cases`.
+      strict: halve every budget.
+      tolerances: see `changed_table`.
+      baseline: data of a report, see `read_report`; what has grown since is outside.
+      text: name of the text, for the report.
+      threads: of each runtime. With more than 1 the runtimes' pools wait for work by spinning
+        and take the cores from one another, and sums have another order on every machine.
+      decode: text of a token id, for the report.
+      command: that repeats the check, for the report.
+      advance: called with the number of tokens the first row has moved, of all cases.
+
+    Raises:
+      BundleError: the bundle is incomplete or changed, or has no checkpoint.
+      TokenError: the text is too short.
+      ConfigError: a name or a tolerance is unknown.
+    """
+    began = time.perf_counter()
+    manifest = bundle.manifest
+    limit = manifest.config.backbone.max_positions
+    chosen = choose_cases(cases, tokens, manifest.max_tokens, limit)
+    table = changed_table(tolerances or {}, strict)
+    ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
+    calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
+    bundle.model_files()
+    with torch_threads(threads):
+        lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
+        measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
+    memory = remembered_tokens(bundle)
+    verdicts = [_verdict(e, lineup, measured, memory, table) for e in lineup.entries]
+    if baseline is not None:
+        verdicts = compare_with_baseline(verdicts, baseline)
+    return Report(
+        bundle=bundle.folder.resolve().name,
+        model_id=manifest.model_id,
+        precision=manifest.precision,
+        max_tokens=manifest.max_tokens,
+        text=text,
+        ids=[int(token) for token in ids],
+        tokens=tokens,
+        seed=seed,
+        reference=reference,
+        strict=strict,
+        changed_tolerances=dict(tolerances or {}),
+        table=table,
+        memory=memory,
+        cases=[CaseRun(m.case, m.drift.calls, m.drift.largest_call) for m in measured],
+        candidates=verdicts,
+        worst=[worst_place(verdict, calls, decode) for verdict in verdicts],
+        baseline=None if baseline is None else str(baseline.get("bundle", {}).get("name", "")),
+        environment=_environment(threads),
+        command=command,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A candidate: its session, or why there is none."""
+
+    name: str
+    precision: str
+    runtime: str = ""
+    tokens: int | None = None
+    session: Session | None = None
+    reason: str | None = None
+
+
+@dataclass
+class _Lineup:
+    """All that takes part.
+
+    Attributes:
+      entries: the candidates.
+      reference: name and session of what counts as right.
+      yardstick: the same of PyTorch in float64, which budgets are measured against.
+      own: name and session of PyTorch by precision; may be a candidate too.
+    """
+
+    entries: list[_Entry]
+    reference: tuple[str, Session]
+    yardstick: tuple[str, Session]
+    own: dict[str, tuple[str, Session]]
+
+
+def _open_all(
+    bundle: Bundle,
+    candidates: str | Sequence[str] | Mapping[str, Session],
+    reference: Candidate,
+    threads: int,
+) -> _Lineup:
+    right = (reference.name, reference.open(bundle, 1, threads))
+    yardstick = right
+    if (reference.runtime, reference.precision(bundle)) != ("torch", "fp64"):
+        yardstick = (REFERENCE, parse_candidate(REFERENCE).open(bundle, 1))
+    own: dict[str, tuple[str, Session]] = {}
+    entries = []
+    if isinstance(candidates, Mapping):
+        precision = bundle.manifest.precision
+        entries = [_Entry(name, precision, session=s) for name, s in candidates.items()]
+    else:
+        for candidate in parse_candidates(candidates):
+            entry = _open(bundle, candidate, threads)
+            entries.append(entry)
+            if candidate.runtime == "torch" and entry.session and not candidate.tokens:
+                own[entry.precision] = (entry.name, entry.session)
+    for precision in {entry.precision for entry in entries} - own.keys():
+        session = open_session(bundle, "torch", precision=cast(Any, precision))
+        own[precision] = (f"PyTorch {precision}", session)
+    return _Lineup(entries, right, yardstick, own)
+
+
+def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _Entry:
+    known = (candidate.name, candidate.precision(bundle))
+    try:
+        session = candidate.open(bundle, 1, threads)
+        return _Entry(*known, candidate.describe(), candidate.tokens, session)
+    except Exception as error:  # a runtime may raise anything; the others are checked without it
+        reason = str(error) or type(error).__name__
+        return _Entry(*known, tokens=candidate.tokens, reason=reason)
+
+
+class _Measured(NamedTuple):
+    """The drift from the reference in a case, and that of PyTorch from float64."""
+
+    case: Case
+    drift: Drift
+    own: Drift
+
+
+def _measure(
+    lineup: _Lineup, case: Case, calls: Iterable[Call], advance: Callable[[int], None]
+) -> _Measured:
+    def fresh(name: str, session: Session) -> tuple[str, Session]:
+        return name, session.another(case.rows)
+
+    candidates = dict(fresh(e.name, e.session) for e in lineup.entries if e.session)
+    own = dict(fresh(*pair) for pair in lineup.own.values() if pair[0] not in candidates)
+    limits = {entry.name: entry.tokens for entry in lineup.entries if entry.tokens}
+    together = lineup.reference is lineup.yardstick
+    drift = measure_drift(
+        fresh(*lineup.reference),
+        {**candidates, **own} if together else candidates,
+        calls,
+        limits,
+        needed=candidates,
+        advance=advance,
+    )
+    if together:
+        return _Measured(case, drift, drift)
+    own = dict(fresh(*pair) for pair in lineup.own.values())
+    return _Measured(case, drift, measure_drift(fresh(*lineup.yardstick), own, calls))
+
+
+def _verdict(
+    entry: _Entry,
+    lineup: _Lineup,
+    measured: Sequence[_Measured],
+    memory: float,
+    table: Sequence[Tolerance],
+) -> CandidateVerdict:
+    own = lineup.own[entry.precision][0]
+    runs = [
+        judge(m.case.name, m.drift, lane, m.own, own, entry.precision, memory, table)
+        for m in measured
+        for lane in (Lane(entry.name, mode) for mode in MODES)
+        if entry.session
+    ]
+    return CandidateVerdict(
+        entry.name, entry.precision, runs, entry.runtime, entry.tokens, entry.reason
+    )
+
+
+def _environment(threads: int) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "versions": installed_versions(_PACKAGES),
+    }
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads while the block runs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def remembered_tokens(bundle: Bundle) -> float:
+    """Return the horizon of the bundle's model in tokens; 0 if it forgets nothing."""
+    from safetensors import safe_open
+
+    if bundle.manifest.config.fast_weights.decay == "none":
+        return 0.0
+    path = bundle.file(f"{CHECKPOINT_FOLDER}/{WEIGHTS_FILE}")
+    with safe_open(path, framework="numpy") as weights:
+        horizon = float(weights.get_tensor("fast_weights.horizon"))
+    return horizon if math.isfinite(horizon) else 0.0

@@ -1,0 +1,1 @@
+"""What `check` found, as data, text, JUnit XML, Markdown and a page of HTML."""

@@ -1,0 +1,325 @@
+"""The outcome of a check as data; its schema is documented in README.md beside this file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fwl_export.errors import ReportError
+from fwl_export.files import replaced_file
+from fwl_export.parity.cases import Case
+from fwl_export.parity.compare import Place, Prediction, pooled
+from fwl_export.parity.report.worst_place import WorstPlace
+from fwl_export.parity.tolerances import Tolerance
+from fwl_export.parity.verdict import (
+    COULD_NOT_RUN,
+    OUTSIDE,
+    WITHIN,
+    CandidateVerdict,
+    RunVerdict,
+    Spot,
+    TensorVerdict,
+)
+
+SCHEMA_VERSION = 2
+
+_DIGITS = 6  # of a number in the file
+
+
+@dataclass(frozen=True)
+class CaseRun:
+    """A case, with the calls that were made of it."""
+
+    case: Case
+    calls: int
+    largest_call: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked, how, and the verdict.
+
+    Attributes:
+      bundle: name of its folder.
+      model_id: see `Manifest`.
+      precision: of the bundle's activations.
+      max_tokens: largest T.
+      text: name of the text.
+      ids: of its tokens, as far as they were read.
+      tokens: of the text read by the first row.
+      seed: of the calls.
+      reference: name of the runtime that counts as right.
+      strict: whether budgets were halved.
+      changed_tolerances: as given by the user.
+      table: of tolerances that applied.
+      memory: tokens that the sums remember; 0 if they forget nothing.
+      cases: that were run.
+      candidates: one verdict per runtime.
+      worst: where each of them is worst.
+      baseline: name of the bundle of the report that errors were compared with; None: there was
+        none.
+      environment: what it ran on.
+      command: that repeats it.
+      created: UTC, ISO 8601.
+      seconds: that the check took.
+    """
+
+    bundle: str
+    model_id: str
+    precision: str
+    max_tokens: int
+    text: str
+    ids: Sequence[int]
+    tokens: int
+    seed: int
+    reference: str
+    strict: bool
+    changed_tolerances: Mapping[str, Any]
+    table: Sequence[Tolerance]
+    memory: float
+    cases: Sequence[CaseRun]
+    candidates: Sequence[CandidateVerdict]
+    worst: Sequence[WorstPlace | None]
+    baseline: str | None
+    environment: Mapping[str, Any]
+    command: str
+    created: str
+    seconds: float
+
+    @property
+    def status(self) -> str:
+        """`WITHIN`, `OUTSIDE` or `COULD_NOT_RUN`; what is outside counts for more."""
+        found = {candidate.status for candidate in self.candidates}
+        if OUTSIDE in found:
+            return OUTSIDE
+        return WITHIN if found == {WITHIN} else COULD_NOT_RUN
+
+    @property
+    def passed(self) -> bool:
+        """Whether every candidate is within its budgets."""
+        return self.status == WITHIN
+
+    @property
+    def exit_code(self) -> int:
+        """0 within budget, 1 outside, 2 could not run."""
+        return {WITHIN: 0, OUTSIDE: 1, COULD_NOT_RUN: 2}[self.status]
+
+    def problems(self) -> list[str]:
+        """Return a sentence for everything that went wrong: what, where, and by how much."""
+        return [line for candidate in self.candidates for line in problems(candidate)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data; a number that is not finite becomes null."""
+        data = {
+            "schema_version": SCHEMA_VERSION,
+            "status": self.status,
+            "passed": self.passed,
+            "exit_code": self.exit_code,
+            "problems": self.problems(),
+            "command": self.command,
+            "created": self.created,
+            "seconds": self.seconds,
+            "bundle": {
+                "name": self.bundle,
+                "model_id": self.model_id,
+                "precision": self.precision,
+                "max_tokens": self.max_tokens,
+            },
+            "environment": dict(self.environment),
+            "settings": {
+                "reference": self.reference,
+                "candidates": [candidate.name for candidate in self.candidates],
+                "cases": [f"{run.case.name}@{run.case.tokens}" for run in self.cases],
+                "tokens": self.tokens,
+                "seed": self.seed,
+                "strict": self.strict,
+                "tolerances": dict(self.changed_tolerances),
+            },
+            "text": {"name": self.text, "ids": list(self.ids)},
+            "memory": self.memory,
+            "tolerances": [asdict(row) for row in self.table],
+            "cases": [
+                {**asdict(run.case), "calls": run.calls, "largest_call": run.largest_call}
+                for run in self.cases
+            ],
+            "baseline": self._baseline(),
+            "candidates": [
+                {**_candidate(candidate), "worst": _worst(worst)}
+                for candidate, worst in zip(self.candidates, self.worst, strict=True)
+            ],
+        }
+        result: dict[str, Any] = _finite(data)
+        return result
+
+    def write(self, path: Path) -> None:
+        """Write the data as JSON."""
+        with replaced_file(path) as target:
+            text = json.dumps(self.to_dict(), separators=(",", ":"), ensure_ascii=False)
+            target.write_text(text + "\n", encoding="utf-8")
+
+    def _baseline(self) -> dict[str, Any] | None:
+        if self.baseline is None:
+            return None
+        grown = [growth._asdict() for c in self.candidates for growth in c.grown]
+        return {"name": self.baseline, "grown": grown}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Return the data of a report file.
+
+    Raises:
+      ReportError: it cannot be read, is no report, or is of another schema.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"cannot read report '{path}': {error.strerror or error}") from None
+    except ValueError as error:
+        raise ReportError(f"'{path}' is not JSON ({error}); expected a report of check") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int) or "candidates" not in data:
+        raise ReportError(f"'{path}' is no report of `fwl-export check`; was another file meant?")
+    if version != SCHEMA_VERSION:
+        remedy = "update fwl-export" if version > SCHEMA_VERSION else "run the check again"
+        raise ReportError(
+            f"report '{path}' has schema_version {version}, but this fwl-export reads "
+            f"{SCHEMA_VERSION}; {remedy}"
+        )
+    result: dict[str, Any] = data
+    return result
+
+
+def problems(candidate: CandidateVerdict) -> list[str]:
+    """Return a sentence for everything that is wrong with a candidate."""
+    lines = []
+    if candidate.reason:
+        lines.append(f"{candidate.name} could not run: {candidate.reason}")
+    if candidate.breach:
+        lines.append(f"{candidate.name} is outside its budget {_breach(candidate.breach)}")
+    told = set()
+    for run in candidate.runs:
+        if (failure := run.failure) and (failure.message, failure.step) not in told:
+            told.add((failure.message, failure.step))
+            lines.append(
+                f"{failure.runtime} could not go on in case '{run.case}', {run.mode}, at call "
+                f"{failure.step}, by token {failure.depth}: {failure.message}"
+            )
+    lines += [
+        f"{candidate.name} is further off than in the baseline in '{growth.tensor}' (case "
+        f"'{growth.case}', {growth.mode}): {growth.measure} {growth.now:.2g} instead of "
+        f"{growth.before:.2g}"
+        for growth in candidate.grown[:3]
+    ]
+    if len(candidate.grown) > 3:
+        lines.append(f"{candidate.name}: {len(candidate.grown) - 3} more errors grew")
+    return lines
+
+
+def _breach(spot: Spot) -> str:
+    run, tensor, measured = spot
+    error, budget = measured.error, measured.budget
+    text = (
+        f"first in '{tensor.name}' (case '{run.case}', {run.mode}) at token {measured.depth}: max "
+        f"abs {error.max_abs:.2g} (budget {budget.max_abs:.2g}), relative RMS "
+        f"{error.relative_rms:.2g} (budget {budget.relative_rms:.2g})"
+    )
+    if error.worst:
+        place = error.worst
+        row, *index = place.index
+        text += (
+            f"; worst in call {place.step}, row {row}, element {index}: {place.candidate:.7g} "
+            f"instead of {place.reference:.7g}"
+        )
+    return text
+
+
+def _candidate(candidate: CandidateVerdict) -> dict[str, Any]:
+    return {
+        "name": candidate.name,
+        "runtime": candidate.runtime,
+        "precision": candidate.precision,
+        "tokens": candidate.tokens,
+        "status": candidate.status,
+        "passed": candidate.passed,
+        "reason": candidate.reason,
+        "use": candidate.use,
+        "runs": [_run(run) for run in candidate.runs],
+    }
+
+
+def _run(run: RunVerdict) -> dict[str, Any]:
+    return {
+        "case": run.case,
+        "mode": run.mode,
+        "status": run.status,
+        "use": run.use,
+        "tokens": max(run.depths, default=0),
+        "failure": asdict(run.failure) if run.failure else None,
+        "depths": run.depths,
+        "tensors": [_tensor(tensor) for tensor in run.tensors],
+        "predictions": [asdict(prediction) for prediction in run.predictions],
+        "own_predictions": [asdict(prediction) for prediction in run.own_predictions],
+        "overall": _overall(run.predictions),
+        "own_overall": _overall(run.own_predictions),
+    }
+
+
+def _tensor(tensor: TensorVerdict) -> dict[str, Any]:
+    rows = tensor.depths
+    largest = max((m.error for m in rows), key=lambda error: error.max_abs)
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "tolerance": tensor.tolerance.prefix,
+        "use": tensor.use,
+        "max_abs": [m.error.max_abs for m in rows],
+        "relative_rms": [m.error.relative_rms for m in rows],
+        "own_max_abs": [m.own.max_abs for m in rows],
+        "own_relative_rms": [m.own.relative_rms for m in rows],
+        "budget_max_abs": [m.budget.max_abs for m in rows],
+        "budget_relative_rms": [m.budget.relative_rms for m in rows],
+        "uses": [m.use for m in rows],
+        "worst": _place(largest.worst),
+        "ulp": tensor.ulp,
+    }
+
+
+def _place(place: Place | None) -> dict[str, Any] | None:
+    return asdict(place) if place else None
+
+
+def _overall(predictions: Sequence[Prediction]) -> dict[str, Any] | None:
+    if not predictions:
+        return None
+    whole = pooled(predictions)
+    return {
+        **asdict(whole),
+        "perplexity": whole.perplexity,
+        "reference_perplexity": whole.reference_perplexity,
+        "perplexity_change": whole.perplexity_change,
+    }
+
+
+def _worst(worst: WorstPlace | None) -> dict[str, Any] | None:
+    if worst is None:
+        return None
+    data = asdict(worst)
+    place = data.pop("place")
+    row, *index = place.pop("index")
+    place.pop("depth")
+    return {**data, **place, "row": row, "index": index}
+
+
+def _finite(data: Any) -> Any:
+    """Return data with null for numbers that are not finite, and short numbers."""
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float):
+        return float(f"{data:.{_DIGITS}g}") if math.isfinite(data) else None
+    return data

@@ -1,0 +1,242 @@
+"""Every planted fault is caught by `check` and located by `bisect`; nothing is found elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from fwl_export.bisect import Bisection, bisect_bundle
+from fwl_export.bisect.expose import Probe, open_probe
+from fwl_export.bundle.manifest import GRAPH_FILE, read_bundle, write_manifest
+from fwl_export.errors import BundleError, ConfigError
+from fwl_export.model import traced_graph as graphs
+from fwl_export.parity import check_bundle
+from fwl_export.parity.candidates import Candidate
+from fwl_export.runtimes import Session, open_session
+from tests.bundles import VOCABULARY
+from tests.parity import faults
+from tests.parity.faults import broken_bundle
+from tests.parity.planted import PLANTED, TABLE, table
+
+TEXT = np.random.default_rng(0).integers(0, VOCABULARY, 600)
+TOKENS = 120
+CASES = "text,mixed@40"
+CANDIDATE = "onnxruntime:no-plugin"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("planted")
+
+
+@pytest.fixture(scope="module")
+def sessions(tiny_bundle: Path, folder: Path) -> dict[str, Session]:
+    """A session with each fault; the broken bundles are in `folder`, by number."""
+    return {
+        name: planted.session(tiny_bundle, folder / str(number))
+        for number, (name, planted) in enumerate(PLANTED.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def caught(tiny_bundle: Path, sessions: dict[str, Session]) -> dict[str, set[str]]:
+    """The tensors outside their budgets in `check`, or not finite, by fault."""
+    fresh = {name: session.another(session.batch) for name, session in sessions.items()}
+    report = check_bundle(read_bundle(tiny_bundle), TEXT, TOKENS, candidates=fresh, cases=CASES)
+    found: dict[str, set[str]] = {}
+    for candidate in report.to_dict()["candidates"]:
+        assert candidate["status"] == "outside", candidate["name"]
+        names = found.setdefault(candidate["name"], set())
+        for run in candidate["runs"]:
+            # null: infinitely far off
+            names |= {t["name"] for t in run["tensors"] if t["use"] is None or t["use"] > 1}
+    return found
+
+
+def bisected(
+    number: int, tiny_bundle: Path, folder: Path, sessions: dict[str, Session]
+) -> Bisection:
+    name, planted = list(PLANTED.items())[number]
+    bundle = read_bundle(folder / str(number) if planted.op else tiny_bundle)
+    session = None if planted.op else sessions[name]
+    target = folder / f"repro-{number}"
+    return bisect_bundle(bundle, TEXT, CANDIDATE, TOKENS, reproducer=target, session=session)
+
+
+@pytest.mark.parametrize("number", range(len(PLANTED)), ids=list(PLANTED))
+def test_a_fault_is_caught_and_located(
+    number: int,
+    tiny_bundle: Path,
+    folder: Path,
+    sessions: dict[str, Session],
+    caught: dict[str, set[str]],
+) -> None:
+    name, planted = list(PLANTED.items())[number]
+    assert planted.caught_by in caught[name]
+    result = bisected(number, tiny_bundle, folder, sessions)
+    found = result.finding
+    assert found is not None
+    if not planted.op:
+        assert (found.kind, found.tensor) == ("state", planted.module), result.to_text()
+        assert "every node is right when given right inputs" in found.note
+        assert not (folder / f"repro-{number}").exists()
+        return
+    assert (found.module, found.op_type, found.fault) == (
+        planted.module,
+        planted.op,
+        planted.fault,
+    ), result.to_text()
+    assert found.amount is not None
+    assert not found.amount.max_abs <= found.amount.allowed_max_abs or (
+        found.amount.relative_rms > found.amount.allowed_relative_rms
+    )
+    assert len(found.nodes) <= 4, "one node, and what was put before it"
+    assert result.reproduces
+    nodes = onnx.load(folder / f"repro-{number}" / "repro.onnx").graph.node
+    assert len(nodes) == len(found.nodes)
+
+
+def test_there_are_enough_faults_and_the_table_that_ships_is_of_these() -> None:
+    assert len(PLANTED) >= 12
+    assert TABLE.read_text(encoding="utf-8") == table(), "run python -m tests.parity.planted"
+
+
+@pytest.mark.parametrize(
+    ("bundle", "candidate"),
+    [
+        ("tiny_bundle", "onnxruntime"),
+        ("tiny_bundle_fp16", CANDIDATE),
+        ("anchored_bundle", CANDIDATE),
+    ],
+)
+def test_nothing_is_found_in_an_unbroken_bundle(
+    bundle: str, candidate: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    opened = read_bundle(request.getfixturevalue(bundle))
+    result = bisect_bundle(opened, TEXT, candidate, 60, reproducer=tmp_path / "repro")
+    assert result.finding is None, result.to_text()
+    assert "nothing found" in result.to_text()
+    assert not (tmp_path / "repro").exists()
+
+
+@pytest.mark.parametrize("bundle", ["tiny_bundle", "tiny_bundle_fp16", "anchored_bundle"])
+def test_tensors_of_an_unbroken_graph_are_far_from_their_budgets(
+    bundle: str, request: pytest.FixtureRequest
+) -> None:
+    """So that what is found is no rounding: a session that is wrong makes every tensor compared."""
+    opened = read_bundle(request.getfixturevalue(bundle))
+    name = "a stale state buffer: read one call late"
+    for seed in (0, 1):
+        session = PLANTED[name].session(opened.folder, Path())
+        result = bisect_bundle(opened, TEXT, CANDIDATE, TOKENS, seed, session=session)
+        assert result.finding is not None
+        assert (result.finding.kind, result.finding.tensor) == ("state", "fast.down.kernel")
+        assert result.largest_use is not None
+        assert result.largest_use < 0.7, result.largest_use
+        assert result.matched > 0.75 * result.total
+
+
+def test_the_reproducer_runs_and_says_that_it_is_wrong(tiny_bundle: Path, tmp_path: Path) -> None:
+    fault = faults.wrong_epsilon("model.backbone.blocks.1.norm_2", 1e-3)
+    broken = broken_bundle(tiny_bundle, tmp_path / "broken", fault)
+    result = bisect_bundle(broken, TEXT, CANDIDATE, TOKENS, reproducer=tmp_path / "repro")
+    assert result.command.endswith("repro.py")
+    files = {path.name for path in (tmp_path / "repro").iterdir()}
+    assert files == {"repro.onnx", "inputs.npz", "expected.npz", "repro.py"}
+    script = (tmp_path / "repro" / "repro.py").read_text()
+    assert str(tmp_path) not in script
+    done = subprocess.run(
+        [sys.executable, "repro.py"],
+        cwd=tmp_path / "repro",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "max abs" in done.stdout
+    lines = result.to_text()
+    assert "backbone.blocks.1.norm_2 / Add" in lines
+    assert "the ONNX file: the runtime does what it says" in lines
+    data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert data["found"] is True
+    assert data["finding"]["module"] == "backbone.blocks.1.norm_2"
+
+
+def test_nan_is_located(tiny_bundle: Path, tmp_path: Path) -> None:
+    fault = faults.not_a_number("pending.normed", 30)
+    broken = broken_bundle(tiny_bundle, tmp_path / "broken", fault)
+    result = bisect_bundle(broken, TEXT, CANDIDATE, TOKENS)
+    assert result.finding is not None
+    assert (result.finding.kind, result.finding.op_type) == ("node", "Where")
+    assert result.finding.tensor == "present.pending.normed"
+    assert json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_a_fault_of_the_runtimes_optimisation_is_told_from_one_in_a_node(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime whose optimised graph is wrong, and right when its inner tensors are outputs."""
+    broken = broken_bundle(tiny_bundle, tmp_path / "broken", faults.ignored_decay(0))
+    optimised = {read_bundle(tiny_bundle).model_files(): broken.model_files()}
+
+    def probe(candidate: Candidate, path: Path) -> Probe:
+        return open_probe(candidate, optimised.get(path, path))
+
+    monkeypatch.setattr("fwl_export.bisect.run.open_probe", probe)
+    session = open_session(broken, "onnxruntime", 3, threads=1, plugin="none")
+    bundle = read_bundle(tiny_bundle)
+    result = bisect_bundle(bundle, TEXT, CANDIDATE, TOKENS, session=session)
+    assert result.finding is not None
+    assert (result.finding.kind, result.finding.tensor) == ("fusion", "logits")
+    assert "optimisation" in result.finding.note
+
+
+def test_a_trace_that_is_not_the_module_is_said(own_bundle: Path) -> None:
+    path = own_bundle / GRAPH_FILE
+    data = json.loads(path.read_text())
+    (decay,) = [o for o in data["operations"] if o["target"] == "aten.neg.default"]
+    decay["target"] = "aten.relu.default"
+    path.write_text(json.dumps(data))
+    bundle = read_bundle(own_bundle).add_files([GRAPH_FILE])
+    broken = broken_bundle(own_bundle, own_bundle.parent / "broken", faults.ignored_decay(0))
+    assert bundle.manifest.files[GRAPH_FILE] == broken.manifest.files[GRAPH_FILE]
+    result = bisect_bundle(broken, TEXT, CANDIDATE, TOKENS)
+    assert result.finding is not None
+    assert result.finding.kind == "trace"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "message"),
+    [
+        ("tensorrt:rtx", "'tensorrt:rtx' cannot run here"),
+        ("torch:float32", "'torch:float32' runs no ONNX graph; expected onnxruntime or"),
+        ("nonsense", "'nonsense' is no runtime"),
+    ],
+)
+def test_what_cannot_be_bisected(candidate: str, message: str, tiny_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bisect_bundle(read_bundle(tiny_bundle), TEXT, candidate, 20)
+
+
+def test_a_bundle_without_its_graph(own_bundle: Path) -> None:
+    manifest = read_bundle(own_bundle).manifest.to_dict()
+    del manifest["files"][GRAPH_FILE]
+    write_manifest(own_bundle, manifest)
+    with pytest.raises(BundleError, match=r"has no model.graph.json.*export it again"):
+        bisect_bundle(read_bundle(own_bundle), TEXT, CANDIDATE, 20)
+
+
+@pytest.mark.parametrize(
+    "target", ["aten.from_file.default", "os.system", "operator.attrgetter", "aten.nothing.default"]
+)
+def test_a_graph_runs_operators_and_nothing_else(target: str) -> None:
+    bad = graphs.Operation("bad", target, ["text"])
+    with pytest.raises(BundleError, match="which this fwl-export does not run"):
+        graphs.TracedGraph({}, [bad], {}).run({}, {}, torch.float64)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from fwl_export.bundle.manifest import Manifest, read_bundle
+from fwl_export.bundle.onnx_file import external_data_locations
+from fwl_export.errors import BundleError, FwlError
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def refused(bundle: Path, message: str, kind: type[FwlError] = BundleError) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        read_bundle(bundle).verify()
+
+
+def test_a_written_bundle_verifies(tiny_bundle: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+    bundle.verify()
+    assert Manifest.from_dict(bundle.manifest.to_dict(), "") == bundle.manifest
+    on_disk = {p.relative_to(tiny_bundle).as_posix() for p in tiny_bundle.rglob("*") if p.is_file()}
+    assert on_disk - {"manifest.json"} == set(bundle.manifest.files)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    refused(tmp_path, "is not a bundle: it has no manifest.json; `fwl-export export` writes one")
+
+
+def test_a_newer_schema(own_bundle: Path) -> None:
+    edit(own_bundle, lambda data: data.update(schema_version=4))
+    refused(own_bundle, "schema_version is 4, but this fwl-export reads 3; update fwl-export")
+
+
+def test_an_older_schema(own_bundle: Path) -> None:
+    edit(own_bundle, lambda data: data.update(schema_version=0))
+    refused(own_bundle, "export the model again")
+
+
+@pytest.mark.parametrize("key", ["config", "state", "files", "max_tokens", "model_id"])
+def test_a_missing_part(own_bundle: Path, key: str) -> None:
+    edit(own_bundle, lambda data: data.pop(key))
+    refused(own_bundle, "manifest.json is malformed (KeyError")
+
+
+def test_a_part_of_the_wrong_kind(own_bundle: Path) -> None:
+    edit(own_bundle, lambda data: data.update(state=7))
+    refused(own_bundle, "manifest.json is malformed")
+
+
+def test_a_truncated_manifest(own_bundle: Path) -> None:
+    path = own_bundle / "manifest.json"
+    path.write_text(path.read_text()[:-9])
+    refused(own_bundle, "is not JSON")
+
+
+def test_a_changed_file(own_bundle: Path) -> None:
+    path = own_bundle / "model.onnx.data"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    refused(own_bundle, "'model.onnx.data' in bundle")
+    with pytest.raises(BundleError, match="it was changed or cut off"):
+        read_bundle(own_bundle).model_files()
+
+
+def test_a_truncated_file(own_bundle: Path) -> None:
+    path = own_bundle / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(own_bundle, "it was changed or cut off: copy it again or export again")
+
+
+def test_a_missing_file(own_bundle: Path) -> None:
+    (own_bundle / "tokenizer.json").unlink()
+    refused(own_bundle, "lacks the file 'tokenizer.json'")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "", "a\\..\\x"])
+def test_a_path_that_leaves_the_folder(own_bundle: Path, name: str) -> None:
+    entry = {"sha256": "0", "bytes": 0}
+    edit(own_bundle, lambda data: data["files"].update({name: entry}))
+    refused(own_bundle, "which leaves the bundle's folder; do not use this bundle")
+
+
+def test_a_link_that_leaves_the_folder(own_bundle: Path, tmp_path: Path) -> None:
+    path = own_bundle / "tokenizer.json"
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    refused(own_bundle, "which leaves the bundle's folder")
+
+
+def test_external_data_that_leaves_the_folder(own_bundle: Path) -> None:
+    from fwl_export.bundle.manifest import describe_file
+
+    path = own_bundle / "model.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    assert external_data_locations(path) == {"model.onnx.data"}
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../secret"
+    path.write_bytes(model.SerializeToString())
+    edit(own_bundle, lambda data: data["files"].update({"model.onnx": describe_file(path)}))
+    with pytest.raises(BundleError, match=r"names the path '\.\./secret', which leaves"):
+        read_bundle(own_bundle).model_files()
+
+
+def test_added_files_are_recorded(own_bundle: Path) -> None:
+    bundle = read_bundle(own_bundle)
+    (own_bundle / "engines").mkdir()
+    (own_bundle / "engines" / "a.engine").write_bytes(b"abc")
+    (own_bundle / "engines" / "b.engine").write_bytes(b"abc")
+    bundle.add_files(["engines/a.engine"])
+    after = bundle.add_files(["engines/b.engine"])
+    assert {"engines/a.engine", "engines/b.engine"} <= set(after.manifest.files)
+    after.verify()
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded_is_refused(
+    own_bundle: Path, tmp_path: Path
+) -> None:
+    bundle, aside, probe = read_bundle(own_bundle), tmp_path / "aside", tmp_path / "probe"
+    while True:  # until the file system's clock has moved on
+        probe.touch()
+        if probe.stat().st_ctime_ns > own_bundle.stat().st_ctime_ns:
+            break
+
+    def loaded(*renames: tuple[Path, Path]) -> None:
+        with bundle.unchanged():
+            for source, target in renames:
+                source.rename(target)
+            bundle.model_files()
+
+    loaded()
+    there, back = (own_bundle, aside), (aside, own_bundle)
+    replaced = "was replaced or changed while it was opened; open it again"
+    with pytest.raises(BundleError, match=replaced):
+        loaded(there, back)
+    with pytest.raises(BundleError, match=replaced):
+        loaded(there)
+    with pytest.raises(BundleError, match=r"lacks the file 'model\.onnx'"):
+        loaded()
+    with pytest.raises(BundleError, match=replaced):
+        loaded(back)

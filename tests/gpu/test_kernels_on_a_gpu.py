@@ -90,7 +90,7 @@ def _tensors(case: Case, dtype: str) -> dict[str, torch.Tensor]:
 
 
 def _run(case: Case, dtype: str, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the plan chosen for this GPU; every buffer that it must write is filled with NaN first."""
+    """Run the plan chosen for this GPU. Every buffer that it writes is first filled with NaN."""
     tensors = _tensors(case, dtype)
     steps = plan(*case.sizes, dtype, cuda._planned(torch.cuda.get_device_capability()) or 0)
     past = tensors["past_state"]

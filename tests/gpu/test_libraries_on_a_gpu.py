@@ -68,7 +68,7 @@ def test_engine(trt_library: Path, dtype: str, variant: str) -> None:  # noqa: F
 
 
 def _opened(trt: Any, model: Any) -> tuple[Any, Any]:
-    """Build a model for this GPU. Return the runtime, which must outlive the context, and a context."""
+    """Build a model for this GPU and return a context, with the runtime that must outlive it."""
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)

@@ -14,7 +14,8 @@ from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
 from fwl_export.errors import BundleError, MissingDependencyError, PluginError
 from fwl_export.ort import import_onnxruntime
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
-from fwl_export.runtimes.base import Call, Rows, index, parse_device
+from fwl_export.runtimes.base import Call, Loaded, Rows, index, parse_device
+from fwl_export.runtimes.registry import Options
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -38,6 +39,12 @@ class OnnxRuntimeModel:
     specs: Sequence[TensorSpec]
     vocab_size: int
     device: tuple[str, int]
+
+
+def load(bundle: Bundle, options: Options) -> Loaded:
+    """Load a bundle's model for sessions; raises what `load_model` raises."""
+    model = load_model(bundle, options.threads, options.plugin, options.device or "cpu")
+    return Loaded(OnnxRuntimeRunner(model), model.specs, bundle.manifest.max_tokens)
 
 
 def load_model(

@@ -450,7 +450,7 @@ def test_arguments(machine: Machine, own_bundle: Path, monkeypatch: pytest.Monke
     assert "device 'cuda:1' is not here; the driver finds 1" in refusal(own_bundle, device="cuda:1")
     assert "precision can be chosen" in refusal(own_bundle, precision="fp32")
     assert "threads can be chosen" in refusal(own_bundle, threads=1)
-    with pytest.raises(ConfigError, match="a variant can be chosen for runtime 'tensorrt' only"):
+    with pytest.raises(ConfigError, match="variant can be chosen for runtime 'tensorrt' only"):
         open_session(own_bundle, variant="rtx")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert "cuda-bindings to run, which is not installed; pip install" in refusal(own_bundle)

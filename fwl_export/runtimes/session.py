@@ -85,6 +85,16 @@ class Session:
         self._current = runner.new_buffers(batch)
         self._spare = [runner.new_buffers(batch)]
 
+    def __repr__(self) -> str:
+        shown = self._positions[:8]
+        more = ", ..." if self.batch > len(shown) else ""
+        runtime = type(self._runner).__name__.removesuffix("Runner")
+        return (
+            f"<Session in {runtime}: batch={self.batch}, "
+            f"positions=[{', '.join(map(str, shown))}{more}], vocab_size={self.vocab_size}, "
+            f"max_tokens={self.max_tokens}>"
+        )
+
     def another(self, batch: int = 1) -> Session:
         """Open a session of fresh rows on the same loaded model."""
         return Session(self._runner.another(), self.spec, batch)

@@ -30,6 +30,11 @@ class Slots:
         self._lock = threading.RLock()
         self._free = list(range(session.batch))
 
+    def __repr__(self) -> str:
+        used = self.used
+        shown = ", ".join(map(str, used[:8])) + (", ..." if len(used) > 8 else "")
+        return f"<Slots: {len(used)} of {self.session.batch} in use: [{shown}]>"
+
     @property
     def used(self) -> list[int]:
         """The slots that were handed out."""

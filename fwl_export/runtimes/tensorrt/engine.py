@@ -114,7 +114,7 @@ def load_model(
         raise EngineError(f"'{path}' is not the engine that its facts describe; build it again")
     cuda.use()
     log: deque[str] = deque(maxlen=16)
-    logger = _logger(trt, log)
+    logger = error_logger(trt, log)
     if needs_library(facts, str(plugin)):
         required = plugin if plugin != "auto" else "required"
         _load_library(trt, chosen, find_plugin(TENSORRT, required), log)
@@ -182,7 +182,9 @@ def find_device(device: str | None = None) -> tuple[int, Device]:
     return index, driver.devices[index]
 
 
-def _logger(trt: Any, log: deque[str]) -> Any:
+def error_logger(trt: Any, log: deque[str]) -> Any:
+    """Return a TensorRT logger that appends errors to `log` and drops everything else."""
+
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

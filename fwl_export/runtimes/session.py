@@ -433,7 +433,30 @@ class Session:
         label_weights: npt.ArrayLike | None,
         lengths: npt.ArrayLike | None,
     ) -> tuple[Array, Array | None, list[int]]:
-        """Return ids, weights, None where all are 1 and nothing is padding, and lengths."""
+        """Return ids [B, T], weights [B, T], and lengths.
+
+        Weights are None where all are 1 and nothing is padding.
+        """
+        ids = self._checked_ids(tokens)
+        counts = self._checked_lengths(lengths, ids.shape[1])
+        if lengths is None and label_weights is None and self._all_in_range(ids):
+            return ids, None, counts
+        real = np.arange(ids.shape[1]) < np.array(counts)[:, None]
+        wrong = real & ((ids < 0) | (ids >= self.vocab_size))
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise TokenError(
+                f"token id {ids[row, column]} (row {row}, position {column}) is out of range; "
+                f"expected 0 to {self.vocab_size - 1}"
+            )
+        weights = self._checked_weights(label_weights, real)
+        return (
+            np.where(real, ids, 0).astype(np.int64),
+            np.where(real, weights, np.float32(0)),
+            counts,
+        )
+
+    def _checked_ids(self, tokens: npt.ArrayLike) -> Array:
         try:
             ids = np.asarray(tokens)
         except ValueError:
@@ -449,34 +472,22 @@ class Session:
             )
         if ids.dtype.kind not in "iu":
             raise TokenError(f"tokens are {ids.dtype}; expected whole numbers")
-        counts = self._checked_lengths(lengths, ids.shape[1])
-        if lengths is None and label_weights is None and self._all_in_range(ids):
-            return ids, None, counts
-        real = np.arange(ids.shape[1]) < np.array(counts)[:, None]
-        wrong = real & ((ids < 0) | (ids >= self.vocab_size))
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            raise TokenError(
-                f"token id {ids[row, column]} (row {row}, position {column}) is out of range; "
-                f"expected 0 to {self.vocab_size - 1}"
+        return ids
+
+    def _checked_weights(self, label_weights: npt.ArrayLike | None, real: Array) -> Array:
+        """Return the weights [B, T]; those at padding, where `real` is False, may be anything."""
+        if label_weights is None:
+            return np.ones(real.shape, np.float32)
+        weights = np.asarray(label_weights, np.float32)
+        if weights.ndim == 1 and self.batch == 1:
+            weights = weights[None]
+        if weights.shape != real.shape:
+            raise ShapeError(
+                f"label_weights have shape {list(weights.shape)}; expected {list(real.shape)}"
             )
-        weights = np.ones(ids.shape, np.float32)
-        if label_weights is not None:
-            given = np.asarray(label_weights, np.float32)
-            if given.ndim == 1 and self.batch == 1:
-                given = given[None]
-            if given.shape != ids.shape:
-                raise ShapeError(
-                    f"label_weights have shape {list(given.shape)}; expected {list(ids.shape)}"
-                )
-            if not (np.isfinite(given) & (given >= 0))[real].all():
-                raise TokenError("label_weights must be finite and 0 or more")
-            weights = given
-        return (
-            np.where(real, ids, 0).astype(np.int64),
-            np.where(real, weights, np.float32(0)),
-            counts,
-        )
+        if not (np.isfinite(weights) & (weights >= 0))[real].all():
+            raise TokenError("label_weights must be finite and 0 or more")
+        return weights
 
     def _all_in_range(self, ids: Array) -> bool:
         values = ids.ravel().tolist()  # see _plain_call

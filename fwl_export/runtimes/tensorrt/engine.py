@@ -109,9 +109,7 @@ def load_model(
     cuda = Cuda(index, chosen.remedy)
     trt = import_variant(chosen)
     facts = choose_engine(bundle, engines, gpu, chosen.name, str(trt.__version__))
-    path = bundle.file(f"{ENGINES_FOLDER}/{facts.name}.engine")
-    if bundle.manifest.files[f"{ENGINES_FOLDER}/{facts.name}.engine"]["sha256"] != facts.sha256:
-        raise EngineError(f"'{path}' is not the engine that its facts describe; build it again")
+    path = _engine_file(bundle, facts)
     cuda.use()
     log: deque[str] = deque(maxlen=16)
     logger = error_logger(trt, log)
@@ -142,6 +140,14 @@ def load_model(
         (runtime, logger),
         threading.Lock(),
     )
+
+
+def _engine_file(bundle: Bundle, facts: EngineMetadata) -> Path:
+    name = f"{ENGINES_FOLDER}/{facts.name}.engine"
+    path = bundle.file(name)
+    if bundle.manifest.files[name]["sha256"] != facts.sha256:
+        raise EngineError(f"'{path}' is not the engine that its metadata describes; build it again")
+    return path
 
 
 def new_context(model: TensorRTModel, decode: bool) -> Any:

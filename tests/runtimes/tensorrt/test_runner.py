@@ -357,7 +357,7 @@ def edit_facts(bundle: Path, facts: EngineMetadata, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sha256": "0" * 64}, "is not the engine that its facts describe"),
+        ({"sha256": "0" * 64}, "is not the engine that its metadata describes"),
         ({"schema_version": 9}, "schema_version is 9, but this fwl-export reads 1"),
         ({"inputs": [{"name": "x"}]}, "is malformed (TypeError"),
         ({"inputs": []}, "does not fit its facts or this fwl-export, beginning with"),

@@ -1,99 +1,102 @@
-// What a backend implements.
+// What a runtime implements: what loads a bundle's model and computes its calls.
 #pragma once
 
 #include <array>
 #include <limits>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "bundle.h"
+#include "model_inputs.h"
 
 namespace fwl::internal {
 
-// The state of all rows, in the memory that a backend computes in; zeros at first.
+// The state of all rows, in the memory that the runtime computes in. New buffers hold zeros.
 class Buffers {
 public:
   virtual ~Buffers() = default;
-  // Copies a row out, its tensors one after the other.
+  // Copies the state of one row to `state`, its tensors one after the other.
   virtual void read(size_t row, char* state) const = 0;
-  // Returns where rows are to be written: these buffers, where writing cannot fail, or else
-  // `spare`, with all rows copied to it, for the caller to change over to once all is written.
+  // Returns the buffers to which rows may be written: these ones, if writing cannot fail; else
+  // `spare`, after copying all rows to it, and the caller swaps the two once all is written.
   virtual Buffers& writable(Buffers& spare) = 0;
-  // Copies a row in. Only on what `writable` returned.
+  // Copies the state of one row in. May only be called on buffers that `writable` returned.
   virtual void write(size_t row, const char* state) = 0;
 };
 
-// One call of the model; see fwl_export/runtimes/base.py. All arrays have `rows` rows.
-struct Call {
-  std::vector<int64_t> input_ids; // [rows, tokens]
-  std::vector<float> label_weights;
-  std::vector<int64_t> lengths;           // [rows]
-  std::vector<int64_t> logit_positions;   // [rows, positions]
-  std::vector<float> learning_rate_scale; // [rows]
-  size_t tokens;
-  size_t positions;
+// One call of the model; see fwl_export/runtimes/base.py.
+struct Call : model::Inputs {
+  size_t tokens;    // second axis of inputs with one value per token
+  size_t positions; // second axis of logit_positions, and of the logits
 };
 
-// An array of a call, by the model's name for it.
+// One input of a call, as a runtime passes it on.
 struct Input {
   const char* name;
   Type type;
-  size_t width; // of a row; 0: one value, and no axis for it
+  size_t width; // size of the second axis; 0 if rows are the only axis
   const void* data;
   size_t bytes;
 };
 
-inline std::array<Input, 5> inputs_of(const Call& call) {
-  const auto integers = [](const char* name, size_t width, const std::vector<int64_t>& data) {
-    return Input{name, Type::kInt64, width, data.data(), data.size() * sizeof(int64_t)};
-  };
-  const auto floats = [](const char* name, size_t width, const std::vector<float>& data) {
-    return Input{name, Type::kFloat32, width, data.data(), data.size() * sizeof(float)};
-  };
-  return {integers("input_ids", call.tokens, call.input_ids),
-          floats("label_weights", call.tokens, call.label_weights),
-          integers("lengths", 0, call.lengths),
-          integers("logit_positions", call.positions, call.logit_positions),
-          floats("learning_rate_scale", 0, call.learning_rate_scale)};
+inline std::array<Input, model::kInputCount> inputs_of(const Call& call) {
+  std::array<Input, model::kInputCount> inputs{};
+  size_t count = 0;
+  call.for_each([&](const char* name, const auto& values, model::Axis axis) {
+    using Value = typename std::decay_t<decltype(values)>::value_type;
+    const Type type = std::is_same_v<Value, float> ? Type::kFloat32 : Type::kInt64;
+    const size_t width = axis == model::Axis::kTokens      ? call.tokens
+                         : axis == model::Axis::kPositions ? call.positions
+                                                           : 0;
+    inputs[count++] = {name, type, width, values.data(), values.size() * sizeof(Value)};
+  });
+  return inputs;
 }
 
-// One session's way to a loaded model.
+// Runs the calls of one session.
 class Runner {
 public:
   virtual ~Runner() = default;
+  // Returns new buffers, for fresh rows.
   virtual std::unique_ptr<Buffers> buffers() = 0;
-  // Reads `past`, overwrites `present` (never the same) and `logits` [rows, positions, V].
+  // Reads `past`, overwrites `present` (never the same buffers) and `logits` [rows, positions, V].
   virtual void run(const Call& call, const Buffers& past, Buffers& present,
                    std::vector<float>& logits) = 0;
-  // Forgets buffers that no call will use again.
+  // Forgets buffers that no later call will use.
   virtual void release(const Buffers& buffers) = 0;
 };
 
-class Backend {
+// A loaded model.
+class Runtime {
 public:
-  virtual ~Backend() = default;
+  virtual ~Runtime() = default;
+  // Returns a runner for a session of `rows` rows.
   virtual std::unique_ptr<Runner> runner(size_t rows) const = 0;
+  // The runtime's name in fwl_options.backend.
   virtual const char* name() const = 0;
-  // Of the engine, or "".
+  // The name of the engine that runs, or "" if the runtime has no engines.
   virtual std::string engine() const { return ""; }
-  // Largest call; the bundle may say less.
+  // The most tokens per row of one call; the bundle may set a lower limit.
   virtual int64_t max_tokens() const { return std::numeric_limits<int64_t>::max(); }
 };
 
-// Throws Failure: the library is missing or too old, or refuses the model.
-std::shared_ptr<const Backend> open_onnxruntime(const Bundle& bundle, const char* library,
+// Opens ONNX Runtime and loads the model. `library` and `plugin` are paths, or null: the library is
+// then found by its name, and the model runs without the plugin. With 0 `threads`, ONNX Runtime
+// chooses their number. Throws Failure if the library is missing or too old, or refuses the model.
+std::shared_ptr<const Runtime> open_onnxruntime(const Bundle& bundle, const char* library,
                                                 const char* plugin, int threads);
 
 struct TensorRtOptions {
-  const char* library; // path, or null
-  const char* plugin;  // path, or null
-  int device;
+  const char* library; // path of TensorRT, or null: found by its name
+  const char* plugin;  // path of libfwl_trt, or null: the one beside libfwl
+  int device;          // the GPU's number, from 0
   bool allow_embedded_plugin;
 };
 
-// Throws Absent: the library, a GPU or an engine for it is not there; Failure: what is there does
-// not work.
-std::shared_ptr<const Backend> open_tensorrt(const Bundle& bundle, const TensorRtOptions& options);
+// Opens TensorRT and loads an engine of the bundle. Throws Absent if there is no library, no GPU or
+// no engine for them, and Failure if one of these is there but does not work.
+std::shared_ptr<const Runtime> open_tensorrt(const Bundle& bundle, const TensorRtOptions& options);
 
 } // namespace fwl::internal

@@ -7,9 +7,11 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fwl_export.errors import OutputExistsError
 
 
 @contextmanager
@@ -88,3 +90,42 @@ def replaced_file(target: Path) -> Iterator[Path]:
         os.replace(folder / target.name, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(
+    folder: Path,
+    kind: str,
+    is_one: Callable[[Path], bool],
+    force: bool,
+    over_anything: bool = False,
+) -> None:
+    """Refuse to write a folder over something that the user may want to keep.
+
+    Args:
+      folder: Where the output is to go.
+      kind: What is written there, with its article, e.g. "a bundle".
+      is_one: Whether a folder holds one of these.
+      force: Replace one of these.
+      over_anything: `force` replaces any other file or folder too, except one that holds the
+        current or the home folder.
+
+    Raises:
+      OutputExistsError: There is something that must not be replaced.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    ours = is_one(folder)
+    if not ours and not (force and over_anything):
+        ending = " or pass --force to replace it" if over_anything else ""
+        raise OutputExistsError(
+            f"output '{folder}' exists and is not {kind}; choose another name{ending}"
+        )
+    if not force:
+        raise OutputExistsError(
+            f"output '{folder}' is {kind}; choose another name or pass --force to replace it"
+        )
+    resolved, precious = folder.resolve(), (Path.cwd().resolve(), Path.home().resolve())
+    if not ours and any(path.is_relative_to(resolved) for path in precious):
+        raise OutputExistsError(
+            f"output '{folder}' holds the current or your home folder; --force will not replace it"
+        )

@@ -437,7 +437,7 @@ class _Importlib:
 @contextmanager
 def fake_machine(folder: Path, gpus: int = 1) -> Iterator[Machine]:
     """Yield a machine whose GPUs are doubles; fails at the end if one of them was misused."""
-    from fwl_export.runtimes import tensorrt_engine
+    from fwl_export.runtimes.tensorrt import engine as tensorrt_engine
 
     driver = Driver("13.0", (GPU,) * gpus, "")
     with pytest.MonkeyPatch.context() as patch:

@@ -60,7 +60,6 @@ from fwl_export.adaptation import (
     Reader,
     choose,
     count_flops,
-    finite,
     iterate_losses,
     machine,
     minimize_on_grid,
@@ -70,6 +69,7 @@ from fwl_export.adaptation import (
     time_ratio,
 )
 from fwl_export.errors import CheckpointError, FwlError, OutputExistsError
+from fwl_export.json_files import without_non_finite
 from fwl_export.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fwl_export.model.language_model import FWLModel
 from tools import demo_data
@@ -178,7 +178,7 @@ class Workspace:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, all of it or nothing; numbers that are not finite become null."""
     beside = path.with_suffix(".unfinished")
-    beside.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+    beside.write_text(json.dumps(without_non_finite(value), indent=1, allow_nan=False) + "\n")
     beside.replace(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fwl_export.adaptation.compare import Comparison, Plan, compare, finite, machine
+from fwl_export.adaptation.compare import Comparison, Plan, compare, machine
 from fwl_export.adaptation.cost import (
     PARTS,
     Reading,

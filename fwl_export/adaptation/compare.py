@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ from fwl_export.adaptation.readers import (
 from fwl_export.adaptation.tuning import choose, stream_perplexity
 from fwl_export.bundle.tokenizer import read_ids
 from fwl_export.errors import CheckpointError, TokenError
+from fwl_export.json_files import without_non_finite
 from fwl_export.machine import processor_name
 from fwl_export.model.checkpoint import Checkpoint
 from fwl_export.model.language_model import FWLModel
@@ -226,7 +226,7 @@ class Comparison:
         methods = {}
         for key, method in self.methods.items():
             methods[key] = {n: v for n, v in vars(method).items() if n != "losses"}
-        return finite(
+        return without_non_finite(
             {
                 "texts": dict(zip(self.texts.names, self.texts.starts, strict=True)),
                 "tokens": len(self.texts.stream),
@@ -240,17 +240,6 @@ class Comparison:
                 "machine": self.machine,
             }
         )
-
-
-def finite(value: Any) -> Any:
-    """Return the value with null for numbers that JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
 
 
 @dataclass(frozen=True)

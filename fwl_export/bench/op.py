@@ -31,14 +31,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, helper
 
+from fwl_export.bundle.state import Array
 from fwl_export.op import spec
 from fwl_export.op.onnx_function import append_function
 from fwl_export.op.torch_op import linear_attention_update, run_chunked
@@ -47,7 +47,6 @@ from fwl_export.ort import import_onnxruntime
 if TYPE_CHECKING:
     import onnxruntime
 
-Array = npt.NDArray[Any]
 Run = Callable[[], object]
 
 OURS = ("ours, one", "ours, two")

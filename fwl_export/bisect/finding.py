@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from fwl_export.json_files import without_non_finite
 
 SCHEMA_VERSION = 1
 
@@ -122,7 +123,7 @@ class Bisection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data; what is infinite or NaN is null."""
-        data: dict[str, Any] = _finite(asdict(self))
+        data: dict[str, Any] = without_non_finite(asdict(self))
         place = self.finding.place if self.finding else None
         return {"schema_version": SCHEMA_VERSION, "found": place is not None, "place": place} | data
 
@@ -177,11 +178,3 @@ def _lines(finding: Finding, case: str) -> list[str]:
         "note": finding.note,
     }
     return lines + [f"{title:<11}{text}" for title, text in optional.items() if text]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

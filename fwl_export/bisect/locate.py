@@ -5,20 +5,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bisect.steps import Outside, distance
-from fwl_export.bundle.state import State
+from fwl_export.bundle.state import Array, State
 from fwl_export.model.traced_graph import Operation, TracedGraph
 from fwl_export.parity.tolerances import Tolerance, budgets
 
 if TYPE_CHECKING:
     import onnx
 
-Array = npt.NDArray[Any]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

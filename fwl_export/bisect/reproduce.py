@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bisect.expose import open_probe
 from fwl_export.bisect.locate import Located
+from fwl_export.bundle.state import Array
 from fwl_export.errors import FwlError
 from fwl_export.parity.candidates import Candidate
 
 if TYPE_CHECKING:
     import onnx
 
-Array = npt.NDArray[Any]
 
 MODEL_FILE = "repro.onnx"
 SCRIPT_FILE = "repro.py"

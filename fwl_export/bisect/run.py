@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bisect.expose import call_inputs, check_candidate, expose_all, open_probe
 from fwl_export.bisect.finding import (
@@ -40,7 +39,7 @@ from fwl_export.bisect.steps import (
     measure,
 )
 from fwl_export.bundle.manifest import GRAPH_FILE, Bundle
-from fwl_export.bundle.state import PRESENT, State
+from fwl_export.bundle.state import PRESENT, Array, State
 from fwl_export.errors import BundleError
 from fwl_export.files import replaced_folder
 from fwl_export.model.traced_graph import TracedGraph, read_graph
@@ -52,7 +51,6 @@ from fwl_export.runtimes import Session, open_session
 if TYPE_CHECKING:
     import torch
 
-Array = npt.NDArray[Any]
 
 DEFAULT_TOKENS = 500
 DEFAULT_CASES = f"{TEXT},{MIXED}"

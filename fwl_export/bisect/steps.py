@@ -12,17 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bundle.manifest import Bundle
-from fwl_export.bundle.state import State
+from fwl_export.bundle.state import Array, State
 from fwl_export.parity.compare import Error, Place
 from fwl_export.parity.schedule import Call as Scheduled
 from fwl_export.parity.tolerances import Budget, budgets, tolerance_for
 from fwl_export.runtimes import Session
 from fwl_export.runtimes.base import Call, Rows, Runner
-
-Array = npt.NDArray[Any]
 
 LOGITS = "logits"
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fwl_export.errors import ConfigError
+from fwl_export.json_files import check_schema
 
 SCHEMA_VERSION = 1
+OLD_SCHEMA = "write the file again or update fwl-export"
 
 # Keys that older files of this schema lack; their defaults mean what those files meant.
 _ADDED_LATER = ("anchor_interval", "logit_softcap")
@@ -190,12 +192,7 @@ class ModelConfig:
         """
         if not isinstance(data, dict):
             raise ConfigError(f"{source}: expected a JSON object, got {type(data).__name__}")
-        version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{source}: schema_version is {version!r}, but this fwl-export reads "
-                f"{SCHEMA_VERSION}; write the file again or update fwl-export"
-            )
+        check_schema(data, SCHEMA_VERSION, source, ConfigError, OLD_SCHEMA)
         values = {key: value for key, value in data.items() if key != "schema_version"}
         return _build(cls, values, source, "")
 

@@ -27,6 +27,7 @@ from fwl_export.bundle.onnx_file import external_data_locations
 from fwl_export.bundle.state import TensorSpec
 from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import replaced_file
+from fwl_export.json_files import check_schema, read_json
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
@@ -89,14 +90,7 @@ class Manifest:
         Raises:
           BundleError: the schema is another one, or a part is missing or malformed.
         """
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            newer = isinstance(version, int) and version > SCHEMA_VERSION
-            remedy = "update fwl-export" if newer else "export the model again"
-            raise BundleError(
-                f"{source}: schema_version is {version!r}, but this fwl-export reads "
-                f"{SCHEMA_VERSION}; {remedy}"
-            )
+        check_schema(data, SCHEMA_VERSION, source, BundleError, "export the model again")
         try:
             return cls(
                 config=ModelConfig.from_dict(data["config"], f"{source}: config"),
@@ -224,13 +218,11 @@ def read_bundle(folder: Path) -> Bundle:
     folder = Path(folder)
     path = folder / MANIFEST_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, BundleError)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise BundleError(
             f"'{folder}' is not a bundle: it has no {MANIFEST_FILE}; `fwl-export export` writes one"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is not JSON ({error}); was it cut off?") from None
     manifest = Manifest.from_dict(data, str(path))
     for name in manifest.files:
         inside(folder, name)

@@ -18,13 +18,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bundle import state as states
-from fwl_export.bundle.state import State, TensorSpec
+from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.errors import ConfigError, StateError
 from fwl_export.files import replaced_file
 
@@ -35,8 +33,6 @@ COMPRESS_FROM = 1024
 
 # What factors may lose, relative to the matrix (Frobenius norm): about what float32 sums lose.
 _LOWRANK_TOLERANCE = 2.0**-20
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ def compare_adaptation(
     from fwl_export.adaptation.compare import Plan
 
     if output is not None:
-        _check_output(output, force)
+        from fwl_export.files import check_output
+
+        check_output(output, "a comparison", _is_comparison, force)
     numbers = [part.strip() for part in segments.split(",")]
     if not all(part.isdecimal() for part in numbers):
         raise typer.BadParameter(f"--segments is '{segments}'; expected numbers such as 128,32,16")
@@ -78,21 +80,8 @@ def compare_adaptation(
         print(f"wrote {output}: results.json, results.md, adaptation.png, adaptation.svg")
 
 
-def _check_output(folder: Path, force: bool) -> None:
-    from fwl_export.errors import OutputExistsError
-
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    ours = (folder / "results.json").is_file() and (folder / "adaptation.svg").is_file()
-    if not ours:
-        raise OutputExistsError(
-            f"output '{folder}' exists and holds no comparison; choose another folder"
-        )
-    if not force:
-        raise OutputExistsError(
-            f"output '{folder}' holds a comparison; choose another folder or pass --force to "
-            "replace it"
-        )
+def _is_comparison(folder: Path) -> bool:
+    return (folder / "results.json").is_file() and (folder / "adaptation.svg").is_file()
 
 
 def _compare(

@@ -123,10 +123,10 @@ def _checkpoint(
         return checkpoint_folder(checkpoint)
     if checkpoint is not None or fwl is None:
         raise typer.BadParameter("--backbone takes --fwl, and no CHECKPOINT")
-    from fwl_export.export.write_bundle import check_output
+    from fwl_export.export.write_bundle import check_bundle_output
     from fwl_export.model.pretrained import join_checkpoint
 
-    check_output(output, force)
+    check_bundle_output(output, force)
     say("reading the backbone")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"
     join_checkpoint(backbone, fwl, folder, context, slide)

@@ -106,10 +106,14 @@ def _import(
 ) -> None:
     from fwl_export.demo import checkpoint_folder
     from fwl_export.importers import import_block, with_backbone
-    from fwl_export.model.checkpoint import check_output, load_checkpoint, save_checkpoint
+    from fwl_export.model.checkpoint import (
+        check_checkpoint_output,
+        load_checkpoint,
+        save_checkpoint,
+    )
     from fwl_export.model.fwl_checkpoint import save_fast_weights
 
-    check_output(output, force)
+    check_checkpoint_output(output, force)
     with spinner("import") as say:
         say(f"reading {source}")
         block = import_block(framework, source, loss_normalizer, norm_epsilon, prefix)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fwl_export.errors import EngineError
+from fwl_export.json_files import check_schema
 
 SCHEMA_VERSION = 1
 
@@ -108,12 +109,7 @@ class EngineMetadata:
         Raises:
           EngineError: the schema is another one, or a part is missing or malformed.
         """
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise EngineError(
-                f"{source}: schema_version is {version!r}, but this fwl-export reads "
-                f"{SCHEMA_VERSION}; build the engine again"
-            )
+        check_schema(data, SCHEMA_VERSION, source, EngineError, "build the engine again")
         try:
             known = {f.name: data[_KEYS.get(f.name, f.name)] for f in fields(cls)}
             for name in ("inputs", "outputs"):

@@ -20,7 +20,7 @@ from fwl_export.bundle.config import (
 )
 from fwl_export.bundle.tokenizer import load_tokenizer, read_ids
 from fwl_export.errors import ConfigError
-from fwl_export.model.checkpoint import check_output, load_checkpoint, save_checkpoint
+from fwl_export.model.checkpoint import check_checkpoint_output, load_checkpoint, save_checkpoint
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
 from fwl_export.model.training_files import TrainingLog
@@ -169,7 +169,7 @@ def run_training(
       ConfigError, CheckpointError, TokenError, TrainingError: something cannot be used.
     """
     folder = config.output / CHECKPOINT_FOLDER
-    check_output(folder, force=True)
+    check_checkpoint_output(folder, force=True)
     model, tokenizer = _start(config)
     tokens = _tokens(config, tokenizer)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -9,15 +9,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from fwl_export.bundle.state import Array
 from fwl_export.errors import ConfigError
 from fwl_export.parity.schedule import ROWS, Call, Schedule, compared_depths, make_call
-
-Array = npt.NDArray[Any]
 
 TEXT, MIXED = "text", "mixed"
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, NamedTuple, cast
 
-import numpy.typing as npt
-
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
+from fwl_export.bundle.state import Array
 from fwl_export.machine import installed_versions, processor_name
 from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
@@ -27,8 +26,6 @@ from fwl_export.parity.schedule import ROWS, Call
 from fwl_export.parity.tolerances import Tolerance, changed_table
 from fwl_export.parity.verdict import CandidateVerdict, judge
 from fwl_export.runtimes import Session, open_session
-
-Array = npt.NDArray[Any]
 
 CANDIDATES = "onnxruntime"
 DEFAULT_CASES = ",".join(case.name for case in CASES)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from fwl_export.bundle.state import Array
+from fwl_export.runtimes.sampling import log_softmax
 
 # Of a histogram in ULP: less than half a ULP, less than 1, 2, 4 ... 2^23, and all that is more.
 ULP_BINS = 26
@@ -256,14 +257,6 @@ def _shared_likely(found: Array, expected: Array) -> float:
         np.argpartition(values, -count, axis=-1)[:, -count:] for values in (found, expected)
     )
     return float((best[:, :, None] == right[:, None, :]).sum()) / count
-
-
-def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
-    """Return log probabilities: [..., V] -> [..., V] float64."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(-1, keepdims=True)
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
 
 
 def pooled(parts: Sequence[Prediction]) -> Prediction:

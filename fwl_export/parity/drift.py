@@ -13,18 +13,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export.bundle.state import State
+from fwl_export.bundle.state import Array, State
 from fwl_export.errors import NotFiniteError
 from fwl_export.parity.compare import Error, Prediction, PredictionSum, TensorSum
 from fwl_export.parity.schedule import Call
 from fwl_export.runtimes import Session
-
-Array = npt.NDArray[Any]
 
 LOGITS = "logits"
 

@@ -12,10 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import numpy.typing as npt
-
+from fwl_export.bundle.state import Array
 from fwl_export.errors import ConfigError
 from fwl_export.model.checkpoint import Checkpoint
 from fwl_export.parity.compare import pooled
@@ -24,8 +22,6 @@ from fwl_export.parity.schedule import ROWS, Schedule
 from fwl_export.precision.policy import PrecisionPolicy, parts, streaming_model
 from fwl_export.runtimes.session import Session
 from fwl_export.runtimes.torch import TorchRunner
-
-Array = npt.NDArray[Any]
 
 # Models that read side by side: each needs memory for its state.
 _AT_ONCE = 8

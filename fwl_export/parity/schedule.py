@@ -12,14 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fwl_export.bundle.state import Array
 from fwl_export.errors import TokenError
-
-Array = npt.NDArray[Any]
 
 # Row 0 reads all the time, row 1 starts late, row 2 is reset in mid-stream.
 ROWS = 3

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fwl_export.errors import ConfigError
 from fwl_export.files import replaced_file
+from fwl_export.json_files import check_schema, read_json
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import StreamingModel, UpdateOp
 from fwl_export.op.torch_op import linear_attention_update
@@ -90,16 +91,9 @@ def read_policy(path: Path) -> PrecisionPolicy:
     Raises:
       ConfigError: it is no policy, or of another schema.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"precision policy '{path}' is not JSON ({error})") from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ConfigError(
-            f"precision policy '{path}' has schema_version {version!r}; expected {SCHEMA_VERSION}: "
-            "make it again with `fwl-export precision`"
-        )
+    remedy = "make it again with `fwl-export precision`"
+    data = read_json(path, ConfigError, remedy)
+    check_schema(data, SCHEMA_VERSION, f"precision policy '{path}'", ConfigError, remedy)
     kept, lowered = (data.get(key) for key in ("kept", "lowered"))
     for key, names in (("kept", kept), ("lowered", lowered)):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export.bundle.state import State
+from fwl_export.bundle.state import Array, State
 from fwl_export.errors import ConfigError
 
-Array = npt.NDArray[Any]
 Rows = Sequence[int] | slice
 
 

@@ -9,15 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bundle import state as states
 from fwl_export.bundle.manifest import Bundle
-from fwl_export.bundle.state import PAST, PRESENT, State, TensorSpec
+from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
 from fwl_export.errors import BundleError, MissingDependencyError
 from fwl_export.runtimes.base import Call, Rows, index
-
-Array = npt.NDArray[Any]
 
 
 class OnnxReferenceRunner:

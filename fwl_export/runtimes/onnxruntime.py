@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bundle.manifest import Bundle
-from fwl_export.bundle.state import PAST, PRESENT, State, TensorSpec
+from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
 from fwl_export.errors import BundleError, MissingDependencyError, PluginError
 from fwl_export.ort import import_onnxruntime
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
@@ -20,7 +19,6 @@ from fwl_export.runtimes.base import Call, Rows, index, parse_device
 if TYPE_CHECKING:
     import onnxruntime
 
-Array = npt.NDArray[Any]
 
 _ALIGNMENT = 64  # what our kernel's vectors like best
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fwl_export.bundle.state import Array
 from fwl_export.errors import ConfigError
 
 
@@ -57,3 +58,11 @@ class Sampler:
         shares = np.cumsum(weights[order]) / weights[order].sum()
         order = order[: int(np.searchsorted(shares, self._top_p)) + 1]
         return int(self._rng.choice(order, p=weights[order] / weights[order].sum()))
+
+
+def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
+    """Return log probabilities: [..., V] -> [..., V] float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result

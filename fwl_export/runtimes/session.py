@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from fwl_export.bundle import state as states
 from fwl_export.bundle import state_file
-from fwl_export.bundle.state import State, TensorSpec
+from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.bundle.state_file import SavedState
 from fwl_export.errors import ConfigError, NotFiniteError, ShapeError, TokenError
-from fwl_export.runtimes.base import Array, Call, Runner
+from fwl_export.runtimes.base import Call, Runner
 from fwl_export.runtimes.sampling import Sampler
 
 

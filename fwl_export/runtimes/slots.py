@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export.bundle.state import State
+from fwl_export.bundle.state import Array, State
 from fwl_export.errors import ShapeError, TokenError
-from fwl_export.runtimes.base import Array
 from fwl_export.runtimes.session import Session
 
 

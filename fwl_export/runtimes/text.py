@@ -6,18 +6,17 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fwl_export.bundle.manifest import TOKENIZER_FILE, Bundle
+from fwl_export.bundle.state import Array
 from fwl_export.bundle.tokenizer import load_tokenizer
 from fwl_export.errors import TokenError
+from fwl_export.runtimes.sampling import log_softmax
 from fwl_export.runtimes.session import Session
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,8 @@ def score_ids(
 
 def token_losses(logits: Array, labels: Array) -> npt.NDArray[np.float64]:
     """Return -log softmax(logits)[label] per position: [T, V] and [T] -> [T] float64, nats."""
-    wide = logits.astype(np.float64)
-    top = wide.max(-1, keepdims=True)
-    log_sum = np.log(np.exp(wide - top).sum(-1)) + top[:, 0]
-    chosen: npt.NDArray[np.float64] = log_sum - wide[np.arange(len(labels)), labels]
-    return chosen
+    losses: npt.NDArray[np.float64] = -log_softmax(logits)[np.arange(len(labels)), labels]
+    return losses
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer) -> Array:

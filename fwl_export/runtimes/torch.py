@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy.typing as npt
 import torch
 
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, PRECISION_FILE, Bundle
-from fwl_export.bundle.state import State
+from fwl_export.bundle.state import Array, State
 from fwl_export.errors import BundleError
 from fwl_export.model.checkpoint import load_checkpoint
 from fwl_export.model.streaming import StreamingModel
@@ -21,7 +19,6 @@ from fwl_export.precision.policy import (
 )
 from fwl_export.runtimes.base import Call, Rows, index
 
-Array = npt.NDArray[Any]
 Buffers = dict[str, torch.Tensor]
 
 

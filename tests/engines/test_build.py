@@ -25,7 +25,7 @@ from fwl_export.engines.build import _targets
 from fwl_export.engines.worker import Probe, describe_variant
 from fwl_export.errors import BundleError, DeviceError, EngineError, MissingDependencyError
 from fwl_export.model.streaming import INPUTS
-from fwl_export.runtimes import tensorrt_engine
+from fwl_export.runtimes.tensorrt import engine as tensorrt_engine
 from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.engines.conftest import QuickWorker
 

@@ -76,7 +76,7 @@ def test_a_policy_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 9}, "schema_version 9; expected 1"),
+        ({"schema_version": 9}, "schema_version is 9, but this fwl-export reads 1"),
         ({"target": "fp4"}, "target is 'fp4'; expected fp16 or bf16 or int8w"),
         ({"kept": [UPDATE], "lowered": [UPDATE]}, f"keeps and lowers '{UPDATE}'"),
         ({"kept": "all"}, "'kept' must be a list of names"),

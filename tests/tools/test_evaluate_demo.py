@@ -16,7 +16,6 @@ from fwl_export.adaptation import (
     DynamicReader,
     PlainReader,
     count_flops,
-    finite,
     iterate_losses,
     linear_attention_flops,
     minimize_on_grid,
@@ -26,6 +25,7 @@ from fwl_export.adaptation import (
 from fwl_export.adaptation.plots import spread_apart
 from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig, ModelConfig
 from fwl_export.errors import OutputExistsError
+from fwl_export.json_files import without_non_finite
 from fwl_export.model.language_model import FWLModel
 from fwl_export.op import torch_op
 from tools import evaluate_demo, evaluation_report
@@ -339,7 +339,7 @@ def test_evaluation_goes_on_from_what_is_there(evaluated, model, monkeypatch):
         patch.setattr(DynamicReader, "read", fail)
         patch.setattr(AdaptingReader, "read", fail)
         again = run(workspace(folder, text=1))
-    assert finite(again) == finite(results)
+    assert without_non_finite(again) == without_non_finite(results)
 
 
 def test_parts_of_another_evaluation_are_refused(evaluated):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from fwl_export.errors import ReportError
 from fwl_export.files import replaced_file
+from fwl_export.json_files import check_schema, read_json, without_non_finite
 from fwl_export.parity.cases import Case
 from fwl_export.parity.compare import Place, Prediction, pooled
 from fwl_export.parity.report.worst_place import WorstPlace
@@ -152,7 +152,7 @@ class Report:
                 for candidate, worst in zip(self.candidates, self.worst, strict=True)
             ],
         }
-        result: dict[str, Any] = _finite(data)
+        result: dict[str, Any] = without_non_finite(data, _DIGITS)
         return result
 
     def write(self, path: Path) -> None:
@@ -175,22 +175,17 @@ def read_report(path: Path) -> dict[str, Any]:
       ReportError: it cannot be read, is no report, or is of another schema.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, ReportError, "expected a report of `fwl-export check`")
     except OSError as error:
         raise ReportError(f"cannot read report '{path}': {error.strerror or error}") from None
-    except ValueError as error:
-        raise ReportError(f"'{path}' is not JSON ({error}); expected a report of check") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int) or "candidates" not in data:
-        raise ReportError(f"'{path}' is no report of `fwl-export check`; was another file meant?")
-    if version != SCHEMA_VERSION:
-        remedy = "update fwl-export" if version > SCHEMA_VERSION else "run the check again"
         raise ReportError(
-            f"report '{path}' has schema_version {version}, but this fwl-export reads "
-            f"{SCHEMA_VERSION}; {remedy}"
+            f"'{path}' is not a report of `fwl-export check`; did you mean another file?"
         )
-    result: dict[str, Any] = data
-    return result
+    return check_schema(
+        data, SCHEMA_VERSION, f"report '{path}'", ReportError, "run the check again"
+    )
 
 
 def problems(candidate: CandidateVerdict) -> list[str]:
@@ -312,14 +307,3 @@ def _worst(worst: WorstPlace | None) -> dict[str, Any] | None:
     row, *index = place.pop("index")
     place.pop("depth")
     return {**data, **place, "row": row, "index": index}
-
-
-def _finite(data: Any) -> Any:
-    """Return data with null for numbers that are not finite, and short numbers."""
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    if isinstance(data, float):
-        return float(f"{data:.{_DIGITS}g}") if math.isfinite(data) else None
-    return data

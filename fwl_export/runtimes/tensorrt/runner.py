@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fwl_export.bundle.state import PAST, PRESENT, State, TensorSpec
+from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
 from fwl_export.engines.metadata import EngineMetadata, ProfileMetadata
 from fwl_export.errors import DeviceError, EngineError, ShapeError
 from fwl_export.runtimes.base import Call, Rows
 from fwl_export.runtimes.tensorrt.cuda import ALIGNMENT, Cuda, DeviceMemory, Graph, Mirror, Stream
 from fwl_export.runtimes.tensorrt.engine import LOGITS, TensorRTModel, new_context
 
-Array = npt.NDArray[Any]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # by name, hashable
 
 

@@ -187,13 +187,13 @@ def test_the_documented_schema_is_the_written_one() -> None:
     [
         (
             {"schema_version": 1, "candidates": []},
-            "has schema_version 1, but .* run the check again",
+            "schema_version is 1, but .* run the check again",
         ),
         (
             {"schema_version": 99, "candidates": []},
-            "has schema_version 99, but .* update fwl-export",
+            "schema_version is 99, but .* update fwl-export",
         ),
-        ({"a": 1}, "is no report of"),
+        ({"a": 1}, "is not a report of"),
     ],
 )
 def test_reports_of_another_schema_are_refused(

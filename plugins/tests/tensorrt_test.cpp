@@ -65,6 +65,7 @@ struct EngineFile {
   std::string version = "10.14.1.48";
   std::string variant = "tensorrt";
   bool plugin = false, embedded = false, in_place = false;
+  bool names_tensors = true; // its metadata names the tensors that it updates in place
 };
 
 // A bundle of the small model, with engines.
@@ -94,15 +95,21 @@ public:
                                std::to_string(engine.sm) + (engine.plugin ? "-plugin" : "") +
                                (engine.in_place ? "-inplace" : "");
       const json entry = add(manifest, "engines/" + name + ".engine", engine.text);
-      const json metadata = {{"schema_version", 1},
-                             {"flavour", engine.variant},
-                             {"version", engine.version},
-                             {"sm", engine.sm},
-                             {"model_id", bundle.model_id},
-                             {"sha256", entry["sha256"]},
-                             {"update_path", engine.plugin ? "plugin" : "function body"},
-                             {"plugin_embedded", engine.embedded},
-                             {"in_place_state", engine.in_place}};
+      json metadata = {{"schema_version", 1},
+                       {"flavour", engine.variant},
+                       {"version", engine.version},
+                       {"sm", engine.sm},
+                       {"model_id", bundle.model_id},
+                       {"sha256", entry["sha256"]},
+                       {"update_path", engine.plugin ? "plugin" : "function body"},
+                       {"plugin_embedded", engine.embedded},
+                       {"in_place_state", engine.in_place}};
+      if (engine.names_tensors) {
+        metadata["in_place_tensors"] = json::array();
+        if (engine.in_place) {
+          metadata["in_place_tensors"].push_back("fast.sum.kernel");
+        }
+      }
       add(manifest, "engines/" + name + ".json", metadata.dump());
     }
     write("manifest.json", manifest.dump());
@@ -302,6 +309,12 @@ TEST_CASE_METHOD(Fakes, "sessions compute what the small model does, whatever fa
   }
   SECTION("an engine with the state in place") {
     engine.plugin = engine.in_place = true;
+    engine.text = fwl::fake::engine_text(kRows, kLargest, true, true);
+    plugin = "libfwl_trt.so";
+  }
+  SECTION("an engine with the state in place, whose metadata does not name the tensors") {
+    engine.plugin = engine.in_place = true;
+    engine.names_tensors = false;
     engine.text = fwl::fake::engine_text(kRows, kLargest, true, true);
     plugin = "libfwl_trt.so";
   }

@@ -45,6 +45,9 @@ Engine read_metadata(const Bundle& bundle, const std::string& file) {
     engine.plugin = metadata.at("update_path") == "plugin";
     engine.embedded = metadata.at("plugin_embedded");
     engine.in_place = metadata.at("in_place_state");
+    if (metadata.contains("in_place_tensors") && !metadata["in_place_tensors"].is_null()) {
+      engine.in_place_tensors = metadata["in_place_tensors"].get<std::vector<std::string>>();
+    }
     return engine;
   } catch (const json::exception& error) {
     throw Failure(FWL_ERROR_BUNDLE, "'" + file + "' is malformed (" + printable(error.what()) +

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "bundle.h"
 
@@ -17,6 +19,8 @@ struct Engine {
   bool plugin = false;   // fwl's plugin computes the fast-weight updates
   bool embedded = false; // the engine carries the plugin's library
   bool in_place = false; // the plugin writes the new state over the old one
+  // Names of the tensors for which it does so. Absent in files of earlier versions.
+  std::optional<std::vector<std::string>> in_place_tensors;
 };
 
 // Where an engine is to run, and what the program asked for.

@@ -143,12 +143,6 @@ Dims dims_of(size_t rows, const std::vector<int64_t>& row) {
   return dims;
 }
 
-// Returns whether an engine with its state in place writes a tensor over the old one: the op does
-// so for the matrices of fast weights, which it updates.
-bool is_in_place(const TensorSpec& spec) {
-  return spec.name.rfind("fast.", 0) == 0 && spec.shape.size() == 2;
-}
-
 // The sizes of a call that an optimization profile accepts.
 struct Profile {
   int64_t rows[2];   // minimum, maximum
@@ -202,7 +196,17 @@ public:
   const char* name() const override { return "tensorrt"; }
   std::string engine() const override { return chosen_.name; }
   int64_t max_tokens() const override { return max_tokens_; }
-  bool in_place() const { return chosen_.in_place; }
+  // Returns whether the engine writes a tensor of the state over the old one.
+  bool is_in_place(const TensorSpec& spec) const {
+    if (!chosen_.in_place) {
+      return false;
+    }
+    if (!chosen_.in_place_tensors) { // built by an earlier version: the matrices of fast weights
+      return spec.name.rfind("fast.", 0) == 0 && spec.shape.size() == 2;
+    }
+    const std::vector<std::string>& names = *chosen_.in_place_tensors;
+    return std::find(names.begin(), names.end(), spec.name) != names.end();
+  }
 
   // Returns the index of the first profile that takes a call, or -1.
   int32_t profile_for(size_t rows, size_t tokens) const {
@@ -432,7 +436,7 @@ public:
     for (size_t i = 0; i < runtime_->specs.size(); ++i) {
       const TensorSpec& spec = runtime_->specs[i];
       DevicePointer read = past.tensor(i);
-      if (runtime_->in_place() && is_in_place(spec)) {
+      if (runtime_->is_in_place(spec)) {
         // The old state must survive if this call fails, so the engine overwrites a copy of it.
         stream_->copy(present.tensor(i), read, rows_ * spec.bytes());
         read = present.tensor(i);

@@ -11,6 +11,7 @@ from fwl_export import __version__
 from fwl_export.bundle.defaults import DEFAULT_MAX_BATCH, DEFAULT_SMS
 from fwl_export.bundle.manifest import (
     ENGINES_FOLDER,
+    MODEL_FILE,
     Bundle,
     describe_file,
     read_bundle,
@@ -24,6 +25,7 @@ from fwl_export.engines.metadata import (
     EngineMetadata,
     ProfileMetadata,
     TensorMetadata,
+    op_state_tensors,
 )
 from fwl_export.engines.variant import find_variant
 from fwl_export.engines.worker import Probe, build_in_worker, describe_variant
@@ -213,6 +215,7 @@ def _facts(
 ) -> EngineMetadata:
     """Put together what the worker and the bundle know about an engine."""
     manifest, file = bundle.manifest, describe_file(engine)
+    in_place = plugin is not None and plugin.in_place_state
     return EngineMetadata(
         name=name,
         variant=variant,
@@ -227,13 +230,14 @@ def _facts(
         plugin_layers=known["plugin_layers"],
         plugin_sha256="" if plugin is None else describe_file(plugin.path)["sha256"],
         plugin_embedded=plugin is not None and plugin.embed,
-        in_place_state=plugin is not None and plugin.in_place_state,
+        in_place_state=in_place,
         update_path=_update_path(known["plugin_layers"], manifest.op["nodes"]),
         build_seconds=known["build_seconds"],
         engine_bytes=file["bytes"],
         sha256=file["sha256"],
         model_id=manifest.model_id,
         versions={"fwl-export": __version__, **probe.versions},
+        in_place_tensors=op_state_tensors(bundle.file(MODEL_FILE)) if in_place else [],
     )
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from fwl_export.bundle.onnx_file import op_inputs
+from fwl_export.bundle.state import PAST
 from fwl_export.errors import EngineError
 from fwl_export.json_files import check_schema
+from fwl_export.op.spec import DOMAIN, NAME
 
 SCHEMA_VERSION = 1
 
@@ -74,6 +78,8 @@ class EngineMetadata:
       sha256: of the file.
       model_id: of the bundle's manifest.
       versions: of the tools that built it.
+      in_place_tensors: Names of the state tensors whose `present` overwrites `past`. None in files
+        of earlier versions, where `op_state_tensors` tells them.
     """
 
     name: str
@@ -96,6 +102,7 @@ class EngineMetadata:
     sha256: str
     model_id: str
     versions: Mapping[str, str]
+    in_place_tensors: Sequence[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data."""
@@ -111,7 +118,10 @@ class EngineMetadata:
         """
         check_schema(data, SCHEMA_VERSION, source, EngineError, "build the engine again")
         try:
-            known = {f.name: data[_KEYS.get(f.name, f.name)] for f in fields(cls)}
+            known = {
+                f.name: data[_KEYS.get(f.name, f.name)] for f in fields(cls) if f.default is MISSING
+            }
+            known["in_place_tensors"] = data.get("in_place_tensors")
             for name in ("inputs", "outputs"):
                 known[name] = [TensorMetadata(**tensor) for tensor in known[name]]
             known["profiles"] = [ProfileMetadata(**profile) for profile in known["profiles"]]
@@ -120,3 +130,15 @@ class EngineMetadata:
                 f"{source} is malformed ({type(error).__name__}: {error}); build the engine again"
             ) from None
         return cls(**known)
+
+
+def op_state_tensors(model: Path) -> list[str]:
+    """Return the names of the state tensors that the op updates.
+
+    Args:
+      model: Path of the bundle's ONNX file.
+
+    Raises:
+      BundleError: If the file is not an ONNX model.
+    """
+    return [inputs[-1].removeprefix(PAST) for inputs in op_inputs(model, DOMAIN, NAME)]

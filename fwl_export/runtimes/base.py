@@ -18,7 +18,7 @@ Rows = Sequence[int] | slice
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs of one call of the model, beside the state; arrays are contiguous.
+    """The inputs of one call of the model, beside the state (`state.INPUTS`), as contiguous arrays.
 
     Attributes:
       input_ids: [B, T] int64.

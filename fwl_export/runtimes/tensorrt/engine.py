@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from fwl_export.bundle.manifest import ENGINES_FOLDER, MODEL_FILE, Bundle
-from fwl_export.bundle.onnx_file import op_inputs
 from fwl_export.bundle.state import PAST, TensorSpec
 from fwl_export.engines import (
     Device,
@@ -28,9 +27,9 @@ from fwl_export.engines import (
     query_driver,
     read_engines,
 )
+from fwl_export.engines.metadata import op_state_tensors
 from fwl_export.engines.plugin import load_plugin
 from fwl_export.errors import ConfigError, DeviceError, EngineError
-from fwl_export.op.spec import DOMAIN, NAME
 from fwl_export.plugins import TENSORRT, find_plugin
 from fwl_export.runtimes.base import Call, parse_device
 from fwl_export.runtimes.tensorrt.cuda import Cuda
@@ -132,7 +131,7 @@ def load_model(
         bundle.manifest.config.vocab_size,
         max(tokens for _, tokens in largest),
         min(batch for batch, _ in largest),
-        _in_place(bundle) if facts.in_place_state else frozenset(),
+        _in_place(bundle, facts) if facts.in_place_state else frozenset(),
         cuda_graph,
         cuda,
         trt,
@@ -238,7 +237,8 @@ def _described(trt: Any, engine: Any, name: str) -> tuple[str, tuple[int, ...], 
     )
 
 
-def _in_place(bundle: Bundle) -> frozenset[str]:
-    """Return the state tensors that an engine with state in place updates so: the op's."""
-    nodes = op_inputs(bundle.file(MODEL_FILE), DOMAIN, NAME)
-    return frozenset(inputs[-1].removeprefix(PAST) for inputs in nodes)
+def _in_place(bundle: Bundle, metadata: EngineMetadata) -> frozenset[str]:
+    """Return the state tensors that an engine with state in place updates so."""
+    if metadata.in_place_tensors is not None:
+        return frozenset(metadata.in_place_tensors)
+    return frozenset(op_state_tensors(bundle.file(MODEL_FILE)))  # an engine of an earlier version

@@ -69,9 +69,8 @@ class Candidate:
 
     def describe(self) -> str:
         """Return what runs, in words, e.g. "onnxruntime 1.22.0, plugin libfwl_ort.so"."""
-        versions = [
-            f"{p} {v}" for p, v in installed_versions(RUNTIMES[self.runtime].packages).items()
-        ]
+        installed = installed_versions(RUNTIMES[self.runtime].packages)
+        versions = [f"{package} {version}" for package, version in installed.items()]
         words = [versions[0] if versions else self.runtime]
         if self.runtime == "onnxruntime":
             library = find_plugin(ONNXRUNTIME, self.arguments.get("plugin", "auto"))

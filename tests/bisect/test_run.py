@@ -217,7 +217,7 @@ def test_a_trace_that_is_not_the_module_is_said(own_bundle: Path) -> None:
     [
         ("tensorrt:rtx", "'tensorrt:rtx' cannot run here"),
         ("torch:float32", "'torch:float32' does not run an ONNX graph; expected onnxruntime or"),
-        ("nonsense", "'nonsense' is no runtime"),
+        ("nonsense", "'nonsense' is not a runtime"),
     ],
 )
 def test_what_cannot_be_bisected(candidate: str, message: str, tiny_bundle: Path) -> None:

@@ -162,9 +162,9 @@ def test_a_report_is_replayed_with_its_own_command(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--candidates", "onnxruntme"), "'onnxruntme' is no runtime; expected onnxruntime, "),
+        (("--candidates", "onnxruntme"), "'onnxruntme' is not a runtime; expected onnxruntime, "),
         (("--candidates", "torch:int8"), "torch has no option 'int8'; it has: float64, float32"),
-        (("--candidates", "torch:float32:float64"), "two of its options say the same thing"),
+        (("--candidates", "torch:float32:float64"), "two of its options set the same thing"),
         (("--candidates", "torch,torch"), "'torch' is named twice"),
         (("--cases", "texts"), "'texts' is not a case; expected text, mixed"),
         (("--replay", "report.json", "--tokens", "5"), "--replay takes text, cases, tokens"),

@@ -360,8 +360,8 @@ def edit_facts(bundle: Path, facts: EngineMetadata, **changes: Any) -> None:
         ({"sha256": "0" * 64}, "is not the engine that its metadata describes"),
         ({"schema_version": 9}, "schema_version is 9, but this fwl-export reads 1"),
         ({"inputs": [{"name": "x"}]}, "is malformed (TypeError"),
-        ({"inputs": []}, "does not fit its facts or this fwl-export, beginning with"),
-        ({"outputs": []}, "does not fit its facts or this fwl-export, beginning with 'logits'"),
+        ({"inputs": []}, "does not fit its metadata or this version of fwl-export: '"),
+        ({"outputs": []}, "does not fit its metadata or this version of fwl-export: 'logits' diff"),
     ],
 )
 def test_facts_that_are_wrong(
@@ -387,7 +387,7 @@ def test_an_engine_that_is_changed_or_no_engine(machine: Machine, own_bundle: Pa
 
 def test_an_input_that_must_lie_on_the_host_is_refused(machine: Machine, own_bundle: Path) -> None:
     machine.build(own_bundle, locations={"lengths": "HOST"})
-    assert "beginning with 'lengths'; build it again" in refusal(own_bundle)
+    assert "'lengths' differs; build it again" in refusal(own_bundle)
 
 
 def test_the_plugin_library(machine: Machine, own_bundle: Path, tmp_path: Path) -> None:
@@ -445,7 +445,9 @@ def test_arguments(machine: Machine, own_bundle: Path, monkeypatch: pytest.Monke
     build(machine, own_bundle)
     assert "runs on a GPU, but device is 'cpu'" in refusal(own_bundle, device="cpu")
     assert "device is 'tpu'; expected cpu, cuda" in refusal(own_bundle, device="tpu")
-    assert "device 'cuda:1' is not here; the driver finds 1" in refusal(own_bundle, device="cuda:1")
+    assert "device 'cuda:1' does not exist; the driver finds 1" in refusal(
+        own_bundle, device="cuda:1"
+    )
     assert "precision can be chosen" in refusal(own_bundle, precision="fp32")
     assert "threads can be chosen" in refusal(own_bundle, threads=1)
     with pytest.raises(ConfigError, match="variant can be chosen for runtime 'tensorrt' only"):

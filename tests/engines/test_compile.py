@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fwl_export.engines.compile import Range, _count_plugins, _profile
+from fwl_export.engines.compile import _count_plugins, _profile
 from fwl_export.engines.metadata import TensorMetadata
+from fwl_export.engines.request import Range
 
 
 def test_a_profile_fills_the_free_axes() -> None:

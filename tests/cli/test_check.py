@@ -115,7 +115,7 @@ def test_nan_exits_with_1_and_names_the_first_step(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"TOO SHORT", "the text has 9 tokens; reading 60 and predicting the next takes 61"),
+        (b"TOO SHORT", "the text has 9 tokens; reading 60 and predicting the next one takes 61"),
         (b"\xff\xfe\xff", "as text"),
         (b"", "has 0 tokens"),
     ],
@@ -175,7 +175,10 @@ def test_a_report_is_replayed_with_its_own_command(
         ),
         (("--baseline", "other.json"), "is not a report of `fwl-export check`"),
         (("--baseline", "none.json"), "cannot read report 'none.json'"),
-        (("--tolerances", "tolerances.json"), "no tensor begins with 'logit'; expected position"),
+        (
+            ("--tolerances", "tolerances.json"),
+            "no tensor begins with 'logit'; expected one of position",
+        ),
         (("--tolerances", "report.json"), "tolerances: no tensor begins with"),
     ],
 )

@@ -28,6 +28,7 @@ LOGITS = "logits"
 
 FREE_RUNNING, TEACHER_FORCED = "free", "forced"
 MODES = (FREE_RUNNING, TEACHER_FORCED)
+MODE_NAMES = {FREE_RUNNING: "free-running", TEACHER_FORCED: "teacher-forced"}
 
 # Every call writes these tensors anew, so an error may be gone after the next call: they are
 # compared after each. Caches and fast weights persist; they are compared at the comparison points.

@@ -270,5 +270,5 @@ def _without_measure(failure: Failure | None) -> Failure | None:
     """Return the failure of a reference as one of the run, which then cannot be judged."""
     if failure is None:
         return None
-    message = f"{failure.message}; the reference stopped, so there is nothing to compare with"
+    message = f"{failure.message}; without {failure.runtime} there is nothing to compare with"
     return Failure(failure.runtime, failure.step, failure.tokens_read, message)

@@ -101,7 +101,7 @@ def test_a_summary_fits_into_thirty_lines_of_a_hundred_columns(
 
 def test_the_summary_says_who_is_closest_to_its_limit() -> None:
     text = to_text(report(GOOD))
-    assert "within budget: some runtime comes closest, fast.up.bias with 40% of it" in text
+    assert "within budget: the largest use is 40%, by fast.up.bias of some runtime" in text
     assert text.index("\nlogits") < text.index("\nfast.up.bias")
     assert report(GOOD).passed
     assert report(GOOD).problems() == []
@@ -133,13 +133,14 @@ def test_exit_codes(verdicts: list[CandidateVerdict], code: int, words: str) -> 
 def test_a_breach_names_tensor_depth_and_size() -> None:
     (problem,) = report(GOOD, WRONG).problems()
     assert problem == (
-        "some runtime is outside its budget first in 'fast.up.bias' (case 'text', free) at token "
-        "62: max abs 0.0003 (budget 0.0001), relative RMS 1.5e-05 (budget 1e-05); worst in call "
-        "1, row 1, element [2]: 4 instead of 1"
+        "some runtime is outside its budget, first in 'fast.up.bias' (case 'text', free-running) "
+        "after 62 tokens: max abs 0.0003 (budget 0.0001), relative RMS 1.5e-05 (budget 1e-05); "
+        "worst in call 1, row 1, element [2]: 4 instead of 1"
     )
     died = candidate(tensor("logits", 0.1), failure=DIED)
     assert report(died).problems() == [
-        "some runtime could not go on in case 'text', free, at call 3, by token 31: out of memory"
+        "some runtime could not go on in case 'text', free-running, at call 3 (up to token 31): "
+        "out of memory"
     ]
 
 

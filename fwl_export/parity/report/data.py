@@ -14,6 +14,7 @@ from fwl_export.json_files import check_schema, read_json, without_non_finite
 from fwl_export.parity.cases import Case
 from fwl_export.parity.compare import Place, Prediction, pooled
 from fwl_export.parity.drift import MODE_NAMES, Failure
+from fwl_export.parity.report.html import to_html_table
 from fwl_export.parity.report.worst_place import WorstPlace
 from fwl_export.parity.tolerances import Tolerance
 from fwl_export.parity.verdict import (
@@ -95,6 +96,17 @@ class Report:
     command: str
     created: str
     seconds: float
+
+    def __repr__(self) -> str:
+        """Return the verdict, and the use of each candidate."""
+        uses = ", ".join(
+            f"{c.name} {f'{c.use:.0%}' if c.runs else c.status}" for c in self.candidates
+        )
+        return f"<Report of {self.bundle}: {self.status}; use of budgets: {uses}>"
+
+    def _repr_html_(self) -> str:
+        """Return a compact table for notebooks."""
+        return to_html_table(self.to_dict())
 
     @property
     def status(self) -> str:

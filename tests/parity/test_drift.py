@@ -267,7 +267,7 @@ def test_a_session_of_another_model_is_left_behind_at_once() -> None:
     drift = measure_drift(("right", fake()), {"found": other}, Schedule(TEXT, 100, 16))
     failure = run_of(drift).failure
     assert failure is not None
-    assert "state 'pending.last' is None, but (3, 3) in the reference" in failure.message
+    assert "state 'pending.last' has shape None, but (3, 3) in the reference" in failure.message
 
 
 def test_a_slow_runtime_stops_at_its_limit_and_the_others_go_on() -> None:
@@ -294,4 +294,4 @@ def test_a_state_that_half_precision_cannot_hold_is_told() -> None:
     failure = run_of(drift, TEACHER_FORCED).failure
     assert failure is not None
     assert failure.kind == "not finite"
-    assert "the reference's value is beyond float16" in failure.message
+    assert "the reference's value is too large for float16" in failure.message

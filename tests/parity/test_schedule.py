@@ -107,7 +107,7 @@ def test_short_ways_and_small_calls(tokens: int, max_tokens: int) -> None:
 
 
 def test_a_text_that_is_too_short_is_refused() -> None:
-    with pytest.raises(TokenError, match=r"the text has 10 tokens; reading 10 .* takes 11: give a"):
+    with pytest.raises(TokenError, match=r"the text has 10 tokens; reading 10 .* takes 11. Give a"):
         Schedule(TEXT[:10], 10, MAX_TOKENS)
     with pytest.raises(TokenError, match="tokens is 0; expected 1 or more"):
         Schedule(TEXT, 0, MAX_TOKENS)

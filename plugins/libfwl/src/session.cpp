@@ -140,10 +140,10 @@ void Session::check_positions(const std::vector<int64_t>& total) const {
   for (size_t r = 0; r < rows_ && limit > 0; ++r) {
     if (total[r] > limit - positions_[r]) {
       refuse(FWL_ERROR_TOKEN, "row " + std::to_string(r) + " has read " +
-                                  std::to_string(positions_[r]) + " tokens and is to read " +
-                                  std::to_string(total[r]) + " more, but this model takes " +
-                                  std::to_string(limit) +
-                                  " at most; reset the row, or read a shorter text");
+                                  std::to_string(positions_[r]) + " tokens and would read " +
+                                  std::to_string(total[r]) +
+                                  " more, but this model reads at most " + std::to_string(limit) +
+                                  "; reset the row, or read a shorter text");
     }
   }
 }

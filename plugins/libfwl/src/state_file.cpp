@@ -352,12 +352,14 @@ void check_metadata(const json& metadata, const std::string& path, const Bundle&
   }
   if (metadata.at("version") != kVersion) {
     throw Failure(FWL_ERROR_STATE, "'" + path + "' has version " + metadata.at("version").dump() +
-                                       " of the format, but this libfwl reads " + kVersion);
+                                       " of the format, but this libfwl reads " + kVersion +
+                                       "; update libfwl, or save the state again");
   }
   if (metadata.at("model_id") != bundle.model_id) {
-    throw Failure(FWL_ERROR_STATE, "'" + path +
-                                       "' was saved from another model; a state goes on only in "
-                                       "the model that wrote it, at the same precision");
+    throw Failure(FWL_ERROR_STATE,
+                  "'" + path +
+                      "' was saved from another model; only the model that wrote a "
+                      "state can load it, at the same precision");
   }
 }
 
@@ -406,7 +408,7 @@ void check_state(const Bundle& bundle, const RowState& row, const std::string& s
     offset += spec.bytes();
   }
   if (position_of(row) < 0) {
-    throw Failure(FWL_ERROR_STATE, source + ": the position is negative");
+    throw Failure(FWL_ERROR_STATE, source + ": the position is negative; do not use this state");
   }
 }
 

@@ -60,8 +60,9 @@ struct Session::Progress {
 
 Session::Session(std::shared_ptr<const Model> model, size_t rows)
     : model_(std::move(model)), rows_(rows) {
-  if (rows < 1 || rows > (1u << 20)) {
-    refuse(FWL_ERROR_ARGUMENT, "rows is " + std::to_string(rows) + "; expected 1 or more");
+  if (rows < 1 || rows > kMaxRows) {
+    refuse(FWL_ERROR_ARGUMENT,
+           "rows is " + std::to_string(rows) + "; expected 1 to " + std::to_string(kMaxRows));
   }
   runner_ = model_->runtime->runner(rows);
   current_ = runner_->buffers();

@@ -365,7 +365,7 @@ void check_metadata(const json& metadata, const std::string& path, const Bundle&
 
 std::vector<RowState> restored_rows(const Tensors& file, const Bundle& bundle) {
   const unsigned long count = std::stoul(file.metadata.at("rows").get<std::string>());
-  if (count < 1 || count > (1u << 20)) {
+  if (count < 1 || count > kMaxRows) {
     file.damaged("it holds " + std::to_string(count) + " rows");
   }
   // Compares `count` with the file's size before memory is taken for that many rows.

@@ -190,7 +190,7 @@ def test_wrong_arguments_move_no_row(model: Model) -> None:
         )
     for row in range(2):
         np.testing.assert_array_equal(session.read_row(row), before[row])
-    refused("argument", "rows is 0; expected 1 or more", lambda: model.session(0))
+    refused("argument", "rows is 0; expected 1 to 1048576", lambda: model.session(0))
     refused(
         "argument",
         "session is NULL",

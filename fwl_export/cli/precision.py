@@ -53,10 +53,10 @@ def precision(
 
     Example: fwl-export precision demo --target int8w -o policy.json
     """
+    from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
     from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.errors import ConfigError
-    from fwl_export.export.write_bundle import DEFAULT_MAX_TOKENS
     from fwl_export.model.checkpoint import load_checkpoint
     from fwl_export.parity.precision_search import Explorer, Limits
     from fwl_export.precision.policy import TARGETS, write_policy

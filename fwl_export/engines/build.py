@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fwl_export import __version__
+from fwl_export.bundle.defaults import DEFAULT_MAX_BATCH, DEFAULT_SMS
 from fwl_export.bundle.manifest import (
     ENGINES_FOLDER,
     Bundle,
@@ -29,9 +30,6 @@ from fwl_export.engines.worker import Probe, build_in_worker, describe_variant
 from fwl_export.errors import EngineError
 from fwl_export.files import replaced_file
 from fwl_export.plugins import TENSORRT, find_plugin
-
-DEFAULT_SMS = (80, 86, 89, 120)
-DEFAULT_MAX_BATCH = 8
 
 
 @renamed_arguments(flavour="variant")

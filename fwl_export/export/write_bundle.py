@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fwl_export.bundle import manifest as bundles
+from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.bundle.manifest import Bundle, Manifest, describe_file, is_bundle, read_bundle
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
 from fwl_export.errors import ExportError
@@ -23,9 +24,6 @@ from fwl_export.model.streaming import INPUTS
 from fwl_export.op.spec import DOMAIN, NAME, VERSION
 from fwl_export.ort import import_onnxruntime
 from fwl_export.precision.policy import EXPORTED, PrecisionPolicy, write_policy
-
-DEFAULT_OPSET = 20
-DEFAULT_MAX_TOKENS = 256
 
 _TOOLS = ("fwl-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 

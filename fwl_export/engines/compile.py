@@ -7,7 +7,6 @@ Polygraphy is imported inside functions: it binds to a variant when it is import
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fwl_export.engines.messages import shorten
 from fwl_export.engines.metadata import ProfileMetadata, TensorMetadata
+from fwl_export.engines.plugin import load_plugin
 from fwl_export.engines.variant import LoadedVariant
 from fwl_export.errors import EngineError
-from fwl_export.op.spec import DOMAIN, NAME, NODE_ATTRIBUTES
-
-# Places in the builder's own source, in its messages.
-_NOISE = (
-    r"^\w+::\w+: Error Code \d+: ",  # IBuilder::buildSerializedNetwork: Error Code 1:
-    r"\[\w+\.\w+:\d+: \w+\] ?",  # [pass.cpp:337: check_turing_op_compatibility]
-    r"\.? In \w+ at /?[\w./]+:\d+",  # . In compileGraph at codeGenerator.cpp:2012
-)
+from fwl_export.op.spec import DOMAIN, NAME
 
 _PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
 
@@ -89,7 +83,9 @@ def compile_engine(
 
     began = time.perf_counter()
     if plugin is not None:
-        _load(loaded, plugin.path)
+        title = f"{loaded.variant.title} {loaded.version}"
+        with _first_error(f"{title} cannot load '{plugin.path}'") as errors:
+            load_plugin(loaded.trt, title, plugin.path, errors)
     with _first_error(f"{loaded.variant.title} {loaded.version} cannot read '{model.name}'"):
         in_place = plugin is not None and plugin.in_place_state
         builder, network, _parser = _parse(loaded, model, in_place)
@@ -114,25 +110,6 @@ def compile_engine(
     with output.open("wb") as stream:
         stream.write(engine)
     return facts
-
-
-def _load(loaded: LoadedVariant, library: Path) -> None:
-    """Load the plugin library and check that it has our plugin."""
-    remedy = "build it with `make plugins`, or leave it out with --plugin none"
-    registry = loaded.trt.get_plugin_registry()
-    with _first_error(f"{loaded.variant.title} {loaded.version} cannot load '{library}'") as errors:
-        handle = registry.load_library(str(library))
-    if handle is None:
-        reason = f" ({_sentence(errors)})" if errors else ""
-        raise EngineError(
-            f"{loaded.variant.title} {loaded.version} cannot load plugin '{library}'{reason}; "
-            f"{remedy}"
-        )
-    version, namespace = (NODE_ATTRIBUTES[f"plugin_{key}"] for key in ("version", "namespace"))
-    if registry.get_creator(NAME, version, namespace) is None:
-        raise EngineError(
-            f"'{library}' has no plugin {namespace}::{NAME} of version {version}; {remedy}"
-        )
 
 
 def _parse(loaded: LoadedVariant, model: Path, in_place_state: bool) -> tuple[Any, Any, Any]:
@@ -253,17 +230,6 @@ def _first_error(what: str) -> Iterator[list[str]]:
     try:
         yield errors
     except PolygraphyException as error:
-        raise EngineError(f"{what}: {_sentence([*errors, str(error)])}") from None
+        raise EngineError(f"{what}: {shorten([*errors, str(error)])}") from None
     finally:
         logger.removeHandler(handler)
-
-
-def _sentence(errors: Sequence[str]) -> str:
-    """Return the first message that says what is wrong, on one line."""
-    # The parser quotes the node around its error, in messages that start with a place in its
-    # source; the error itself comes after them.
-    telling = [message for message in errors if not message.startswith("ModelImporter.cpp")]
-    text = " ".join((telling or errors)[0].split())
-    for noise in _NOISE:
-        text = re.sub(noise, "", text)
-    return text.rstrip(". ")

@@ -28,9 +28,9 @@ from fwl_export.engines import (
     query_driver,
     read_engines,
 )
-from fwl_export.engines.variant import Variant
-from fwl_export.errors import ConfigError, DeviceError, EngineError, PluginError
-from fwl_export.op.spec import DOMAIN, NAME, NODE_ATTRIBUTES
+from fwl_export.engines.plugin import load_plugin
+from fwl_export.errors import ConfigError, DeviceError, EngineError
+from fwl_export.op.spec import DOMAIN, NAME
 from fwl_export.plugins import TENSORRT, find_plugin
 from fwl_export.runtimes.base import Call, parse_device
 from fwl_export.runtimes.tensorrt.cuda import Cuda
@@ -116,8 +116,9 @@ def load_model(
     log: deque[str] = deque(maxlen=16)
     logger = _logger(trt, log)
     if needs_library(facts, str(plugin)):
-        required = plugin if plugin != "auto" else "required"
-        _load_library(trt, chosen, find_plugin(TENSORRT, required), log)
+        library = find_plugin(TENSORRT, plugin if plugin != "auto" else "required")
+        assert library is not None  # needs_library refuses "none"
+        load_plugin(trt, f"{chosen.title} {facts.version}", library, log)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
@@ -192,21 +193,6 @@ def _logger(trt: Any, log: deque[str]) -> Any:
                 log.append(message)
 
     return Logger()
-
-
-def _load_library(trt: Any, variant: Variant, library: Path | None, log: deque[str]) -> None:
-    """Load the plugin library, unless this process has it already."""
-    registry = trt.get_plugin_registry()
-    version, namespace = (NODE_ATTRIBUTES[f"plugin_{key}"] for key in ("version", "namespace"))
-    if registry.get_creator(NAME, version, namespace) is not None:
-        return
-    registry.load_library(str(library))
-    if registry.get_creator(NAME, version, namespace) is None:
-        words = f" ({log[-1]})" if log else ""
-        raise PluginError(
-            f"{variant.title} cannot load the plugin {namespace}::{NAME} of version {version} from "
-            f"'{library}'{words}; build it with `make plugins`"
-        )
 
 
 def _check_tensors(

@@ -14,11 +14,12 @@ from fwl_export.bundle.state import PAST, State
 from fwl_export.errors import ConfigError, FwlError
 from fwl_export.parity.candidates import Candidate
 from fwl_export.runtimes.base import Call
+from fwl_export.runtimes.registry import RUNTIMES
 
 if TYPE_CHECKING:
     import onnx
 
-GRAPH_RUNTIMES = ("onnxruntime", "onnx-reference")
+GRAPH_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if runtime.runs_graph)
 
 
 class Probe(Protocol):

@@ -18,7 +18,7 @@ from fwl_export.bundle.state import Array, State
 from fwl_export.parity.compare import Error, Place
 from fwl_export.parity.schedule import Call as Scheduled
 from fwl_export.parity.tolerances import Budget, budgets, tolerance_for
-from fwl_export.runtimes import Session
+from fwl_export.runtimes import Session, SessionSpec
 from fwl_export.runtimes.base import Call, Rows, Runner
 
 LOGITS = "logits"
@@ -128,14 +128,10 @@ def reference_steps(bundle: Bundle, calls: Iterable[Scheduled], rows: int) -> It
     manifest = bundle.manifest
     model = load_model(bundle, "fp64")
     recorder = _Recorder(TorchRunner(model))
-    session = Session(
-        recorder,
-        model.specs,
-        manifest.config.vocab_size,
-        manifest.max_tokens,
-        rows,
-        manifest.config.fast_weights.anchor_interval,
-    )
+    config = manifest.config
+    interval = config.fast_weights.anchor_interval
+    spec = SessionSpec(model.specs, config.vocab_size, manifest.max_tokens, interval)
+    session = Session(recorder, spec, rows)
     for scheduled in calls:
         if scheduled.reset:
             session.reset(scheduled.reset)

@@ -20,7 +20,7 @@ from fwl_export.parity.compare import pooled
 from fwl_export.parity.drift import FREE, LOGITS, LaneDrift, measure_drift
 from fwl_export.parity.schedule import ROWS, Schedule
 from fwl_export.precision.policy import PrecisionPolicy, parts, streaming_model
-from fwl_export.runtimes.session import Session
+from fwl_export.runtimes.session import Session, SessionSpec
 from fwl_export.runtimes.torch import TorchRunner
 
 # Models that read side by side: each needs memory for its state.
@@ -245,14 +245,9 @@ class Explorer:
     def _session(self, precision: str | PrecisionPolicy) -> Session:
         config = self._checkpoint.config
         model = streaming_model(self._checkpoint.model, precision, self._max_tokens)
-        return Session(
-            TorchRunner(model),
-            model.specs,
-            config.vocab_size,
-            self._max_tokens,
-            ROWS,
-            config.fast_weights.anchor_interval,
-        )
+        interval = config.fast_weights.anchor_interval
+        spec = SessionSpec(model.specs, config.vocab_size, self._max_tokens, interval)
+        return Session(TorchRunner(model), spec, ROWS)
 
 
 def _distance(drift: LaneDrift) -> Distance:

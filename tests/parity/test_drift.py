@@ -12,7 +12,7 @@ from fwl_export.bundle import state as states
 from fwl_export.bundle.state import State, TensorSpec
 from fwl_export.parity.drift import FORCED, FREE, Drift, Lane, LaneDrift, measure_drift
 from fwl_export.parity.schedule import ROWS, Call, Schedule
-from fwl_export.runtimes import Session
+from fwl_export.runtimes import Session, SessionSpec
 from fwl_export.runtimes.base import Call as ModelCall
 from fwl_export.runtimes.base import Rows, Runner, index
 
@@ -67,7 +67,7 @@ class FakeRunner:
 
 
 def fake(twist: Twist = lambda call, logits, state: logits, batch: int = ROWS) -> Session:
-    return Session(FakeRunner(twist), SPECS, VOCABULARY, 16, batch)
+    return Session(FakeRunner(twist), SessionSpec(SPECS, VOCABULARY, 16), batch)
 
 
 def drift_of(twist: Twist, tokens: int = 100) -> Drift:
@@ -254,7 +254,7 @@ def test_a_state_of_another_shape_is_a_failure() -> None:
 
 
 def test_a_session_of_another_model_is_left_behind_at_once() -> None:
-    other = Session(FakeRunner(lambda c, x, s: x), SPECS[:2], VOCABULARY, 16, ROWS)
+    other = Session(FakeRunner(lambda c, x, s: x), SessionSpec(SPECS[:2], VOCABULARY, 16), ROWS)
     drift = measure_drift(("right", fake()), {"found": other}, Schedule(TEXT, 100, 16))
     failure = lane(drift).failure
     assert failure is not None
@@ -273,7 +273,7 @@ def test_a_slow_runtime_stops_at_its_limit_and_the_others_go_on() -> None:
 
 def test_a_state_that_half_precision_cannot_hold_is_told() -> None:
     half = [TensorSpec(s.name, s.shape, s.dtype.replace("float64", "float16")) for s in SPECS]
-    candidate = Session(FakeRunner(lambda c, x, s: x), half, VOCABULARY, 16, ROWS)
+    candidate = Session(FakeRunner(lambda c, x, s: x), SessionSpec(half, VOCABULARY, 16), ROWS)
 
     def large(call: int, logits: np.ndarray, state: State) -> np.ndarray:
         state["fast.sum"] += 1e6

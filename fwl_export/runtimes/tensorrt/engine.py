@@ -109,12 +109,10 @@ def load_model(
     cuda = Cuda(index, chosen.remedy)
     trt = import_variant(chosen)
     facts = choose_engine(bundle, engines, gpu, chosen.name, str(trt.__version__))
-    path = bundle.file(f"{ENGINES_FOLDER}/{facts.name}.engine")
-    if bundle.manifest.files[f"{ENGINES_FOLDER}/{facts.name}.engine"]["sha256"] != facts.sha256:
-        raise EngineError(f"'{path}' is not the engine that its facts describe; build it again")
+    path = _engine_file(bundle, facts)
     cuda.use()
     log: deque[str] = deque(maxlen=16)
-    logger = _logger(trt, log)
+    logger = error_logger(trt, log)
     if needs_library(facts, str(plugin)):
         library = find_plugin(TENSORRT, plugin if plugin != "auto" else "required")
         assert library is not None  # needs_library refuses "none"
@@ -143,6 +141,14 @@ def load_model(
         (runtime, logger),
         threading.Lock(),
     )
+
+
+def _engine_file(bundle: Bundle, facts: EngineMetadata) -> Path:
+    name = f"{ENGINES_FOLDER}/{facts.name}.engine"
+    path = bundle.file(name)
+    if bundle.manifest.files[name]["sha256"] != facts.sha256:
+        raise EngineError(f"'{path}' is not the engine that its metadata describes; build it again")
+    return path
 
 
 def new_context(model: TensorRTModel, decode: bool) -> Any:
@@ -183,7 +189,9 @@ def find_device(device: str | None = None) -> tuple[int, Device]:
     return index, driver.devices[index]
 
 
-def _logger(trt: Any, log: deque[str]) -> Any:
+def error_logger(trt: Any, log: deque[str]) -> Any:
+    """Return a TensorRT logger that appends errors to `log` and drops everything else."""
+
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

@@ -10,6 +10,9 @@ from fwl_export.json_files import without_non_finite
 
 SCHEMA_VERSION = 1
 
+# Fields of a finding whose names in the file are older.
+_JSON_KEYS = {"tokens_read": "depth"}
+
 NODE, STATE, FUSION, TRACE = "node", "state", "fusion", "trace"
 
 
@@ -41,7 +44,7 @@ class Finding:
         gone when the graph's tensors are looked at; "trace", PyTorch's traced graph is not what
         its module computes.
       step: number of the call in the schedule at which it starts.
-      depth: tokens the first row had read after that call.
+      tokens_read: tokens the first row had read after that call.
       tokens: T of that call.
       tensor: the first that is wrong, in the order of the graph; a state tensor's name for "state".
       module: path of the module, or its method, that computes it in PyTorch.
@@ -59,7 +62,7 @@ class Finding:
 
     kind: str
     step: int
-    depth: int
+    tokens_read: int
     tokens: int
     tensor: str
     module: str = ""
@@ -124,6 +127,8 @@ class Bisection:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data; what is infinite or NaN is null."""
         data: dict[str, Any] = without_non_finite(asdict(self))
+        if finding := data["finding"]:
+            data["finding"] = {_JSON_KEYS.get(key, key): value for key, value in finding.items()}
         place = self.finding.place if self.finding else None
         return {"schema_version": SCHEMA_VERSION, "found": place is not None, "place": place} | data
 
@@ -151,7 +156,7 @@ def _lines(finding: Finding, case: str) -> list[str]:
     lines = [
         f"FOUND      {finding.place}",
         f"starts at  case '{case}', call {finding.step} ({finding.tokens} tokens per row at most; "
-        f"the first row has read {finding.depth})",
+        f"the first row has read {finding.tokens_read})",
     ]
     if finding.amount:
         amount = finding.amount

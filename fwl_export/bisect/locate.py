@@ -95,8 +95,8 @@ def compare(
     own: State,
     exact: State,
     precision: str,
-    depth: int,
-    memory: float,
+    tokens_read: int,
+    horizon_tokens: float,
 ) -> Comparison:
     """Compare the tensors that nodes compute.
 
@@ -107,8 +107,8 @@ def compare(
       own: of PyTorch in the candidate's precision, by name in its graph.
       exact: of PyTorch in float64.
       precision: "fp32" or "fp16".
-      depth: tokens the first row has read.
-      memory: see `budgets`.
+      tokens_read: tokens the first row has read.
+      horizon_tokens: see `budgets`.
     """
     outside: dict[str, Outside] = {}
     matched = total = 0
@@ -120,7 +120,9 @@ def compare(
             if right is None or right.shape != found[name].shape:
                 continue
             matched += 1
-            measured = _measured(found[name], own[names[name]], right, precision, depth, memory)
+            measured = _measured(
+                found[name], own[names[name]], right, precision, tokens_read, horizon_tokens
+            )
             largest = max(largest, measured.use)
             if measured.use > 1:
                 outside[name] = measured
@@ -183,13 +185,13 @@ def wrong_weights(
 
 
 def _measured(
-    found: Array, own: Array, exact: Array, precision: str, depth: int, memory: float
+    found: Array, own: Array, exact: Array, precision: str, tokens_read: int, horizon_tokens: float
 ) -> Outside:
     error, of_own = (distance(value, exact) for value in (found, own))
     if exact.dtype.kind == "f":
-        (budget,) = budgets(INTERMEDIATE, [of_own], [depth], precision, memory)
+        (budget,) = budgets(INTERMEDIATE, [of_own], [tokens_read], precision, horizon_tokens)
     else:
-        (budget,) = budgets(_EXACT, [of_own], [depth], precision, memory)
+        (budget,) = budgets(_EXACT, [of_own], [tokens_read], precision, horizon_tokens)
     return Outside(error, budget)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,8 @@ from fwl_export.errors import BundleError
 from fwl_export.files import replaced_folder
 from fwl_export.model.traced_graph import TracedGraph, read_graph
 from fwl_export.parity.candidates import Candidate, parse_candidate
-from fwl_export.parity.cases import MIXED, TEXT, choose_cases
-from fwl_export.parity.check import remembered_tokens, torch_threads
+from fwl_export.parity.cases import MIXED, TEXT, Case, choose_cases
+from fwl_export.parity.check import model_horizon, torch_threads
 from fwl_export.runtimes import Session, open_session
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def bisect_bundle(
     seed: int = 0,
     reproducer: Path | None = None,
     text: str = "",
-    cases: str = DEFAULT_CASES,
+    cases: str | Sequence[str | Case] = DEFAULT_CASES,
     session: Session | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Bisection:
@@ -81,7 +81,8 @@ def bisect_bundle(
       seed: of the calls.
       reproducer: folder to write, in place of what is there; None: none is written.
       text: name of the text.
-      cases: names, see `parity.cases`; read in turn until something goes wrong.
+      cases: Names of cases, or what `choose_cases` returned for this bundle. They are read in
+        turn until a call goes wrong.
       session: in place of a new one of the candidate.
       advance: called with the number of tokens the first row has moved, of all cases.
 
@@ -101,7 +102,7 @@ def bisect_bundle(
     chosen = choose_cases(cases, tokens, manifest.max_tokens, limit)
     calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
     session = session or candidate.open(bundle, 1, threads=1)
-    memory = remembered_tokens(bundle)
+    horizon_tokens = model_horizon(bundle)
     facts: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,
         "candidate": candidate.name,
@@ -109,18 +110,26 @@ def bisect_bundle(
         "text": text,
         "tokens": tokens,
         "seed": seed,
-        "cases": cases,
+        "cases": cases if isinstance(cases, str) else ",".join(_name(case) for case in cases),
     }
     with torch_threads(1), TemporaryDirectory() as folder:
         own = open_session(bundle, "torch", 1)
         for case in chosen:
             reader = session.another(case.rows)
-            suspect = first_wrong_step(bundle, calls[case.name], reader, own, memory, advance)
+            suspect = first_wrong_step(
+                bundle, calls[case.name], reader, own, horizon_tokens, advance
+            )
             if suspect:
-                search = _Search(bundle, candidate, graph, reader, suspect, memory, Path(folder))
+                search = _Search(
+                    bundle, candidate, graph, reader, suspect, horizon_tokens, Path(folder)
+                )
                 facts |= {"case": case.name, **search.run(reproducer)}
                 break
     return Bisection(**facts, seconds=time.perf_counter() - began)
+
+
+def _name(case: str | Case) -> str:
+    return case if isinstance(case, str) else f"{case.name}@{case.tokens}"
 
 
 def _graph(bundle: Bundle) -> TracedGraph:
@@ -142,7 +151,7 @@ class _Search:
         graph: TracedGraph,
         session: Session,
         suspect: Suspect,
-        memory: float,
+        horizon_tokens: float,
         folder: Path,
     ) -> None:
         self._bundle = bundle
@@ -151,7 +160,7 @@ class _Search:
         self._session = session
         self._suspect = suspect
         self._step = suspect.step
-        self._memory = memory
+        self._horizon_tokens = horizon_tokens
         self._path = folder / "exposed.onnx"
         self._inputs = call_inputs(self._step.call, as_types(session, self._step.past))
 
@@ -171,8 +180,8 @@ class _Search:
             own,
             exact,
             self._bundle.manifest.precision,
-            self._step.depth,
-            self._memory,
+            self._step.tokens_read,
+            self._horizon_tokens,
         )
         facts = {
             "matched": comparison.matched,
@@ -277,7 +286,7 @@ class _Search:
         outputs[LOGITS] = np.where(padded, 0, outputs[LOGITS])
         errors = measure(outputs, self._step.outputs)
         wrong = [n for n, o in self._suspect.outside.items() if o.budget.use(errors[n]) > 1]
-        if right and wrong and self._suspect.forced:
+        if right and wrong and self._suspect.teacher_forced:
             return self._finding(
                 FUSION,
                 wrong[0],
@@ -291,7 +300,7 @@ class _Search:
         """Name the state tensor that was not what the call before had left."""
         note = "every node is right when given right inputs; "
         states = [name for name in self._suspect.outside if name != LOGITS]
-        if self._suspect.forced and len(self._suspect.outside) == 1 and states:
+        if self._suspect.teacher_forced and len(self._suspect.outside) == 1 and states:
             note += "the model's result is right, and is not what the session then holds"
             return self._finding(
                 STATE, states[0], amount=_amount(self._suspect.outside[states[0]]), note=note
@@ -317,7 +326,7 @@ class _Search:
                 continue
             past = {**self._step.past, name: before.past[name]}
             stale = _with_past(self._step, past)
-            outputs = fed(reference, stale, forced=True)
+            outputs = fed(reference, stale, teacher_forced=True)
             if isinstance(outputs, str):
                 continue
             errors = measure(found, outputs)
@@ -330,7 +339,7 @@ class _Search:
         return Finding(
             kind,
             step.number,
-            step.depth,
+            step.tokens_read,
             step.call.input_ids.shape[1],
             tensor,
             outputs=list(self._suspect.outside),
@@ -339,7 +348,7 @@ class _Search:
 
 
 def _with_past(step: Step, past: State) -> Step:
-    return Step(step.number, step.depth, step.call, step.reset, past, step.outputs)
+    return Step(step.number, step.tokens_read, step.call, step.reset, past, step.outputs)
 
 
 def _amount(outside: Outside) -> Amount:

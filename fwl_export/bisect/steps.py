@@ -1,8 +1,9 @@
 """The first call at which a candidate goes wrong, and whether it was given the right state.
 
-PyTorch in float64 reads the schedule. At every call the candidate reads twice: *forced*, with its
-state set to the reference's, and *free*, with its own. A forced call that goes wrong has a fault
-inside the model; if only the free one does, what is carried from call to call is wrong.
+PyTorch in float64 reads the schedule. The candidate makes every call twice: *teacher-forced*, with
+its state set to the reference's before the call, and *free-running*, with its own state. If the
+teacher-forced call is wrong, the fault is inside the model. If only the free-running call is wrong,
+the state that is carried from call to call is at fault.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from fwl_export.bundle.manifest import Bundle
 from fwl_export.bundle.state import Array, State
 from fwl_export.parity.compare import Error, Place
-from fwl_export.parity.schedule import Call as Scheduled
+from fwl_export.parity.schedule import ScheduledCall
 from fwl_export.parity.tolerances import Budget, budgets, tolerance_for
 from fwl_export.runtimes import Session, SessionSpec
 from fwl_export.runtimes.base import Call, Rows, Runner
@@ -30,7 +31,7 @@ class Step:
 
     Attributes:
       number: of the call in the schedule.
-      depth: tokens the first row had read after it.
+      tokens_read: tokens the first row had read after it.
       call: its inputs beside the state.
       reset: rows that started afresh before it.
       past: the state before, float64.
@@ -38,7 +39,7 @@ class Step:
     """
 
     number: int
-    depth: int
+    tokens_read: int
     call: Call
     reset: tuple[int, ...]
     past: State
@@ -70,7 +71,7 @@ class Suspect:
     Attributes:
       step: the call.
       before: the one before it; None if it is the first.
-      forced: whether it went wrong with the right state.
+      teacher_forced: whether it went wrong with the right state.
       outside: outputs outside their budgets, by name, logits first.
       found: what the candidate returned; empty if it raised.
       failure: what the candidate raised; empty: nothing.
@@ -78,7 +79,7 @@ class Suspect:
 
     step: Step
     before: Step | None
-    forced: bool
+    teacher_forced: bool
     outside: Mapping[str, Outside]
     found: State
     failure: str
@@ -86,10 +87,10 @@ class Suspect:
 
 def first_wrong_step(
     bundle: Bundle,
-    calls: Iterable[Scheduled],
+    calls: Iterable[ScheduledCall],
     candidate: Session,
     own: Session,
-    memory: float,
+    horizon_tokens: float,
     advance: Callable[[int], None],
 ) -> Suspect | None:
     """Read until a call of the candidate goes wrong.
@@ -99,29 +100,29 @@ def first_wrong_step(
       calls: of the schedule.
       candidate: of as many rows as the calls.
       own: PyTorch in the candidate's precision: what that costs is the measure of the budgets.
-      memory: tokens that the sums remember, see `budgets`.
+      horizon_tokens: tokens that the sums remember, see `budgets`.
       advance: called with the number of tokens the first row has moved.
     """
     precision = bundle.manifest.precision
     rows = candidate.batch
-    forced, free = (_Judge(own.another(rows), precision, memory) for _ in range(2))
+    teacher_forced, free = (_Judge(own.another(rows), precision, horizon_tokens) for _ in range(2))
     free_candidate = candidate.another(rows)
     before: Step | None = None
-    runs = ((forced, candidate, True), (free, free_candidate, False))
+    runs = ((teacher_forced, candidate, True), (free, free_candidate, False))
     for step in reference_steps(bundle, calls, rows):
-        for judge, session, is_forced in runs:
-            found = fed(session, step, is_forced)
-            outside = judge.outside(found, step, is_forced)
+        for judge, session, is_teacher_forced in runs:
+            found = fed(session, step, is_teacher_forced)
+            outside = judge.outside(found, step, is_teacher_forced)
             if isinstance(found, str):
-                return Suspect(step, before, is_forced, {}, {}, found)
+                return Suspect(step, before, is_teacher_forced, {}, {}, found)
             if outside:
-                return Suspect(step, before, is_forced, outside, found, "")
-        advance(step.depth - (before.depth if before else 0))
+                return Suspect(step, before, is_teacher_forced, outside, found, "")
+        advance(step.tokens_read - (before.tokens_read if before else 0))
         before = step
     return None
 
 
-def reference_steps(bundle: Bundle, calls: Iterable[Scheduled], rows: int) -> Iterator[Step]:
+def reference_steps(bundle: Bundle, calls: Iterable[ScheduledCall], rows: int) -> Iterator[Step]:
     """Yield the calls of the model that a schedule makes; a session splits some at anchors."""
     from fwl_export.runtimes.torch import TorchRunner, load_model
 
@@ -141,7 +142,7 @@ def reference_steps(bundle: Bundle, calls: Iterable[Scheduled], rows: int) -> It
         for index, (call, past, logits, present) in enumerate(recorder.calls):
             reset = () if index else scheduled.reset
             outputs = {LOGITS: _real(logits, call), **present}
-            yield Step(scheduled.step, scheduled.depth, call, reset, past, outputs)
+            yield Step(scheduled.step, scheduled.tokens_read, call, reset, past, outputs)
 
 
 def measure(found: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, Error]:
@@ -179,10 +180,10 @@ def distance(found: Array, expected: Array, rows: int = 1) -> Error:
     )
 
 
-def fed(session: Session, step: Step, forced: bool) -> State | str:
+def fed(session: Session, step: Step, teacher_forced: bool) -> State | str:
     """Return the outputs of a session for a step, or what it raised."""
     try:
-        if forced:
+        if teacher_forced:
             session.state = as_types(session, step.past)
         elif step.reset:
             session.reset(step.reset)
@@ -203,14 +204,14 @@ def as_types(session: Session, state: State) -> State:
 class _Judge:
     """Judges one step after the other; the budget is what PyTorch has been off by so far."""
 
-    def __init__(self, own: Session, precision: str, memory: float) -> None:
+    def __init__(self, own: Session, precision: str, horizon_tokens: float) -> None:
         self._own = own
         self._precision = precision
-        self._memory = memory
+        self._horizon_tokens = horizon_tokens
         self._largest: dict[str, Error] = {}
 
-    def outside(self, found: State | str, step: Step, forced: bool) -> dict[str, Outside]:
-        own = fed(self._own, step, forced)
+    def outside(self, found: State | str, step: Step, teacher_forced: bool) -> dict[str, Outside]:
+        own = fed(self._own, step, teacher_forced)
         assert not isinstance(own, str), own
         for name, error in measure(own, step.outputs).items():
             last = self._largest.get(name, error)
@@ -223,9 +224,9 @@ class _Judge:
             return {}
         outside = {}
         for name, error in measure(found, step.outputs).items():
-            own_errors, depths = [self._largest[name]], [step.depth]
+            own_errors, tokens_read = [self._largest[name]], [step.tokens_read]
             row = tolerance_for(name)
-            (budget,) = budgets(row, own_errors, depths, self._precision, self._memory)
+            (budget,) = budgets(row, own_errors, tokens_read, self._precision, self._horizon_tokens)
             if budget.use(error) > 1:
                 outside[name] = Outside(error, budget)
         return outside

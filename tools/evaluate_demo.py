@@ -80,7 +80,7 @@ ROWS = ("a", "b", "c", "c0", "c'", "d")
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """How much to measure.
 
     Attributes:
@@ -104,7 +104,7 @@ class Plan:
     timing_blocks: int = 32
 
 
-QUICK = Plan(2000, 1500, 600, (128, 64), (256, None), CHUNK, 500, 4)
+QUICK = EvaluationPlan(2000, 1500, 600, (128, 64), (256, None), CHUNK, 500, 4)
 
 # Whose losses are compared token by token.
 ROW_PAIRS = (("b", "a"), ("c", "a"), ("c0", "a"), ("c'", "a"), ("d", "a"), ("c", "c0"), ("c", "d"))
@@ -195,7 +195,7 @@ def evaluate(
     fwl: FWLModel,
     plays: Mapping[str, Tensor],
     validation: Tensor,
-    plan: Plan,
+    plan: EvaluationPlan,
     work: Workspace,
 ) -> dict[str, Any]:
     """Measure all rows.
@@ -277,7 +277,9 @@ def _bin_means(losses: Losses, size: int) -> npt.NDArray[np.float64]:
     return means
 
 
-def tune_anchor(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> dict[str, Any]:
+def tune_anchor(
+    model: FWLModel, text: Tensor, plan: EvaluationPlan, work: Workspace
+) -> dict[str, Any]:
     """Choose the factors of (c) on the validation text: one, the other, the first again."""
     trials: list[dict[str, Any]] = []
 
@@ -309,7 +311,9 @@ def tune_anchor(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> d
     }
 
 
-def tune_reset(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> dict[str, Any]:
+def tune_reset(
+    model: FWLModel, text: Tensor, plan: EvaluationPlan, work: Workspace
+) -> dict[str, Any]:
     """Choose the reset interval of the paper's form on the validation text."""
     pure = paper_form(model)
     trials: list[dict[str, Any]] = []
@@ -322,7 +326,9 @@ def tune_reset(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> di
     return {"tokens": len(text), "chosen": chosen, "trials": trials}
 
 
-def tune_dynamic(model: FWLModel, text: Tensor, plan: Plan, work: Workspace) -> dict[str, Any]:
+def tune_dynamic(
+    model: FWLModel, text: Tensor, plan: EvaluationPlan, work: Workspace
+) -> dict[str, Any]:
     """Choose segment and learning rate of dynamic evaluation on the validation text.
 
     For every segment the best learning rate of a coarse grid on the text's beginning; for the
@@ -377,7 +383,7 @@ def measure_cost(
     readers: Mapping[str, Callable[[], Reader]],
     stream: Tensor,
     segment: int,
-    plan: Plan,
+    plan: EvaluationPlan,
     work: Workspace,
 ) -> dict[str, Any]:
     """Measure seconds and count operations of the rows on the same blocks of text.
@@ -452,7 +458,9 @@ def load_pair(plain: Path, fwl: Path) -> tuple[Checkpoint, Checkpoint]:
     return first, second
 
 
-def load_texts(checkpoint: Checkpoint, data: Path, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
+def load_texts(
+    checkpoint: Checkpoint, data: Path, plan: EvaluationPlan
+) -> tuple[dict[str, Tensor], Tensor]:
     """Return the tokens of the test plays by name, and those of the validation text."""
     plays = demo_data.load_plays(data)
 
@@ -468,7 +476,7 @@ def _sha256(*chunks: bytes) -> str:
     return hashlib.sha256(b"".join(chunks)).hexdigest()
 
 
-def run(plain: Path, fwl: Path, data: Path, output: Path, plan: Plan) -> None:
+def run(plain: Path, fwl: Path, data: Path, output: Path, plan: EvaluationPlan) -> None:
     """Evaluate two checkpoint folders and write results.json, results.md and the plot."""
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -518,7 +526,7 @@ def main(
 ) -> None:
     """Compare an adapting model with a plain one and with dynamic evaluation."""
     try:
-        run(plain, fwl, data, output, QUICK if quick else Plan())
+        run(plain, fwl, data, output, QUICK if quick else EvaluationPlan())
     except FwlError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
         raise typer.Exit(1) from None

@@ -11,7 +11,7 @@ import typer
 from fwl_export.cli.terminal import JsonOption, print_json, progress_bar, table
 
 if TYPE_CHECKING:
-    from fwl_export.adaptation.compare import Comparison, Plan
+    from fwl_export.adaptation.compare import Comparison, ComparisonPlan
 
 
 def compare_adaptation(
@@ -61,7 +61,7 @@ def compare_adaptation(
         return
     if checkpoint is None or not texts:
         raise typer.BadParameter("a checkpoint and at least one text file are needed, or --shape")
-    from fwl_export.adaptation.compare import Plan
+    from fwl_export.adaptation.compare import ComparisonPlan
 
     if output is not None:
         from fwl_export.files import check_output
@@ -70,7 +70,7 @@ def compare_adaptation(
     numbers = [part.strip() for part in segments.split(",")]
     if not all(part.isdecimal() for part in numbers):
         raise typer.BadParameter(f"--segments is '{segments}'; expected numbers such as 128,32,16")
-    plan = Plan(tuple(map(int, numbers)), tuning_tokens, max_tokens)
+    plan = ComparisonPlan(tuple(map(int, numbers)), tuning_tokens, max_tokens)
     found = _compare(checkpoint, plain, texts, validation, plan, threads, output)
     if json:
         print_json(found.to_dict())
@@ -89,7 +89,7 @@ def _compare(
     plain: Path | None,
     texts: list[Path],
     validation: Path | None,
-    plan: Plan,
+    plan: ComparisonPlan,
     threads: int,
     output: Path | None,
 ) -> Comparison:

@@ -130,7 +130,7 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
     policy = found.policy
     ranked = sorted(found.alone, key=lambda name: found.alone[name].kl, reverse=True)
     rows = [
-        [name, *_cells(found.alone[name]), "float32" if name in policy.kept else policy.target]
+        [name, *_cells(found.alone[name]), "float32" if name in policy.excluded else policy.target]
         for name in ranked
     ]
     rows.append(["all lowered", *_cells(found.everything), ""])
@@ -141,10 +141,10 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
     limit = (limits.max_kl, limits.max_perplexity_increase, limits.max_state_error)
     rows.append(["limit", *(f"{value:.1e}" for value in limit), ""])
     header = ("lowered alone", "KL, nats", "perplexity", "state", "policy")
-    kept = ", ".join(policy.kept) or "nothing"
+    kept = ", ".join(policy.excluded) or "nothing"
     return (
         f"{table(header, rows)}\n\n"
-        f"{len(policy.lowered)} of {len(ranked)} parts in {policy.target}; float32 stays: {kept}"
+        f"{len(policy.quantized)} of {len(ranked)} parts in {policy.target}; float32 stays: {kept}"
     )
 
 

@@ -163,7 +163,7 @@ def _model_id(checkpoint: Path, precision: str | PrecisionPolicy) -> str:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         digest.update(describe_file(checkpoint / name)["sha256"].encode())
     if isinstance(precision, PrecisionPolicy):
-        digest.update(json.dumps([precision.target, sorted(precision.lowered)]).encode())
+        digest.update(json.dumps([precision.target, sorted(precision.quantized)]).encode())
     else:
         digest.update(json.dumps(precision).encode())
     return digest.hexdigest()

@@ -158,7 +158,7 @@ class Explorer:
             "all_lowered": asdict(everything),
             "lowered_alone": {name: asdict(alone[name]) for name in ranked},
         }
-        policy = PrecisionPolicy(policy.target, policy.lowered, policy.kept, measured)
+        policy = PrecisionPolicy(policy.target, policy.quantized, policy.excluded, measured)
         return Exploration(policy, alone, everything, confirmed, self._runs)
 
     def _sensitivities(self, tokens: int) -> tuple[Distance, dict[str, Distance]]:

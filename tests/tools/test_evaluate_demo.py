@@ -282,7 +282,7 @@ def workspace(folder, **settings) -> evaluate_demo.Workspace:
     return evaluate_demo.Workspace(folder, settings, Console(file=io.StringIO()))
 
 
-PLAN = evaluate_demo.Plan(None, None, 200, (32, 16), (256, None), 64, 100, 2)
+PLAN = evaluate_demo.EvaluationPlan(None, None, 200, (32, 16), (256, None), 64, 100, 2)
 
 
 @pytest.fixture(scope="module")

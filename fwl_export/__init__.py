@@ -27,6 +27,7 @@ used. Running a bundle needs no PyTorch. `fwl-export --help` shows the command l
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fwl_export import deprecations
@@ -117,6 +118,8 @@ __all__ = list(_PUBLIC)
 
 
 deprecations.install()
+# The package prints nothing of its own; whoever wants its records adds a handler.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

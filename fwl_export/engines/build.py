@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from fwl_export.engines.worker import Probe, build_in_worker, describe_variant
 from fwl_export.errors import EngineError
 from fwl_export.files import replaced_file
 from fwl_export.plugins import TENSORRT, find_plugin
+
+_log = logging.getLogger(__name__)
 
 
 @renamed_arguments(flavour="variant")
@@ -82,6 +85,7 @@ def build_engines(
             "`make plugins`, or give its path with --plugin"
         )
     use = None if library is None else PluginUse(library, in_place_state, embed_plugin)
+    _log.info("building with plugin %s", library or "none, from standard operators")
     insist = plugin not in ("auto", "none")
     progress(f"loading {find_variant(variant).title}")
     probe = describe_variant(variant)
@@ -198,6 +202,7 @@ def _build(
         beside.write_text(json.dumps(facts.to_dict(), indent=2) + "\n", encoding="utf-8")
         _forget(bundle, names)
     bundle.add_files(names)
+    _log.info("built '%s' in %.1f s: %s", target, facts.build_seconds, facts.update_path)
     return facts
 
 

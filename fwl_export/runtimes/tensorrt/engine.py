@@ -6,6 +6,7 @@ have built yourself, or that come from someone you would run a program of.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ from fwl_export.op.spec import DOMAIN, NAME
 from fwl_export.plugins import TENSORRT, find_plugin
 from fwl_export.runtimes.base import Call, parse_device
 from fwl_export.runtimes.tensorrt.cuda import Cuda
+
+_log = logging.getLogger(__name__)
 
 LOGITS = "logits"
 
@@ -125,6 +128,7 @@ def load_model(
             f"{chosen.title} {facts.version} cannot load '{path}'{words}; build the engine again"
         )
     _check_tensors(trt, engine, facts, bundle.manifest.state)
+    _log.info("loaded engine '%s', %s %s, %s", path, chosen.title, facts.version, gpu.name)
     largest = [profile.inputs["input_ids"]["max"] for profile in facts.profiles]
     return TensorRTModel(
         facts,

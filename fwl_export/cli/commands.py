@@ -35,10 +35,14 @@ EXIT_CODES = (
 # Parameters whose option had another name until 0.2.
 _OLD_NAMES = {"runtime": "backend", "variant": "flavour"}
 
-_COMMON = {"verbose": (VerboseOption, 0), "quiet": (QuietOption, False), "log_file": (
-    LogFileOption,
-    None,
-)}
+_COMMON = {
+    "verbose": (VerboseOption, 0),
+    "quiet": (QuietOption, False),
+    "log_file": (
+        LogFileOption,
+        None,
+    ),
+}
 
 _TYPES = {
     "<int>": "N",
@@ -212,7 +216,7 @@ def _readable(parameter: Any, name: str, text: str) -> tuple[str, str]:
         name = name.partition(" ")[0].upper()
     for label, word in _TYPES.items():
         name = name.replace(label, word)
-    text = re.sub(r"x>=(\S+?)(?=[;\]])", r"\1 or more", text)
+    text = re.sub(r"x>=(\S+?)(?=[;\]])", r"at least \1", text)
     text = re.sub(r"default: \((.*?)\)(?=[;\]])", r"default: \1", text)
     return name, text
 

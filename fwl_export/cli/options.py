@@ -54,7 +54,7 @@ JsonOption = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="Print the result as one JSON document on standard output, and nothing else there.",
+        help="Print the result as JSON on standard output, nothing else.",
         rich_help_panel=OUTPUT,
     ),
 ]

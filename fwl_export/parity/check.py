@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -26,6 +27,8 @@ from fwl_export.parity.schedule import ROWS, ScheduledCall
 from fwl_export.parity.tolerances import Tolerance, changed_table
 from fwl_export.parity.verdict import CandidateVerdict, judge
 from fwl_export.runtimes import Session, open_session
+
+_log = logging.getLogger(__name__)
 
 CANDIDATES = "onnxruntime"
 DEFAULT_CASES = ",".join(case.name for case in CASES)
@@ -97,6 +100,7 @@ def check_bundle(
     bundle.model_files()
     with torch_threads(threads):
         lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
+        _log.info("comparing with %s: %s", reference, ", ".join(c.name for c in lineup.candidates))
         measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
     horizon_tokens = model_horizon(bundle)
     verdicts = [_verdict(c, lineup, measured, horizon_tokens, table) for c in lineup.candidates]
@@ -223,6 +227,7 @@ def _measure(
         candidate.name: candidate.tokens for candidate in lineup.candidates if candidate.tokens
     }
     together = lineup.reference is lineup.yardstick
+    _log.info("case %s: %d tokens, %d rows", case.name, case.tokens, case.rows)
     drift = measure_drift(
         fresh(*lineup.reference),
         {**candidates, **own} if together else candidates,

@@ -6,6 +6,7 @@ engines that you built yourself, or that come from someone whose programs you wo
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ from fwl_export.errors import ConfigError, DeviceError, EngineError
 from fwl_export.plugins import TENSORRT, find_plugin
 from fwl_export.runtimes.base import Call, parse_device
 from fwl_export.runtimes.tensorrt.cuda import Cuda
+
+_log = logging.getLogger(__name__)
 
 LOGITS = "logits"
 
@@ -133,6 +136,7 @@ def load_model(
             f"{chosen.title} {metadata.version} cannot load '{path}'{words}; build the engine again"
         )
     _check_tensors(trt, engine, metadata, bundle.manifest.state)
+    _log.info("loaded engine '%s', %s %s, %s", path, chosen.title, metadata.version, gpu.name)
     largest = [profile.inputs["input_ids"]["max"] for profile in metadata.profiles]
     return TensorRTModel(
         metadata,

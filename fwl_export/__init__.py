@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fwl_export.export import export_bundle
     from fwl_export.runtimes import Session, open_session
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _LAZY = {
     "Bundle": "fwl_export.bundle",

@@ -1,4 +1,4 @@
-"""The C++ header is what the generator writes of the spec."""
+"""The committed C++ header is what the generator writes from the spec."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from fwl_export.runtimes import Slots as Slots
     from fwl_export.runtimes import open_session as open_session
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # The public names and their modules; tests compare them with the imports for type checkers above.
 _PUBLIC = {

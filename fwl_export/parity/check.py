@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
@@ -126,7 +126,7 @@ def check_bundle(
         baseline=None if baseline is None else str(baseline.get("bundle", {}).get("name", "")),
         environment=_environment(threads),
         command=command,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - began,
     )
 

@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test gpu-test gpu-acceptance plugins lint format clean
+.PHONY: help install demo test gpu-test gpu-acceptance plugins docs docs-serve lint format clean
 
 # Any of these can be given on the command line, e.g. make test WORKERS=8.
 PYTHON  ?= python3
@@ -40,6 +40,12 @@ plugins: $(INSTALLED) ## build the compiled libraries into the package; needs CM
 	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/plugins --parallel
 	cmake --install build/plugins --prefix fwl_export --component runtime
+
+docs: $(INSTALLED) ## build the documentation site into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(INSTALLED) ## show the documentation on this machine, and build it anew on every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --livereload
 
 lint: $(INSTALLED) ## check format, lint and types
 	$(BIN)/ruff format --check .

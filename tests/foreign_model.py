@@ -2,7 +2,8 @@
 
 It shares no code with `fwl_export`, computes in whole matrices and with autograd, and stores its
 parameters otherwise: dense layers as `nn.Linear`, step sizes as logs, forgetting as a half-life.
-The page on the checkpoint format converts it (docs/formats/checkpoint.md); `test_docs.py` runs that.
+The page on the checkpoint format converts it (docs/formats/checkpoint.md), and test_docs.py runs
+the conversion.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ class ForeignModel(nn.Module):
         self.ln = nn.LayerNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, vocab)
         self.log_lr = nn.ParameterDict(
-            {name.replace(".", "_"): nn.Parameter(torch.tensor(-float(i))) for i, name in
-             enumerate(LEARNING)}
+            {
+                name.replace(".", "_"): nn.Parameter(torch.tensor(-float(i)))
+                for i, name in enumerate(LEARNING)
+            }
         )
         self.half_life = nn.Parameter(torch.tensor(20.0))
 
@@ -46,16 +49,17 @@ class ForeignModel(nn.Module):
         slow = {name: self.get_parameter(name) for name in LEARNING}
         learned = {name: torch.zeros_like(weight) for name, weight in slow.items()}
         keep = 0.5 ** (1 / self.half_life.detach())
-        predictions = []
-        for t, h in enumerate(self.hidden(ids).detach()):
+        predictions: list[Tensor] = []
+        hidden = self.hidden(ids).detach()
+        for t, h in enumerate(hidden):
             if t:  # what follows the position before is known now
-                loss = F.cross_entropy(self._head(before, slow)[None], ids[None, t])
-                for name, grad in zip(LEARNING, torch.autograd.grad(loss, list(slow.values()))):
-                    learned[name] = keep * learned[name] + grad
+                loss = F.cross_entropy(self._head(hidden[t - 1], slow)[None], ids[None, t])
+                gradients = torch.autograd.grad(loss, list(slow.values()))
+                for name, gradient in zip(LEARNING, gradients, strict=True):
+                    learned[name] = keep * learned[name] + gradient
             lr = {n: self.log_lr[n.replace(".", "_")].exp() / self.tokens_per_batch for n in slow}
             fast = {name: slow[name] - lr[name] * learned[name] for name in slow}
             predictions.append(self._head(h, fast).detach())
-            before = h
         return torch.stack(predictions)
 
     def _head(self, h: Tensor, w: dict[str, Tensor]) -> Tensor:

@@ -132,30 +132,32 @@ def cli_page() -> str:
 
 
 def _command(path: str, command: click.Command, level: int) -> Iterator[str]:
-    yield f"{'#' * level} {path}"
-    yield ""
-    yield from _help_text(command.help or "")
     context = command.make_context(path, [], resilient_parsing=True)
     usage = " ".join(command.collect_usage_pieces(context))
-    yield from ("```text", f"{path} {usage}", "```", "")
+    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+    examples = [text for text in paragraphs if text.startswith("Example: ")]
+    yield from (f"{'#' * level} {path}", "", "```text", f"{path} {usage}", "```", "")
+    for paragraph in paragraphs:
+        if paragraph not in examples:
+            yield from _help_text(paragraph)
     rows = [_parameter(p, context) for p in command.params if not getattr(p, "hidden", False)]
     if rows:
         yield from ("| argument or option | what it is |", "|---|---|", *rows, "")
+    for example in examples:
+        line = " ".join(example.split()).removeprefix("Example: ")
+        yield from ("```bash", line, "```", "")
     for name, child in sorted(getattr(command, "commands", {}).items()):
         yield from _command(f"{path} {name}", child, min(level + 1, 3))
 
 
-def _help_text(text: str) -> Iterator[str]:
-    """Yield a command's help as Markdown: examples and unwrapped paragraphs are code."""
-    for paragraph in inspect.cleandoc(text).split("\n\n"):
-        lines = [line for line in paragraph.split("\n") if line.strip() not in ("", "\b", "\\b")]
-        if lines and lines[0].startswith("Example: "):
-            command = " ".join(line.strip() for line in lines).removeprefix("Example: ")
-            yield from ("```bash", command, "```", "")
-        elif len(lines) != paragraph.count("\n") + 1:
-            yield from ("```text", *lines, "```", "")
-        else:
-            yield from (*lines, "")
+def _help_text(paragraph: str) -> Iterator[str]:
+    """Yield a paragraph of a command's help; one that must not be wrapped is code."""
+    lines = paragraph.split("\n")
+    kept = [line for line in lines if line.strip() not in ("\b", "\\b")]
+    if len(kept) < len(lines):
+        yield from ("```text", *kept, "```", "")
+    else:
+        yield from (*lines, "")
 
 
 def _parameter(parameter: click.Parameter, context: click.Context) -> str:

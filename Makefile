@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test gpu-test gpu-acceptance plugins lint format wheel sbom docker clean
+.PHONY: help install demo test gpu-test gpu-acceptance plugins docs docs-serve lint format wheel sbom docker clean
 
 # Any of these can be given on the command line, e.g. make test WORKERS=8.
 PYTHON  ?= python3
@@ -41,6 +41,12 @@ plugins: $(INSTALLED) ## compile the C++ libraries; needs CMake and a compiler
 	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/plugins --parallel
 	cmake --install build/plugins --prefix fwl_export --component runtime
+
+docs: $(INSTALLED) ## build the documentation site into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(INSTALLED) ## show the documentation on this machine, and build it anew on every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --livereload
 
 lint: $(INSTALLED) ## check format, lint, docstrings and types
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Write the table of Hugging Face architectures: export, check and build each of them.
 
-python -m tools.support_table            all architectures, about 40 s each; writes README.md
+python -m tools.support_table            all architectures, about 40 s each; writes the page
 python -m tools.support_table Llama OPT  some of them; prints their rows
 
 Tiny random models (tests/backbones.py) stand for the architectures, so nothing is downloaded. What
@@ -29,7 +29,7 @@ from fwl_export.parity import check_bundle
 from tests.backbones import ARCHITECTURES, LIMIT, VOCABULARY, tiny_pretrained
 from tests.bundles import tiny_tokenizer
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "howto" / "bring-your-model.md"
 BEGIN = "<!-- written by python -m tools.support_table -->"
 END = "<!-- end of the support table -->"
 HEADER = ("architecture", "attention", "reads", "exported", "checked", "RTX SM 89")
@@ -49,8 +49,8 @@ def main() -> None:
         rows.append(row(name))
         print(line(rows[-1]), flush=True)
     if not names:
-        text = replaced_table(README.read_text(encoding="utf-8"), rows)
-        with replaced_file(README) as path:
+        text = replaced_table(PAGE.read_text(encoding="utf-8"), rows)
+        with replaced_file(PAGE) as path:
             path.write_text(text, encoding="utf-8")
 
 

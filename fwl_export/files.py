@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import logging
 import os
 import secrets
 import shutil
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fwl_export.errors import OutputExistsError
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -35,6 +38,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.rename(beside, target)
+        _log.info("wrote folder '%s'", target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -96,6 +100,7 @@ def replaced_file(target: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder / target.name
         os.replace(folder / target.name, target)
+        _log.info("wrote '%s'", target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -32,7 +32,8 @@ from fwl_export.bundle.manifest import read_bundle
 from fwl_export.bundle.state import PAST, PRESENT
 from fwl_export.engines import EngineMetadata, build, build_engines
 from fwl_export.engines.device import Device, Driver
-from fwl_export.engines.metadata import ProfileMetadata, TensorMetadata
+from fwl_export.engines.metadata import NetworkMetadata, ProfileMetadata, TensorMetadata
+from fwl_export.engines.request import BuildRequest
 from fwl_export.engines.worker import Probe
 from fwl_export.op.spec import NAME, NODE_ATTRIBUTES
 from tests.cuda_fake import FakeCuda, Stream
@@ -414,37 +415,27 @@ class Machine:
         }
         layers = options.pop("plugin_layers", 2 if "plugin" in options else 0)
 
-        def worker(
-            variant: str, model: Path, sm: int, ranges: Any, output: Path, plugin: Any, tick: Any
-        ) -> dict[str, Any]:
-            graph = onnx.load(model, load_external_data=False).graph
+        def worker(request: BuildRequest, tick: Any) -> NetworkMetadata:
+            graph = onnx.load(request.model, load_external_data=False).graph
             inputs = [TensorMetadata(t.name, _shape(t), _dtype(t).name) for t in graph.input]
             outputs = [TensorMetadata(t.name, _shape(t), _dtype(t).name) for t in graph.output]
-            profiles = [_profile(scope, inputs) for scope in ranges]
+            profiles = [_profile(sizes, inputs) for sizes in request.ranges]
             updated = [n.input[-1].removeprefix(PAST) for n in graph.node if n.op_type == NAME]
             plan.update(
                 profiles=[vars(profile) for profile in profiles],
-                needs_library=bool(layers) and not plugin.embed,
-                in_place=updated if plugin is not None and plugin.in_place_state else [],
+                needs_library=bool(layers) and not request.embeds_plugin,
+                in_place=updated if request.in_place_state else [],
             )
-            output.write_text(json.dumps(plan), encoding="utf-8")
-            return {
-                "inputs": [vars(t) for t in inputs],
-                "outputs": [vars(t) for t in outputs],
-                "profiles": [vars(p) for p in profiles],
-                "layers": 1,
-                "plugin_layers": layers,
-                "tf32": False,
-                "build_seconds": 0.0,
-            }
+            request.output.write_text(json.dumps(plan), encoding="utf-8")
+            return NetworkMetadata(inputs, outputs, profiles, 1, layers, False, 0.0)
 
         probe = Probe(version, (sm,), {"polygraphy": "0"}, "")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "describe_variant", lambda name: probe)
             patch.setattr(build, "build_in_worker", worker)
             options = {"plugin": "none", **options}
-            (facts,) = build_engines(read_bundle(folder), sms=[sm], **options)
-        return facts
+            (metadata,) = build_engines(read_bundle(folder), sms=[sm], **options)
+        return metadata
 
 
 class _Importlib:

@@ -70,7 +70,7 @@ def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """How much to measure.
 
     Attributes:
@@ -112,7 +112,7 @@ class Texts:
 
 
 def read_texts(
-    checkpoint: Checkpoint, files: Sequence[Path], validation: Path | None, plan: Plan
+    checkpoint: Checkpoint, files: Sequence[Path], validation: Path | None, plan: ComparisonPlan
 ) -> Texts:
     """Read the texts as one stream, and what to tune on.
 
@@ -255,7 +255,7 @@ def compare(
     fwl: FWLModel,
     plain: FWLModel | None,
     texts: Texts,
-    plan: Plan,
+    plan: ComparisonPlan,
     progress: Progress = no_progress,
 ) -> Comparison:
     """Read a stream in all ways, interleaved, and measure what each gains and costs.
@@ -300,7 +300,7 @@ def compare(
 
 
 def tune(
-    model: FWLModel, text: Tensor, rule: str, plan: Plan, progress: Progress
+    model: FWLModel, text: Tensor, rule: str, plan: ComparisonPlan, progress: Progress
 ) -> dict[str, Any]:
     """Choose segment, learning rate and decay of a rule on the validation text's second half.
 

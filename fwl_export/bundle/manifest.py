@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from fwl_export.bundle.state import TensorSpec
 from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import replaced_file
 from fwl_export.json_files import check_schema, read_json
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
@@ -298,6 +301,7 @@ def read_bundle(folder: Path) -> Bundle:
     manifest = Manifest.from_dict(data, str(path))
     for name in manifest.files:
         inside(folder, name)
+    _log.debug("read bundle '%s', model %s", folder, manifest.model_id[:12])
     return Bundle(folder, manifest)
 
 

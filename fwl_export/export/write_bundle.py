@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fwl_export.bundle import manifest as bundles
+from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.bundle.manifest import Bundle, Manifest, describe_file, is_bundle, read_bundle
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
 from fwl_export.errors import ExportError
@@ -24,8 +26,7 @@ from fwl_export.op.spec import DOMAIN, NAME, VERSION
 from fwl_export.ort import import_onnxruntime
 from fwl_export.precision.policy import EXPORTED, PrecisionPolicy, write_policy
 
-DEFAULT_OPSET = 20
-DEFAULT_MAX_TOKENS = 256
+_log = logging.getLogger(__name__)
 
 _TOOLS = ("fwl-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -68,6 +69,7 @@ def export_bundle(
     check_bundle_output(output, force)
     progress("reading the checkpoint")
     loaded = load_checkpoint(checkpoint)
+    _log.info("read checkpoint '%s', %s", checkpoint, loaded.config.backbone.type)
     if interval := loaded.config.fast_weights.anchor_interval:
         max_tokens = min(max_tokens, interval)  # no call may cross an anchor
     if limit := loaded.config.backbone.max_positions:
@@ -165,7 +167,7 @@ def _model_id(checkpoint: Path, precision: str | PrecisionPolicy) -> str:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         digest.update(describe_file(checkpoint / name)["sha256"].encode())
     if isinstance(precision, PrecisionPolicy):
-        digest.update(json.dumps([precision.target, sorted(precision.lowered)]).encode())
+        digest.update(json.dumps([precision.target, sorted(precision.quantized)]).encode())
     else:
         digest.update(json.dumps(precision).encode())
     return digest.hexdigest()

@@ -18,7 +18,9 @@ Rows = Sequence[int] | slice
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs of one call of the model, other than the state. All arrays are C-contiguous.
+    """The inputs of one call of the model, other than the state (see `state.INPUTS`).
+
+    All arrays are C-contiguous.
 
     Attributes:
       input_ids: [B, T] int64 token ids.

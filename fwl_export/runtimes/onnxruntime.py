@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from fwl_export.ort import import_onnxruntime, register_plugin
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.runtimes.base import Call, Loaded, Rows, index, parse_device
 from fwl_export.runtimes.registry import Options
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -105,6 +108,7 @@ def open_file(
         raise MissingDependencyError(  # ONNX Runtime itself only warns, and falls back to the CPU
             f"ONNX Runtime cannot use device '{device}'; `fwl-export doctor` says what is missing"
         )
+    _log.info("loaded '%s', %s, plugin %s", path, session.get_providers()[0], library or "none")
     return session
 
 

@@ -52,7 +52,7 @@ def test_tables_and_files_are_written(
     assert "is a comparison; choose another name or pass --force" in again.err
     other = run(capsys, VERB, checkpoint, text, "-o", text.parent, "--force")
     assert other.code == 1
-    assert "exists and holds no comparison; choose another folder" in other.err
+    assert "exists and is not a comparison; choose another name" in other.err
     assert text.exists()
 
 

@@ -6,6 +6,7 @@ engines that you built yourself, or that come from someone whose programs you wo
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from fwl_export.bundle.manifest import ENGINES_FOLDER, MODEL_FILE, Bundle
-from fwl_export.bundle.onnx_file import op_inputs
 from fwl_export.bundle.state import PAST, TensorSpec
 from fwl_export.engines import (
     Device,
@@ -28,12 +28,14 @@ from fwl_export.engines import (
     query_driver,
     read_engines,
 )
-from fwl_export.engines.variant import Variant
-from fwl_export.errors import ConfigError, DeviceError, EngineError, PluginError
-from fwl_export.op.spec import DOMAIN, NAME, NODE_ATTRIBUTES
+from fwl_export.engines.metadata import op_state_tensors
+from fwl_export.engines.plugin import load_plugin
+from fwl_export.errors import ConfigError, DeviceError, EngineError
 from fwl_export.plugins import TENSORRT, find_plugin
 from fwl_export.runtimes.base import Call, parse_device
 from fwl_export.runtimes.tensorrt.cuda import Cuda
+
+_log = logging.getLogger(__name__)
 
 LOGITS = "logits"
 
@@ -123,8 +125,9 @@ def load_model(
     log: deque[str] = deque(maxlen=16)
     logger = error_logger(trt, log)
     if needs_library(metadata, str(plugin)):
-        required = plugin if plugin != "auto" else "required"
-        _load_library(trt, chosen, find_plugin(TENSORRT, required), log)
+        library = find_plugin(TENSORRT, plugin if plugin != "auto" else "required")
+        assert library is not None  # needs_library refuses "none"
+        load_plugin(trt, f"{chosen.title} {metadata.version}", library, log)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
@@ -133,6 +136,7 @@ def load_model(
             f"{chosen.title} {metadata.version} cannot load '{path}'{words}; build the engine again"
         )
     _check_tensors(trt, engine, metadata, bundle.manifest.state)
+    _log.info("loaded engine '%s', %s %s, %s", path, chosen.title, metadata.version, gpu.name)
     largest = [profile.inputs["input_ids"]["max"] for profile in metadata.profiles]
     return TensorRTModel(
         metadata=metadata,
@@ -140,7 +144,7 @@ def load_model(
         vocab_size=bundle.manifest.config.vocab_size,
         max_tokens=max(tokens for _, tokens in largest),
         max_batch=min(batch for batch, _ in largest),
-        in_place=_in_place(bundle) if metadata.in_place_state else frozenset(),
+        in_place=_in_place(bundle, metadata) if metadata.in_place_state else frozenset(),
         cuda_graph=cuda_graph,
         cuda=cuda,
         trt=trt,
@@ -220,25 +224,6 @@ def error_logger(trt: Any, log: deque[str]) -> Any:
     return Logger()
 
 
-def _load_library(trt: Any, variant: Variant, library: Path | None, log: deque[str]) -> None:
-    """Load the plugin library, unless this process has loaded it already.
-
-    Raises:
-      PluginError: TensorRT does not find the plugin in the library.
-    """
-    registry = trt.get_plugin_registry()
-    version, namespace = (NODE_ATTRIBUTES[f"plugin_{key}"] for key in ("version", "namespace"))
-    if registry.get_creator(NAME, version, namespace) is not None:
-        return
-    registry.load_library(str(library))
-    if registry.get_creator(NAME, version, namespace) is None:
-        words = f" ({log[-1]})" if log else ""
-        raise PluginError(
-            f"{variant.title} cannot load the plugin {namespace}::{NAME} of version {version} from "
-            f"'{library}'{words}; build it with `make plugins`"
-        )
-
-
 def _check_tensors(
     trt: Any, engine: Any, metadata: EngineMetadata, specs: Sequence[TensorSpec]
 ) -> None:
@@ -274,7 +259,8 @@ def _described(trt: Any, engine: Any, name: str) -> tuple[str, tuple[int, ...], 
     )
 
 
-def _in_place(bundle: Bundle) -> frozenset[str]:
-    """Return the state tensors that engines with in-place state update: those of our op."""
-    nodes = op_inputs(bundle.file(MODEL_FILE), DOMAIN, NAME)
-    return frozenset(inputs[-1].removeprefix(PAST) for inputs in nodes)
+def _in_place(bundle: Bundle, metadata: EngineMetadata) -> frozenset[str]:
+    """Return the state tensors that an engine with in-place state updates in place."""
+    if metadata.in_place_tensors is not None:
+        return frozenset(metadata.in_place_tensors)
+    return frozenset(op_state_tensors(bundle.file(MODEL_FILE)))  # an engine of an earlier version

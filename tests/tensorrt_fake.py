@@ -31,10 +31,9 @@ from fwl_export import plugins
 from fwl_export.bundle.manifest import read_bundle
 from fwl_export.bundle.state import PAST, PRESENT
 from fwl_export.engines import EngineMetadata, build, build_engines
-from fwl_export.engines.compile import _profile
 from fwl_export.engines.device import Device, Driver
-from fwl_export.engines.metadata import NetworkMetadata, TensorMetadata
-from fwl_export.engines.request import BuildRequest
+from fwl_export.engines.metadata import NetworkMetadata, ProfileMetadata, TensorMetadata
+from fwl_export.engines.request import BuildRequest, Range
 from fwl_export.engines.worker import Probe
 from fwl_export.op.spec import NAME, NODE_ATTRIBUTES
 from tests.cuda_fake import FakeCuda, Stream
@@ -305,6 +304,19 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 def _dtype(tensor: Any) -> np.dtype[Any]:
     return onnx.helper.tensor_dtype_to_np_dtype(tensor.type.tensor_type.elem_type)
+
+
+def _profile(scope: Range, inputs: list[TensorMetadata]) -> ProfileMetadata:
+    """Return the profile that the parser makes of a range: its sizes on the inputs' free axes."""
+    shapes: dict[str, dict[str, list[int]]] = {tensor.name: {} for tensor in inputs}
+    for bound, batch, tokens in zip(("min", "opt", "max"), scope.batch, scope.tokens, strict=True):
+        for tensor in inputs:
+            free = [batch, tokens]
+            if (tensor.name, bound) == ("logit_positions", "min"):
+                free[1] = 1  # a call may want the logits of one position only
+            axes = enumerate(tensor.shape)
+            shapes[tensor.name][bound] = [free[i] if size < 0 else size for i, size in axes]
+    return ProfileMetadata(scope.name, shapes)
 
 
 def tensorrt_module(name: str, cuda: FakeCuda, library: Path | None = None) -> Any:

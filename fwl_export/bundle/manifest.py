@@ -15,6 +15,7 @@ The manifest is the only contract between exporter, runtimes, parity tool and se
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,6 +119,36 @@ class Bundle:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name.lower()} {value}" for name, value in self._summary().items())
+        return f"<Bundle {str(self.folder)!r}: {facts}>"
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks; what the manifest says is escaped."""
+        facts = {"Folder": str(self.folder), **self._summary(), "Model id": self.manifest.model_id}
+        facts |= {
+            name: _size(entry["bytes"]) for name, entry in sorted(self.manifest.files.items())
+        }
+        rows = (
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in facts.items()
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+    def _summary(self) -> dict[str, str]:
+        manifest = self.manifest
+        config, fast_weights = manifest.config, manifest.config.fast_weights
+        sizes = (fast_weights.input_size, fast_weights.hidden_size, fast_weights.output_size)
+        interval = fast_weights.anchor_interval
+        return {
+            "Precision": manifest.precision,
+            "Backbone": f"{config.backbone.type} of width {config.backbone.width}",
+            "Vocabulary": f"{config.vocab_size} tokens",
+            "Fast weights": " -> ".join(map(str, sizes)),
+            "Anchor": f"every {interval} tokens" if interval else "none",
+            "State": f"{_size(sum(spec.bytes_per_row for spec in manifest.state))} per row",
+        }
 
     def file(self, name: str) -> Path:
         """Return the path of one of the bundle's files, after checking its hash.
@@ -261,3 +292,7 @@ def describe_file(path: Path) -> dict[str, Any]:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

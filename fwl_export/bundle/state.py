@@ -24,6 +24,32 @@ State = dict[str, Array]
 
 
 @dataclass(frozen=True)
+class InputSpec:
+    """One input of the model other than the state.
+
+    Attributes:
+      name: Name of the input in the ONNX file.
+      axes: One symbol per axis: B rows, T tokens of the call, P positions whose logits are wanted.
+      dtype: NumPy's name of the type, e.g. "int64".
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    dtype: str
+
+
+# The one list of these inputs, in the model's order: `runtimes.base.Call` has a field for each, and
+# tools/generate_op_header.py writes plugins/model_inputs.h from it.
+INPUTS = (
+    InputSpec("input_ids", ("B", "T"), "int64"),
+    InputSpec("label_weights", ("B", "T"), "float32"),
+    InputSpec("lengths", ("B",), "int64"),
+    InputSpec("logit_positions", ("B", "P"), "int64"),
+    InputSpec("learning_rate_scale", ("B",), "float32"),
+)
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """One tensor of the state.
 

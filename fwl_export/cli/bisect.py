@@ -98,11 +98,14 @@ def _bisect(
     opened = read_bundle(bundle)
     source = text or HELD_OUT_PLAY
     ids = read_ids(source, bundle_tokenizer(opened))
-    planned = choose_cases(cases, tokens, opened.manifest.max_tokens)
+    manifest = opened.manifest
+    limit = manifest.config.backbone.max_positions
+    planned = choose_cases(cases, tokens, manifest.max_tokens, limit)
     with progress_bar("bisect", sum(case.tokens for case in planned)) as advance:
         result = bisect_bundle(
-            opened, ids, chosen, tokens, seed, reproducer, source.name, cases, advance=advance
+            opened, ids, chosen, tokens, seed, reproducer, source.name, planned, advance=advance
         )
+    result = replace(result, cases=cases)
     if json:
         print_json(result.to_dict())
     else:

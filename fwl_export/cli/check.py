@@ -16,6 +16,8 @@ import typer
 from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, progress_bar
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from fwl_export.bundle.manifest import Bundle
     from fwl_export.parity import Report
 
@@ -106,6 +108,7 @@ class _Wish:
     """What is to be checked: the bundle, the ids of the text and its name, and all options."""
 
     bundle: Bundle
+    tokenizer: Tokenizer
     ids: Any
     text: str
     options: dict[str, Any]
@@ -122,11 +125,12 @@ def _wish(folder: Path, given: Mapping[str, Any], text: Path | None, replay: Pat
     from fwl_export.runtimes.text import bundle_tokenizer
 
     bundle = read_bundle(folder)
+    tokenizer = bundle_tokenizer(bundle)
     options = {key: value for key, value in given.items() if value is not None}
     if replay is None:
         source = text or HELD_OUT_PLAY
-        ids = read_ids(source, bundle_tokenizer(bundle))
-        return _Wish(bundle, ids, source.name, {"tokens": 2000, "seed": 0} | options)
+        ids = read_ids(source, tokenizer)
+        return _Wish(bundle, tokenizer, ids, source.name, {"tokens": 2000, "seed": 0} | options)
     if text is not None or options.keys() & {"cases", "tokens", "seed"}:
         raise ConfigError(
             "--replay takes text, cases, tokens and seed from its report; leave out "
@@ -141,9 +145,8 @@ def _wish(folder: Path, given: Mapping[str, Any], text: Path | None, replay: Pat
     settings = data["settings"]
     keys = ("reference", "candidates", "cases", "tokens", "seed")
     replayed = {key: settings[key] for key in keys}
-    return _Wish(
-        bundle, np.array(data["text"]["ids"], np.int64), data["text"]["name"], replayed | options
-    )
+    ids = np.array(data["text"]["ids"], np.int64)
+    return _Wish(bundle, tokenizer, ids, data["text"]["name"], replayed | options)
 
 
 def _checked(wish: _Wish, command: str, report: Path | None) -> tuple[Report, Path]:
@@ -152,7 +155,6 @@ def _checked(wish: _Wish, command: str, report: Path | None) -> tuple[Report, Pa
     from fwl_export.parity import check_bundle
     from fwl_export.parity.cases import choose_cases
     from fwl_export.parity.check import DEFAULT_CASES
-    from fwl_export.runtimes.text import bundle_tokenizer
 
     chosen = choose_cases(
         wish.options.get("cases", DEFAULT_CASES),
@@ -160,15 +162,14 @@ def _checked(wish: _Wish, command: str, report: Path | None) -> tuple[Report, Pa
         wish.bundle.manifest.max_tokens,
         wish.bundle.manifest.config.backbone.max_positions,
     )
-    tokenizer = bundle_tokenizer(wish.bundle)
     target = report or inside(wish.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
     with progress_bar("check", sum(case.tokens for case in chosen)) as advance:
         result = check_bundle(
             wish.bundle,
             wish.ids,
-            **wish.options,
+            **(wish.options | {"cases": chosen}),
             text=wish.text,
-            decode=lambda token: tokenizer.decode([token]),
+            decode=lambda token: wish.tokenizer.decode([token]),
             command=command,
             advance=advance,
         )

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fwl_export.runtimes.registry import RUNTIMES
+
 BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 NoPluginOption = Annotated[
@@ -24,7 +26,7 @@ LearningRateScaleOption = Annotated[
     ),
 ]
 RuntimeOption = Annotated[
-    str, typer.Option("--runtime", "--backend", help="onnxruntime, tensorrt or torch.")
+    str, typer.Option("--runtime", "--backend", help=f"One of {', '.join(RUNTIMES)}.")
 ]
 
 

@@ -11,6 +11,7 @@ from fwl_export import __version__
 from fwl_export.bundle.defaults import DEFAULT_MAX_BATCH, DEFAULT_SMS
 from fwl_export.bundle.manifest import (
     ENGINES_FOLDER,
+    MODEL_FILE,
     Bundle,
     describe_file,
     read_bundle,
@@ -22,6 +23,7 @@ from fwl_export.engines.metadata import (
     PLUGIN,
     EngineMetadata,
     NetworkMetadata,
+    op_state_tensors,
 )
 from fwl_export.engines.request import BuildRequest, PluginUse, Range
 from fwl_export.engines.variant import find_variant
@@ -248,6 +250,9 @@ def _metadata(
         sha256=file["sha256"],
         model_id=manifest.model_id,
         versions={"fwl-export": __version__, **probe.versions},
+        in_place_tensors=(
+            op_state_tensors(bundle.file(MODEL_FILE)) if request.in_place_state else []
+        ),
     )
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from fwl_export.bundle.onnx_file import op_inputs
+from fwl_export.bundle.state import PAST
 from fwl_export.errors import EngineError
 from fwl_export.json_files import check_schema
+from fwl_export.op.spec import DOMAIN, NAME
 
 SCHEMA_VERSION = 1
 
@@ -108,6 +112,8 @@ class EngineMetadata:
       sha256: SHA-256 of the engine file.
       model_id: Identity of the model, as in the bundle's manifest.
       versions: Versions of the tools that built the engine, by package.
+      in_place_tensors: Names of the state tensors whose `present` overwrites `past`. None in files
+        of earlier versions, for which `op_state_tensors` finds the names.
     """
 
     name: str
@@ -130,6 +136,7 @@ class EngineMetadata:
     sha256: str
     model_id: str
     versions: Mapping[str, str]
+    in_place_tensors: Sequence[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data."""
@@ -150,12 +157,27 @@ class EngineMetadata:
         remedy = "build the engine again with `fwl-export build`"
         check_schema(data, SCHEMA_VERSION, source, EngineError, remedy)
         try:
-            known = {f.name: data[_KEYS.get(f.name, f.name)] for f in fields(cls)}
+            known = {
+                f.name: data[_KEYS.get(f.name, f.name)] for f in fields(cls) if f.default is MISSING
+            }
+            known["in_place_tensors"] = data.get("in_place_tensors")
             return cls(**_typed(known))
         except (KeyError, TypeError) as error:
             raise EngineError(
                 f"{source} is malformed ({type(error).__name__}: {error}); {remedy}"
             ) from None
+
+
+def op_state_tensors(model: Path) -> list[str]:
+    """Return the names of the state tensors that the op updates.
+
+    Args:
+      model: Path of the bundle's ONNX file.
+
+    Raises:
+      BundleError: The file is not an ONNX model.
+    """
+    return [inputs[-1].removeprefix(PAST) for inputs in op_inputs(model, DOMAIN, NAME)]
 
 
 def _typed(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,33 +19,9 @@ from fwl_export.bundle.manifest import Bundle
 from fwl_export.errors import ConfigError
 from fwl_export.machine import installed_versions
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
-from fwl_export.runtimes import Session, open_session
+from fwl_export.runtimes import RUNTIMES, Session, open_session
 
 REFERENCE = "torch:float64"
-
-# What an option adds to the arguments of `open_session`.
-_PRECISIONS: Mapping[str, Mapping[str, Any]] = {
-    "float64": {"precision": "fp64"},
-    "float32": {"precision": "fp32"},
-    "float16": {"precision": "fp16"},
-}
-OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "onnxruntime": {
-        "plugin": {"plugin": "required"},
-        "no-plugin": {"plugin": "none"},
-        "cpu": {"device": "cpu"},
-        "cuda": {"device": "cuda"},
-    },
-    "onnx-reference": {},
-    "torch": _PRECISIONS,
-    "tensorrt": {
-        "rtx": {"variant": "rtx"},
-        "tensorrt": {"variant": "tensorrt"},
-        "float32": {"precision": "fp32"},
-        "float16": {"precision": "fp16"},
-    },
-}
-_THREADED = ("onnxruntime",)
 
 
 @dataclass(frozen=True)
@@ -81,13 +57,15 @@ class Candidate:
           FwlError: see `open_session`.
         """
         arguments = dict(self.arguments)
-        if threads is not None and self.runtime in _THREADED:
+        if threads is not None and "threads" in RUNTIMES[self.runtime].takes:
             arguments["threads"] = threads
         return open_session(bundle, self.runtime, batch, **arguments)
 
     def describe(self) -> str:
         """Return in words what runs."""
-        versions = [f"{p} {v}" for p, v in installed_versions(_PACKAGES[self.runtime]).items()]
+        versions = [
+            f"{p} {v}" for p, v in installed_versions(RUNTIMES[self.runtime].packages).items()
+        ]
         words = [versions[0] if versions else self.runtime]
         if self.runtime == "onnxruntime":
             library = find_plugin(ONNXRUNTIME, self.arguments.get("plugin", "auto"))
@@ -100,14 +78,6 @@ class Candidate:
         return ", ".join(words)
 
 
-_PACKAGES = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "onnx-reference": ("onnx",),
-    "torch": ("torch",),
-    "tensorrt": ("tensorrt-rtx", "tensorrt"),
-}
-
-
 def parse_candidate(text: str) -> Candidate:
     """Return the runtime of a name such as "onnxruntime:no-plugin" or "onnx-reference@200".
 
@@ -116,16 +86,17 @@ def parse_candidate(text: str) -> Candidate:
     """
     found = re.fullmatch(r"([^@]*)(?:@(\d+))?", text.strip())
     name, *options = (found[1] if found else text).split(":")
-    if found is None or name not in OPTIONS:
+    if found is None or name not in RUNTIMES:
         raise ConfigError(
-            f"'{text}' is no runtime; expected {', '.join(OPTIONS)}, then options after colons "
+            f"'{text}' is no runtime; expected {', '.join(RUNTIMES)}, then options after colons "
             "and, to stop it early, a number of tokens, say onnx-reference@200"
         )
+    known = RUNTIMES[name].candidate_options
     arguments: dict[str, Any] = {}
     for option in options:
-        added = OPTIONS[name].get(option)
+        added = known.get(option)
         if added is None:
-            choices = ", ".join(OPTIONS[name]) or "none"
+            choices = ", ".join(known) or "none"
             raise ConfigError(f"'{text}': {name} has no option '{option}'; it has: {choices}")
         if arguments.keys() & added.keys():
             raise ConfigError(f"'{text}': two of its options say the same thing; give one")

@@ -18,11 +18,11 @@ from fwl_export.machine import installed_versions, processor_name
 from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
 from fwl_export.parity.cases import CASES, Case, choose_cases
-from fwl_export.parity.drift import MODES, Drift, Lane, measure_drift
+from fwl_export.parity.drift import MODES, Drift, RunKey, measure_drift
 from fwl_export.parity.report.baseline import compare_with_baseline
 from fwl_export.parity.report.data import CaseRun, Report
 from fwl_export.parity.report.worst_place import worst_place
-from fwl_export.parity.schedule import ROWS, Call
+from fwl_export.parity.schedule import ROWS, ScheduledCall
 from fwl_export.parity.tolerances import Tolerance, changed_table
 from fwl_export.parity.verdict import CandidateVerdict, judge
 from fwl_export.runtimes import Session, open_session
@@ -50,7 +50,7 @@ def check_bundle(
     candidates: str | Sequence[str] | Mapping[str, Session] = CANDIDATES,
     *,
     reference: str = REFERENCE,
-    cases: str | Sequence[str] = DEFAULT_CASES,
+    cases: str | Sequence[str | Case] = DEFAULT_CASES,
     strict: bool = False,
     tolerances: Mapping[str, Any] | None = None,
     baseline: Mapping[str, Any] | None = None,
@@ -70,7 +70,7 @@ def check_bundle(
       candidates: names, see `candidates`, with commas or as a list; or sessions by name, in the
         bundle's precision, from which others are opened.
       reference: name of the runtime that counts as right.
-      cases: names, see `cases`.
+      cases: Names of cases, or what `choose_cases` returned for this bundle.
       strict: halve every budget.
       tolerances: see `changed_table`.
       baseline: data of a report, see `read_report`; what has grown since is outside.
@@ -97,8 +97,8 @@ def check_bundle(
     with torch_threads(threads):
         lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
         measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
-    memory = remembered_tokens(bundle)
-    verdicts = [_verdict(e, lineup, measured, memory, table) for e in lineup.entries]
+    horizon_tokens = model_horizon(bundle)
+    verdicts = [_verdict(c, lineup, measured, horizon_tokens, table) for c in lineup.candidates]
     if baseline is not None:
         verdicts = compare_with_baseline(verdicts, baseline)
     return Report(
@@ -114,7 +114,7 @@ def check_bundle(
         strict=strict,
         changed_tolerances=dict(tolerances or {}),
         table=table,
-        memory=memory,
+        horizon_tokens=horizon_tokens,
         cases=[CaseRun(m.case, m.drift.calls, m.drift.largest_call) for m in measured],
         candidates=verdicts,
         worst=[worst_place(verdict, calls, decode) for verdict in verdicts],
@@ -127,7 +127,7 @@ def check_bundle(
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _OpenedCandidate:
     """A candidate: its session, or why there is none."""
 
     name: str
@@ -143,13 +143,13 @@ class _Lineup:
     """All that takes part.
 
     Attributes:
-      entries: the candidates.
+      candidates: the candidates.
       reference: name and session of what counts as right.
       yardstick: the same of PyTorch in float64, which budgets are measured against.
       own: name and session of PyTorch by precision; may be a candidate too.
     """
 
-    entries: list[_Entry]
+    candidates: list[_OpenedCandidate]
     reference: tuple[str, Session]
     yardstick: tuple[str, Session]
     own: dict[str, tuple[str, Session]]
@@ -166,30 +166,30 @@ def _open_all(
     if (reference.runtime, reference.precision(bundle)) != ("torch", "fp64"):
         yardstick = (REFERENCE, parse_candidate(REFERENCE).open(bundle, 1))
     own: dict[str, tuple[str, Session]] = {}
-    entries = []
+    opened: list[_OpenedCandidate] = []
     if isinstance(candidates, Mapping):
         precision = bundle.manifest.precision
-        entries = [_Entry(name, precision, session=s) for name, s in candidates.items()]
+        opened = [_OpenedCandidate(name, precision, session=s) for name, s in candidates.items()]
     else:
-        for candidate in parse_candidates(candidates):
-            entry = _open(bundle, candidate, threads)
-            entries.append(entry)
-            if candidate.runtime == "torch" and entry.session and not candidate.tokens:
-                own[entry.precision] = (entry.name, entry.session)
-    for precision in {entry.precision for entry in entries} - own.keys():
+        for named in parse_candidates(candidates):
+            candidate = _open(bundle, named, threads)
+            opened.append(candidate)
+            if named.runtime == "torch" and candidate.session and not named.tokens:
+                own[candidate.precision] = (candidate.name, candidate.session)
+    for precision in {candidate.precision for candidate in opened} - own.keys():
         session = open_session(bundle, "torch", precision=cast(Any, precision))
         own[precision] = (f"PyTorch {precision}", session)
-    return _Lineup(entries, right, yardstick, own)
+    return _Lineup(opened, right, yardstick, own)
 
 
-def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _Entry:
+def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _OpenedCandidate:
     known = (candidate.name, candidate.precision(bundle))
     try:
         session = candidate.open(bundle, 1, threads)
-        return _Entry(*known, candidate.describe(), candidate.tokens, session)
+        return _OpenedCandidate(*known, candidate.describe(), candidate.tokens, session)
     except Exception as error:  # a runtime may raise anything; the others are checked without it
         reason = str(error) or type(error).__name__
-        return _Entry(*known, tokens=candidate.tokens, reason=reason)
+        return _OpenedCandidate(*known, tokens=candidate.tokens, reason=reason)
 
 
 class _Measured(NamedTuple):
@@ -201,14 +201,16 @@ class _Measured(NamedTuple):
 
 
 def _measure(
-    lineup: _Lineup, case: Case, calls: Iterable[Call], advance: Callable[[int], None]
+    lineup: _Lineup, case: Case, calls: Iterable[ScheduledCall], advance: Callable[[int], None]
 ) -> _Measured:
     def fresh(name: str, session: Session) -> tuple[str, Session]:
         return name, session.another(case.rows)
 
-    candidates = dict(fresh(e.name, e.session) for e in lineup.entries if e.session)
+    candidates = dict(fresh(c.name, c.session) for c in lineup.candidates if c.session)
     own = dict(fresh(*pair) for pair in lineup.own.values() if pair[0] not in candidates)
-    limits = {entry.name: entry.tokens for entry in lineup.entries if entry.tokens}
+    limits = {
+        candidate.name: candidate.tokens for candidate in lineup.candidates if candidate.tokens
+    }
     together = lineup.reference is lineup.yardstick
     drift = measure_drift(
         fresh(*lineup.reference),
@@ -225,21 +227,26 @@ def _measure(
 
 
 def _verdict(
-    entry: _Entry,
+    candidate: _OpenedCandidate,
     lineup: _Lineup,
     measured: Sequence[_Measured],
-    memory: float,
+    horizon_tokens: float,
     table: Sequence[Tolerance],
 ) -> CandidateVerdict:
-    own = lineup.own[entry.precision][0]
+    own = lineup.own[candidate.precision][0]
     runs = [
-        judge(m.case.name, m.drift, lane, m.own, own, entry.precision, memory, table)
+        judge(m.case.name, m.drift, key, m.own, own, candidate.precision, horizon_tokens, table)
         for m in measured
-        for lane in (Lane(entry.name, mode) for mode in MODES)
-        if entry.session
+        for key in (RunKey(candidate.name, mode) for mode in MODES)
+        if candidate.session
     ]
     return CandidateVerdict(
-        entry.name, entry.precision, runs, entry.runtime, entry.tokens, entry.reason
+        candidate.name,
+        candidate.precision,
+        runs,
+        candidate.runtime,
+        candidate.tokens,
+        candidate.reason,
     )
 
 
@@ -267,7 +274,7 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def remembered_tokens(bundle: Bundle) -> float:
+def model_horizon(bundle: Bundle) -> float:
     """Return the horizon of the bundle's model in tokens; 0 if it forgets nothing."""
     from safetensors import safe_open
 

@@ -27,7 +27,7 @@ class Place:
 
     Attributes:
       step: number of the call.
-      depth: tokens the first row had read after that call.
+      tokens_read: tokens the first row had read after that call.
       index: of the element: its row, then its place in the tensor; of a logit its row, its
         position in the row's text, and its token.
       candidate: its value there.
@@ -35,7 +35,7 @@ class Place:
     """
 
     step: int
-    depth: int
+    tokens_read: int
     index: tuple[int, ...]
     candidate: float
     reference: float
@@ -115,7 +115,7 @@ class TensorSum:
         candidate: Array,
         reference: Array,
         step: int = 0,
-        depth: int = 0,
+        tokens_read: int = 0,
         offset: int | None = None,
     ) -> None:
         """Compare some elements of one row.
@@ -125,7 +125,7 @@ class TensorSum:
           candidate: any shape and type.
           reference: of the same shape.
           step: number of the call.
-          depth: tokens the first row has read.
+          tokens_read: tokens the first row has read.
           offset: added to the first index in `Place.index`; None: there is none.
         """
         found, right = candidate.reshape(-1), reference.reshape(-1)
@@ -137,7 +137,7 @@ class TensorSum:
                 if offset is not None:
                     index[0] += offset
                 values = float(found[start + place]), float(right[start + place])
-                self._worst = Place(step, depth, (row, *index), *values)
+                self._worst = Place(step, tokens_read, (row, *index), *values)
 
     def _add_block(self, row: int, candidate: Array, reference: Array) -> int | None:
         """Return the index of the largest difference, if none before was as large."""

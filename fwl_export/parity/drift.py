@@ -21,23 +21,23 @@ import numpy.typing as npt
 from fwl_export.bundle.state import Array, State
 from fwl_export.errors import NotFiniteError
 from fwl_export.parity.compare import Error, Prediction, PredictionSum, TensorSum
-from fwl_export.parity.schedule import Call
+from fwl_export.parity.schedule import ScheduledCall
 from fwl_export.runtimes import Session
 
 LOGITS = "logits"
 
-FREE, FORCED = "free", "forced"
-MODES = (FREE, FORCED)
+FREE_RUNNING, TEACHER_FORCED = "free", "forced"
+MODES = (FREE_RUNNING, TEACHER_FORCED)
 
 # Every call writes these anew: what is wrong after one call may be gone after the next, so they
-# are compared after each. Caches and sums remember; they are compared at the depths.
+# are compared after each. Caches and sums remember; they are compared at the comparison points.
 _COMPARED_EVERY_CALL = ("position", "pending.")
 
 
-class Lane(NamedTuple):
+class RunKey(NamedTuple):
     """A runtime in one of the modes."""
 
-    runtime: str
+    name: str
     mode: str
 
 
@@ -48,7 +48,7 @@ class Failure:
     Attributes:
       runtime: its name.
       step: number of the call.
-      depth: tokens the first row would have read after that call.
+      tokens_read: tokens the first row would have read after that call.
       message: what happened.
       kind: "not finite", "shape" of an output, or another "error".
       tensor: "logits" or the name in the state, where it is one tensor's fault.
@@ -56,29 +56,29 @@ class Failure:
 
     runtime: str
     step: int
-    depth: int
+    tokens_read: int
     message: str
     kind: Literal["not finite", "shape", "error"] = "error"
     tensor: str | None = None
 
 
 @dataclass
-class LaneDrift:
-    """How far a runtime is from the reference, at one depth after the other.
+class RunDrift:
+    """How far a runtime is from the reference, at one comparison point after the other.
 
     Attributes:
-      depths: tokens the first row had read where the state was compared.
-      errors: by tensor, "logits" first, one entry per depth. Logits, position and pending tensors
-        are compared after every call, and an entry is over all since the depth before; the rest
-        of the state is compared at the depth.
+      tokens_read: tokens the first row had read where the state was compared.
+      errors: by tensor, "logits" first, one entry per point. Logits, position and pending tensors
+        are compared after every call, and an entry is over all since the point before; the rest
+        of the state is compared at the point.
       ulp: histogram of all differences by tensor; none for whole numbers.
       dtypes: of the runtime's tensors.
-      predictions: of all calls since the depth before.
+      predictions: of all calls since the point before.
       failure: why it did not get to the end; None if it did, or stopped by wish.
       stopped: whether it stopped by wish.
     """
 
-    depths: list[int] = field(default_factory=list)
+    tokens_read: list[int] = field(default_factory=list)
     errors: dict[str, list[Error]] = field(default_factory=dict)
     ulp: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
@@ -92,13 +92,13 @@ class Drift:
     """What a run over calls measured.
 
     Attributes:
-      lanes: the measurements by runtime and mode.
+      runs: the measurements by runtime and mode.
       failure: of the reference, which ends the run.
       calls: number of calls that the reference made.
       largest_call: the largest T among them.
     """
 
-    lanes: dict[Lane, LaneDrift]
+    runs: dict[RunKey, RunDrift]
     failure: Failure | None = None
     calls: int = 0
     largest_call: int = 0
@@ -107,7 +107,7 @@ class Drift:
 def measure_drift(
     reference: tuple[str, Session],
     runtimes: Mapping[str, Session],
-    calls: Iterable[Call],
+    calls: Iterable[ScheduledCall],
     limits: Mapping[str, int] | None = None,
     needed: Collection[str] | None = None,
     modes: Collection[str] = MODES,
@@ -128,45 +128,52 @@ def measure_drift(
       advance: called with the number of tokens the first row has moved, for a progress bar.
     """
     name, session = reference
-    lanes = [
-        _Lane(runtime, mode, given if mode == FREE else given.another(given.batch), session)
+    runs = [
+        _CandidateRun(
+            runtime, mode, given if mode == FREE_RUNNING else given.another(given.batch), session
+        )
         for runtime, given in runtimes.items()
         for mode in modes
     ]
-    drift = Drift({Lane(lane.runtime, lane.mode): lane.drift for lane in lanes})
+    drift = Drift({RunKey(run.runtime, run.mode): run.drift for run in runs})
     wanted = set(runtimes if needed is None else needed)
-    depth = 0
-    # The reference is one call ahead of the lanes: they share the cores, and not its state.
+    tokens_read = 0
+    # The reference is one call ahead of the runs: they share the cores, and not its state.
     steps = _reference_steps(name, session, calls)
-    workers = min(os.cpu_count() or 1, max(len(lanes), 1))
+    workers = min(os.cpu_count() or 1, max(len(runs), 1))
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(workers) as pool:
         upcoming = ahead.submit(next, steps, None)
         while (step := upcoming.result()) is not None:
             call, before, right = step
-            going = [lane for lane in lanes if lane.going]
-            if not wanted & {lane.runtime for lane in going}:
+            going = [run for run in runs if run.going]
+            if not wanted & {run.runtime for run in going}:
                 break
             if isinstance(right, Failure):
                 drift.failure = right
                 break
             upcoming = ahead.submit(next, steps, None)
-            # Runtimes leave Python's lock while they compute, and no lane knows of another.
+            # Runtimes leave Python's lock while they compute, and no run knows of another.
             list(
-                pool.map(partial(_Lane.step, call=call, before=_Casts(before), right=right), going)
+                pool.map(
+                    partial(_CandidateRun.step, call=call, before=_Casts(before), right=right),
+                    going,
+                )
             )
-            for lane in going:
-                if call.compare_state and call.depth >= (limits or {}).get(lane.runtime, np.inf):
-                    lane.stop()
+            for run in going:
+                if call.compare_state and call.tokens_read >= (limits or {}).get(
+                    run.runtime, np.inf
+                ):
+                    run.stop()
             drift.calls += 1
             drift.largest_call = max(drift.largest_call, call.ids.shape[1])
-            advance(call.depth - depth)
-            depth = call.depth
+            advance(call.tokens_read - tokens_read)
+            tokens_read = call.tokens_read
     return drift
 
 
 def _reference_steps(
-    name: str, session: Session, calls: Iterable[Call]
-) -> Iterator[tuple[Call, State, _Output | Failure]]:
+    name: str, session: Session, calls: Iterable[ScheduledCall]
+) -> Iterator[tuple[ScheduledCall, State, _Output | Failure]]:
     """Yield each call, the state before it, and what the reference makes of it."""
     before = session.state
     for call in calls:
@@ -204,20 +211,20 @@ class _Casts:
         return self._done[name, dtype]
 
 
-class _Lane:
-    """One runtime in one mode, and what its differences add up to since the last depth."""
+class _CandidateRun:
+    """One runtime in one mode, and what its differences add up to since the last point."""
 
     def __init__(self, runtime: str, mode: str, session: Session, reference: Session) -> None:
         self.runtime, self.mode = runtime, mode
         self.session = session
-        self.drift = LaneDrift()
+        self.drift = RunDrift()
         self.going = True
         self._sums: _Sums | None = None
         if wrong := _other_state(session, reference):
             self._fail(Failure(runtime, 0, 0, wrong, "shape"))
         self.drift.dtypes = {spec.name: spec.dtype for spec in session.specs}
 
-    def step(self, call: Call, before: _Casts, right: _Output) -> None:
+    def step(self, call: ScheduledCall, before: _Casts, right: _Output) -> None:
         found = self._feed(call, before)
         if isinstance(found, Failure):
             self._fail(found)
@@ -227,15 +234,15 @@ class _Lane:
         self._sums.add(found, right, call)
         if call.compare_state:
             self._sums.finish(self.drift)
-            self.drift.depths.append(call.depth)
+            self.drift.tokens_read.append(call.tokens_read)
             self._sums = None
 
     def stop(self) -> None:
         self.drift.stopped = self.going
         self.going = False
 
-    def _feed(self, call: Call, before: _Casts) -> _Output | Failure:
-        if self.mode == FREE:
+    def _feed(self, call: ScheduledCall, before: _Casts) -> _Output | Failure:
+        if self.mode == FREE_RUNNING:
             if call.reset:
                 self.session.reset(call.reset)
             return _feed(self.runtime, self.session, call)
@@ -243,11 +250,11 @@ class _Lane:
         if wrong := _not_finite(state):
             tensor, message = wrong
             message = f"{message}: the reference's value is beyond {state[tensor].dtype}"
-            return Failure(self.runtime, call.step, call.depth, message, "not finite", tensor)
+            return Failure(self.runtime, call.step, call.tokens_read, message, "not finite", tensor)
         try:
             self.session.write_rows(range(self.session.batch), state)
         except Exception as error:  # a runtime may raise anything; the others go on without it
-            return Failure(self.runtime, call.step, call.depth, _text(error))
+            return Failure(self.runtime, call.step, call.tokens_read, _text(error))
         return _feed(self.runtime, self.session, call)
 
     def _fail(self, failure: Failure) -> None:
@@ -261,8 +268,8 @@ class _Sums:
         self._tensors = {name: TensorSum(session.batch) for name in names}
         self._predictions = PredictionSum()
 
-    def add(self, candidate: _Output, reference: _Output, call: Call) -> None:
-        at = (call.step, call.depth)
+    def add(self, candidate: _Output, reference: _Output, call: ScheduledCall) -> None:
+        at = (call.step, call.tokens_read)
         for row, length in enumerate(call.lengths):
             real = (row, slice(0, int(length)))
             found, expected = candidate.logits[real], reference.logits[real]
@@ -273,7 +280,7 @@ class _Sums:
                 if call.compare_state or name.startswith(_COMPARED_EVERY_CALL):
                     self._tensors[name].add(row, candidate.state[name][row], tensor[row], *at)
 
-    def finish(self, drift: LaneDrift) -> None:
+    def finish(self, drift: RunDrift) -> None:
         for name, total in self._tensors.items():
             drift.errors.setdefault(name, []).append(total.result())
             if total.ulp is not None:
@@ -295,7 +302,9 @@ def _other_state(session: Session, reference: Session) -> str:
     )
 
 
-def _feed(name: str, session: Session, call: Call, keep: bool = False) -> _Output | Failure:
+def _feed(
+    name: str, session: Session, call: ScheduledCall, keep: bool = False
+) -> _Output | Failure:
     """Return what a session made of a call, or what went wrong.
 
     Args:
@@ -304,7 +313,7 @@ def _feed(name: str, session: Session, call: Call, keep: bool = False) -> _Outpu
       call: what it reads.
       keep: the state outlives the session's next call.
     """
-    at = (name, call.step, call.depth)
+    at = (name, call.step, call.tokens_read)
     try:
         session.learning_rate_scale = call.scale
         logits = session.feed(call.ids, call.weights, call.lengths)

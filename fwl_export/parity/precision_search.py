@@ -17,10 +17,10 @@ from fwl_export.bundle.state import Array
 from fwl_export.errors import ConfigError
 from fwl_export.model.checkpoint import Checkpoint
 from fwl_export.parity.compare import pooled
-from fwl_export.parity.drift import FREE, LOGITS, LaneDrift, measure_drift
+from fwl_export.parity.drift import FREE_RUNNING, LOGITS, RunDrift, measure_drift
 from fwl_export.parity.schedule import ROWS, Schedule
 from fwl_export.precision.policy import PrecisionPolicy, parts, streaming_model
-from fwl_export.runtimes.session import Session
+from fwl_export.runtimes.session import Session, SessionSpec
 from fwl_export.runtimes.torch import TorchRunner
 
 # Models that read side by side: each needs memory for its state.
@@ -239,23 +239,18 @@ class Explorer:
         sessions |= others or {}
         reference = (_REFERENCE, self._session("fp64"))
         calls = Schedule(self._ids, tokens, self._max_tokens)
-        drift = measure_drift(reference, sessions, calls, modes=(FREE,))
-        return {lane.runtime: _distance(measured) for lane, measured in drift.lanes.items()}
+        drift = measure_drift(reference, sessions, calls, modes=(FREE_RUNNING,))
+        return {run.name: _distance(measured) for run, measured in drift.runs.items()}
 
     def _session(self, precision: str | PrecisionPolicy) -> Session:
         config = self._checkpoint.config
         model = streaming_model(self._checkpoint.model, precision, self._max_tokens)
-        return Session(
-            TorchRunner(model),
-            model.specs,
-            config.vocab_size,
-            self._max_tokens,
-            ROWS,
-            config.fast_weights.anchor_interval,
-        )
+        interval = config.fast_weights.anchor_interval
+        spec = SessionSpec(model.specs, config.vocab_size, self._max_tokens, interval)
+        return Session(TorchRunner(model), spec, ROWS)
 
 
-def _distance(drift: LaneDrift) -> Distance:
+def _distance(drift: RunDrift) -> Distance:
     if failure := drift.failure:
         message = f"at call {failure.step}: {failure.message}"
         return Distance(math.inf, math.inf, math.inf, "", message)

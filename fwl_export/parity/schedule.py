@@ -24,8 +24,8 @@ _STARTS = (0.0, 0.25, 0.0)  # of the first row's way
 _RESET_AT = 0.55
 _RESET_ROW = 2
 
-_FIRST_DEPTH = 16  # tokens; with fewer, errors are too few to say how large they usually are
-_DEPTHS_PER_DOUBLING = 2
+_FIRST_POINT = 16  # tokens; with fewer, errors are too few to say how large they usually are
+_POINTS_PER_DOUBLING = 2
 
 _RAGGED = 0.5  # share of calls in which rows bring different numbers of tokens
 _WEIGHTED = 0.4  # share of calls in which some tokens have weight 0 or 0.5
@@ -34,7 +34,7 @@ _DECODE_RUN = 16  # calls of one token come in runs, as they do when text is gen
 
 
 @dataclass(frozen=True)
-class Call:
+class ScheduledCall:
     """One call of the model on all rows.
 
     Attributes:
@@ -46,7 +46,7 @@ class Call:
       labels: [B, T] int64, the token after each; padding 0.
       positions: [B] int64, tokens that each row has read before (not set back by a reset).
       reset: rows that start afresh before this call.
-      depth: tokens the first row has read after this call.
+      tokens_read: tokens the first row has read after this call.
       compare_state: whether the state is compared after this call.
     """
 
@@ -58,7 +58,7 @@ class Call:
     labels: Array
     positions: Array
     reset: tuple[int, ...]
-    depth: int
+    tokens_read: int
     compare_state: bool
 
 
@@ -90,10 +90,10 @@ class Schedule:
                 f"{max(len(self.ids) - 1, 1)} (--tokens)"
             )
 
-    def __iter__(self) -> Iterator[Call]:
+    def __iter__(self) -> Iterator[ScheduledCall]:
         rng = np.random.default_rng(self.seed)
         sizes = _sizes(rng, self.max_tokens)
-        marks = compared_depths(self.tokens)
+        marks = comparison_points(self.tokens)
         starts = [row * (len(self.ids) // ROWS) for row in range(ROWS)]
         texts = [np.roll(self.ids, -start) for start in starts]
         positions = np.zeros(ROWS, np.int64)
@@ -129,10 +129,10 @@ class Schedule:
         return lengths
 
 
-def compared_depths(tokens: int) -> list[int]:
+def comparison_points(tokens: int) -> list[int]:
     """Return the depths at which states are compared: dense where drift starts, `tokens` last."""
-    steps = range(64 * _DEPTHS_PER_DOUBLING)
-    marks = (round(_FIRST_DEPTH * 2 ** (step / _DEPTHS_PER_DOUBLING)) for step in steps)
+    steps = range(64 * _POINTS_PER_DOUBLING)
+    marks = (round(_FIRST_POINT * 2 ** (step / _POINTS_PER_DOUBLING)) for step in steps)
     return [*takewhile(lambda mark: mark < tokens, marks), tokens]
 
 
@@ -145,7 +145,7 @@ def make_call(
     reset: tuple[int, ...],
     marks: list[int],
     scale: Array | None = None,
-) -> Call:
+) -> ScheduledCall:
     """Return the call in which each row reads on in its text.
 
     Args:
@@ -166,11 +166,11 @@ def make_call(
         np.stack([texts[row][(places[row] + shift) % len(texts[row])] for row in rows])
         for shift in (0, 1)
     )
-    depth = int(positions[0] + lengths[0])
-    compare = bool(marks) and depth >= marks[0]
-    while marks and depth >= marks[0]:
+    tokens_read = int(positions[0] + lengths[0])
+    compare = bool(marks) and tokens_read >= marks[0]
+    while marks and tokens_read >= marks[0]:
         marks.pop(0)
-    return Call(
+    return ScheduledCall(
         step,
         np.where(real, ids, 0),
         np.where(real, weights, np.float32(0)),
@@ -179,7 +179,7 @@ def make_call(
         np.where(real, labels, 0),
         positions.copy(),
         reset,
-        depth,
+        tokens_read,
         compare,
     )
 

@@ -198,26 +198,26 @@ def _half(row: Tolerance) -> Tolerance:
 def budgets(
     tolerance: Tolerance,
     own: Sequence[Error],
-    depths: Sequence[int],
+    tokens_read: Sequence[int],
     precision: str,
-    memory: float,
+    horizon_tokens: float,
 ) -> list[Budget]:
     """Return the budget of a tensor at every depth.
 
     Args:
       tolerance: its row of the table.
       own: PyTorch's own distance from float64, in the precision of the candidate.
-      depths: tokens read there by the first row.
+      tokens_read: tokens read there by the first row.
       precision: "fp16", "fp32" or "fp64".
-      memory: tokens that the sums remember (the horizon); 0 if they forget nothing, for then
-        the decay is exactly 1.
+      horizon_tokens: Tokens over which the fast weights remember (the horizon); 0 if they never
+        forget, because their decay is then exactly 1.
     """
     result = []
     max_abs = relative_rms = 0.0
-    for error, depth in zip(own, depths, strict=True):
+    for error, read in zip(own, tokens_read, strict=True):
         max_abs = max(max_abs, error.max_abs)
         relative_rms = max(relative_rms, error.relative_rms)
-        decay = tolerance.per_token * _DECAY_ROUNDING * min(depth, memory)
+        decay = tolerance.per_token * _DECAY_ROUNDING * min(read, horizon_tokens)
         floor = tolerance.floor * ROUNDING[precision] + decay
         result.append(
             Budget(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fwl_export.parity.compare import Error, Prediction
-from fwl_export.parity.drift import FORCED, Drift, Failure, Lane
+from fwl_export.parity.drift import TEACHER_FORCED, Drift, Failure, RunKey
 from fwl_export.parity.tolerances import TABLE, Budget, Tolerance, budgets, tolerance_for
 
 WITHIN, OUTSIDE, COULD_NOT_RUN = "within", "outside", "could not run"
@@ -18,13 +18,13 @@ class Measured:
     """A tensor at one depth.
 
     Attributes:
-      depth: tokens the first row had read.
+      tokens_read: tokens the first row had read.
       error: distance of the candidate from the reference.
       own: distance of PyTorch in the candidate's precision from float64.
       budget: what `error` may be.
     """
 
-    depth: int
+    tokens_read: int
     error: Error
     own: Error
     budget: Budget
@@ -43,20 +43,20 @@ class TensorVerdict:
       name: "logits" or the name in the state.
       dtype: in the candidate.
       tolerance: the row of the table that applied.
-      depths: one entry per depth.
+      points: one entry per comparison point.
       ulp: histogram of all differences, see `compare.ulp_histogram`; None for whole numbers.
     """
 
     name: str
     dtype: str
     tolerance: Tolerance
-    depths: Sequence[Measured]
+    points: Sequence[Measured]
     ulp: Sequence[int] | None = None
 
     @property
     def worst(self) -> Measured:
         """The depth at which most of the budget is used."""
-        return max(self.depths, key=lambda measured: measured.use)
+        return max(self.points, key=lambda measured: measured.use)
 
     @property
     def use(self) -> float:
@@ -90,9 +90,9 @@ class RunVerdict:
         return max((tensor.use for tensor in self.tensors), default=0.0)
 
     @property
-    def depths(self) -> list[int]:
+    def tokens_read(self) -> list[int]:
         """Tokens the first row had read where states were compared."""
-        return [measured.depth for measured in self.tensors[0].depths] if self.tensors else []
+        return [measured.tokens_read for measured in self.tensors[0].points] if self.tensors else []
 
     @property
     def status(self) -> str:
@@ -115,7 +115,7 @@ class Growth(NamedTuple):
 
     Attributes:
       candidate, case, mode, tensor: where.
-      measure: "max_abs" or "relative_rms", at its largest over the depths.
+      measure: "max_abs" or "relative_rms", at its largest over the comparison points.
       before, now: its values.
     """
 
@@ -186,22 +186,22 @@ class CandidateVerdict:
             outside = [
                 Spot(run, tensor, measured)
                 for tensor in run.tensors
-                for measured in tensor.depths
+                for measured in tensor.points
                 if measured.use > 1
             ]
             if outside:
-                return min(outside, key=lambda s: (s.measured.depth, -s.measured.use))
+                return min(outside, key=lambda s: (s.measured.tokens_read, -s.measured.use))
         return None
 
 
 def judge(
     case: str,
     drift: Drift,
-    lane: Lane,
+    run: RunKey,
     own_drift: Drift,
     own: str,
     precision: str,
-    memory: float,
+    horizon_tokens: float,
     table: Sequence[Tolerance] = TABLE,
 ) -> RunVerdict:
     """Compare what was measured of a candidate in one mode with its budgets.
@@ -209,35 +209,35 @@ def judge(
     Args:
       case: name of the calls.
       drift: against the reference.
-      lane: candidate and mode.
+      run: candidate and mode.
       own_drift: against float64, with PyTorch in the candidate's precision in the same mode.
       own: its name there.
       precision: "fp16", "fp32" or "fp64", of both.
-      memory: tokens that the sums remember, see `budgets`.
+      horizon_tokens: tokens that the sums remember, see `budgets`.
       table: of tolerances.
     """
-    found, usual = drift.lanes[lane], own_drift.lanes[Lane(own, lane.mode)]
-    count = min(len(found.depths), len(usual.depths))
-    depths = found.depths[:count]
-    if lane.mode == FORCED:  # no error is older than the call
-        memory = min(memory, drift.largest_call)
+    found, usual = drift.runs[run], own_drift.runs[RunKey(own, run.mode)]
+    count = min(len(found.tokens_read), len(usual.tokens_read))
+    tokens_read = found.tokens_read[:count]
+    if run.mode == TEACHER_FORCED:  # no error is older than the call
+        horizon_tokens = min(horizon_tokens, drift.largest_call)
     tensors = []
     for name in found.errors if count else ():
         row = tolerance_for(name, table)
         own_errors = usual.errors[name][:count]
-        measure = _steady(own_errors) if lane.mode == FORCED else own_errors
-        allowed = budgets(row, measure, depths, precision, memory)
-        columns = (depths, found.errors[name][:count], own_errors, allowed)
+        measure = _steady(own_errors) if run.mode == TEACHER_FORCED else own_errors
+        allowed = budgets(row, measure, tokens_read, precision, horizon_tokens)
+        columns = (tokens_read, found.errors[name][:count], own_errors, allowed)
         measured = [Measured(*entries) for entries in zip(*columns, strict=True)]
         ulp = found.ulp.get(name)
         counts = None if ulp is None else [int(n) for n in ulp]
         tensors.append(TensorVerdict(name, found.dtypes[name], row, measured, counts))
     failures = [found.failure, *map(_without_measure, (drift.failure, own_drift.failure))]
     failures.append(_without_measure(usual.failure))
-    whole = found.stopped and count == len(found.depths)
+    whole = found.stopped and count == len(found.tokens_read)
     return RunVerdict(
         case,
-        lane.mode,
+        run.mode,
         tensors,
         found.predictions[:count],
         usual.predictions[:count],
@@ -248,7 +248,7 @@ def judge(
 def _steady(errors: Sequence[Error]) -> list[Error]:
     """Return the largest of errors that do not grow, those of single steps, for every depth.
 
-    They are samples of one quantity, and the few of the first depths say little about it. Largest
+    They are samples of one quantity, and the few of the first points say little about it. Largest
     differences are compared in units of what was largest in the tensor, since sums do grow.
     """
     rms = max((e.relative_rms for e in errors), default=0.0)
@@ -261,4 +261,4 @@ def _without_measure(failure: Failure | None) -> Failure | None:
     if failure is None:
         return None
     message = f"{failure.message}; without it there is nothing to compare with"
-    return Failure(failure.runtime, failure.step, failure.depth, message)
+    return Failure(failure.runtime, failure.step, failure.tokens_read, message)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export.bundle.state import Array, State
+from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.errors import ConfigError
 
 Rows = Sequence[int] | slice
@@ -18,7 +18,7 @@ Rows = Sequence[int] | slice
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs of one call of the model, beside the state; arrays are contiguous.
+    """The inputs of one call of the model, beside the state (`state.INPUTS`), as contiguous arrays.
 
     Attributes:
       input_ids: [B, T] int64.
@@ -64,6 +64,21 @@ class Runner(Protocol):
 
     def release(self, buffers: Any) -> None:
         """Forget buffers that no call will use again."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in a runtime, ready for sessions.
+
+    Attributes:
+      runner: Runner of the first session; other sessions use `runner.another()`.
+      state: Specs of the state's tensors, in the model's order.
+      max_tokens: Largest T of one call.
+    """
+
+    runner: Runner
+    state: Sequence[TensorSpec]
+    max_tokens: int
 
 
 def index(rows: Rows) -> list[int] | slice:

@@ -9,19 +9,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
 
 from fwl_export.bundle import state as states
 from fwl_export.bundle.manifest import Bundle
 from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
-from fwl_export.errors import BundleError, MissingDependencyError
-from fwl_export.runtimes.base import Call, Rows, index
+from fwl_export.errors import BundleError
+from fwl_export.runtimes.base import Call, Loaded, Rows, index
+from fwl_export.runtimes.registry import Options
 
 
 class OnnxReferenceRunner:
     """Runs a bundle's ONNX file node by node; buffers are arrays by name."""
 
     def __init__(self, evaluator: Any, specs: Sequence[TensorSpec]) -> None:
-        """Share a loaded evaluator, see `load_model`."""
+        """Share a loaded evaluator, see `load`."""
         self._evaluator = evaluator
         self._specs = specs
 
@@ -60,22 +63,17 @@ class OnnxReferenceRunner:
         """See `Runner.release`; nothing was kept."""
 
 
-def load_model(bundle: Bundle) -> Any:
-    """Load a bundle's ONNX file into a `ReferenceEvaluator`.
+def load(bundle: Bundle, options: Options) -> Loaded:
+    """Load a bundle's model for sessions; this runtime takes no options.
 
     Raises:
-      BundleError: the evaluator cannot load the model.
-      MissingDependencyError: onnx is not installed.
+      BundleError: The evaluator cannot load the model.
     """
-    try:
-        from onnx import load
-        from onnx.reference import ReferenceEvaluator
-    except ImportError:
-        raise MissingDependencyError(
-            "runtime 'onnx-reference' needs onnx; pip install 'fwl-export[export]'"
-        ) from None
     path = bundle.model_files()
     try:
-        return ReferenceEvaluator(load(str(path)))
-    except Exception as error:  # it raises whatever an operator raises
+        evaluator = ReferenceEvaluator(onnx.load(path))
+    except Exception as error:  # an operator may raise anything
         raise BundleError(f"ONNX's reference evaluator cannot load '{path}': {error}") from None
+    manifest = bundle.manifest
+    runner = OnnxReferenceRunner(evaluator, manifest.state)
+    return Loaded(runner, manifest.state, manifest.max_tokens)

@@ -11,10 +11,11 @@ import numpy as np
 
 from fwl_export.bundle.manifest import Bundle
 from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
-from fwl_export.errors import BundleError, MissingDependencyError, PluginError
-from fwl_export.ort import import_onnxruntime
+from fwl_export.errors import BundleError, MissingDependencyError
+from fwl_export.ort import import_onnxruntime, register_plugin
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
-from fwl_export.runtimes.base import Call, Rows, index, parse_device
+from fwl_export.runtimes.base import Call, Loaded, Rows, index, parse_device
+from fwl_export.runtimes.registry import Options
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -38,6 +39,12 @@ class OnnxRuntimeModel:
     specs: Sequence[TensorSpec]
     vocab_size: int
     device: tuple[str, int]
+
+
+def load(bundle: Bundle, options: Options) -> Loaded:
+    """Load a bundle's model for sessions; raises what `load_model` raises."""
+    model = load_model(bundle, options.threads, options.plugin, options.device or "cpu")
+    return Loaded(OnnxRuntimeRunner(model), model.specs, bundle.manifest.max_tokens)
 
 
 def load_model(
@@ -88,7 +95,7 @@ def open_file(
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": place[1]}))
     library = find_plugin(ONNXRUNTIME, plugin)
     if library is not None:
-        _register(options, library)
+        register_plugin(options, library)
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions share no narrower base
@@ -244,12 +251,3 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> Array:
     memory = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _register(options: onnxruntime.SessionOptions, plugin: Path) -> None:
-    try:
-        options.register_custom_ops_library(str(plugin))
-    except Exception as error:  # onnxruntime's own exceptions share no narrower base
-        raise PluginError(
-            f"ONNX Runtime cannot load plugin '{plugin}': {error}; leave it out with plugin='none'"
-        ) from None

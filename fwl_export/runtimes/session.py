@@ -6,6 +6,7 @@ import math
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,28 @@ from fwl_export.runtimes.base import Call, Runner
 from fwl_export.runtimes.sampling import Sampler
 
 
+@dataclass(frozen=True)
+class SessionSpec:
+    """What a session needs to know about its model.
+
+    Attributes:
+      state: Specs of the state's tensors, in the model's order.
+      vocab_size: Number of token ids, V.
+      max_tokens: Largest T of one call of the runner; the session splits longer reads.
+      anchor_interval: Tokens between two anchors, which no call may cross; 0 means no anchors. See
+        `FastWeightsConfig`.
+      model_id: Identity of the model; state files carry it, and only load into the same model.
+      max_positions: Tokens that a row may read in all; 0 means no limit.
+    """
+
+    state: Sequence[TensorSpec]
+    vocab_size: int
+    max_tokens: int
+    anchor_interval: int = 0
+    model_id: str = ""
+    max_positions: int = 0
+
+
 class Session:
     """Rows of text that are read step by step; each row is independent of the others.
 
@@ -32,38 +55,27 @@ class Session:
     ids)`.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        specs: Sequence[TensorSpec],
-        vocab_size: int,
-        max_tokens: int,
-        batch: int,
-        anchor_interval: int = 0,
-        model_id: str = "",
-        max_positions: int = 0,
-    ) -> None:
-        """Start `batch` fresh rows. Use `fwl_export.open_session`.
+    def __init__(self, runner: Runner, spec: SessionSpec, batch: int = 1) -> None:
+        """Start `batch` fresh rows. Applications call `fwl_export.open_session` instead.
 
         Args:
-          runner: the runtime.
-          specs: of the state.
-          vocab_size: V.
-          max_tokens: largest T of the runner's calls.
-          batch: number of rows.
-          anchor_interval: see `FastWeightsConfig`; calls of the runner do not cross an anchor.
-          model_id: of the bundle's manifest; tells whose state a file is.
-          max_positions: tokens that a row may read; 0: without end.
+          runner: The loaded model in its runtime; no other session may use it.
+          spec: What the session needs to know about the model.
+          batch: Number of rows.
+
+        Raises:
+          ShapeError: `batch` is less than 1, or more than the runner takes.
         """
         if batch < 1:
             raise ShapeError(f"batch is {batch}; expected 1 or more rows")
-        self.specs = list(specs)
-        self.vocab_size = vocab_size
-        self.max_tokens = max_tokens
+        self.spec = spec
+        self.specs = list(spec.state)
+        self.vocab_size = spec.vocab_size
+        self.max_tokens = spec.max_tokens
+        self.anchor_interval = spec.anchor_interval
+        self.model_id = spec.model_id
+        self.max_positions = spec.max_positions
         self.batch = batch
-        self.anchor_interval = anchor_interval
-        self.model_id = model_id
-        self.max_positions = max_positions
         self._lock = threading.RLock()
         # Lists, not arrays: a step of a small model is not much longer than a few NumPy calls.
         self._positions = [0] * batch
@@ -73,18 +85,19 @@ class Session:
         self._current = runner.new_buffers(batch)
         self._spare = [runner.new_buffers(batch)]
 
+    def __repr__(self) -> str:
+        shown = self._positions[:8]
+        more = ", ..." if self.batch > len(shown) else ""
+        runtime = type(self._runner).__name__.removesuffix("Runner")
+        return (
+            f"<Session in {runtime}: batch={self.batch}, "
+            f"positions=[{', '.join(map(str, shown))}{more}], vocab_size={self.vocab_size}, "
+            f"max_tokens={self.max_tokens}>"
+        )
+
     def another(self, batch: int = 1) -> Session:
         """Open a session of fresh rows on the same loaded model."""
-        return Session(
-            self._runner.another(),
-            self.specs,
-            self.vocab_size,
-            self.max_tokens,
-            batch,
-            self.anchor_interval,
-            self.model_id,
-            self.max_positions,
-        )
+        return Session(self._runner.another(), self.spec, batch)
 
     def feed(
         self,
@@ -420,7 +433,30 @@ class Session:
         label_weights: npt.ArrayLike | None,
         lengths: npt.ArrayLike | None,
     ) -> tuple[Array, Array | None, list[int]]:
-        """Return ids, weights, None where all are 1 and nothing is padding, and lengths."""
+        """Return ids [B, T], weights [B, T], and lengths.
+
+        Weights are None where all are 1 and nothing is padding.
+        """
+        ids = self._checked_ids(tokens)
+        counts = self._checked_lengths(lengths, ids.shape[1])
+        if lengths is None and label_weights is None and self._all_in_range(ids):
+            return ids, None, counts
+        real = np.arange(ids.shape[1]) < np.array(counts)[:, None]
+        wrong = real & ((ids < 0) | (ids >= self.vocab_size))
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise TokenError(
+                f"token id {ids[row, column]} (row {row}, position {column}) is out of range; "
+                f"expected 0 to {self.vocab_size - 1}"
+            )
+        weights = self._checked_weights(label_weights, real)
+        return (
+            np.where(real, ids, 0).astype(np.int64),
+            np.where(real, weights, np.float32(0)),
+            counts,
+        )
+
+    def _checked_ids(self, tokens: npt.ArrayLike) -> Array:
         try:
             ids = np.asarray(tokens)
         except ValueError:
@@ -436,34 +472,22 @@ class Session:
             )
         if ids.dtype.kind not in "iu":
             raise TokenError(f"tokens are {ids.dtype}; expected whole numbers")
-        counts = self._checked_lengths(lengths, ids.shape[1])
-        if lengths is None and label_weights is None and self._all_in_range(ids):
-            return ids, None, counts
-        real = np.arange(ids.shape[1]) < np.array(counts)[:, None]
-        wrong = real & ((ids < 0) | (ids >= self.vocab_size))
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            raise TokenError(
-                f"token id {ids[row, column]} (row {row}, position {column}) is out of range; "
-                f"expected 0 to {self.vocab_size - 1}"
+        return ids
+
+    def _checked_weights(self, label_weights: npt.ArrayLike | None, real: Array) -> Array:
+        """Return the weights [B, T]; those at padding, where `real` is False, may be anything."""
+        if label_weights is None:
+            return np.ones(real.shape, np.float32)
+        weights = np.asarray(label_weights, np.float32)
+        if weights.ndim == 1 and self.batch == 1:
+            weights = weights[None]
+        if weights.shape != real.shape:
+            raise ShapeError(
+                f"label_weights have shape {list(weights.shape)}; expected {list(real.shape)}"
             )
-        weights = np.ones(ids.shape, np.float32)
-        if label_weights is not None:
-            given = np.asarray(label_weights, np.float32)
-            if given.ndim == 1 and self.batch == 1:
-                given = given[None]
-            if given.shape != ids.shape:
-                raise ShapeError(
-                    f"label_weights have shape {list(given.shape)}; expected {list(ids.shape)}"
-                )
-            if not (np.isfinite(given) & (given >= 0))[real].all():
-                raise TokenError("label_weights must be finite and 0 or more")
-            weights = given
-        return (
-            np.where(real, ids, 0).astype(np.int64),
-            np.where(real, weights, np.float32(0)),
-            counts,
-        )
+        if not (np.isfinite(weights) & (weights >= 0))[real].all():
+            raise TokenError("label_weights must be finite and 0 or more")
+        return weights
 
     def _all_in_range(self, ids: Array) -> bool:
         values = ids.ravel().tolist()  # see _plain_call

@@ -30,6 +30,11 @@ class Slots:
         self._lock = threading.RLock()
         self._free = list(range(session.batch))
 
+    def __repr__(self) -> str:
+        used = self.used
+        shown = ", ".join(map(str, used[:8])) + (", ..." if len(used) > 8 else "")
+        return f"<Slots: {len(used)} of {self.session.batch} in use: [{shown}]>"
+
     @property
     def used(self) -> list[int]:
         """The slots that were handed out."""
@@ -89,21 +94,7 @@ class Slots:
         tokens: Mapping[int, npt.ArrayLike],
         label_weights: Mapping[int, npt.ArrayLike] | None,
     ) -> dict[int, Array]:
-        given = {slot: np.asarray(ids) for slot, ids in tokens.items()}
-        for slot, ids in given.items():
-            self._check(slot)
-            if ids.ndim != 1 or not len(ids):
-                raise ShapeError(
-                    f"tokens of slot {slot} have shape {list(ids.shape)}; expected [T]"
-                )
-            # Here, since types differ between slots: ids of the largest would not fit the batch.
-            if ids.dtype.kind not in "iu":
-                raise TokenError(f"tokens of slot {slot} are {ids.dtype}; expected whole numbers")
-            if ids.max() >= self.session.vocab_size:
-                raise TokenError(
-                    f"token id {ids.max()} of slot {slot} is out of range; expected 0 to "
-                    f"{self.session.vocab_size - 1}"
-                )
+        given = {slot: self._checked_ids(slot, ids) for slot, ids in tokens.items()}
         if not given:
             raise ShapeError("no slot was given tokens")
         shape = (self.session.batch, max(map(len, given.values())))
@@ -120,6 +111,21 @@ class Slots:
             weights[slot, : len(ids)] = weight
         logits = self.session.feed(batch, weights, lengths, last_only=True)
         return {slot: logits[slot] for slot in given}
+
+    def _checked_ids(self, slot: int, tokens: npt.ArrayLike) -> Array:
+        ids = np.asarray(tokens)
+        self._check(slot)
+        if ids.ndim != 1 or not len(ids):
+            raise ShapeError(f"tokens of slot {slot} have shape {list(ids.shape)}; expected [T]")
+        # Checked per slot, since dtypes differ: an id beyond int64 would not fit the batch.
+        if ids.dtype.kind not in "iu":
+            raise TokenError(f"tokens of slot {slot} are {ids.dtype}; expected whole numbers")
+        if ids.max() >= self.session.vocab_size:
+            raise TokenError(
+                f"token id {ids.max()} of slot {slot} is out of range; expected 0 to "
+                f"{self.session.vocab_size - 1}"
+            )
+        return ids
 
     def _check(self, slot: int) -> None:
         if slot in self._free or not 0 <= slot < self.session.batch:

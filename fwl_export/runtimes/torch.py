@@ -17,9 +17,16 @@ from fwl_export.precision.policy import (
     streaming_model,
     with_stored_weights,
 )
-from fwl_export.runtimes.base import Call, Rows, index
+from fwl_export.runtimes.base import Call, Loaded, Rows, index
+from fwl_export.runtimes.registry import Options
 
 Buffers = dict[str, torch.Tensor]
+
+
+def load(bundle: Bundle, options: Options) -> Loaded:
+    """Load a bundle's model for sessions; raises what `load_model` raises."""
+    model = load_model(bundle, options.precision)
+    return Loaded(TorchRunner(model), model.specs, bundle.manifest.max_tokens)
 
 
 def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:

@@ -1,5 +1,5 @@
-# fwl_plugin_library(target): what all libraries share that another program loads. They bring their
-# own C++ runtime, export nothing but their entry points, and lie where the package looks.
+# fwl_plugin_library(target): the settings of a library that ONNX Runtime or TensorRT loads. It brings its
+# own C++ runtime, exports its entry points only, and is installed where the Python package looks.
 function(fwl_plugin_library target)
   if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
     target_link_options(${target} PRIVATE -static-libstdc++ -static-libgcc

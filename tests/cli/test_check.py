@@ -166,7 +166,7 @@ def test_a_report_is_replayed_with_its_own_command(
         (("--candidates", "torch:int8"), "torch has no option 'int8'; it has: float64, float32"),
         (("--candidates", "torch:float32:float64"), "two of its options say the same thing"),
         (("--candidates", "torch,torch"), "'torch' is named twice"),
-        (("--cases", "texts"), "'texts' is no case; expected text, mixed"),
+        (("--cases", "texts"), "'texts' is not a case; expected text, mixed"),
         (("--replay", "report.json", "--tokens", "5"), "--replay takes text, cases, tokens"),
         (("--replay", "report.json"), "schema_version is 1, but this fwl-export reads 2; run"),
         (

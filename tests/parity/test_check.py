@@ -186,9 +186,9 @@ def test_an_unbroken_bundle_passes_with_room_to_spare(
     names = [tensor.name for tensor in found.runs[1].tensors]
     assert names == ["logits", *(spec.name for spec in session_specs(report, request))]
     for run in found.runs:
-        assert run.depths[-1] == TOKENS
-        assert len(run.depths) >= 6
-    assert report.memory == 30
+        assert run.tokens_read[-1] == TOKENS
+        assert len(run.tokens_read) >= 6
+    assert report.horizon_tokens == 30
     assert found.precision == precision
 
 
@@ -236,7 +236,7 @@ def test_nan_is_a_failure_with_the_first_step(
     assert found.failure is not None
     assert (found.failure.kind, found.failure.tensor) == ("not finite", state)
     assert found.failure.message.startswith(f"state '{state}' is nan in row ")
-    assert 31 <= found.failure.depth < 31 + MAX_TOKENS  # the call that read token 31
+    assert 31 <= found.failure.tokens_read < 31 + MAX_TOKENS  # the call that read token 31
     assert all(tensor.use < 1 for run in found.runs for tensor in run.tensors)
     assert "onnxruntime could not go on in case 'text', free, at call" in report.problems()[0]
 
@@ -288,8 +288,8 @@ def test_every_kind_of_runtime_and_case_is_within_budget(tiny_bundle: Path) -> N
     ort, own, slow = report.candidates
     assert own.use == pytest.approx(1 / 5)  # it is its own measure, times the factor
     assert ort.use > 0
-    assert {max(run.depths) for run in slow.runs} < {*range(20, 60)}
-    assert {max(run.depths) for run in ort.runs if run.case == "text"} == {60}
+    assert {max(run.tokens_read) for run in slow.runs} < {*range(20, 60)}
+    assert {max(run.tokens_read) for run in ort.runs if run.case == "text"} == {60}
     assert "reference evaluator" in slow.runtime
 
 

@@ -38,8 +38,8 @@ def compare_with_baseline(
         for run in verdict.runs:
             for tensor in run.tensors:
                 key = (verdict.name, run.case, run.mode, tensor.name)
-                depths, errors = before.get(key, ([], {}))
-                if common := _common(run.depths, depths):
+                points, errors = before.get(key, ([], {}))
+                if common := _common(run.tokens_read, points):
                     compared += 1
                     grown += _growths(key, errors, tensor, common)
         result.append(replace(verdict, grown=grown))
@@ -62,15 +62,15 @@ def _errors(report: Mapping[str, Any]) -> dict[Key, tuple[list[int], Mapping[str
 
 
 def _growths(
-    key: Key, before: Mapping[str, Any], tensor: TensorVerdict, depths: int
+    key: Key, before: Mapping[str, Any], tensor: TensorVerdict, count: int
 ) -> Iterator[Growth]:
     """Yield the measures that grew over the first depths."""
-    measured = tensor.depths[:depths]
+    measured = tensor.points[:count]
     for measure in _MEASURES:
-        values = [value for value in before[measure][:depths] if value is not None]
+        values = [value for value in before[measure][:count] if value is not None]
         old = max(values, default=0.0)
         new = max(getattr(m.error, measure) for m in measured)
-        if len(values) == depths and new > _FACTOR * old and not _are_roundings(measured, measure):
+        if len(values) == count and new > _FACTOR * old and not _are_roundings(measured, measure):
             yield Growth(*key, measure, old, new)
 
 

@@ -13,6 +13,7 @@ from fwl_export.files import replaced_file
 from fwl_export.json_files import check_schema, read_json, without_non_finite
 from fwl_export.parity.cases import Case
 from fwl_export.parity.compare import Place, Prediction, pooled
+from fwl_export.parity.drift import Failure
 from fwl_export.parity.report.worst_place import WorstPlace
 from fwl_export.parity.tolerances import Tolerance
 from fwl_export.parity.verdict import (
@@ -56,7 +57,7 @@ class Report:
       strict: whether budgets were halved.
       changed_tolerances: as given by the user.
       table: of tolerances that applied.
-      memory: tokens that the sums remember; 0 if they forget nothing.
+      horizon_tokens: tokens that the sums remember; 0 if they forget nothing.
       cases: that were run.
       candidates: one verdict per runtime.
       worst: where each of them is worst.
@@ -80,7 +81,7 @@ class Report:
     strict: bool
     changed_tolerances: Mapping[str, Any]
     table: Sequence[Tolerance]
-    memory: float
+    horizon_tokens: float
     cases: Sequence[CaseRun]
     candidates: Sequence[CandidateVerdict]
     worst: Sequence[WorstPlace | None]
@@ -140,7 +141,7 @@ class Report:
                 "tolerances": dict(self.changed_tolerances),
             },
             "text": {"name": self.text, "ids": list(self.ids)},
-            "memory": self.memory,
+            "memory": self.horizon_tokens,
             "tolerances": [asdict(row) for row in self.table],
             "cases": [
                 {**asdict(run.case), "calls": run.calls, "largest_call": run.largest_call}
@@ -201,7 +202,7 @@ def problems(candidate: CandidateVerdict) -> list[str]:
             told.add((failure.message, failure.step))
             lines.append(
                 f"{failure.runtime} could not go on in case '{run.case}', {run.mode}, at call "
-                f"{failure.step}, by token {failure.depth}: {failure.message}"
+                f"{failure.step}, by token {failure.tokens_read}: {failure.message}"
             )
     lines += [
         f"{candidate.name} is further off than in the baseline in '{growth.tensor}' (case "
@@ -218,9 +219,9 @@ def _breach(spot: Spot) -> str:
     run, tensor, measured = spot
     error, budget = measured.error, measured.budget
     text = (
-        f"first in '{tensor.name}' (case '{run.case}', {run.mode}) at token {measured.depth}: max "
-        f"abs {error.max_abs:.2g} (budget {budget.max_abs:.2g}), relative RMS "
-        f"{error.relative_rms:.2g} (budget {budget.relative_rms:.2g})"
+        f"first in '{tensor.name}' (case '{run.case}', {run.mode}) at token "
+        f"{measured.tokens_read}: max abs {error.max_abs:.2g} (budget {budget.max_abs:.2g}), "
+        f"relative RMS {error.relative_rms:.2g} (budget {budget.relative_rms:.2g})"
     )
     if error.worst:
         place = error.worst
@@ -252,9 +253,9 @@ def _run(run: RunVerdict) -> dict[str, Any]:
         "mode": run.mode,
         "status": run.status,
         "use": run.use,
-        "tokens": max(run.depths, default=0),
-        "failure": asdict(run.failure) if run.failure else None,
-        "depths": run.depths,
+        "tokens": max(run.tokens_read, default=0),
+        "failure": _with_depth(run.failure) if run.failure else None,
+        "depths": run.tokens_read,
         "tensors": [_tensor(tensor) for tensor in run.tensors],
         "predictions": [asdict(prediction) for prediction in run.predictions],
         "own_predictions": [asdict(prediction) for prediction in run.own_predictions],
@@ -264,7 +265,7 @@ def _run(run: RunVerdict) -> dict[str, Any]:
 
 
 def _tensor(tensor: TensorVerdict) -> dict[str, Any]:
-    rows = tensor.depths
+    rows = tensor.points
     largest = max((m.error for m in rows), key=lambda error: error.max_abs)
     return {
         "name": tensor.name,
@@ -284,7 +285,12 @@ def _tensor(tensor: TensorVerdict) -> dict[str, Any]:
 
 
 def _place(place: Place | None) -> dict[str, Any] | None:
-    return asdict(place) if place else None
+    return _with_depth(place) if place else None
+
+
+def _with_depth(item: Failure | Place | WorstPlace) -> dict[str, Any]:
+    """Return the fields of an item in order, `tokens_read` under its name in the schema."""
+    return {"depth" if k == "tokens_read" else k: v for k, v in asdict(item).items()}
 
 
 def _overall(predictions: Sequence[Prediction]) -> dict[str, Any] | None:
@@ -302,8 +308,8 @@ def _overall(predictions: Sequence[Prediction]) -> dict[str, Any] | None:
 def _worst(worst: WorstPlace | None) -> dict[str, Any] | None:
     if worst is None:
         return None
-    data = asdict(worst)
+    data = _with_depth(worst)
     place = data.pop("place")
     row, *index = place.pop("index")
-    place.pop("depth")
+    del place["tokens_read"]
     return {**data, **place, "row": row, "index": index}

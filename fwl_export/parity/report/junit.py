@@ -78,6 +78,6 @@ def _describe(spot: Spot) -> str:
     run, tensor, at = spot
     return (
         f"{tensor.name}: {at.use:.0%} of its budget in case {run.case}, {run.mode}, at token "
-        f"{at.depth}: max abs {at.error.max_abs:.3g} (budget {at.budget.max_abs:.3g}), relative "
-        f"RMS {at.error.relative_rms:.3g} (budget {at.budget.relative_rms:.3g})"
+        f"{at.tokens_read}: max abs {at.error.max_abs:.3g} (budget {at.budget.max_abs:.3g}), "
+        f"relative RMS {at.error.relative_rms:.3g} (budget {at.budget.relative_rms:.3g})"
     )

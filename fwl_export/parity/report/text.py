@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fwl_export.parity.compare import Prediction, pooled
-from fwl_export.parity.drift import FREE, LOGITS
+from fwl_export.parity.drift import FREE_RUNNING, LOGITS
 from fwl_export.parity.report.data import Report
 from fwl_export.parity.verdict import (
     COULD_NOT_RUN,
@@ -128,7 +128,7 @@ def _prediction_cells(candidate: CandidateVerdict) -> list[str]:
 def _text_predictions(candidate: CandidateVerdict) -> Prediction | None:
     """Return how the first case was predicted, free running."""
     for run in candidate.runs:
-        if run.mode == FREE and run.predictions:
+        if run.mode == FREE_RUNNING and run.predictions:
             return pooled(run.predictions)
     return None
 
@@ -158,7 +158,7 @@ def _tensor_table(spots: Sequence[tuple[str, Spot]]) -> Iterator[str]:
         yield (
             f"{_short(tensor.name, 19):19} {_short(name, 16):16} {run.case:6} {run.mode:6} "
             f"{at.error.max_abs:8.1e} {at.budget.max_abs:8.1e} {at.error.relative_rms:8.1e} "
-            f"{at.budget.relative_rms:8.1e} {share(at.use):>6} {at.depth:>6}"
+            f"{at.budget.relative_rms:8.1e} {share(at.use):>6} {at.tokens_read:>6}"
         )
 
 
@@ -171,12 +171,12 @@ def _drift_table(candidates: Sequence[CandidateVerdict]) -> Iterator[str]:
             (candidate.name, run) for run in candidate.runs if run.case == first and run.tensors
         ]
     rows = rows[: 2 * 3]  # free and forced of three candidates
-    longest = max((run.depths for _, run in rows), key=len)
+    longest = max((run.tokens_read for _, run in rows), key=len)
     count = len(longest)
     chosen = sorted({round(i * (count - 1) / max(_DEPTHS - 1, 1)) for i in range(_DEPTHS)})
     yield f"{'drift of the logits at token':34}" + "".join(f"{longest[i]:>8}" for i in chosen)
     for name, run in rows:
-        errors = [measured.error.relative_rms for measured in run.tensors[0].depths]
+        errors = [measured.error.relative_rms for measured in run.tensors[0].points]
         cells = "".join(f"{errors[i]:8.1e}" if i < len(errors) else " " * 8 for i in chosen)
         yield f"  {_short(name, 24):24} {run.mode:7}{cells}".rstrip()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fwl_export.parity.compare import Place
 from fwl_export.parity.drift import LOGITS
-from fwl_export.parity.schedule import Call
+from fwl_export.parity.schedule import ScheduledCall
 from fwl_export.parity.verdict import CandidateVerdict
 
 _BEFORE, _AFTER = 24, 8
@@ -36,7 +36,7 @@ class WorstPlace:
 
     Attributes:
       case, mode, tensor: where.
-      depth: tokens the first row had read.
+      tokens_read: tokens the first row had read.
       use: of the budget.
       place: of the largest difference there.
       tokens: what the row read around.
@@ -46,7 +46,7 @@ class WorstPlace:
     case: str
     mode: str
     tensor: str
-    depth: int
+    tokens_read: int
     use: float
     place: Place
     tokens: list[ContextToken]
@@ -55,7 +55,7 @@ class WorstPlace:
 
 def worst_place(
     verdict: CandidateVerdict,
-    calls: Mapping[str, Iterable[Call]],
+    calls: Mapping[str, Iterable[ScheduledCall]],
     decode: Callable[[int], str] | None = None,
 ) -> WorstPlace | None:
     """Return where a candidate is worst; None where nothing was compared.
@@ -73,7 +73,7 @@ def worst_place(
         spot.run.case,
         spot.run.mode,
         spot.tensor.name,
-        spot.measured.depth,
+        spot.measured.tokens_read,
         spot.measured.use,
         place,
         tokens,
@@ -82,7 +82,10 @@ def worst_place(
 
 
 def _around(
-    calls: Iterable[Call], place: Place, is_logit: bool, decode: Callable[[int], str] | None
+    calls: Iterable[ScheduledCall],
+    place: Place,
+    is_logit: bool,
+    decode: Callable[[int], str] | None,
 ) -> tuple[list[ContextToken], int]:
     """Return tokens of the row around a place, and which of them was read there."""
     row, position = place.index[0], -1

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from fwl_export.bundle.manifest import ENGINES_FOLDER, MODEL_FILE, Bundle
-from fwl_export.bundle.onnx_file import op_inputs
 from fwl_export.bundle.state import PAST, TensorSpec
 from fwl_export.engines import (
     Device,
@@ -28,9 +27,9 @@ from fwl_export.engines import (
     query_driver,
     read_engines,
 )
+from fwl_export.engines.metadata import op_state_tensors
 from fwl_export.engines.plugin import load_plugin
 from fwl_export.errors import ConfigError, DeviceError, EngineError
-from fwl_export.op.spec import DOMAIN, NAME
 from fwl_export.plugins import TENSORRT, find_plugin
 from fwl_export.runtimes.base import Call, parse_device
 from fwl_export.runtimes.tensorrt.cuda import Cuda
@@ -109,12 +108,10 @@ def load_model(
     cuda = Cuda(index, chosen.remedy)
     trt = import_variant(chosen)
     facts = choose_engine(bundle, engines, gpu, chosen.name, str(trt.__version__))
-    path = bundle.file(f"{ENGINES_FOLDER}/{facts.name}.engine")
-    if bundle.manifest.files[f"{ENGINES_FOLDER}/{facts.name}.engine"]["sha256"] != facts.sha256:
-        raise EngineError(f"'{path}' is not the engine that its facts describe; build it again")
+    path = _engine_file(bundle, facts)
     cuda.use()
     log: deque[str] = deque(maxlen=16)
-    logger = _logger(trt, log)
+    logger = error_logger(trt, log)
     if needs_library(facts, str(plugin)):
         library = find_plugin(TENSORRT, plugin if plugin != "auto" else "required")
         assert library is not None  # needs_library refuses "none"
@@ -134,7 +131,7 @@ def load_model(
         bundle.manifest.config.vocab_size,
         max(tokens for _, tokens in largest),
         min(batch for batch, _ in largest),
-        _in_place(bundle) if facts.in_place_state else frozenset(),
+        _in_place(bundle, facts) if facts.in_place_state else frozenset(),
         cuda_graph,
         cuda,
         trt,
@@ -143,6 +140,14 @@ def load_model(
         (runtime, logger),
         threading.Lock(),
     )
+
+
+def _engine_file(bundle: Bundle, facts: EngineMetadata) -> Path:
+    name = f"{ENGINES_FOLDER}/{facts.name}.engine"
+    path = bundle.file(name)
+    if bundle.manifest.files[name]["sha256"] != facts.sha256:
+        raise EngineError(f"'{path}' is not the engine that its metadata describes; build it again")
+    return path
 
 
 def new_context(model: TensorRTModel, decode: bool) -> Any:
@@ -183,7 +188,9 @@ def find_device(device: str | None = None) -> tuple[int, Device]:
     return index, driver.devices[index]
 
 
-def _logger(trt: Any, log: deque[str]) -> Any:
+def error_logger(trt: Any, log: deque[str]) -> Any:
+    """Return a TensorRT logger that appends errors to `log` and drops everything else."""
+
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -230,7 +237,8 @@ def _described(trt: Any, engine: Any, name: str) -> tuple[str, tuple[int, ...], 
     )
 
 
-def _in_place(bundle: Bundle) -> frozenset[str]:
-    """Return the state tensors that an engine with state in place updates so: the op's."""
-    nodes = op_inputs(bundle.file(MODEL_FILE), DOMAIN, NAME)
-    return frozenset(inputs[-1].removeprefix(PAST) for inputs in nodes)
+def _in_place(bundle: Bundle, metadata: EngineMetadata) -> frozenset[str]:
+    """Return the state tensors that an engine with state in place updates so."""
+    if metadata.in_place_tensors is not None:
+        return frozenset(metadata.in_place_tensors)
+    return frozenset(op_state_tensors(bundle.file(MODEL_FILE)))  # an engine of an earlier version

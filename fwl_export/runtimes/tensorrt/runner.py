@@ -8,14 +8,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fwl_export.bundle.manifest import Bundle
 from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
 from fwl_export.engines.metadata import EngineMetadata, ProfileMetadata
 from fwl_export.errors import DeviceError, EngineError, ShapeError
-from fwl_export.runtimes.base import Call, Rows
+from fwl_export.runtimes.base import Call, Loaded, Rows
+from fwl_export.runtimes.registry import Options
 from fwl_export.runtimes.tensorrt.cuda import ALIGNMENT, Cuda, DeviceMemory, Graph, Mirror, Stream
-from fwl_export.runtimes.tensorrt.engine import LOGITS, TensorRTModel, new_context
+from fwl_export.runtimes.tensorrt.engine import LOGITS, TensorRTModel, load_model, new_context
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # by name, hashable
+
+
+def load(bundle: Bundle, options: Options) -> Loaded:
+    """Load a bundle's engine for sessions; raises what `load_model` raises."""
+    o = options
+    model = load_model(bundle, o.variant, o.plugin, o.device, o.cuda_graph)
+    return Loaded(TensorRTRunner(model), model.specs, model.max_tokens)
 
 
 class StateBuffers:

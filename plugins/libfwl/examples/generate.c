@@ -1,4 +1,4 @@
-/* Continues a prompt of token ids, always with the likeliest token, in C99.
+/* Continues a prompt of token ids, always with the most likely token, in C99.
  *
  *   generate_c BUNDLE COUNT ID...        FWL_RUNTIME=path of libonnxruntime.so
  */

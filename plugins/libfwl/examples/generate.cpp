@@ -1,4 +1,4 @@
-// Continues a prompt of token ids, always with the likeliest token.
+// Continues a prompt of token ids, always with the most likely token.
 //
 //   generate BUNDLE COUNT ID...        FWL_RUNTIME=path of libonnxruntime.so
 

@@ -23,7 +23,7 @@ constexpr char kModelFile[] = "model.onnx";
   throw Failure(FWL_ERROR_BUNDLE, message);
 }
 
-// Returns the path of a bundle's file, after checking that it is inside.
+// Returns the path of a file of the bundle, after checking that it is inside the bundle's folder.
 fs::path inside(const fs::path& folder, const std::string& name) {
   const fs::path part(name);
   bool leaves = name.empty() || part.is_absolute() || name.find('\\') != std::string::npos;
@@ -43,7 +43,7 @@ fs::path inside(const fs::path& folder, const std::string& name) {
   return path;
 }
 
-// Reads a bundle's file block by block, and checks its size and hash at the end.
+// Passes a file's content to `take`, block by block, and checks its size and hash at the end.
 template <class Take>
 fs::path read_checked(const Bundle& bundle, const std::string& name, const Take& take) {
   const auto entry = bundle.files.find(name);
@@ -83,7 +83,8 @@ std::string manifest_text(const std::string& folder) {
   return std::string(std::istreambuf_iterator<char>(stream), {});
 }
 
-// Says which folder and manifest are there. A rename, there and back too, sets the ctime.
+// Returns text that differs once the folder or its manifest was replaced or changed: devices,
+// inodes and ctimes. Renaming a folder changes its ctime, even if it is renamed back.
 std::string identity_of(const std::string& folder) {
   std::string identity;
   const auto add = [&](const std::string& path, int (*look)(const char*, struct stat*)) {

@@ -58,7 +58,7 @@ def report(*candidates: CandidateVerdict) -> Report:
         strict=False,
         changed_tolerances={},
         table=TABLE,
-        memory=500.0,
+        horizon_tokens=500.0,
         cases=[CaseRun(case, 12345, 256) for case in CASES],
         candidates=candidates,
         worst=[None] * len(candidates),

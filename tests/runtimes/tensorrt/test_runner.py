@@ -357,7 +357,7 @@ def edit_facts(bundle: Path, facts: EngineMetadata, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sha256": "0" * 64}, "is not the engine that its facts describe"),
+        ({"sha256": "0" * 64}, "is not the engine that its metadata describes"),
         ({"schema_version": 9}, "schema_version is 9, but this fwl-export reads 1"),
         ({"inputs": [{"name": "x"}]}, "is malformed (TypeError"),
         ({"inputs": []}, "does not fit its facts or this fwl-export, beginning with"),
@@ -448,7 +448,7 @@ def test_arguments(machine: Machine, own_bundle: Path, monkeypatch: pytest.Monke
     assert "device 'cuda:1' is not here; the driver finds 1" in refusal(own_bundle, device="cuda:1")
     assert "precision can be chosen" in refusal(own_bundle, precision="fp32")
     assert "threads can be chosen" in refusal(own_bundle, threads=1)
-    with pytest.raises(ConfigError, match="a variant can be chosen for runtime 'tensorrt' only"):
+    with pytest.raises(ConfigError, match="variant can be chosen for runtime 'tensorrt' only"):
         open_session(own_bundle, variant="rtx")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert "cuda-bindings to run, which is not installed; pip install" in refusal(own_bundle)

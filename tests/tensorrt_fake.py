@@ -33,7 +33,7 @@ from fwl_export.bundle.state import PAST, PRESENT
 from fwl_export.engines import EngineMetadata, build, build_engines
 from fwl_export.engines.device import Device, Driver
 from fwl_export.engines.metadata import NetworkMetadata, ProfileMetadata, TensorMetadata
-from fwl_export.engines.request import BuildRequest
+from fwl_export.engines.request import BuildRequest, Range
 from fwl_export.engines.worker import Probe
 from fwl_export.op.spec import NAME, NODE_ATTRIBUTES
 from tests.cuda_fake import FakeCuda, Stream
@@ -306,13 +306,8 @@ def _dtype(tensor: Any) -> np.dtype[Any]:
     return onnx.helper.tensor_dtype_to_np_dtype(tensor.type.tensor_type.elem_type)
 
 
-def _profile(scope: Any, inputs: list[TensorMetadata]) -> ProfileMetadata:
-    """Return a profile of all inputs, with the sizes of a range on their free axes.
-
-    Args:
-      scope: Range with a name, and with (min, opt, max) of `batch` and `tokens`.
-      inputs: Inputs of the network; -1 is a free axis.
-    """
+def _profile(scope: Range, inputs: list[TensorMetadata]) -> ProfileMetadata:
+    """Return the profile that the parser makes of a range: its sizes on the inputs' free axes."""
     shapes: dict[str, dict[str, list[int]]] = {tensor.name: {} for tensor in inputs}
     for bound, batch, tokens in zip(("min", "opt", "max"), scope.batch, scope.tokens, strict=True):
         for tensor in inputs:

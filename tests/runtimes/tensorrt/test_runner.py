@@ -331,8 +331,9 @@ def test_no_engine_says_how_to_make_one(machine: Machine, own_bundle: Path) -> N
     assert command.format("tensorrt") in refusal(own_bundle, variant="tensorrt")
     machine.build(own_bundle, version="1.0.0")
     assert refusal(own_bundle) == (
-        "TensorRT-RTX 1.2.3 is installed, and the bundle's engines for SM89 are of version 1.0.0, "
-        f"which only that version runs; build one with {command.format('rtx')}"
+        "TensorRT-RTX 1.2.3 is installed, but the bundle's engines for SM89 were built by 1.0.0, "
+        "and an engine runs only in the version that built it; build one with "
+        f"{command.format('rtx')}"
     )
     assert "variant 'trt' is unknown" in refusal(own_bundle, variant="trt")
 
@@ -392,7 +393,7 @@ def test_an_input_that_must_lie_on_the_host_is_refused(machine: Machine, own_bun
 
 def test_the_plugin_library(machine: Machine, own_bundle: Path, tmp_path: Path) -> None:
     metadata = build(machine, own_bundle, "plugin")
-    assert "the fast-weight updates in the plugin, which is not" in refusal(
+    assert "the fast-weight updates in the plugin, but plugin 'none'" in refusal(
         own_bundle, plugin="none"
     )
     assert "does not exist" in refusal(own_bundle, plugin=tmp_path / "none.so")

@@ -174,6 +174,15 @@ def test_public_names() -> None:
     assert all(hasattr(fwl_export.parity, name) for name in names)
 
 
+@pytest.mark.parametrize("old", ["Backend", "parse_backend", "parse_backends"])
+def test_old_names_work_and_warn(old: str) -> None:
+    new = old.replace("Backend", "Candidate").replace("backend", "candidate")
+    with pytest.warns(DeprecationWarning, match=f"{old} is now fwl_export.parity.{new}"):
+        assert getattr(fwl_export.parity, old) is getattr(fwl_export.parity, new)
+    with pytest.raises(AttributeError, match="has no attribute 'backend'"):
+        _ = fwl_export.parity.backend
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_unbroken_bundle_passes_with_room_to_spare(
     precision: str, request: pytest.FixtureRequest

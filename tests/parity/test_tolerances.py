@@ -1,4 +1,4 @@
-"""The table of tolerances and the budgets that follow from it."""
+"""The table of tolerances of `check`, and the budgets that follow from it."""
 
 from __future__ import annotations
 

@@ -303,7 +303,8 @@ def _worst(worst: Data) -> str:
         f"<p>Closest to its limit: <b>{_text(worst['tensor'])}</b> uses {_share(worst['use'])} of "
         f"its budget in case {_text(worst['case'])}, {_text(_mode(worst))}, up to token "
         f"{_text(worst['depth'])}. Largest difference: {_values(worst)} in call "
-        f"{_text(worst['step'])}, row {_text(worst['row'])}.{' Text around the place:' if context else ''}</p>{context}"
+        f"{_text(worst['step'])}, row {_text(worst['row'])}."
+        f"{' Text around the place:' if context else ''}</p>{context}"
     )
 
 

@@ -17,10 +17,10 @@ from fwl_export.bisect.expose import Probe, open_probe
 from fwl_export.bundle.manifest import GRAPH_FILE, read_bundle, write_manifest
 from fwl_export.errors import BundleError, ConfigError
 from fwl_export.model import traced_graph as graphs
-from fwl_export.parity import check_bundle
+from fwl_export.parity import check_bundle, choose_cases
 from fwl_export.parity.candidates import Candidate
 from fwl_export.runtimes import Session, open_session
-from tests.bundles import VOCABULARY
+from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.parity import faults
 from tests.parity.faults import broken_bundle
 from tests.parity.planted import PLANTED, TABLE, table
@@ -124,6 +124,17 @@ def test_nothing_is_found_in_an_unbroken_bundle(
     assert result.finding is None, result.to_text()
     assert "nothing found" in result.to_text()
     assert not (tmp_path / "repro").exists()
+
+
+def test_chosen_cases_are_read(tiny_bundle: Path) -> None:
+    moved: list[int] = []
+    chosen = choose_cases("decode@8,long@16", 20, MAX_TOKENS)
+    result = bisect_bundle(
+        read_bundle(tiny_bundle), TEXT, CANDIDATE, 20, cases=chosen, advance=moved.append
+    )
+    assert result.finding is None
+    assert result.cases == "decode@8,long@16"
+    assert sum(moved) == sum(case.tokens for case in chosen)
 
 
 @pytest.mark.parametrize("bundle", ["tiny_bundle", "tiny_bundle_fp16", "anchored_bundle"])

@@ -43,9 +43,16 @@ PUBLIC = {
         "FastWeightsConfig",
         "load_checkpoint",
         "save_checkpoint",
+        "Checkpoint",
     ),
-    "Bundles and engines": ("export_bundle", "read_bundle", "Bundle", "build_engines"),
-    "Checks": ("check_bundle", "bisect_bundle"),
+    "Bundles and engines": (
+        "export_bundle",
+        "PrecisionPolicy",
+        "read_bundle",
+        "Bundle",
+        "build_engines",
+    ),
+    "Checks": ("check_bundle", "Report", "bisect_bundle"),
 }
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
@@ -124,40 +131,57 @@ def cli_page() -> str:
         "# Command line",
         "",
         "Generated from the program itself; `fwl-export VERB --help` prints the same.",
-        "`python -m fwl_export` is the same program.",
+        "`python -m fwl_export` is the same program. Options of `fwl-export` that a verb takes too",
+        "are listed once, at the top.",
         "",
-        *_command("fwl-export", root, 2),
+        *_command("fwl-export", root, 2, []),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _command(path: str, command: click.Command, level: int) -> Iterator[str]:
+def _command(path: str, command: click.Command, level: int, known: list[str]) -> Iterator[str]:
+    """Yield the section of a command and those of the commands below it.
+
+    Args:
+      path: What to type, such as "fwl-export bench op".
+      command: The command of Typer or click.
+      level: Level of its heading.
+      known: Rows of options that are documented above.
+    """
     context = command.make_context(path, [], resilient_parsing=True)
     usage = " ".join(command.collect_usage_pieces(context))
-    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
-    examples = [text for text in paragraphs if text.startswith("Example: ")]
-    yield from (f"{'#' * level} {path}", "", "```text", f"{path} {usage}", "```", "")
-    for paragraph in paragraphs:
-        if paragraph not in examples:
-            yield from _help_text(paragraph)
+    prose, examples = help_parts(command.help or "")
+    yield from (f"{'#' * level} {path}", "", "```text", f"{path} {usage}", "```", "", *prose)
     rows = [_parameter(p, context) for p in command.params if not getattr(p, "hidden", False)]
+    rows = [row for row in rows if row not in known]
     if rows:
         yield from ("| argument or option | what it is |", "|---|---|", *rows, "")
-    for example in examples:
-        line = " ".join(example.split()).removeprefix("Example: ")
-        yield from ("```bash", line, "```", "")
+    if examples:
+        yield from ("```bash", *examples, "```", "")
     for name, child in sorted(getattr(command, "commands", {}).items()):
-        yield from _command(f"{path} {name}", child, min(level + 1, 3))
+        yield from _command(f"{path} {name}", child, min(level + 1, 3), [*known, *rows])
 
 
-def _help_text(paragraph: str) -> Iterator[str]:
-    """Yield a paragraph of a command's help; one that must not be wrapped is code."""
-    lines = paragraph.split("\n")
-    kept = [line for line in lines if line.strip() not in ("\b", "\\b")]
-    if len(kept) < len(lines):
-        yield from ("```text", *kept, "```", "")
-    else:
-        yield from (*lines, "")
+def help_parts(text: str) -> tuple[list[str], list[str]]:
+    r"""Return a command's help as Markdown, and the commands of its examples.
+
+    What is indented, or follows a line with a `\b` alone, becomes a block.
+    """
+    prose: list[str] = []
+    examples: list[str] = []
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        first, *rest = lines = paragraph.split("\n")
+        if first.startswith("Example"):
+            command = first.partition(":")[2].strip()
+            stripped = [line.strip() for line in rest]
+            examples += [" ".join([command, *stripped])] if command else stripped
+        elif first.strip() in ("\b", "\\b"):
+            prose += ["```text", *rest, "```", ""]
+        elif all(line.startswith("  ") for line in lines):
+            prose += ["```text", inspect.cleandoc(paragraph), "```", ""]
+        else:
+            prose += [*lines, ""]
+    return prose, examples
 
 
 def _parameter(parameter: click.Parameter, context: click.Context) -> str:

@@ -36,11 +36,42 @@ def test_help_that_must_not_be_wrapped_is_code_and_examples_follow_the_options()
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name="verb")(verb)
     app.command(name="other")(lambda: None)
-    lines = list(docs_site._command("app", typer.main.get_command(app), 2))
+    lines = list(docs_site._command("app", typer.main.get_command(app), 2, []))
     text = "\n".join(lines)
     assert "```text\nfirst\n  second\n```" in text
     assert text.index("A name, &lt;any>\\|none.") < text.index("```bash\napp verb x\n```")
     assert "\b" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "prose", "examples"),
+    [
+        ("Do it.\n\nExample: a b\n  c", ["Do it.", ""], ["a b c"]),
+        ("Do it.\n\nExamples:\n  a b\n  a c", ["Do it.", ""], ["a b", "a c"]),
+        ("A:\n\n  b\n    c\n\nD", ["A:", "", "```text", "b\n  c", "```", "", "D", ""], []),
+    ],
+)
+def test_parts_of_a_help_text(text: str, prose: list[str], examples: list[str]) -> None:
+    assert docs_site.help_parts(text) == (prose, examples)
+
+
+def test_options_that_are_documented_above_are_not_repeated() -> None:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+    @app.callback()
+    def common(quiet: bool = typer.Option(False, "--quiet", help="Say less.")) -> None:
+        pass
+
+    @app.command()
+    def verb(
+        quiet: bool = typer.Option(False, "--quiet", help="Say less."),
+        other: bool = typer.Option(False, "--other", help="Say more."),
+    ) -> None:
+        pass
+
+    page = "\n".join(docs_site._command("app", typer.main.get_command(app), 2, []))
+    assert page.count("`--quiet`") == 1
+    assert page.count("`--other`") == 1
 
 
 def test_the_reference_of_python_has_every_public_name() -> None:

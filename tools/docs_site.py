@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -178,7 +179,7 @@ def help_parts(text: str) -> tuple[list[str], list[str]]:
         elif first.strip() in ("\b", "\\b"):
             prose += ["```text", *rest, "```", ""]
         elif all(line.startswith("  ") for line in lines):
-            prose += ["```text", inspect.cleandoc(paragraph), "```", ""]
+            prose += ["```text", textwrap.dedent(paragraph), "```", ""]
         else:
             prose += [*lines, ""]
     return prose, examples

@@ -1,24 +1,25 @@
-"""ONNX Runtime's package, imported in one way."""
+"""The package of ONNX Runtime: how this project imports it and loads the plugin library into it."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-from fwl_export.errors import MissingDependencyError
+from fwl_export.errors import MissingDependencyError, PluginError
 
 
 def import_onnxruntime(user: str = "runtime 'onnxruntime'") -> Any:
-    """Import ONNX Runtime, silent about what is no error, and without its telemetry.
+    """Import ONNX Runtime with its telemetry off, and with errors only in its log.
 
-    Its builds for Linux start a thread that reports to Microsoft. Whoever wants that sets
-    ORT_DISABLE_TELEMETRY=0, or imports onnxruntime first.
+    ONNX Runtime's builds for Linux start a thread that reports to Microsoft. To allow that, set
+    ORT_DISABLE_TELEMETRY=0, or import onnxruntime before this function does.
 
     Args:
-      user: what needs it, for the message.
+      user: What needs ONNX Runtime; begins the error message.
 
     Raises:
-      MissingDependencyError: it is not installed.
+      MissingDependencyError: ONNX Runtime is not installed.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
@@ -29,3 +30,21 @@ def import_onnxruntime(user: str = "runtime 'onnxruntime'") -> Any:
         ) from error
     onnxruntime.set_default_logger_severity(3)
     return onnxruntime
+
+
+def register_plugin(options: Any, library: Path) -> None:
+    """Let sessions with these options run the kernel of a plugin library.
+
+    Args:
+      options: ONNX Runtime's `SessionOptions`, changed in place.
+      library: Path of libfwl_ort. It is code, and runs in this process.
+
+    Raises:
+      PluginError: ONNX Runtime cannot load the library.
+    """
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+        raise PluginError(
+            f"ONNX Runtime cannot load plugin '{library}': {error}; leave it out with plugin='none'"
+        ) from None

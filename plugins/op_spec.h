@@ -9,14 +9,14 @@ constexpr char kDomain[] = "fwl";
 constexpr char kName[] = "LinearAttentionUpdate";
 constexpr int kVersion = 1;
 
-// Attributes of the ONNX node, all strings: their names and what they must say.
+// Attributes of the ONNX node, all of them strings: their names and required values.
 constexpr char kPluginNamespaceAttribute[] = "plugin_namespace";
 constexpr char kPluginNamespace[] = "fwl";
 constexpr char kPluginVersionAttribute[] = "plugin_version";
 constexpr char kPluginVersion[] = "1";
 
-// One input or output: a symbol per axis, equal symbols are equal sizes; `activation` if
-// it has the type of query, key and value, else it is float32.
+// One input or output. `axes` has a symbol per axis; equal symbols mean equal sizes.
+// If `activation`, it has the type of query, key and value; otherwise it is float32.
 struct Argument {
   const char* name;
   size_t rank;

@@ -1,4 +1,4 @@
-"""Tiny random language models of transformers, made without the hub."""
+"""Tiny random language models from Hugging Face transformers, made without a download."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.bundles import VOCABULARY, tiny_tokenizer
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 WINDOW = 5
-LIMIT = 96  # of positions
+LIMIT = 96  # largest number of positions
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -32,7 +32,7 @@ _COMMON = {
 _GROUPED = {**_COMMON, "num_key_value_heads": 1, "head_dim": 8}
 _GEMMA = {**_GROUPED, "query_pre_attn_scalar": 8, "sliding_window": WINDOW}
 
-# model_type and settings, by the name in the support table.
+# The transformers model_type and its settings, by the name in the support table.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": (
         "gpt2",
@@ -92,25 +92,25 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_causal(name: str, **changes: Any) -> Any:
-    """Return a random language model of transformers, float32, in evaluation mode."""
+    """Return a random float32 language model from transformers, in evaluation mode."""
     import transformers
 
     kind, settings = ARCHITECTURES.get(name, (name, _COMMON))
     config = transformers.AutoConfig.for_model(kind, **{**settings, **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():  # so that a wrong mask, bias or norm is seen
+    for parameter in model.parameters():  # large enough that a wrong mask, bias or norm shows
         parameter.data.normal_(0, 0.3 if parameter.ndim > 1 else 0.1)
     return model.requires_grad_(False)
 
 
 def tiny_layer(width: int, size: int) -> FastWeightsConfig:
-    """Return the config of a small layer."""
+    """Return the configuration of a small Fast Weight Layer."""
     return FastWeightsConfig(width, 24, size)
 
 
 def tiny_pretrained(name: str, **options: Any) -> FWLModel:
-    """Return a tiny backbone with a layer whose fast weights change its logits visibly."""
+    """Return a tiny backbone with a layer whose fast weights clearly change its logits."""
     causal = tiny_causal(name)
     _, width = causal.get_output_embeddings().weight.shape
     torch.manual_seed(1)
@@ -125,14 +125,14 @@ def tiny_pretrained(name: str, **options: Any) -> FWLModel:
 
 
 def write_backbone(folder: Path, name: str, **changes: Any) -> Path:
-    """Write a tiny model as transformers does, with a tokenizer; returns its folder."""
+    """Write a tiny model and tokenizer in the layout of transformers, and return the folder."""
     tiny_causal(name, **changes).save_pretrained(folder)
     tiny_tokenizer(VOCABULARY - 3).save(str(folder / "tokenizer.json"))
     return folder
 
 
 def write_layer(folder: Path, model: FWLModel) -> Path:
-    """Write the layer of a model without the backbone's head; returns its folder."""
+    """Write the model's Fast Weight Layer without the backbone's head, and return the folder."""
     layer = model.fast_weights
     tensors = {n: t for n, t in layer.state_dict().items() if not n.startswith("unembed")}
     save_fast_weights(folder, FastWeightsCheckpoint(layer.config, tensors))

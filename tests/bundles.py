@@ -1,4 +1,4 @@
-"""Tiny checkpoints and bundles for tests, made without training."""
+"""Tiny random checkpoints and bundles for tests."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TINY = ModelConfig(
 )
 
 
-# An interval that is no multiple of MAX_TOKENS, so that calls end in all kinds of places.
+# The interval is not a multiple of MAX_TOKENS, so calls end at varying distances from an anchor.
 ANCHORED = dataclasses.replace(
     TINY, fast_weights=dataclasses.replace(TINY.fast_weights, anchor_interval=12)
 )
 
 
 def tiny_tokenizer(size: int = VOCABULARY) -> Tokenizer:
-    """Return a tokenizer of single characters, from the space on."""
+    """Return a tokenizer whose tokens are the `size` ASCII characters that start with the space."""
     vocabulary = {chr(32 + i): i for i in range(size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -39,7 +39,7 @@ def tiny_tokenizer(size: int = VOCABULARY) -> Tokenizer:
 
 
 def tiny_model(seed: int = 0, config: ModelConfig = TINY) -> FWLModel:
-    """Return a random model whose fast weights change its logits visibly."""
+    """Return a random model whose fast weights clearly change its logits."""
     torch.manual_seed(seed)
     model = FWLModel(config).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -52,19 +52,19 @@ def tiny_model(seed: int = 0, config: ModelConfig = TINY) -> FWLModel:
 
 
 def write_checkpoint(folder: Path, seed: int = 0, config: ModelConfig = TINY) -> Path:
-    """Write a tiny checkpoint; returns its folder."""
+    """Write a tiny checkpoint and return its folder."""
     save_checkpoint(folder, tiny_model(seed, config), tiny_tokenizer())
     return folder
 
 
 def write_bundle(folder: Path, checkpoint: Path, precision: str = "fp32") -> Path:
-    """Write a tiny bundle of a checkpoint; returns its folder. Takes some seconds."""
+    """Export a checkpoint to a tiny bundle and return its folder. This takes some seconds."""
     export_bundle(checkpoint, folder, precision=precision, max_tokens=MAX_TOKENS)
     return folder
 
 
 def shared_bundle(base: Path, precision: str, config: ModelConfig = TINY) -> Path:
-    """Return a tiny bundle in `base`, which test processes share; the first one writes it."""
+    """Return a tiny bundle in `base`. Test processes share it; the first one to ask writes it."""
     name = f"{'tiny' if config is TINY else 'anchored'}-{precision}"
     folder = base / name
     with FileLock(base / f"{name}.lock"):

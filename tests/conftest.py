@@ -1,4 +1,4 @@
-"""Every test starts from the same seeds, on one thread; those marked gpu skip without a device."""
+"""Every test starts from the same seeds on one thread. Tests marked gpu skip without a device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_configure() -> None:
-    # More threads change the order of sums, and fight over the cores of the other workers.
+    # More threads would change the order of sums and compete with the other workers for cores.
     torch.set_num_threads(1)
 
 
@@ -38,13 +38,13 @@ def _seeds() -> None:
 def _shared(factory: pytest.TempPathFactory, precision: str, config: ModelConfig = TINY) -> Path:
     base = factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        base = base.parent  # of this worker: all workers share the folder above
+        base = base.parent  # `base` belongs to this worker; all workers share the folder above it
     return shared_bundle(base, precision, config)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of a tiny random model, float32. Do not change it: see `own_bundle`."""
+    """A bundle of a tiny random float32 model. Tests that change a bundle use `own_bundle`."""
     return _shared(tmp_path_factory, "fp32")
 
 
@@ -56,7 +56,7 @@ def tiny_bundle_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def anchored_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model in float32, with gradients at an anchor."""
+    """The same model in float32, with its gradients taken at anchors."""
     return _shared(tmp_path_factory, "fp32", ANCHORED)
 
 
@@ -75,13 +75,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def _no_gpu() -> str:
-    """Return why there is no CUDA device, or "". Asks the driver: torch may be a CPU build."""
+    """Return why there is no CUDA device, or "" if there is one.
+
+    The driver is asked, because torch may be a CPU build.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        return f"no CUDA device: the driver's library is not here ({error})"
+        return f"no CUDA device: the driver's library is not installed ({error})"
     count = ctypes.c_int(0)
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if status:
-        return f"no CUDA device: the driver answers with error {status}"
+        return f"no CUDA device: the driver returned error {status}"
     return "" if count.value else "no CUDA device: the driver finds none"

@@ -31,9 +31,9 @@ from fwl_export import plugins
 from fwl_export.bundle.manifest import read_bundle
 from fwl_export.bundle.state import PAST, PRESENT
 from fwl_export.engines import EngineMetadata, build, build_engines
-from fwl_export.engines.compile import Range, _profile
 from fwl_export.engines.device import Device, Driver
-from fwl_export.engines.metadata import TensorMetadata
+from fwl_export.engines.metadata import NetworkMetadata, ProfileMetadata, TensorMetadata
+from fwl_export.engines.request import BuildRequest
 from fwl_export.engines.worker import Probe
 from fwl_export.op.spec import NAME, NODE_ATTRIBUTES
 from tests.cuda_fake import FakeCuda, Stream
@@ -306,6 +306,19 @@ def _dtype(tensor: Any) -> np.dtype[Any]:
     return onnx.helper.tensor_dtype_to_np_dtype(tensor.type.tensor_type.elem_type)
 
 
+def _profile(scope: Any, inputs: list[TensorMetadata]) -> ProfileMetadata:
+    """Return the profile that the parser makes of a range: its sizes on the inputs' free axes."""
+    shapes: dict[str, dict[str, list[int]]] = {tensor.name: {} for tensor in inputs}
+    for bound, batch, tokens in zip(("min", "opt", "max"), scope.batch, scope.tokens, strict=True):
+        for tensor in inputs:
+            free = [batch, tokens]
+            if (tensor.name, bound) == ("logit_positions", "min"):
+                free[1] = 1  # a call may want the logits of one position only
+            axes = enumerate(tensor.shape)
+            shapes[tensor.name][bound] = [free[i] if size < 0 else size for i, size in axes]
+    return ProfileMetadata(scope.name, shapes)
+
+
 def tensorrt_module(name: str, cuda: FakeCuda, library: Path | None = None) -> Any:
     """Return a module of the given name, "tensorrt" or "tensorrt_rtx".
 
@@ -396,29 +409,19 @@ class Machine:
         }
         layers = options.pop("plugin_layers", 2 if "plugin" in options else 0)
 
-        def worker(
-            variant: str, model: Path, sm: int, ranges: Any, output: Path, plugin: Any, tick: Any
-        ) -> dict[str, Any]:
-            graph = onnx.load(model, load_external_data=False).graph
+        def worker(request: BuildRequest, tick: Any) -> NetworkMetadata:
+            graph = onnx.load(request.model, load_external_data=False).graph
             inputs = [TensorMetadata(t.name, _shape(t), _dtype(t).name) for t in graph.input]
             outputs = [TensorMetadata(t.name, _shape(t), _dtype(t).name) for t in graph.output]
-            profiles = [_profile(Range(**vars(scope)), inputs) for scope in ranges]
+            profiles = [_profile(sizes, inputs) for sizes in request.ranges]
             updated = [n.input[-1].removeprefix(PAST) for n in graph.node if n.op_type == NAME]
             plan.update(
                 profiles=[vars(profile) for profile in profiles],
-                needs_library=bool(layers) and not plugin.embed,
-                in_place=updated if plugin is not None and plugin.in_place_state else [],
+                needs_library=bool(layers) and not request.embeds_plugin,
+                in_place=updated if request.in_place_state else [],
             )
-            output.write_text(json.dumps(plan), encoding="utf-8")
-            return {
-                "inputs": [vars(t) for t in inputs],
-                "outputs": [vars(t) for t in outputs],
-                "profiles": [vars(p) for p in profiles],
-                "layers": 1,
-                "plugin_layers": layers,
-                "tf32": False,
-                "build_seconds": 0.0,
-            }
+            request.output.write_text(json.dumps(plan), encoding="utf-8")
+            return NetworkMetadata(inputs, outputs, profiles, 1, layers, False, 0.0)
 
         probe = Probe(version, (sm,), {"polygraphy": "0"}, "")
         with pytest.MonkeyPatch.context() as patch:
@@ -437,7 +440,7 @@ class _Importlib:
 @contextmanager
 def fake_machine(folder: Path, gpus: int = 1) -> Iterator[Machine]:
     """Yield a machine whose GPUs are doubles; fails at the end if one of them was misused."""
-    from fwl_export.runtimes import tensorrt_engine
+    from fwl_export.runtimes.tensorrt import engine as tensorrt_engine
 
     driver = Driver("13.0", (GPU,) * gpus, "")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What ships: the checkpoint, its card, and the play it never saw."""
+"""What ships: the checkpoint, its model card, and the play that was held out of training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_checkpoint_is_small_and_has_a_card() -> None:
     assert sum(p.numel() for p in load_checkpoint(demo.CHECKPOINT).model.parameters()) >= 3_000_000
 
 
-def test_the_model_learns_from_a_play_it_never_saw() -> None:
+def test_adaptation_lowers_the_perplexity_of_the_held_out_play() -> None:
     loaded = load_checkpoint(demo.CHECKPOINT)
     tokens = torch.from_numpy(read_ids(demo.HELD_OUT_PLAY, loaded.tokenizer)[:4097])
     found = {
@@ -37,7 +37,7 @@ def test_the_model_learns_from_a_play_it_never_saw() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_goes_the_whole_way(
+def test_the_demo_exports_builds_checks_and_scores(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

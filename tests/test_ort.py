@@ -1,4 +1,4 @@
-"""ONNX Runtime is imported without its telemetry, unless that is wanted."""
+"""ONNX Runtime is imported without telemetry unless the user wants it; plugins fail clearly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fwl_export.errors import PluginError
+from fwl_export.ort import import_onnxruntime, register_plugin
 
 pytest.importorskip("onnxruntime")
 
@@ -27,5 +30,12 @@ def test_telemetry_is_off_unless_it_is_wanted(wanted: bool, tmp_path: Path) -> N
     command = [sys.executable, "-c", _SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ("0" if wanted else "1")
-    if not wanted:  # not all builds have it
+    if not wanted:  # with telemetry, only some builds make this folder
         assert not (tmp_path / ".cache").exists()
+
+
+def test_a_file_that_is_not_a_plugin(tmp_path: Path) -> None:
+    (tmp_path / "text.so").write_text("not a library", encoding="utf-8")
+    options = import_onnxruntime().SessionOptions()
+    with pytest.raises(PluginError, match=r"cannot load plugin '.*text\.so': .*plugin='none'"):
+        register_plugin(options, tmp_path / "text.so")

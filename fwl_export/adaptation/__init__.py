@@ -1,8 +1,8 @@
-"""What adapting while reading is worth and what it costs, beside dynamic evaluation."""
+"""Compare what a model gains by adapting while it reads, and what that costs."""
 
 from __future__ import annotations
 
-from fwl_export.adaptation.compare import Comparison, Plan, compare, finite, machine
+from fwl_export.adaptation.compare import Comparison, ComparisonPlan, compare, machine
 from fwl_export.adaptation.cost import (
     PARTS,
     Reading,
@@ -33,10 +33,10 @@ __all__ = [
     "AdaptingReader",
     "Choice",
     "Comparison",
+    "ComparisonPlan",
     "DynamicReader",
     "Losses",
     "PlainReader",
-    "Plan",
     "Reader",
     "Reading",
     "choose",
@@ -44,7 +44,6 @@ __all__ = [
     "count_flops",
     "count_parts",
     "count_shape",
-    "finite",
     "gradient_rms",
     "iterate_losses",
     "linear_attention_flops",

@@ -6,14 +6,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.adaptation.readers import Losses
-
-Array = npt.NDArray[Any]
+from fwl_export.bundle.state import Array
 
 FREQUENCIES = ("never", "under 10", "10 to 100", "over 100")
 REPETITIONS = ("new token", "known token, new pair", "known pair")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ from fwl_export.adaptation.readers import (
 from fwl_export.adaptation.tuning import choose, stream_perplexity
 from fwl_export.bundle.tokenizer import read_ids
 from fwl_export.errors import CheckpointError, TokenError
+from fwl_export.json_files import without_non_finite
 from fwl_export.machine import processor_name
 from fwl_export.model.checkpoint import Checkpoint
 from fwl_export.model.language_model import FWLModel
@@ -70,7 +70,7 @@ def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """How much to measure.
 
     Attributes:
@@ -112,7 +112,7 @@ class Texts:
 
 
 def read_texts(
-    checkpoint: Checkpoint, files: Sequence[Path], validation: Path | None, plan: Plan
+    checkpoint: Checkpoint, files: Sequence[Path], validation: Path | None, plan: ComparisonPlan
 ) -> Texts:
     """Read the texts as one stream, and what to tune on.
 
@@ -226,7 +226,7 @@ class Comparison:
         methods = {}
         for key, method in self.methods.items():
             methods[key] = {n: v for n, v in vars(method).items() if n != "losses"}
-        return finite(
+        return without_non_finite(
             {
                 "texts": dict(zip(self.texts.names, self.texts.starts, strict=True)),
                 "tokens": len(self.texts.stream),
@@ -242,17 +242,6 @@ class Comparison:
         )
 
 
-def finite(value: Any) -> Any:
-    """Return the value with null for numbers that JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
-
-
 @dataclass(frozen=True)
 class _Way:
     """A way of reading: its name, how a stream is started, and tokens per call."""
@@ -266,7 +255,7 @@ def compare(
     fwl: FWLModel,
     plain: FWLModel | None,
     texts: Texts,
-    plan: Plan,
+    plan: ComparisonPlan,
     progress: Progress = no_progress,
 ) -> Comparison:
     """Read a stream in all ways, interleaved, and measure what each gains and costs.
@@ -311,7 +300,7 @@ def compare(
 
 
 def tune(
-    model: FWLModel, text: Tensor, rule: str, plan: Plan, progress: Progress
+    model: FWLModel, text: Tensor, rule: str, plan: ComparisonPlan, progress: Progress
 ) -> dict[str, Any]:
     """Choose segment, learning rate and decay of a rule on the validation text's second half.
 

@@ -31,23 +31,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, helper
 
+from fwl_export.bundle.state import Array
 from fwl_export.op import spec
 from fwl_export.op.onnx_function import append_function
 from fwl_export.op.torch_op import linear_attention_update, run_chunked
-from fwl_export.ort import import_onnxruntime
+from fwl_export.ort import import_onnxruntime, register_plugin
 
 if TYPE_CHECKING:
     import onnxruntime
 
-Array = npt.NDArray[Any]
 Run = Callable[[], object]
 
 OURS = ("ours, one", "ours, two")
@@ -266,7 +265,7 @@ def _bound(
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if library is not None:
-        options.register_custom_ops_library(str(library))
+        register_plugin(options, library)
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -28,7 +28,7 @@ from fwl_export.errors import PluginError
 from fwl_export.ort import import_onnxruntime
 from fwl_export.runtimes import onnxruntime, open_session
 from fwl_export.runtimes.base import Call
-from fwl_export.runtimes.session import Session
+from fwl_export.runtimes.session import Session, SessionSpec
 
 RAW = "raw"
 
@@ -90,11 +90,8 @@ def bench_session(
     interval = manifest.config.fast_weights.anchor_interval
     session = Session(
         onnxruntime.OnnxRuntimeRunner(model),
-        manifest.state,
-        manifest.config.vocab_size,
-        manifest.max_tokens,
+        SessionSpec(manifest.state, manifest.config.vocab_size, manifest.max_tokens, interval),
         batch,
-        interval,
     )
     runs["session"] = lambda: session.feed(ids, last_only=True)
     if libfwl is not None:

@@ -1,10 +1,11 @@
-"""Find the cause of what `check` found: the call, the tensor, the node, and a reproducer.
+"""Find the cause of an error that `check` reported: the call, the tensor, the ONNX node.
 
     bisection = bisect_bundle(read_bundle(Path("bundle")), ids, "onnxruntime")
     print(bisection.to_text())
 
-`steps` finds the first call that goes wrong, `expose` runs it with every tensor as an output,
-`locate` finds the first wrong tensor, `reproduce` writes the nodes that compute it.
+`steps` finds the first call that goes wrong, `expose` runs it with every tensor of the graph as an
+output, `locate` finds the first wrong tensor, and `reproduce` writes a small program with only the
+nodes that compute it. `run` puts these together; `finding` holds the result.
 """
 
 from fwl_export.bisect.finding import Bisection, Finding

@@ -14,54 +14,56 @@ from fwl_export.bundle.state import PAST, State
 from fwl_export.errors import ConfigError, FwlError
 from fwl_export.parity.candidates import Candidate
 from fwl_export.runtimes.base import Call
+from fwl_export.runtimes.registry import RUNTIMES
 
 if TYPE_CHECKING:
     import onnx
 
-GRAPH_RUNTIMES = ("onnxruntime", "onnx-reference")
+GRAPH_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if runtime.runs_graph)
 
 
 class Probe(Protocol):
-    """An ONNX file in a candidate's runtime."""
+    """An ONNX file that is loaded in a candidate's runtime."""
 
     def run(self, inputs: Mapping[str, Any]) -> State:
         """Return the graph's outputs by name."""
 
 
 def check_candidate(candidate: Candidate) -> None:
-    """Refuse a runtime whose intermediate tensors cannot be had.
+    """Refuse a candidate whose runtime cannot return intermediate tensors.
 
     Raises:
-      ConfigError: it is one of these; says what to do instead.
+      ConfigError: The runtime cannot; the message says what to do instead.
     """
     if candidate.runtime in GRAPH_RUNTIMES:
         return
     if candidate.runtime == "tensorrt":
         raise ConfigError(
-            f"'{candidate.name}' cannot run here: the tensors inside an engine take a GPU, and an "
-            "engine that was built to show them, which is not supported yet; bisect the same ONNX "
-            "file with onnxruntime or onnx-reference: what they agree on is not the file's fault"
+            f"'{candidate.name}' cannot run here: reading the tensors inside an engine needs a GPU "
+            "and an engine that was built with them as outputs, which is not supported yet. Bisect "
+            "the same ONNX file with onnxruntime or onnx-reference instead; if they find nothing, "
+            "the ONNX file is right and the engine is at fault"
         )
     raise ConfigError(
-        f"'{candidate.name}' runs no ONNX graph; expected {' or '.join(GRAPH_RUNTIMES)}, "
-        "with options"
+        f"'{candidate.name}' does not run an ONNX graph; expected {' or '.join(GRAPH_RUNTIMES)}, "
+        "optionally with options such as onnxruntime:no-plugin"
     )
 
 
 def call_inputs(call: Call, past: State) -> dict[str, Any]:
-    """Return the ONNX graph's inputs by name; `past` in its types."""
+    """Return the inputs of the ONNX graph by name; `past` must have the graph's dtypes."""
     return vars(call) | {PAST + name: array for name, array in past.items()}
 
 
 def expose_all(source: Path, target: Path) -> onnx.ModelProto:
-    """Write a copy of an ONNX file whose every tensor is an output.
+    """Write a copy of an ONNX file in which every tensor that a node computes is an output.
 
     Args:
-      source: its external data is copied to the folder of `target`.
-      target: file to write.
+      source: ONNX file to copy. Its external data is copied to the folder of `target`.
+      target: ONNX file to write.
 
     Returns:
-      The graph as written, without external data.
+      The model as written, without its external data.
     """
     import onnx
     from onnx import helper
@@ -72,7 +74,7 @@ def expose_all(source: Path, target: Path) -> onnx.ModelProto:
         for name in node.output:
             if name and name not in known:
                 model.graph.output.append(helper.make_empty_tensor_value_info(name))
-    # Not links: runtimes refuse data that lies elsewhere.
+    # Copies instead of links, because runtimes refuse external data outside the model's folder.
     for location in external_data_locations(source):
         shutil.copyfile(source.parent / location, target.parent / location)
     target.write_bytes(model.SerializeToString())
@@ -80,10 +82,10 @@ def expose_all(source: Path, target: Path) -> onnx.ModelProto:
 
 
 def open_probe(candidate: Candidate, path: Path, threads: int = 1) -> Probe:
-    """Load an ONNX file into the runtime of a candidate.
+    """Load an ONNX file in the runtime of a candidate.
 
     Raises:
-      FwlError: it cannot be loaded, see `runtimes.onnxruntime.open_file`.
+      FwlError: The file cannot be loaded, see `runtimes.onnxruntime.open_file`.
     """
     check_candidate(candidate)
     if candidate.runtime == "onnx-reference":
@@ -104,7 +106,7 @@ class _OnnxRuntimeProbe:
             values = self._session.run(
                 self._names, {name: array for name, array in inputs.items() if name in wanted}
             )
-        except Exception as error:  # onnxruntime's own exceptions share no narrower base
+        except Exception as error:  # onnxruntime's exceptions have no narrower common base class
             raise FwlError(f"ONNX Runtime cannot run the graph: {error}") from None
         return dict(zip(self._names, values, strict=True))
 
@@ -122,6 +124,6 @@ class _ReferenceProbe:
         try:
             with np.errstate(all="ignore"):
                 values = self._evaluator.run(None, taken)
-        except Exception as error:  # it raises whatever an operator raises
+        except Exception as error:  # each operator raises its own exceptions
             raise FwlError(f"ONNX's reference evaluator cannot run the graph: {error}") from None
         return {name: np.asarray(v) for name, v in zip(names, values, strict=True)}

@@ -1,25 +1,33 @@
-"""What a bisection found, for people and for programs."""
+"""The result of a bisection, as text and as JSON-ready data."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fwl_export.json_files import without_non_finite
+
 SCHEMA_VERSION = 1
+
+# Fields of a finding that have another name in the JSON schema.
+_JSON_KEYS = {"tokens_read": "depth"}
 
 NODE, STATE, FUSION, TRACE = "node", "state", "fusion", "trace"
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How far a tensor is off.
+    """The error of a tensor, and how large it may be.
 
     Attributes:
-      max_abs, relative_rms: distance from PyTorch in float64.
-      allowed_max_abs, allowed_relative_rms: its budget.
-      index: of the largest difference, and both values there.
+      max_abs: Largest absolute difference from PyTorch in float64.
+      relative_rms: RMS of the difference divided by the RMS of PyTorch's values.
+      allowed_max_abs: Budget of `max_abs`.
+      allowed_relative_rms: Budget of `relative_rms`.
+      index: Index of the element with the largest difference.
+      candidate: Value of that element in the candidate.
+      reference: Value of that element in PyTorch.
     """
 
     max_abs: float
@@ -33,32 +41,32 @@ class Amount:
 
 @dataclass(frozen=True)
 class Finding:
-    """The cause of what is wrong with a candidate.
+    """The cause of a candidate's error.
 
     Attributes:
-      kind: "node", a node of the graph; "state", what is carried between calls; "fusion", it is
-        gone when the graph's tensors are looked at; "trace", PyTorch's traced graph is not what
-        its module computes.
-      step: number of the call in the schedule at which it starts.
-      depth: tokens the first row had read after that call.
+      kind: Where the fault is. "node": in a node of the graph. "state": in the state that is
+        carried between calls. "fusion": in the runtime's graph optimization; the error vanishes
+        when all tensors are outputs. "trace": PyTorch's traced graph differs from its module.
+      step: Number of the scheduled call at which the error starts.
+      tokens_read: Tokens the first row had read after that call.
       tokens: T of that call.
-      tensor: the first that is wrong, in the order of the graph; a state tensor's name for "state".
-      module: path of the module, or its method, that computes it in PyTorch.
-      operation: PyTorch's operator.
-      node: name of the ONNX node that computes it.
-      op_type: its type.
-      nodes: names of all nodes from right tensors to the wrong one.
-      foreign: those among them that the exporter did not write.
-      wrong_weights: weights and constants they take that are not the checkpoint's.
-      fault: "file", the nodes do what the ONNX file says; "runtime", they do not; "" unknown.
-      amount: how far it is off.
-      outputs: of the model, that are wrong at that call.
-      note: more words.
+      tensor: Name of the first wrong tensor in graph order; for "state", of the state tensor.
+      module: Path of the PyTorch module, or its method, that computes the tensor.
+      operation: PyTorch operator that computes the tensor.
+      node: Name of the ONNX node that computes the tensor.
+      op_type: Operator type of that node, with its domain if it is not ONNX's own.
+      nodes: Names of all nodes between correct tensors and the wrong one.
+      foreign: Names of those nodes that the exporter did not write.
+      wrong_weights: Weights and constants of those nodes that differ from the checkpoint.
+      fault: "file" if the nodes do what the ONNX file says, "runtime" if not, "" if unknown.
+      amount: Error of the tensor and its budget, or None if unknown.
+      outputs: Names of the model's outputs that are wrong at that call.
+      note: Explanation in words, or "".
     """
 
     kind: str
     step: int
-    depth: int
+    tokens_read: int
     tokens: int
     tensor: str
     module: str = ""
@@ -75,7 +83,7 @@ class Finding:
 
     @property
     def place(self) -> str:
-        """Where it is, in one line."""
+        """Location of the fault in one line."""
         if self.kind == STATE:
             return f"state carried between calls: {self.tensor}"
         if self.kind == NODE:
@@ -85,22 +93,25 @@ class Finding:
 
 @dataclass(frozen=True)
 class Bisection:
-    """One run of `bisect`.
+    """The result of one run of `bisect`.
 
     Attributes:
-      bundle: its name.
-      candidate: name of the runtime.
-      precision: "fp32" or "fp16".
-      text: its name.
-      tokens, seed: of the schedule.
-      cases: that were to be read.
-      case: in which something went wrong; empty: in none.
-      matched, total: tensors of the ONNX graph with a counterpart in PyTorch's, and all.
-      finding: None: nothing is outside its budget.
-      reproducer: folder; empty: none was written.
-      reproduces: whether it shows the difference.
-      command: that shows it.
-      seconds: the run took.
+      bundle: Name of the bundle.
+      candidate: Name of the candidate.
+      precision: Precision of the bundle's activations, "fp32" or "fp16".
+      text: Name of the text.
+      tokens: Tokens of the text that the first row was to read.
+      seed: Seed of the calls.
+      cases: Names of the cases to read, separated by commas.
+      case: Name of the case in which a call went wrong, or "" if none did.
+      matched: Number of tensors of the ONNX graph that were compared with PyTorch's.
+      total: Number of all tensors that the nodes of the ONNX graph compute.
+      finding: Cause of the error, or None if every call is within its budget.
+      reproducer: Folder with the reproducer, or "" if none was written.
+      reproduces: Whether the reproducer shows the error; None if none was written.
+      command: Shell command that runs the reproducer, or "".
+      seconds: Duration of the run in seconds.
+      largest_use: Largest error divided by its budget over all compared tensors, or None.
     """
 
     bundle: str
@@ -121,16 +132,19 @@ class Bisection:
     largest_use: float | None = field(default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready data; what is infinite or NaN is null."""
-        data: dict[str, Any] = _finite(asdict(self))
+        """Return JSON-ready data; numbers that are infinite or NaN become null."""
+        data: dict[str, Any] = without_non_finite(asdict(self))
+        if finding := data["finding"]:
+            data["finding"] = {_JSON_KEYS.get(key, key): value for key, value in finding.items()}
         place = self.finding.place if self.finding else None
         return {"schema_version": SCHEMA_VERSION, "found": place is not None, "place": place} | data
 
     def to_text(self) -> str:
-        """Return lines for a terminal."""
+        """Return the result as lines for a terminal."""
         head = (
-            f"{self.candidate} against PyTorch float64, {self.precision}, tensor by tensor\n"
-            f"{self.text}: {self.tokens} tokens, seed {self.seed}, cases {self.cases}"
+            f"{self.candidate} ({self.precision}) against PyTorch in float64, tensor by tensor\n"
+            f"text {self.text or '(ids)'}: {self.tokens} tokens, seed {self.seed}, "
+            f"cases {self.cases}"
         )
         if self.finding is None:
             return f"{head}\n\nnothing found: every call is within its budget"
@@ -139,34 +153,38 @@ class Bisection:
     def _after(self) -> list[str]:
         lines = []
         if self.total:
-            lines.append(f"compared   {self.matched} of {self.total} tensors of the graph")
+            lines.append(f"compared   {self.matched} of the graph's {self.total} tensors")
         if self.reproducer:
-            shows = "shows it" if self.reproduces else "does NOT show it: it takes the whole graph"
-            lines += [f"reproduce  {self.command}", f"           which {shows}"]
+            shows = (
+                "shows the error"
+                if self.reproduces
+                else "does NOT show the error, which appears in the whole graph only"
+            )
+            lines += [f"reproduce  {self.command}", f"           This program {shows}."]
         return lines
 
 
 def _lines(finding: Finding, case: str) -> list[str]:
     lines = [
         f"FOUND      {finding.place}",
-        f"starts at  case '{case}', call {finding.step} ({finding.tokens} tokens per row at most; "
-        f"the first row has read {finding.depth})",
+        f"starts at  case '{case}', call {finding.step} (up to {finding.tokens} tokens per row; "
+        f"the first row had read {finding.tokens_read} after it)",
     ]
     if finding.amount:
         amount = finding.amount
         lines += [
             f"off by     max abs {amount.max_abs:.2g} (allowed {amount.allowed_max_abs:.2g}), "
-            f"relative RMS {amount.relative_rms:.2g} ({amount.allowed_relative_rms:.2g})",
-            f"           {amount.candidate:.7g} instead of {amount.reference:.7g} at "
-            f"{list(amount.index)}",
+            f"relative RMS {amount.relative_rms:.2g} (allowed {amount.allowed_relative_rms:.2g})",
+            f"           worst element {list(amount.index)}: {amount.candidate:.7g} instead of "
+            f"{amount.reference:.7g}",
         ]
     optional: Mapping[str, Any] = {
         "in PyTorch": finding.operation,
         "nodes": ", ".join(finding.nodes) if len(finding.nodes) > 1 else "",
-        "foreign": f"{', '.join(finding.foreign)}: not written by the exporter"
+        "foreign": f"{', '.join(finding.foreign)}: the exporter did not write these nodes"
         if finding.foreign
         else "",
-        "weights": f"{', '.join(finding.wrong_weights)}: not the checkpoint's"
+        "weights": f"{', '.join(finding.wrong_weights)}: differ from the checkpoint"
         if finding.wrong_weights
         else "",
         "fault of": {
@@ -177,11 +195,3 @@ def _lines(finding: Finding, case: str) -> list[str]:
         "note": finding.note,
     }
     return lines + [f"{title:<11}{text}" for title, text in optional.items() if text]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

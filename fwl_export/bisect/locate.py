@@ -1,24 +1,22 @@
-"""The first tensor of an ONNX graph that is not what PyTorch computes."""
+"""Find the first tensor of an ONNX graph that differs from what PyTorch computes."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bisect.steps import Outside, distance
-from fwl_export.bundle.state import State
+from fwl_export.bundle.state import Array, State
 from fwl_export.model.traced_graph import Operation, TracedGraph
 from fwl_export.parity.tolerances import Tolerance, budgets
 
 if TYPE_CHECKING:
     import onnx
 
-Array = npt.NDArray[Any]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -28,23 +26,24 @@ INTERMEDIATE = Tolerance(
     10,
     6,
     1,
-    "one call from the right state, so no drift; but PyTorch is measured on this call alone, where "
-    "it can be lucky, and a difference of nearly equal numbers is rounded coarsely",
+    "one call from the reference's state, so there is no drift; but PyTorch's own error is that of "
+    "this call alone and can be small by chance, and subtracting nearly equal numbers amplifies "
+    "roundings",
 )
 
 
 @dataclass(frozen=True)
 class Located:
-    """The first tensor, in the order of the graph, that left its budget.
+    """The first tensor in graph order that is outside its budget.
 
     Attributes:
-      tensor: its name in the ONNX graph.
-      outside: its distance from PyTorch in float64.
-      operation: of PyTorch, that computes it.
-      nodes: of the ONNX graph, that compute it from tensors that are right: one, or the few that
-        one operator of PyTorch became.
-      inputs: names of the tensors that these take, without weights and constants.
-      foreign: names of those nodes that the exporter did not write.
+      tensor: Name of the tensor in the ONNX graph.
+      outside: Error of the tensor against PyTorch in float64, and its budget.
+      operation: PyTorch operation that computes the tensor.
+      nodes: ONNX nodes that compute it from correct tensors. There is one, or the few that a
+        single PyTorch operator was exported to.
+      inputs: Names of the tensors that the nodes read, without weights and constants.
+      foreign: Names of those nodes that the exporter did not write.
     """
 
     tensor: str
@@ -57,13 +56,13 @@ class Located:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All tensors of a call.
+    """Comparison of all tensors of one call.
 
     Attributes:
-      matched: how many tensors that nodes compute have a counterpart in PyTorch.
-      total: how many there are.
-      outside: those outside their budgets, in the order of the graph.
-      largest_use: share of a budget that the furthest tensor takes.
+      matched: Number of tensors that have a counterpart in PyTorch's graph.
+      total: Number of tensors that the nodes compute.
+      outside: Tensors outside their budgets by name, in graph order.
+      largest_use: Largest error divided by its budget.
     """
 
     matched: int
@@ -73,15 +72,16 @@ class Comparison:
 
 
 def counterparts(graph: TracedGraph, model: onnx.ModelProto) -> dict[str, str]:
-    """Return the name in PyTorch's graph of every tensor of the ONNX graph that has one.
+    """Return, for each tensor of the ONNX graph that has one, its name in PyTorch's graph.
 
-    The exporter keeps the names; graph outputs are renamed.
+    The exporter keeps PyTorch's names, except those of the graph's outputs.
     """
     traced = {operation.name for operation in graph.operations}
     names = [name for node in model.graph.node for name in node.output if name]
     names += [tensor.name for tensor in model.graph.initializer]
     found = {name: name for name in names if name in traced}
-    # The parts of a split are results of their own: its name and a number in the ONNX graph.
+    # In PyTorch's graph each part of a split is an operation of its own. In the ONNX graph its name
+    # is that of the split, then its number.
     for operation in graph.operations:
         if operation.target == "operator.getitem":
             whole, index = operation.arguments
@@ -97,20 +97,20 @@ def compare(
     own: State,
     exact: State,
     precision: str,
-    depth: int,
-    memory: float,
+    tokens_read: int,
+    horizon_tokens: float,
 ) -> Comparison:
-    """Compare the tensors that nodes compute.
+    """Compare the tensors that nodes compute with PyTorch's.
 
     Args:
-      model: the ONNX graph.
-      names: see `counterparts`.
-      found: tensors of the candidate, by name in the ONNX graph.
-      own: of PyTorch in the candidate's precision, by name in its graph.
-      exact: of PyTorch in float64.
-      precision: "fp32" or "fp16".
-      depth: tokens the first row has read.
-      memory: see `budgets`.
+      model: Model with the ONNX graph.
+      names: Names in PyTorch's graph by name in the ONNX graph, see `counterparts`.
+      found: Tensors of the candidate by name in the ONNX graph.
+      own: Tensors of PyTorch in the candidate's precision by name in PyTorch's graph.
+      exact: Tensors of PyTorch in float64 by name in PyTorch's graph.
+      precision: Precision of the candidate, "fp32" or "fp16".
+      tokens_read: Tokens the first row has read.
+      horizon_tokens: Tokens over which the fast weights remember, see `budgets`.
     """
     outside: dict[str, Outside] = {}
     matched = total = 0
@@ -122,7 +122,9 @@ def compare(
             if right is None or right.shape != found[name].shape:
                 continue
             matched += 1
-            measured = _measured(found[name], own[names[name]], right, precision, depth, memory)
+            measured = _measured(
+                found[name], own[names[name]], right, precision, tokens_read, horizon_tokens
+            )
             largest = max(largest, measured.use)
             if measured.use > 1:
                 outside[name] = measured
@@ -135,7 +137,14 @@ def locate(
     names: Mapping[str, str],
     comparison: Comparison,
 ) -> Located:
-    """Return the first tensor outside its budget, and the nodes that compute it."""
+    """Return the first tensor outside its budget and the nodes that compute it.
+
+    Args:
+      model: Model with the ONNX graph.
+      graph: PyTorch's traced graph.
+      names: Names in PyTorch's graph by name in the ONNX graph, see `counterparts`.
+      comparison: Comparison with at least one tensor outside its budget.
+    """
     tensor = next(iter(comparison.outside))
     weights = {t.name for t in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output if name}
@@ -160,12 +169,12 @@ def locate(
 def wrong_weights(
     model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], exact: State
 ) -> Iterator[str]:
-    """Yield names of weights and constants that nodes take and that are not PyTorch's.
+    """Yield the names of the nodes' weights and constants that differ from PyTorch's.
 
     Args:
-      model: with its weights loaded.
-      nodes: of it.
-      exact: PyTorch's tensors by name, parameters as "model.<path>" among them.
+      model: Model with its weights loaded.
+      nodes: Nodes of the model.
+      exact: PyTorch's tensors by name; parameters are named "model.<path>".
     """
     from onnx import numpy_helper
 
@@ -174,7 +183,7 @@ def wrong_weights(
         if tensor.name in used and (right := exact.get(tensor.name)) is not None:
             value = numpy_helper.to_array(tensor)
             rounded = right.astype(value.dtype)
-            # What the exporter folds into a weight is computed in its type: a few roundings.
+            # The exporter folds constants into weights in the weight's dtype: a few roundings.
             if value.shape != rounded.shape or not np.allclose(
                 value.astype(np.float64),
                 rounded.astype(np.float64),
@@ -185,21 +194,21 @@ def wrong_weights(
 
 
 def _measured(
-    found: Array, own: Array, exact: Array, precision: str, depth: int, memory: float
+    found: Array, own: Array, exact: Array, precision: str, tokens_read: int, horizon_tokens: float
 ) -> Outside:
     error, of_own = (distance(value, exact) for value in (found, own))
     if exact.dtype.kind == "f":
-        (budget,) = budgets(INTERMEDIATE, [of_own], [depth], precision, memory)
+        (budget,) = budgets(INTERMEDIATE, [of_own], [tokens_read], precision, horizon_tokens)
     else:
-        (budget,) = budgets(_EXACT, [of_own], [depth], precision, memory)
+        (budget,) = budgets(_EXACT, [of_own], [tokens_read], precision, horizon_tokens)
     return Outside(error, budget)
 
 
-_EXACT = Tolerance("", 1, 1, 0, 0, "whole numbers and truths: nothing is rounded")
+_EXACT = Tolerance("", 1, 1, 0, 0, "integers and booleans: nothing is rounded")
 
 
 def _noted(node: onnx.NodeProto) -> bool:
-    """Return whether the exporter noted where a node comes from."""
+    """Return whether the node says which module it comes from, as the exporter's nodes do."""
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
             return bool(ast.literal_eval(entry.value))

@@ -1,4 +1,4 @@
-"""A folder that shows one wrong tensor with nothing but the nodes that compute it."""
+"""Write a small program that computes one wrong tensor with only the nodes it needs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bisect.expose import open_probe
 from fwl_export.bisect.locate import Located
+from fwl_export.bundle.state import Array
 from fwl_export.errors import FwlError
 from fwl_export.parity.candidates import Candidate
 
 if TYPE_CHECKING:
     import onnx
 
-Array = npt.NDArray[Any]
 
 MODEL_FILE = "repro.onnx"
 SCRIPT_FILE = "repro.py"
@@ -35,7 +34,7 @@ found = ort.InferenceSession("repro.onnx", options).run([NAME], dict(np.load("in
 
 found = ReferenceEvaluator("repro.onnx").run([NAME], dict(np.load("inputs.npz")))[0]""",
 }
-_SCRIPT = '''"""Run it in this folder: python repro.py{library}"""
+_SCRIPT = '''"""Shows one wrong tensor. Run in this folder: python repro.py{library}"""
 import sys
 
 import numpy as np
@@ -43,18 +42,19 @@ import numpy as np
 expected = np.load("expected.npz")["expected"]
 difference = np.abs(np.asarray(found, np.float64) - expected)
 print(NAME, "max abs", difference.max(), "at", np.argwhere(difference == difference.max())[:1])
-sys.exit(bool(not difference.max() <= {limit!r}))  # what is allowed
+sys.exit(bool(not difference.max() <= {limit!r}))  # the largest difference that is allowed
 '''
 
 
 @dataclass(frozen=True)
 class Reproduced:
-    """What the nodes gave when they ran alone.
+    """Result of running the nodes alone.
 
     Attributes:
-      reproduces: whether the tensor is outside its budget then too.
-      file_is_wrong: whether it is in ONNX's reference evaluator too, which does what the file
-        says: then the file is wrong, else the runtime; None: it cannot run them.
+      reproduces: Whether the tensor is still outside its budget.
+      file_is_wrong: Whether it is outside its budget in ONNX's reference evaluator too, which does
+        what the file says. If so, the file is wrong; if not, the runtime is. None means that the
+        evaluator cannot run the nodes.
     """
 
     reproduces: bool
@@ -69,15 +69,15 @@ def write_reproducer(
     expected: Array,
     candidate: Candidate,
 ) -> Reproduced:
-    """Write repro.onnx, inputs.npz, expected.npz and repro.py, and run them once.
+    """Write repro.onnx, inputs.npz, expected.npz and repro.py, and run the nodes once.
 
     Args:
-      folder: exists and is empty.
-      model: the whole graph, its weights loaded.
-      located: which part of it.
-      inputs: right values by name, in the graph's types.
-      expected: the right value of the tensor, float64.
-      candidate: the candidate.
+      folder: Empty folder to write to.
+      model: Whole model with its weights loaded.
+      located: Wrong tensor and the nodes that compute it.
+      inputs: Correct input arrays by name, in the graph's dtypes.
+      expected: Correct value of the tensor in float64.
+      candidate: Candidate in whose runtime the nodes run.
     """
     import onnx
 
@@ -100,12 +100,12 @@ def write_reproducer(
 def part_of(
     model: onnx.ModelProto, located: Located, inputs: Mapping[str, Array]
 ) -> onnx.ModelProto:
-    """Return a model of some nodes of another, with what they need.
+    """Return a model with only some nodes of another, and the weights and functions they need.
 
     Args:
-      model: its weights are loaded.
-      located: the nodes, and the tensor that they compute.
-      inputs: of the new model; they give its types and shapes.
+      model: Whole model with its weights loaded.
+      located: Nodes to keep, and the tensor that they compute.
+      inputs: Inputs of the new model by name; they define its dtypes and shapes.
     """
     import onnx
     from onnx import helper
@@ -140,11 +140,11 @@ def _run(
         return result
 
     def outside(of: Candidate) -> bool:
-        # Written so that NaN is outside.
+        # Negated, so that NaN counts as outside.
         return not bool(np.all(np.abs(values(of) - expected) <= budget))
 
     try:
         by_onnx = outside(Candidate("onnx-reference", "onnx-reference"))
-    except FwlError:  # an operator that the evaluator does not have
+    except FwlError:  # the evaluator lacks an operator
         return Reproduced(outside(candidate), None)
     return Reproduced(outside(candidate), by_onnx)

@@ -1,15 +1,14 @@
-"""Find the cause: the first call that goes wrong, then the first tensor in it."""
+"""Find the cause of an error: the first call that goes wrong, then the first wrong tensor in it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fwl_export.bisect.expose import call_inputs, check_candidate, expose_all, open_probe
 from fwl_export.bisect.finding import (
@@ -40,24 +39,24 @@ from fwl_export.bisect.steps import (
     measure,
 )
 from fwl_export.bundle.manifest import GRAPH_FILE, Bundle
-from fwl_export.bundle.state import PRESENT, State
+from fwl_export.bundle.state import PRESENT, Array, State
 from fwl_export.errors import BundleError
 from fwl_export.files import replaced_folder
 from fwl_export.model.traced_graph import TracedGraph, read_graph
 from fwl_export.parity.candidates import Candidate, parse_candidate
-from fwl_export.parity.cases import MIXED, TEXT, choose_cases
-from fwl_export.parity.check import remembered_tokens, torch_threads
+from fwl_export.parity.cases import MIXED, TEXT, Case, choose_cases
+from fwl_export.parity.check import model_horizon, torch_threads
 from fwl_export.runtimes import Session, open_session
 
 if TYPE_CHECKING:
     import torch
 
-Array = npt.NDArray[Any]
 
 DEFAULT_TOKENS = 500
 DEFAULT_CASES = f"{TEXT},{MIXED}"
 
-# Two float64 programs of the same operators differ by roundings of 1e-16, through a few layers.
+# Largest relative difference of two float64 programs with the same operators: roundings of 1e-16
+# that grow over a few layers, with a wide margin.
 _SAME = 1e-9
 
 
@@ -69,29 +68,31 @@ def bisect_bundle(
     seed: int = 0,
     reproducer: Path | None = None,
     text: str = "",
-    cases: str = DEFAULT_CASES,
+    cases: str | Sequence[str | Case] = DEFAULT_CASES,
     session: Session | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Bisection:
-    """Find the first tensor of a candidate that is not what PyTorch computes.
+    """Find the first tensor of a candidate that differs from what PyTorch computes.
 
     Args:
-      bundle: must hold its checkpoint and its traced graph.
-      ids: [N] int64, the text; N of `tokens + 1` or more.
-      candidate: a runtime that runs the ONNX graph, see `parity.candidates`.
-      tokens: how far the first row reads of the text at most.
-      seed: of the calls.
-      reproducer: folder to write, in place of what is there; None: none is written.
-      text: name of the text.
-      cases: names, see `parity.cases`; read in turn until something goes wrong.
-      session: in place of a new one of the candidate.
-      advance: called with the number of tokens the first row has moved, of all cases.
+      bundle: Bundle that holds its checkpoint and its traced graph.
+      ids: Token ids of the text, [N] int64, with N of at least `tokens + 1`.
+      candidate: Runtime that runs the ONNX graph, or its name, see `parity.candidates`.
+      tokens: Largest number of tokens that the first row reads of the text.
+      seed: Seed of the calls.
+      reproducer: Folder to write the reproducer to, replacing what it holds. None writes none.
+      text: Name of the text, for the report.
+      cases: Names of cases, or what `choose_cases` returned for this bundle. They are read in
+        turn until a call goes wrong.
+      session: Session to check instead of a new one of the candidate.
+      advance: Called with the number of tokens that the first row has moved on, in each case.
 
     Raises:
-      ConfigError: the candidate runs no ONNX graph, or cannot run here; a case is unknown.
-      BundleError: the bundle is incomplete or changed, or has no checkpoint or traced graph.
-      TokenError: the text is too short.
-      FwlError: the candidate cannot run the graph with its tensors as outputs.
+      ConfigError: The candidate does not run an ONNX graph or cannot run here, or a name is not a
+        case.
+      BundleError: The bundle is incomplete or changed, or has no checkpoint or no traced graph.
+      TokenError: The text is too short.
+      FwlError: The candidate cannot run the graph with all its tensors as outputs.
     """
     began = time.perf_counter()
     if isinstance(candidate, str):
@@ -103,7 +104,7 @@ def bisect_bundle(
     chosen = choose_cases(cases, tokens, manifest.max_tokens, limit)
     calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
     session = session or candidate.open(bundle, 1, threads=1)
-    memory = remembered_tokens(bundle)
+    horizon_tokens = model_horizon(bundle)
     facts: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,
         "candidate": candidate.name,
@@ -111,31 +112,39 @@ def bisect_bundle(
         "text": text,
         "tokens": tokens,
         "seed": seed,
-        "cases": cases,
+        "cases": cases if isinstance(cases, str) else ",".join(_name(case) for case in cases),
     }
     with torch_threads(1), TemporaryDirectory() as folder:
         own = open_session(bundle, "torch", 1)
         for case in chosen:
             reader = session.another(case.rows)
-            suspect = first_wrong_step(bundle, calls[case.name], reader, own, memory, advance)
+            suspect = first_wrong_step(
+                bundle, calls[case.name], reader, own, horizon_tokens, advance
+            )
             if suspect:
-                search = _Search(bundle, candidate, graph, reader, suspect, memory, Path(folder))
+                search = _Search(
+                    bundle, candidate, graph, reader, suspect, horizon_tokens, Path(folder)
+                )
                 facts |= {"case": case.name, **search.run(reproducer)}
                 break
     return Bisection(**facts, seconds=time.perf_counter() - began)
 
 
+def _name(case: str | Case) -> str:
+    return case if isinstance(case, str) else f"{case.name}@{case.tokens}"
+
+
 def _graph(bundle: Bundle) -> TracedGraph:
     if GRAPH_FILE not in bundle.manifest.files:
         raise BundleError(
-            f"bundle '{bundle.folder}' has no {GRAPH_FILE}, which says what PyTorch computes; "
-            "export it again with this version"
+            f"bundle '{bundle.folder}' has no {GRAPH_FILE}, the traced graph that bisect compares "
+            "with; export it again with this version"
         )
     return read_graph(bundle.file(GRAPH_FILE))
 
 
 class _Search:
-    """The search inside one call of the model."""
+    """The search within one call of the model."""
 
     def __init__(
         self,
@@ -144,7 +153,7 @@ class _Search:
         graph: TracedGraph,
         session: Session,
         suspect: Suspect,
-        memory: float,
+        horizon_tokens: float,
         folder: Path,
     ) -> None:
         self._bundle = bundle
@@ -153,12 +162,12 @@ class _Search:
         self._session = session
         self._suspect = suspect
         self._step = suspect.step
-        self._memory = memory
+        self._horizon_tokens = horizon_tokens
         self._path = folder / "exposed.onnx"
         self._inputs = call_inputs(self._step.call, as_types(session, self._step.past))
 
     def run(self, reproducer: Path | None) -> dict[str, Any]:
-        """Return what was found, as arguments of `Bisection`."""
+        """Return the result as keyword arguments of `Bisection`."""
         exact, own = (self._traced(precision) for precision in ("fp64", None))
         if difference := self._untrue_trace(exact):
             return {"finding": self._finding(TRACE, difference)}
@@ -173,8 +182,8 @@ class _Search:
             own,
             exact,
             self._bundle.manifest.precision,
-            self._step.depth,
-            self._memory,
+            self._step.tokens_read,
+            self._horizon_tokens,
         )
         facts = {
             "matched": comparison.matched,
@@ -187,7 +196,7 @@ class _Search:
         return facts | self._in_a_node(located, source, names, found, exact, reproducer)
 
     def _traced(self, precision: str | None) -> State:
-        """Return PyTorch's tensors of the call by name, and parameters as in the ONNX file."""
+        """Return PyTorch's tensors of the call, with parameters, by their ONNX names."""
         import torch
 
         from fwl_export.runtimes.torch import load_model
@@ -206,7 +215,7 @@ class _Search:
         return {name: tensor.detach().numpy() for name, tensor in values.items()}
 
     def _untrue_trace(self, exact: State) -> str:
-        """Return the first output at which the traced graph is not what the module computes."""
+        """Return the first output at which the traced graph differs from its module, or ""."""
         for name, right in self._step.outputs.items():
             value = exact[self._graph.outputs[name if name == LOGITS else PRESENT + name]]
             if name == LOGITS:
@@ -234,13 +243,8 @@ class _Search:
             if name in located.inputs
         }
         expected = exact[names[located.tensor]].astype(np.float64)
-        with TemporaryDirectory() as folder:
-            arguments = (whole, located, right, expected, self._candidate)
-            if reproducer is None:
-                shown = write_reproducer(Path(folder), *arguments)
-            else:
-                with replaced_folder(reproducer) as target:
-                    shown = write_reproducer(target, *arguments)
+        with replaced_folder(reproducer) if reproducer else TemporaryDirectory() as folder:
+            shown = write_reproducer(Path(folder), whole, located, right, expected, self._candidate)
         last = located.nodes[-1]
         faults = {True: "file", False: "runtime", None: ""}
         finding = self._finding(
@@ -256,20 +260,24 @@ class _Search:
             fault=faults[shown.file_is_wrong],
             amount=_amount(located.outside),
         )
-        facts: dict[str, Any] = {"finding": finding}
-        plugin = self._candidate.runtime == "onnxruntime" and last.domain
-        no_plugin = self._candidate.arguments.get("plugin") == "none"
-        library = " CUSTOM-OP-LIBRARY" if plugin and not no_plugin else ""
-        if reproducer is not None:
-            facts |= {
-                "reproducer": str(reproducer),
-                "reproduces": shown.reproduces,
-                "command": f"cd {reproducer} && python {SCRIPT_FILE}{library}",
-            }
-        return facts
+        if reproducer is None:
+            return {"finding": finding}
+        return {
+            "finding": finding,
+            "reproducer": str(reproducer),
+            "reproduces": shown.reproduces,
+            "command": self._command(reproducer, located),
+        }
+
+    def _command(self, reproducer: Path, located: Located) -> str:
+        """Return the shell command that runs the reproducer."""
+        needs_kernel = self._candidate.runtime == "onnxruntime" and located.nodes[-1].domain
+        has_kernel = self._candidate.arguments.get("plugin") != "none"
+        library = " CUSTOM-OP-LIBRARY" if needs_kernel and has_kernel else ""
+        return f"cd {reproducer} && python {SCRIPT_FILE}{library}"
 
     def _not_in_a_node(self, source: Path) -> Finding:
-        """Tell apart what is wrong although every node is right when given right inputs."""
+        """Find the fault when every node is right if it is given correct inputs."""
         right = {f"{PRESENT}{n}" if n != LOGITS else n for n in self._suspect.outside}
         found = open_probe(self._candidate, source).run(self._inputs)
         outputs = {
@@ -279,36 +287,36 @@ class _Search:
         outputs[LOGITS] = np.where(padded, 0, outputs[LOGITS])
         errors = measure(outputs, self._step.outputs)
         wrong = [n for n, o in self._suspect.outside.items() if o.budget.use(errors[n]) > 1]
-        if right and wrong and self._suspect.forced:
+        if right and wrong and self._suspect.teacher_forced:
             return self._finding(
                 FUSION,
                 wrong[0],
                 amount=_amount(self._suspect.outside[wrong[0]]),
-                note="every tensor is right when all are outputs: the runtime's optimisation of "
-                "the graph, which that prevents, is at fault",
+                note="every tensor is right when all tensors are outputs, which prevents the "
+                "runtime's optimization of the graph; so the optimization is at fault",
             )
         return self._carried()
 
     def _carried(self) -> Finding:
-        """Name the state tensor that was not what the call before had left."""
-        note = "every node is right when given right inputs; "
+        """Name the state tensor that differs from what the previous call returned."""
+        note = "every node is right when given correct inputs; "
         states = [name for name in self._suspect.outside if name != LOGITS]
-        if self._suspect.forced and len(self._suspect.outside) == 1 and states:
-            note += "the model's result is right, and is not what the session then holds"
+        if self._suspect.teacher_forced and len(self._suspect.outside) == 1 and states:
+            note += "the model returns the right state, but the session holds another one"
             return self._finding(
                 STATE, states[0], amount=_amount(self._suspect.outside[states[0]]), note=note
             )
         if stale := self._stale():
-            note += f"'{stale}' was read as it had been one call earlier"
+            note += f"the call read '{stale}' as it was one call earlier"
             return self._finding(STATE, stale, note=note)
         if self._suspect.failure:
-            note += f"but the session says: {self._suspect.failure}"
+            note += f"but the session raised: {self._suspect.failure}"
         name = states[0] if states else LOGITS
         outside = self._suspect.outside.get(name)
         return self._finding(STATE, name, amount=outside and _amount(outside), note=note)
 
     def _stale(self) -> str:
-        """Return the state tensor that explains the candidate's outputs if it is one call old."""
+        """Return the state tensor that, read one call late, explains the outputs, or ""."""
         before = self._suspect.before
         if before is None or not self._suspect.outside:
             return ""
@@ -319,7 +327,7 @@ class _Search:
                 continue
             past = {**self._step.past, name: before.past[name]}
             stale = _with_past(self._step, past)
-            outputs = fed(reference, stale, forced=True)
+            outputs = fed(reference, stale, teacher_forced=True)
             if isinstance(outputs, str):
                 continue
             errors = measure(found, outputs)
@@ -332,7 +340,7 @@ class _Search:
         return Finding(
             kind,
             step.number,
-            step.depth,
+            step.tokens_read,
             step.call.input_ids.shape[1],
             tensor,
             outputs=list(self._suspect.outside),
@@ -341,7 +349,7 @@ class _Search:
 
 
 def _with_past(step: Step, past: State) -> Step:
-    return Step(step.number, step.depth, step.call, step.reset, past, step.outputs)
+    return Step(step.number, step.tokens_read, step.call, step.reset, past, step.outputs)
 
 
 def _amount(outside: Outside) -> Amount:

@@ -1,28 +1,26 @@
 """The first call at which a candidate goes wrong, and whether it was given the right state.
 
-PyTorch in float64 reads the schedule. At every call the candidate reads twice: *forced*, with its
-state set to the reference's, and *free*, with its own. A forced call that goes wrong has a fault
-inside the model; if only the free one does, what is carried from call to call is wrong.
+PyTorch in float64 reads the schedule. The candidate makes every call twice: *teacher-forced*, with
+its state set to the reference's before the call, and *free-running*, with its own state. If the
+teacher-forced call is wrong, the fault is inside the model. If only the free-running call is wrong,
+the state that is carried from call to call is at fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fwl_export.bisect.runners import Recorder
 from fwl_export.bundle.manifest import Bundle
-from fwl_export.bundle.state import State
+from fwl_export.bundle.state import Array, State
 from fwl_export.parity.compare import Error, Place
-from fwl_export.parity.schedule import Call as Scheduled
+from fwl_export.parity.schedule import ScheduledCall
 from fwl_export.parity.tolerances import Budget, budgets, tolerance_for
-from fwl_export.runtimes import Session
-from fwl_export.runtimes.base import Call, Rows, Runner
-
-Array = npt.NDArray[Any]
+from fwl_export.runtimes import Session, SessionSpec
+from fwl_export.runtimes.base import Call
 
 LOGITS = "logits"
 
@@ -32,16 +30,16 @@ class Step:
     """One call of the model, and what PyTorch in float64 made of it.
 
     Attributes:
-      number: of the call in the schedule.
-      depth: tokens the first row had read after it.
-      call: its inputs beside the state.
-      reset: rows that started afresh before it.
-      past: the state before, float64.
-      outputs: logits [B, T, V], zero at padding, and the state after.
+      number: Number of the scheduled call that the step belongs to.
+      tokens_read: Tokens the first row had read after that call.
+      call: The model's inputs other than the state.
+      reset: Rows that were reset before the call.
+      past: State before the call, in float64.
+      outputs: Logits [B, T, V], zero at padding, and the state after the call, by name.
     """
 
     number: int
-    depth: int
+    tokens_read: int
     call: Call
     reset: tuple[int, ...]
     past: State
@@ -50,11 +48,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Outside:
-    """A tensor that left its budget.
+    """A tensor whose error is larger than its budget.
 
     Attributes:
-      error: its distance from float64.
-      budget: what that may be.
+      error: Distance of the tensor from PyTorch in float64.
+      budget: Largest error that is allowed.
     """
 
     error: Error
@@ -62,7 +60,7 @@ class Outside:
 
     @property
     def use(self) -> float:
-        """How many times the budget."""
+        """Error divided by the budget; more than 1 is outside."""
         return self.budget.use(self.error)
 
 
@@ -71,17 +69,17 @@ class Suspect:
     """The first call that went wrong.
 
     Attributes:
-      step: the call.
-      before: the one before it; None if it is the first.
-      forced: whether it went wrong with the right state.
-      outside: outputs outside their budgets, by name, logits first.
-      found: what the candidate returned; empty if it raised.
-      failure: what the candidate raised; empty: nothing.
+      step: The call that went wrong.
+      before: The call before it, or None if it is the first.
+      teacher_forced: Whether it went wrong even though it started from the reference's state.
+      outside: Outputs outside their budgets by name, logits first.
+      found: Outputs of the candidate, or empty if it raised an exception.
+      failure: Message of the exception the candidate raised, or "".
     """
 
     step: Step
     before: Step | None
-    forced: bool
+    teacher_forced: bool
     outside: Mapping[str, Outside]
     found: State
     failure: str
@@ -89,56 +87,55 @@ class Suspect:
 
 def first_wrong_step(
     bundle: Bundle,
-    calls: Iterable[Scheduled],
+    calls: Iterable[ScheduledCall],
     candidate: Session,
     own: Session,
-    memory: float,
+    horizon_tokens: float,
     advance: Callable[[int], None],
 ) -> Suspect | None:
-    """Read until a call of the candidate goes wrong.
+    """Read until a call of the candidate goes wrong; None if no call does.
 
     Args:
-      bundle: holds its checkpoint.
-      calls: of the schedule.
-      candidate: of as many rows as the calls.
-      own: PyTorch in the candidate's precision: what that costs is the measure of the budgets.
-      memory: tokens that the sums remember, see `budgets`.
-      advance: called with the number of tokens the first row has moved.
+      bundle: Bundle that holds its checkpoint.
+      calls: Scheduled calls to make.
+      candidate: Session with as many rows as the calls.
+      own: PyTorch in the candidate's precision. Budgets are multiples of its error.
+      horizon_tokens: Tokens over which the fast weights remember, see `budgets`.
+      advance: Called with the number of tokens that the first row has moved on.
     """
     precision = bundle.manifest.precision
     rows = candidate.batch
-    forced, free = (_Judge(own.another(rows), precision, memory) for _ in range(2))
-    free_candidate = candidate.another(rows)
+    judges = [_Judge(own.another(rows), precision, horizon_tokens) for _ in range(2)]
+    free_running = candidate.another(rows)
     before: Step | None = None
-    runs = ((forced, candidate, True), (free, free_candidate, False))
+    runs = ((judges[0], candidate, True), (judges[1], free_running, False))
     for step in reference_steps(bundle, calls, rows):
-        for judge, session, is_forced in runs:
-            found = fed(session, step, is_forced)
-            outside = judge.outside(found, step, is_forced)
+        for judge, session, teacher_forced in runs:
+            found = fed(session, step, teacher_forced)
+            outside = judge.outside(found, step, teacher_forced)
             if isinstance(found, str):
-                return Suspect(step, before, is_forced, {}, {}, found)
+                return Suspect(step, before, teacher_forced, {}, {}, found)
             if outside:
-                return Suspect(step, before, is_forced, outside, found, "")
-        advance(step.depth - (before.depth if before else 0))
+                return Suspect(step, before, teacher_forced, outside, found, "")
+        advance(step.tokens_read - (before.tokens_read if before else 0))
         before = step
     return None
 
 
-def reference_steps(bundle: Bundle, calls: Iterable[Scheduled], rows: int) -> Iterator[Step]:
-    """Yield the calls of the model that a schedule makes; a session splits some at anchors."""
+def reference_steps(bundle: Bundle, calls: Iterable[ScheduledCall], rows: int) -> Iterator[Step]:
+    """Yield the model calls that a schedule leads to.
+
+    There may be more of them than scheduled calls, because a session splits a call at an anchor.
+    """
     from fwl_export.runtimes.torch import TorchRunner, load_model
 
     manifest = bundle.manifest
     model = load_model(bundle, "fp64")
-    recorder = _Recorder(TorchRunner(model))
-    session = Session(
-        recorder,
-        model.specs,
-        manifest.config.vocab_size,
-        manifest.max_tokens,
-        rows,
-        manifest.config.fast_weights.anchor_interval,
-    )
+    recorder = Recorder(TorchRunner(model))
+    config = manifest.config
+    interval = config.fast_weights.anchor_interval
+    spec = SessionSpec(model.specs, config.vocab_size, manifest.max_tokens, interval)
+    session = Session(recorder, spec, rows)
     for scheduled in calls:
         if scheduled.reset:
             session.reset(scheduled.reset)
@@ -148,21 +145,21 @@ def reference_steps(bundle: Bundle, calls: Iterable[Scheduled], rows: int) -> It
         for index, (call, past, logits, present) in enumerate(recorder.calls):
             reset = () if index else scheduled.reset
             outputs = {LOGITS: _real(logits, call), **present}
-            yield Step(scheduled.step, scheduled.depth, call, reset, past, outputs)
+            yield Step(scheduled.step, scheduled.tokens_read, call, reset, past, outputs)
 
 
 def measure(found: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, Error]:
-    """Return the distance of every tensor [B, ...] from the one of that name."""
+    """Return the distance of each tensor [B, ...] from the expected tensor of the same name."""
     return {name: distance(found[name], right, len(right)) for name, right in expected.items()}
 
 
 def distance(found: Array, expected: Array, rows: int = 1) -> Error:
-    """Return the distance of a tensor from what is right, as `compare.TensorSum` counts it.
+    """Return the distance of a tensor from the expected one, measured as in `compare.TensorSum`.
 
     Args:
-      found: any shape; infinities and NaN that both have are equal.
-      expected: of the same shape.
-      rows: that count on their own, along the first axis.
+      found: Array of any shape. Infinities and NaN that both arrays have count as equal.
+      expected: Array of the same shape.
+      rows: Number of rows along the first axis; the relative RMS is that of the worst row.
     """
     if expected.size == 0:
         return Error(0.0, 0.0, 0.0, None)
@@ -174,7 +171,7 @@ def distance(found: Array, expected: Array, rows: int = 1) -> Error:
             difference[same], right = 0, np.where(np.isfinite(right), right, 0)
         squares, of_right = (np.einsum("ij,ij->i", x, x) for x in (difference, right))
         ratios = np.where(squares == 0, 0, np.sqrt(squares / of_right))
-    flat = int(np.argmax(difference))  # of NaN if there is one
+    flat = int(np.argmax(difference))  # NaN wins if there is one
     index = tuple(int(i) for i in np.unravel_index(flat, expected.shape))
     place = Place(0, 0, index, float(found.reshape(-1)[flat]), float(expected.reshape(-1)[flat]))
     largest, rms = float(difference.reshape(-1)[flat]), float(ratios.max())
@@ -186,10 +183,16 @@ def distance(found: Array, expected: Array, rows: int = 1) -> Error:
     )
 
 
-def fed(session: Session, step: Step, forced: bool) -> State | str:
-    """Return the outputs of a session for a step, or what it raised."""
+def fed(session: Session, step: Step, teacher_forced: bool) -> State | str:
+    """Return the outputs of a session for a step, or the message of what it raised.
+
+    Args:
+      session: Session that makes the call.
+      step: Call to make, with the reference's state before it.
+      teacher_forced: Whether the session starts from the reference's state instead of its own.
+    """
     try:
-        if forced:
+        if teacher_forced:
             session.state = as_types(session, step.past)
         elif step.reset:
             session.reset(step.reset)
@@ -197,27 +200,27 @@ def fed(session: Session, step: Step, forced: bool) -> State | str:
         session.learning_rate_scale = call.learning_rate_scale
         logits = session.feed(call.input_ids, call.label_weights, call.lengths)
         return {LOGITS: _real(logits, call), **session.state}
-    except Exception as error:  # a runtime may raise anything
+    except Exception as error:  # runtimes raise exceptions of any type
         return str(error) or type(error).__name__
 
 
 def as_types(session: Session, state: State) -> State:
-    """Return a state rounded to the types of a session."""
+    """Return a state rounded to the dtypes of a session."""
     with np.errstate(over="ignore"):
         return {spec.name: state[spec.name].astype(spec.dtype) for spec in session.specs}
 
 
 class _Judge:
-    """Judges one step after the other; the budget is what PyTorch has been off by so far."""
+    """Judges steps in order; budgets are multiples of PyTorch's largest error so far."""
 
-    def __init__(self, own: Session, precision: str, memory: float) -> None:
+    def __init__(self, own: Session, precision: str, horizon_tokens: float) -> None:
         self._own = own
         self._precision = precision
-        self._memory = memory
+        self._horizon_tokens = horizon_tokens
         self._largest: dict[str, Error] = {}
 
-    def outside(self, found: State | str, step: Step, forced: bool) -> dict[str, Outside]:
-        own = fed(self._own, step, forced)
+    def outside(self, found: State | str, step: Step, teacher_forced: bool) -> dict[str, Outside]:
+        own = fed(self._own, step, teacher_forced)
         assert not isinstance(own, str), own
         for name, error in measure(own, step.outputs).items():
             last = self._largest.get(name, error)
@@ -230,45 +233,15 @@ class _Judge:
             return {}
         outside = {}
         for name, error in measure(found, step.outputs).items():
-            own_errors, depths = [self._largest[name]], [step.depth]
+            own_errors, tokens_read = [self._largest[name]], [step.tokens_read]
             row = tolerance_for(name)
-            (budget,) = budgets(row, own_errors, depths, self._precision, self._memory)
+            (budget,) = budgets(row, own_errors, tokens_read, self._precision, self._horizon_tokens)
             if budget.use(error) > 1:
                 outside[name] = Outside(error, budget)
         return outside
 
 
-class _Recorder:
-    """A runner that keeps what its calls took and returned."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self.calls: list[tuple[Call, State, Array, State]] = []
-
-    def another(self) -> Runner:
-        return _Recorder(self._runner.another())
-
-    def new_buffers(self, batch: int) -> Any:
-        return self._runner.new_buffers(batch)
-
-    def run(self, call: Call, past: Any, present: Any) -> Array:
-        rows = range(len(call.lengths))
-        before = self._runner.read(past, rows)
-        logits = self._runner.run(call, past, present)
-        self.calls.append((call, before, logits, self._runner.read(present, rows)))
-        return logits
-
-    def read(self, buffers: Any, rows: Rows) -> State:
-        return self._runner.read(buffers, rows)
-
-    def write(self, buffers: Any, state: Mapping[str, Array], rows: Sequence[int]) -> None:
-        self._runner.write(buffers, state, rows)
-
-    def release(self, buffers: Any) -> None:
-        self._runner.release(buffers)
-
-
 def _real(logits: Array, call: Call) -> Array:
-    """Return logits with zeros at padding, where they mean nothing."""
+    """Return logits with zeros at padding, where they have no meaning."""
     real = np.arange(call.input_ids.shape[1]) < call.lengths[:, None]
     return np.where(real[..., None], logits, 0)

@@ -3,126 +3,118 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fwl_export.cli.terminal import spinner
+from fwl_export.cli.commands import add_verb, new_application
+from fwl_export.cli.options import ForceOption, JsonOption, complete_checkpoint
+from fwl_export.cli.terminal import print_json, spinner
 
-import_block_group = typer.Typer(name="import", no_args_is_help=True, rich_markup_mode=None)
+if TYPE_CHECKING:
+    from fwl_export.model.fwl_checkpoint import FastWeightsCheckpoint
 
-_OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", help="Checkpoint folder to write.", show_default=False)
-]
-_NormalizerOption = Annotated[
-    float | None,
-    typer.Option(
-        help="N: the sum of the token weights of a training batch, by which the training code "
-        "divides the loss. Required.",
-        show_default=False,
-    ),
-]
-_BackboneOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Checkpoint whose backbone and tokenizer to take; without it the folder holds the "
-        "Fast Weight Layer alone.",
-        show_default=False,
-    ),
-]
-_EpsilonOption = Annotated[
-    float | None,
-    typer.Option(help="Inside the norm's square root.", show_default="1e-6 in JAX, 0 in TF"),
-]
-_PrefixOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Path of the block, where the source has several.", show_default="find the block"
-    ),
-]
-_ForceOption = Annotated[bool, typer.Option("--force", help="Replace the checkpoint at OUTPUT.")]
+import_block_group = new_application(
+    name="import", help="Import a Fast Weight Layer from the paper's code."
+)
+
+_JAX_HELP = """Import Flax parameters; needs no JAX.
+
+SOURCE is a msgpack file, an orbax folder, or an .npz file whose names are the paths.
+
+Example:
+  fwl-export import jax params.msgpack -o fwl --loss-normalizer 4088
+"""
+
+_TENSORFLOW_HELP = """Import a TensorFlow 2 checkpoint; needs no TensorFlow.
+
+SOURCE is the checkpoint's folder, its path up to ".index", or an .npz file.
+
+Example:
+  fwl-export import tf model/ckpt-7 -o fwl --loss-normalizer 4088
+"""
 
 
-@import_block_group.callback()
-def _group() -> None:
-    """Import a Fast Weight Layer from a checkpoint of the paper's code."""
-
-
-@import_block_group.command("jax")
-def import_jax(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="Flax parameters: msgpack file, orbax folder, or .npz of paths.",
+def import_checkpoint(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="Checkpoint to import.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Checkpoint folder to write.", show_default=False)
+    ],
+    loss_normalizer: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Sum of the token weights of one training batch, by which the training code "
+            "divides the loss; SOURCE does not say it. Required.",
             show_default=False,
         ),
-    ],
-    output: _OutputOption,
-    loss_normalizer: _NormalizerOption = None,
-    backbone: _BackboneOption = None,
-    norm_epsilon: _EpsilonOption = None,
-    prefix: _PrefixOption = None,
-    force: _ForceOption = False,
-) -> None:
-    """Import from Flax parameters, without JAX.
-
-    Example: fwl-export import jax params.msgpack -o fwl --loss-normalizer 4088
-    """
-    _import("jax", source, output, loss_normalizer, backbone, norm_epsilon, prefix, force)
-
-
-@import_block_group.command("tf")
-def import_tensorflow(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="TensorFlow 2 checkpoint (folder, or path up to .index), or .npz.",
-            show_default=False,
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Checkpoint folder, or 'demo', to take backbone and tokenizer from.",
+            show_default="none, write the Fast Weight Layer alone",
+            autocompletion=complete_checkpoint,
         ),
-    ],
-    output: _OutputOption,
-    loss_normalizer: _NormalizerOption = None,
-    backbone: _BackboneOption = None,
-    norm_epsilon: _EpsilonOption = None,
-    prefix: _PrefixOption = None,
-    force: _ForceOption = False,
+    ] = None,
+    norm_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="Epsilon under the square root of the layer's norm.",
+            show_default="1e-6 for jax, 0 for tf",
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Path of the layer in SOURCE, if SOURCE holds several.",
+            show_default="search for it",
+        ),
+    ] = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
 ) -> None:
-    """Import from a TensorFlow 2 checkpoint, without TensorFlow.
+    """Import from the framework that the command is named after."""
+    from dataclasses import asdict
 
-    Example: fwl-export import tf model/ckpt-7 -o fwl --loss-normalizer 4088
-    """
-    _import("tf", source, output, loss_normalizer, backbone, norm_epsilon, prefix, force)
-
-
-def _import(
-    framework: Literal["jax", "tf"],
-    source: Path,
-    output: Path,
-    loss_normalizer: float | None,
-    backbone: str | None,
-    norm_epsilon: float | None,
-    prefix: str | None,
-    force: bool,
-) -> None:
     from fwl_export.demo import checkpoint_folder
     from fwl_export.importers import import_block, with_backbone
-    from fwl_export.model.checkpoint import check_output, load_checkpoint, save_checkpoint
+    from fwl_export.model.checkpoint import (
+        check_checkpoint_output,
+        load_checkpoint,
+        save_checkpoint,
+    )
     from fwl_export.model.fwl_checkpoint import save_fast_weights
 
-    check_output(output, force)
+    check_checkpoint_output(output, force)
+    framework: Literal["jax", "tf"] = "jax" if context.info_name == "jax" else "tf"
     with spinner("import") as say:
         say(f"reading {source}")
         block = import_block(framework, source, loss_normalizer, norm_epsilon, prefix)
         if backbone is None:
             save_fast_weights(output, block)
         else:
-            say(f"putting it on the backbone of {backbone}")
+            say(f"joining it to the backbone of {backbone}")
             base = load_checkpoint(checkpoint_folder(backbone))
             save_checkpoint(output, with_backbone(block, base), base.tokenizer)
+    if json:
+        found = {"checkpoint": str(output), "backbone": backbone, "vocab_size": block.vocab_size}
+        print_json({**found, "fast_weights": asdict(block.config)})
+    else:
+        print(_report(output, block, backbone))
+
+
+add_verb(import_block_group, import_checkpoint, "jax", help_text=_JAX_HELP)
+add_verb(import_block_group, import_checkpoint, "tf", help_text=_TENSORFLOW_HELP)
+
+
+def _report(output: Path, block: FastWeightsCheckpoint, backbone: str | None) -> str:
     config = block.config
     what = "Fast Weight Layer alone" if backbone is None else f"on the backbone of {backbone}"
     unembedding = "no" if block.vocab_size is None else f"a {block.vocab_size}-entry"
-    print(
+    return (
         f"wrote {output}: {what}, {config.input_size} to {config.hidden_size} to "
         f"{config.output_size},\n{unembedding} unembedding, loss normalizer "
         f"{config.loss_normalizer:g}, norm epsilon {config.norm_epsilon:g}"

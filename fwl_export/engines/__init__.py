@@ -1,6 +1,7 @@
 """Engines: from a bundle's ONNX file to TensorRT engines."""
 
-from fwl_export.engines.build import DEFAULT_MAX_BATCH, DEFAULT_SMS, build_engines
+from fwl_export.bundle.defaults import DEFAULT_MAX_BATCH, DEFAULT_SMS
+from fwl_export.engines.build import build_engines
 from fwl_export.engines.choose import choose_engine, choose_variant, needs_library, read_engines
 from fwl_export.engines.device import Device, query_driver
 from fwl_export.engines.metadata import EngineMetadata

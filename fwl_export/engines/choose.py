@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from fwl_export.engines.device import Device
 from fwl_export.engines.metadata import PLUGIN, EngineMetadata
 from fwl_export.engines.variant import VARIANTS, Variant, find_variant
 from fwl_export.errors import EngineError, PluginError
+from fwl_export.json_files import read_json
 
 
 def read_engines(bundle: Bundle) -> list[EngineMetadata]:
@@ -25,10 +25,7 @@ def read_engines(bundle: Bundle) -> list[EngineMetadata]:
     for name in bundle.manifest.files:
         if name.startswith(ENGINES_FOLDER + "/") and name.endswith(".json"):
             path = bundle.file(name)
-            try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise EngineError(f"{path} is not JSON ({error}); build the engine again") from None
+            data = read_json(path, EngineError, "build the engine again")
             engines.append(EngineMetadata.from_dict(data, str(path)))
     return engines
 

@@ -1,145 +1,70 @@
-"""ONNX file to engine, through Polygraphy's loaders; runs in the worker's process.
+"""Compile an ONNX file to an engine, through Polygraphy's loaders; runs in the worker process.
 
-Polygraphy is imported inside functions: it binds to a variant when it is imported, so
+Polygraphy is imported inside functions: it binds to a TensorRT variant when it is imported, so
 `load_variant` must come first.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fwl_export.engines.metadata import ProfileMetadata, TensorMetadata
+from fwl_export.engines.messages import shorten
+from fwl_export.engines.metadata import NetworkMetadata, ProfileMetadata, TensorMetadata
+from fwl_export.engines.plugin import load_plugin
+from fwl_export.engines.request import BuildRequest, Range
 from fwl_export.engines.variant import LoadedVariant
 from fwl_export.errors import EngineError
-from fwl_export.op.spec import DOMAIN, NAME, NODE_ATTRIBUTES
-
-# Places in the builder's own source, in its messages.
-_NOISE = (
-    r"^\w+::\w+: Error Code \d+: ",  # IBuilder::buildSerializedNetwork: Error Code 1:
-    r"\[\w+\.\w+:\d+: \w+\] ?",  # [pass.cpp:337: check_turing_op_compatibility]
-    r"\.? In \w+ at /?[\w./]+:\d+",  # . In compileGraph at codeGenerator.cpp:2012
-)
+from fwl_export.op.spec import DOMAIN, NAME
 
 _PLUGIN_LAYERS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
 
 
-@dataclass(frozen=True)
-class Range:
-    """Sizes of the free axes of one optimisation profile, each as (min, opt, max).
-
-    Attributes:
-      name: "decode" or "prefill".
-      batch: of axis 0.
-      tokens: of axis 1 of what comes per token.
-    """
-
-    name: str
-    batch: Sequence[int]
-    tokens: Sequence[int]
-
-
-@dataclass(frozen=True)
-class PluginUse:
-    """How a build uses the plugin library.
-
-    Attributes:
-      path: of the library.
-      in_place_state: the updates write `present` over `past`.
-      embed: the engine carries the library.
-    """
-
-    path: Path
-    in_place_state: bool = False
-    embed: bool = False
-
-
-def compile_engine(
-    loaded: LoadedVariant,
-    model: Path,
-    sm: int,
-    ranges: Sequence[Range],
-    output: Path,
-    plugin: PluginUse | None = None,
-) -> dict[str, Any]:
-    """Build an engine and write it to `output`.
+def compile_engine(loaded: LoadedVariant, request: BuildRequest) -> NetworkMetadata:
+    """Build an engine and write it to the request's output.
 
     Args:
-      loaded: the variant of this process.
-      model: ONNX file, its external data beside it.
-      sm: compute capability to build for.
-      ranges: one for each optimisation profile.
-      output: file to write.
-      plugin: for the fast-weight updates; None builds them from the function body.
-
-    Returns:
-      The part of `EngineMetadata` that is known here, JSON-ready.
+      loaded: The request's variant, loaded into this process.
+      request: The engine to build.
 
     Raises:
-      EngineError: the plugin library cannot be loaded, or the parser or the builder refuses; with
-        its first error.
+      PluginError: The plugin library cannot be loaded.
+      EngineError: The parser or the builder refuses the model; the message holds its first error.
+      OSError: The output cannot be written.
     """
     from polygraphy.backend.trt import engine_bytes_from_network
 
     began = time.perf_counter()
-    if plugin is not None:
-        _load(loaded, plugin.path)
-    with _first_error(f"{loaded.variant.title} {loaded.version} cannot read '{model.name}'"):
-        in_place = plugin is not None and plugin.in_place_state
-        builder, network, _parser = _parse(loaded, model, in_place)
+    title = f"{loaded.variant.title} {loaded.version}"
+    if request.plugin is not None:
+        with _first_error(f"{title} cannot load '{request.plugin.path}'") as errors:
+            load_plugin(loaded.trt, title, request.plugin.path, errors)
+    with _first_error(f"{title} cannot read '{request.model.name}'"):
+        # The parser owns the weights, so it must live until the engine is built.
+        builder, network, _parser = _parse(loaded, request.model, request.in_place_state)
     inputs = [_tensor(network.get_input(i)) for i in range(network.num_inputs)]
-    profiles = [_profile(scope, inputs) for scope in ranges]
-    facts = {
-        "inputs": [asdict(tensor) for tensor in inputs],
-        "outputs": [asdict(_tensor(network.get_output(i))) for i in range(network.num_outputs)],
-        "profiles": [asdict(profile) for profile in profiles],
-        "layers": network.num_layers,
-        "plugin_layers": _count_plugins(network),
-    }
-    with _first_error(f"{loaded.variant.title} {loaded.version} cannot build for SM{sm}"):
-        config = _config(loaded, builder, network, sm, profiles)
-        if plugin is not None and plugin.in_place_state:
-            config.set_preview_feature(loaded.trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-        if plugin is not None and plugin.embed:
-            config.plugins_to_serialize = [str(plugin.path)]
+    outputs = [_tensor(network.get_output(i)) for i in range(network.num_outputs)]
+    profiles = [_profile(span, inputs) for span in request.ranges]
+    layers, plugin_layers = network.num_layers, _count_plugins(network)
+    with _first_error(f"{title} cannot build for SM{request.sm}"):
+        config = _config(loaded, builder, network, request, profiles)
         engine = engine_bytes_from_network((builder, network), config)
-    facts["tf32"] = bool(config.get_flag(loaded.trt.BuilderFlag.TF32))
-    facts["build_seconds"] = round(time.perf_counter() - began, 3)
-    with output.open("wb") as stream:
+    tf32 = bool(config.get_flag(loaded.trt.BuilderFlag.TF32))
+    seconds = round(time.perf_counter() - began, 3)
+    with request.output.open("wb") as stream:
         stream.write(engine)
-    return facts
-
-
-def _load(loaded: LoadedVariant, library: Path) -> None:
-    """Load the plugin library and check that it has our plugin."""
-    remedy = "build it with `make plugins`, or leave it out with --plugin none"
-    registry = loaded.trt.get_plugin_registry()
-    with _first_error(f"{loaded.variant.title} {loaded.version} cannot load '{library}'") as errors:
-        handle = registry.load_library(str(library))
-    if handle is None:
-        reason = f" ({_sentence(errors)})" if errors else ""
-        raise EngineError(
-            f"{loaded.variant.title} {loaded.version} cannot load plugin '{library}'{reason}; "
-            f"{remedy}"
-        )
-    version, namespace = (NODE_ATTRIBUTES[f"plugin_{key}"] for key in ("version", "namespace"))
-    if registry.get_creator(NAME, version, namespace) is None:
-        raise EngineError(
-            f"'{library}' has no plugin {namespace}::{NAME} of version {version}; {remedy}"
-        )
+    return NetworkMetadata(inputs, outputs, profiles, layers, plugin_layers, tf32, seconds)
 
 
 def _parse(loaded: LoadedVariant, model: Path, in_place_state: bool) -> tuple[Any, Any, Any]:
-    """Read an ONNX file; returns builder, network and the parser, which owns the weights."""
+    """Parse an ONNX file; return the builder, the network and the parser."""
     from polygraphy.backend.trt import create_network, network_from_onnx_path
 
-    # Where the flag is gone, every network is strongly typed.
+    # TensorRT versions without the flag build only strongly typed networks.
     typed = hasattr(loaded.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     if not in_place_state:
         parsed: tuple[Any, Any, Any] = network_from_onnx_path(str(model), strongly_typed=typed)
@@ -149,14 +74,14 @@ def _parse(loaded: LoadedVariant, model: Path, in_place_state: bool) -> tuple[An
 
     builder, network = create_network(strongly_typed=typed)
     parser = loaded.trt.OnnxParser(network, get_trt_logger())
-    # The path tells where the weights lie.
+    # The parser finds the external weights by the model's path.
     if not parser.parse(_with_state_in_place(model), str(model)):
         raise PolygraphyException("Could not parse ONNX correctly")
     return builder, network, parser
 
 
 def _with_state_in_place(model: Path) -> bytes:
-    """Return an ONNX file, without its external data, whose updates ask for one state buffer."""
+    """Return the model, without its external data, with every update's state set to be in place."""
     import onnx
 
     proto = onnx.load(model, load_external_data=False)
@@ -168,8 +93,8 @@ def _with_state_in_place(model: Path) -> bytes:
         if readers.count(state) > 1:
             raise EngineError(
                 f"'{state}' cannot be updated in place: the model also copies it into its anchor, "
-                "and builders crash or refuse where a state has two readers; build without "
-                "--in-place-state"
+                "and TensorRT crashes or refuses if a state that is updated in place has a second "
+                "reader; build without --in-place-state"
             )
         node.attribute.append(onnx.helper.make_attribute("in_place_state", 1))
     content: bytes = proto.SerializeToString()
@@ -177,27 +102,43 @@ def _with_state_in_place(model: Path) -> bytes:
 
 
 def _config(
-    loaded: LoadedVariant, builder: Any, network: Any, sm: int, profiles: Sequence[ProfileMetadata]
+    loaded: LoadedVariant,
+    builder: Any,
+    network: Any,
+    request: BuildRequest,
+    profiles: Sequence[ProfileMetadata],
 ) -> Any:
-    from polygraphy.backend.trt import Profile, create_config
+    from polygraphy.backend.trt import create_config
 
-    shapes = []
-    for profile in profiles:
-        shapes.append(Profile())
-        for name, sizes in profile.inputs.items():
-            shapes[-1].add(name, **sizes)
+    shapes = _shapes(profiles)
     if loaded.variant.needs_device:
         config = create_config(builder, network, profiles=shapes)
     else:
         from polygraphy.backend.tensorrt_rtx import create_config_rtx
 
         config = create_config_rtx(
-            builder, network, profiles=shapes, compute_capabilities=[divmod(sm, 10)]
+            builder, network, profiles=shapes, compute_capabilities=[divmod(request.sm, 10)]
         )
-    # On by default in RTX, and it rounds the factors of float32 products to 10 bits: half
-    # precision under the name of fp32, in the fast weights' sums too.
+    # TensorRT-RTX allows TF32 by default. It would round the factors of float32 products to 10
+    # bits, in the fast weights' sums too: half precision under the name of fp32.
     config.clear_flag(loaded.trt.BuilderFlag.TF32)
+    if request.in_place_state:
+        config.set_preview_feature(loaded.trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if request.plugin is not None and request.plugin.embed:
+        config.plugins_to_serialize = [str(request.plugin.path)]
     return config
+
+
+def _shapes(profiles: Sequence[ProfileMetadata]) -> list[Any]:
+    """Return the profiles as Polygraphy's."""
+    from polygraphy.backend.trt import Profile
+
+    shapes = []
+    for profile in profiles:
+        shapes.append(Profile())
+        for name, sizes in profile.inputs.items():
+            shapes[-1].add(name, **sizes)
+    return shapes
 
 
 def _tensor(tensor: Any) -> TensorMetadata:
@@ -210,20 +151,18 @@ def _tensor(tensor: Any) -> TensorMetadata:
     )
 
 
-def _profile(scope: Range, inputs: Sequence[TensorMetadata]) -> ProfileMetadata:
-    """Put a range's sizes in the place of the inputs' free axes."""
+def _profile(span: Range, inputs: Sequence[TensorMetadata]) -> ProfileMetadata:
+    """Replace the free axes of the inputs by the sizes of a range."""
     shapes = {}
     for tensor in inputs:
         sizes = {}
-        for kind, batch, tokens in zip(
-            ("min", "opt", "max"), scope.batch, scope.tokens, strict=True
-        ):
-            # Logits of the last position only are as welcome as those of all.
+        for kind, batch, tokens in zip(("min", "opt", "max"), span.batch, span.tokens, strict=True):
+            # A call may ask for the logits of one position only, however many tokens it reads.
             fewest = 1 if kind == "min" and tensor.name == "logit_positions" else tokens
             free = (batch, fewest)
             sizes[kind] = [n if n >= 0 else free[axis] for axis, n in enumerate(tensor.shape)]
         shapes[tensor.name] = sizes
-    return ProfileMetadata(scope.name, shapes)
+    return ProfileMetadata(span.name, shapes)
 
 
 def _count_plugins(network: Any) -> int:
@@ -235,9 +174,13 @@ def _count_plugins(network: Any) -> int:
 def _first_error(what: str) -> Iterator[list[str]]:
     """Turn a failure into an EngineError with the first error that was logged in the block.
 
-    Yields the errors so far.
+    Polygraphy's own exception says only that something failed.
 
-    Polygraphy's own exception only says that something failed.
+    Args:
+      what: What failed; begins the message.
+
+    Yields:
+      The list of the errors logged so far.
     """
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
@@ -253,17 +196,6 @@ def _first_error(what: str) -> Iterator[list[str]]:
     try:
         yield errors
     except PolygraphyException as error:
-        raise EngineError(f"{what}: {_sentence([*errors, str(error)])}") from None
+        raise EngineError(f"{what}: {shorten([*errors, str(error)])}") from None
     finally:
         logger.removeHandler(handler)
-
-
-def _sentence(errors: Sequence[str]) -> str:
-    """Return the first message that says what is wrong, on one line."""
-    # The parser quotes the node around its error, in messages that start with a place in its
-    # source; the error itself comes after them.
-    telling = [message for message in errors if not message.startswith("ModelImporter.cpp")]
-    text = " ".join((telling or errors)[0].split())
-    for noise in _NOISE:
-        text = re.sub(noise, "", text)
-    return text.rstrip(". ")

@@ -1,12 +1,17 @@
-"""What is known about an engine, as written beside it."""
+"""What is known about an engine. It is written beside the engine, as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from fwl_export.bundle.onnx_file import op_inputs
+from fwl_export.bundle.state import PAST
 from fwl_export.errors import EngineError
+from fwl_export.json_files import check_schema
+from fwl_export.op.spec import DOMAIN, NAME
 
 SCHEMA_VERSION = 1
 
@@ -19,12 +24,12 @@ _KEYS = {"variant": "flavour"}
 
 @dataclass(frozen=True)
 class TensorMetadata:
-    """An input or output.
+    """An input or output of a network.
 
     Attributes:
-      name: as in the ONNX file.
-      shape: -1 where it is free.
-      dtype: numpy's name, e.g. "float32".
+      name: The tensor's name in the ONNX file.
+      shape: The sizes of its axes; -1 where the size is free.
+      dtype: numpy's name of its type, e.g. "float32".
     """
 
     name: str
@@ -34,11 +39,11 @@ class TensorMetadata:
 
 @dataclass(frozen=True)
 class ProfileMetadata:
-    """An optimisation profile.
+    """An optimization profile: the input sizes that an engine accepts, and is fastest at.
 
     Attributes:
-      name: "decode" or "prefill"; the profile's index is its place in the list.
-      inputs: "min", "opt" and "max" shape of every input, by its name.
+      name: "decode" or "prefill". The profile's index is its place in the list of profiles.
+      inputs: The "min", "opt" and "max" shape of every input, by the input's name.
     """
 
     name: str
@@ -46,33 +51,69 @@ class ProfileMetadata:
 
 
 @dataclass(frozen=True)
-class EngineMetadata:
-    """An engine.
+class NetworkMetadata:
+    """What a build knows about the network that it compiled.
 
     Attributes:
-      name: of its file, without ".engine".
-      variant: "rtx" or "tensorrt".
-      version: of the variant; an engine runs in this version.
-      sm: compute capability that it was built for, without the dot.
-      precision: of the activations, "fp32" or "fp16"; sums are float32 always.
-      tf32: whether products of float32 matrices may round their factors to 10 bits.
-      inputs: in the network's order.
-      outputs: in the network's order.
-      profiles: by their index.
-      layers: of the network before the build. Without a GPU nothing can look into an engine.
-      plugin_layers: how many of them are plugins.
-      plugin_sha256: of the plugin library that the build used, or "". The library that is loaded
-        where the engine runs may be another.
-      plugin_embedded: whether the engine carries that library.
-      in_place_state: whether the updates write `present` over `past`, so that both must be bound
-        to one buffer.
-      update_path: "plugin" if the fast-weight updates are computed by ours, "function body" if
-        by standard operators.
-      build_seconds: of parser and builder.
-      engine_bytes: size of the file.
-      sha256: of the file.
-      model_id: of the bundle's manifest.
-      versions: of the tools that built it.
+      inputs: The input tensors, in the network's order.
+      outputs: The output tensors, in the network's order.
+      profiles: The optimization profiles, by their index.
+      layers: Number of layers before the build; the built engine can be inspected only on a GPU.
+      plugin_layers: How many of these layers are plugins.
+      tf32: Whether products of float32 matrices may round their factors to TF32 (10 bits).
+      build_seconds: Time that parser and builder took.
+    """
+
+    inputs: Sequence[TensorMetadata]
+    outputs: Sequence[TensorMetadata]
+    profiles: Sequence[ProfileMetadata]
+    layers: int
+    plugin_layers: int
+    tf32: bool
+    build_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data, for another process."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> NetworkMetadata:
+        """Read what `to_dict` returned."""
+        return cls(**_typed(data))
+
+
+@dataclass(frozen=True)
+class EngineMetadata:
+    """What is known about an engine.
+
+    Attributes:
+      name: The engine's file name without ".engine".
+      variant: Name of the TensorRT variant that built it, "rtx" or "tensorrt"; "flavour" in the
+        file.
+      version: Version of the variant; only the same version runs the engine.
+      sm: Compute capability that the engine was built for, without the dot.
+      precision: Precision of the activations, "fp32" or "fp16"; sums are always float32.
+      tf32: Whether products of float32 matrices may round their factors to TF32 (10 bits).
+      inputs: The input tensors, in the network's order.
+      outputs: The output tensors, in the network's order.
+      profiles: The optimization profiles, by their index.
+      layers: Number of layers of the network before the build; the built engine can be inspected
+        only on a GPU.
+      plugin_layers: How many of these layers are plugins.
+      plugin_sha256: SHA-256 of the plugin library that the build used, or "". The library that is
+        loaded where the engine runs may differ.
+      plugin_embedded: Whether the engine carries that library.
+      in_place_state: Whether the fast-weight updates write `present` over `past`. If so, the caller
+        must bind both to one buffer.
+      update_path: What computes the fast-weight updates: "plugin", or "function body" for standard
+        operators.
+      build_seconds: Time that parser and builder took.
+      engine_bytes: Size of the engine file.
+      sha256: SHA-256 of the engine file.
+      model_id: Identity of the model, as in the bundle's manifest.
+      versions: Versions of the tools that built the engine, by package.
+      in_place_tensors: Names of the state tensors whose `present` overwrites `past`. None in files
+        of earlier versions; `op_state_tensors` then finds them in the ONNX file.
     """
 
     name: str
@@ -95,6 +136,7 @@ class EngineMetadata:
     sha256: str
     model_id: str
     versions: Mapping[str, str]
+    in_place_tensors: Sequence[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data."""
@@ -103,24 +145,46 @@ class EngineMetadata:
 
     @classmethod
     def from_dict(cls, data: Any, source: str) -> EngineMetadata:
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` returned.
+
+        Args:
+          data: What the JSON file holds.
+          source: Name of the file, for error messages.
 
         Raises:
-          EngineError: the schema is another one, or a part is missing or malformed.
+          EngineError: The schema version is another one, or a part is missing or malformed.
         """
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise EngineError(
-                f"{source}: schema_version is {version!r}, but this fwl-export reads "
-                f"{SCHEMA_VERSION}; build the engine again"
-            )
+        remedy = "build the engine again with `fwl-export build`"
+        check_schema(data, SCHEMA_VERSION, source, EngineError, remedy)
         try:
-            known = {f.name: data[_KEYS.get(f.name, f.name)] for f in fields(cls)}
-            for name in ("inputs", "outputs"):
-                known[name] = [TensorMetadata(**tensor) for tensor in known[name]]
-            known["profiles"] = [ProfileMetadata(**profile) for profile in known["profiles"]]
+            known = {
+                f.name: data[_KEYS.get(f.name, f.name)] for f in fields(cls) if f.default is MISSING
+            }
+            known["in_place_tensors"] = data.get("in_place_tensors")
+            return cls(**_typed(known))
         except (KeyError, TypeError) as error:
             raise EngineError(
-                f"{source} is malformed ({type(error).__name__}: {error}); build the engine again"
+                f"{source} is malformed ({type(error).__name__}: {error}); {remedy}"
             ) from None
-        return cls(**known)
+
+
+def op_state_tensors(model: Path) -> list[str]:
+    """Return the names of the state tensors that the op updates.
+
+    Args:
+      model: Path of the bundle's ONNX file.
+
+    Raises:
+      BundleError: If the file is not an ONNX model.
+    """
+    return [inputs[-1].removeprefix(PAST) for inputs in op_inputs(model, DOMAIN, NAME)]
+
+
+def _typed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data with its tensors and profiles as objects."""
+    return {
+        **data,
+        "inputs": [TensorMetadata(**tensor) for tensor in data["inputs"]],
+        "outputs": [TensorMetadata(**tensor) for tensor in data["outputs"]],
+        "profiles": [ProfileMetadata(**profile) for profile in data["profiles"]],
+    }

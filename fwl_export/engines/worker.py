@@ -1,8 +1,12 @@
-"""Engines are built in a process of their own.
+"""Build engines in a process of their own, the worker.
 
 A builder cannot be interrupted from Python, may abort its process on a broken plugin, prints
-where it likes, and does not share a process with the other variant. So the caller starts a
+where it likes, and cannot share a process with the other TensorRT variant. So the caller starts a
 worker, waits for it second by second, and kills it when interrupted.
+
+The caller passes a request as JSON on the command line: {"do": "describe", "variant": NAME} or
+{"do": "build", ...} with the fields of a `BuildRequest`. The worker answers with JSON on standard
+output: {"result": ...}, or one of the errors of `_describe_error`.
 """
 
 from __future__ import annotations
@@ -14,14 +18,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from fwl_export import errors
-from fwl_export.engines.compile import PluginUse, Range, compile_engine
+from fwl_export.engines.compile import compile_engine
+from fwl_export.engines.metadata import NetworkMetadata
+from fwl_export.engines.request import BuildRequest
 from fwl_export.engines.variant import (
     VARIANTS,
+    LoadedVariant,
     buildable_sms,
     check_installed,
     find_variant,
@@ -30,8 +36,8 @@ from fwl_export.engines.variant import (
 )
 from fwl_export.errors import EngineError, FwlError
 
-# A path of its own instead of `-m`, which would put the working directory first: a user's
-# inspect.py there would be imported instead of Python's.
+# Not `python -m`: that would put the working directory first in the path, and import a user's
+# inspect.py instead of Python's.
 _CHILD = "import sys; sys.path[:] = {path!r}; from fwl_export.engines.worker import main; main()"
 
 
@@ -40,10 +46,10 @@ class Probe:
     """What a variant can do on this machine.
 
     Attributes:
-      version: of the variant, "" if it is not available.
-      sms: that it can build for here.
-      versions: of the tools that take part in a build.
-      reason: why it is not available, or "".
+      version: Version of the variant, or "" if it is not available.
+      sms: Compute capabilities that it can build for on this machine.
+      versions: Versions of the tools that take part in a build, by package.
+      reason: Why the variant is not available, or "".
     """
 
     version: str
@@ -53,12 +59,12 @@ class Probe:
 
     @property
     def available(self) -> bool:
-        """Whether it can be loaded."""
+        """Whether the variant can be loaded."""
         return not self.reason
 
 
 def probe_variant(name: str) -> Probe:
-    """Load a variant in a process of its own and ask what it can do; never raises."""
+    """Load a variant in a worker and ask what it can do; never raises."""
     try:
         return describe_variant(name)
     except FwlError as error:
@@ -66,49 +72,32 @@ def probe_variant(name: str) -> Probe:
 
 
 def describe_variant(name: str) -> Probe:
-    """Load a variant in a process of its own and ask what it can do.
+    """Load a variant in a worker and ask what it can do.
 
     Raises:
-      EngineError: the name is unknown.
-      MissingDependencyError: it is not installed, or its libraries cannot be loaded.
+      EngineError: The name is unknown.
+      MissingDependencyError: The variant is not installed, or its libraries cannot be loaded.
     """
     check_installed(find_variant(name))
     return Probe(**_ask({"do": "describe", "variant": name}), reason="")
 
 
-def build_in_worker(
-    variant: str,
-    model: Path,
-    sm: int,
-    ranges: Sequence[Range],
-    output: Path,
-    plugin: PluginUse | None,
-    tick: Callable[[float], None],
-) -> dict[str, Any]:
-    """Build an engine in a process of its own, see `compile_engine`.
+def build_in_worker(request: BuildRequest, tick: Callable[[float], None]) -> NetworkMetadata:
+    """Build an engine in a worker, see `compile_engine`.
 
     Args:
-      variant: its name.
-      model: ONNX file.
-      sm: compute capability to build for.
-      ranges: of the optimisation profiles.
-      output: file to write.
-      plugin: for the fast-weight updates; None builds them from the function body.
-      tick: called every second with the seconds that have passed.
+      request: The engine to build.
+      tick: Called every second with the seconds that have passed.
+
+    Raises:
+      FwlError: What `compile_engine` raises; or EngineError, if the worker died.
+      OSError: The output cannot be written.
     """
-    request = {
-        "do": "build",
-        "variant": variant,
-        "model": str(model),
-        "sm": sm,
-        "ranges": [asdict(scope) for scope in ranges],
-        "output": str(output),
-        "plugin": None if plugin is None else {**asdict(plugin), "path": str(plugin.path)},
-    }
-    if plugin is None:
-        return _ask(request, tick)
-    with plugin_environment(find_variant(variant)) as environment:
-        return _ask(request, tick, environment)
+    message = {"do": "build", **request.to_dict()}
+    if request.plugin is None:
+        return NetworkMetadata.from_dict(_ask(message, tick))
+    with plugin_environment(find_variant(request.variant)) as environment:
+        return NetworkMetadata.from_dict(_ask(message, tick, environment))
 
 
 def _ask(
@@ -116,14 +105,16 @@ def _ask(
     tick: Callable[[float], None] = lambda seconds: None,
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run a worker on a request.
+    """Run a worker on a request and return the result of its answer.
 
-    Returns:
-      Its answer.
+    Args:
+      request: What to do, see above.
+      tick: Called every second with the seconds that have passed.
+      environment: Environment variables of the worker; None means those of this process.
 
     Raises:
-      FwlError: as raised in the worker; or EngineError, if it died.
-      OSError: it could not write its output.
+      FwlError: What the worker raised; or EngineError, if it died.
+      OSError: The worker could not write its output.
     """
     code = _CHILD.format(path=sys.path)
     command = [sys.executable, "-c", code, json.dumps(request)]
@@ -154,10 +145,11 @@ def _ask(
         )
     if process.returncode or not answer:
         raise RuntimeError(f"the engine worker failed:\n{log}")
-    return _unpack(json.loads(answer))
+    return _result_of(json.loads(answer))
 
 
-def _unpack(answer: dict[str, Any]) -> dict[str, Any]:
+def _result_of(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the result in a worker's answer, or raise the error in it."""
     if "error" in answer:
         kind: type[FwlError] = getattr(errors, answer["error"])
         raise kind(answer["message"])
@@ -173,34 +165,45 @@ def _last_line(log: str) -> str:
 
 
 def main() -> None:
-    """Answer the request in the command line, as the worker process."""
+    """Answer the request on the command line; the whole life of a worker process."""
     # Ctrl-C reaches every process of a terminal; the caller decides and kills this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Libraries print on standard output; the answer goes to where it led, the rest to the log.
+    # The libraries print on standard output. Keep it for the answer, and send what they print to
+    # standard error.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)
         json.dump(_handle(json.loads(sys.argv[1])), answer)
 
 
 def _handle(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a request."""
     try:
         loaded = load_variant(request["variant"])
         if request["do"] == "describe":
-            versions = {
-                loaded.variant.module: loaded.version,
-                "polygraphy": loaded.polygraphy_version,
-            }
-            sms = buildable_sms(loaded)
-            return {"result": {"version": loaded.version, "sms": sms, "versions": versions}}
-        ranges = [Range(**scope) for scope in request["ranges"]]
-        model, output = Path(request["model"]), Path(request["output"])
-        plugin = request["plugin"]
-        if plugin is not None:
-            plugin = PluginUse(**{**plugin, "path": Path(plugin["path"])})
-        return {"result": compile_engine(loaded, model, request["sm"], ranges, output, plugin)}
-    except FwlError as error:
+            return {"result": _describe(loaded)}
+        return {"result": compile_engine(loaded, BuildRequest.from_dict(request)).to_dict()}
+    except (FwlError, OSError) as error:
+        return _describe_error(error, request.get("output"))
+
+
+def _describe(loaded: LoadedVariant) -> dict[str, Any]:
+    """Return the fields of a `Probe`."""
+    versions = {
+        loaded.variant.module: loaded.version,
+        "polygraphy": loaded.polygraphy_version,
+    }
+    return {"version": loaded.version, "sms": buildable_sms(loaded), "versions": versions}
+
+
+def _describe_error(error: FwlError | OSError, output: str | None) -> dict[str, Any]:
+    """Return the answer for an error; see `_result_of`, which raises it again.
+
+    Args:
+      error: What was raised. An OSError without a number is a bug and is raised again.
+      output: The file that an OSError without a file name is about.
+    """
+    if isinstance(error, FwlError):
         return {"error": type(error).__name__, "message": str(error)}
-    except OSError as error:
-        if error.errno is None:
-            raise
-        return {"errno": error.errno, "filename": str(error.filename or request.get("output"))}
+    if error.errno is None:
+        raise error
+    return {"errno": error.errno, "filename": str(error.filename or output)}

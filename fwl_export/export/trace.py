@@ -134,8 +134,8 @@ def _update_type(precision: str | PrecisionPolicy) -> str:
     """Return the type of the fast-weight updates' queries, keys and values."""
     if isinstance(precision, str):
         return _ACTIVATION_TYPES[precision]
-    lowered = UPDATE in precision.lowered
-    return str(TARGETS[precision.target]).removeprefix("torch.") if lowered else "float32"
+    quantized = UPDATE in precision.quantized
+    return str(TARGETS[precision.target]).removeprefix("torch.") if quantized else "float32"
 
 
 def count_updates(proto: onnx.ModelProto) -> int:

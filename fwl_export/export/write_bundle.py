@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from fwl_export.bundle import manifest as bundles
+from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.bundle.manifest import Bundle, Manifest, describe_file, is_bundle, read_bundle
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
-from fwl_export.errors import ExportError, OutputExistsError
+from fwl_export.errors import ExportError
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
-from fwl_export.files import replaced_folder
+from fwl_export.files import check_output, replaced_folder
 from fwl_export.machine import installed_versions
 from fwl_export.model.checkpoint import TOKENIZER_FILE, load_checkpoint
 from fwl_export.model.stored import CONFIG_FILE, WEIGHTS_FILE
@@ -24,8 +26,7 @@ from fwl_export.op.spec import DOMAIN, NAME, VERSION
 from fwl_export.ort import import_onnxruntime
 from fwl_export.precision.policy import EXPORTED, PrecisionPolicy, write_policy
 
-DEFAULT_OPSET = 20
-DEFAULT_MAX_TOKENS = 256
+_log = logging.getLogger(__name__)
 
 _TOOLS = ("fwl-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -65,9 +66,10 @@ def export_bundle(
     if max_tokens < 1:
         raise ExportError(f"max_tokens is {max_tokens}; expected 1 or more")
     _check_policy(policy, precision)
-    check_output(output, force)
+    check_bundle_output(output, force)
     progress("reading the checkpoint")
     loaded = load_checkpoint(checkpoint)
+    _log.info("read checkpoint '%s', %s", checkpoint, loaded.config.backbone.type)
     if interval := loaded.config.fast_weights.anchor_interval:
         max_tokens = min(max_tokens, interval)  # no call may cross an anchor
     if limit := loaded.config.backbone.max_positions:
@@ -111,24 +113,13 @@ def export_bundle(
     return read_bundle(output)
 
 
-def check_output(output: Path, force: bool) -> None:
-    """Refuse an output folder that exists, unless it may be replaced.
+def check_bundle_output(output: Path, force: bool) -> None:
+    """Refuse an output folder that exists, unless it may be replaced; see `files.check_output`.
 
     Raises:
-      OutputExistsError: it exists and `force` is off, or it is a folder nobody means to lose.
+      OutputExistsError: It exists and `force` is off, or it holds the current or home folder.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not force:
-        kind = "is a bundle" if is_bundle(output) else "exists and is not a bundle"
-        raise OutputExistsError(
-            f"output '{output}' {kind}; choose another name or pass --force to replace it"
-        )
-    resolved, precious = output.resolve(), (Path.cwd().resolve(), Path.home().resolve())
-    if not is_bundle(output) and any(p.is_relative_to(resolved) for p in precious):
-        raise OutputExistsError(
-            f"output '{output}' holds the current or your home folder; --force will not replace it"
-        )
+    check_output(output, "a bundle", is_bundle, force, over_anything=True)
 
 
 def run_once(model_path: Path, specs: list[TensorSpec]) -> None:
@@ -176,7 +167,7 @@ def _model_id(checkpoint: Path, precision: str | PrecisionPolicy) -> str:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         digest.update(describe_file(checkpoint / name)["sha256"].encode())
     if isinstance(precision, PrecisionPolicy):
-        digest.update(json.dumps([precision.target, sorted(precision.lowered)]).encode())
+        digest.update(json.dumps([precision.target, sorted(precision.quantized)]).encode())
     else:
         digest.update(json.dumps(precision).encode())
     return digest.hexdigest()

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fwl_export.bundle.state import Array
 from fwl_export.errors import CheckpointError, MissingDependencyError
 from fwl_export.importers import tensor_bundle
 
-Array = npt.NDArray[Any]
 # Path to a function that reads that array.
 Arrays = Mapping[str, Callable[[], Array]]
 

@@ -25,52 +25,53 @@ from fwl_export.model.checkpoint import Checkpoint
 from fwl_export.model.fwl_checkpoint import UNEMBEDDING, FastWeightsCheckpoint
 from fwl_export.model.language_model import FWLModel
 
-# Our parameters and the sizes of the source's arrays: d input, h hidden, s output, V vocabulary.
-_SIZES = {
-    "up_kernel": "dh",
-    "up_bias": "h",
-    "down_kernel": "hs",
-    "down_bias": "s",
-    "norm_scale": "s",
-    "norm_bias": "s",
-    "unembed": "sV",  # ours is the transpose
-    "unembed_bias": "V",
+
+class _Parameter(NamedTuple):
+    """One of our parameters, and its names in the paper's code.
+
+    Attributes:
+      axes: The sizes of the source's array, one letter each: d input, h hidden, s output, V
+        vocabulary.
+      jax: Its path in Flax parameters.
+      keras: The attributes of the Keras layers, as tf.train.Checkpoint names them.
+    """
+
+    axes: str
+    jax: str
+    keras: str
+
+
+_PARAMETERS = {
+    "up_kernel": _Parameter("dh", "layers_0/Dense_0/kernel", "layers/0/kernel"),
+    "up_bias": _Parameter("h", "layers_0/Dense_0/bias", "layers/0/bias"),
+    "down_kernel": _Parameter("hs", "layers_2/Dense_0/kernel", "layers/2/kernel"),
+    "down_bias": _Parameter("s", "layers_2/Dense_0/bias", "layers/2/bias"),
+    "norm_scale": _Parameter("s", "layers_3/LayerNorm_0/scale", "layers/3/alpha"),
+    "norm_bias": _Parameter("s", "layers_3/LayerNorm_0/bias", "layers/3/beta"),
+    # Our unembedding is the transpose, [V, s].
+    "unembed": _Parameter("sV", "unembed/kernel", "layers/4/unembed/kernel"),
+    "unembed_bias": _Parameter("V", "unembed/bias", "layers/4/unembed/bias"),
 }
 
 _JAX_NAMES = {
-    "up_kernel": "layers_0/Dense_0/kernel",
-    "up_bias": "layers_0/Dense_0/bias",
-    "down_kernel": "layers_2/Dense_0/kernel",
-    "down_bias": "layers_2/Dense_0/bias",
-    "norm_scale": "layers_3/LayerNorm_0/scale",
-    "norm_bias": "layers_3/LayerNorm_0/bias",
-    "unembed": "unembed/kernel",
-    "unembed_bias": "unembed/bias",
-    # 1 belongs to the activation, which has no weights.
+    **{name: parameter.jax for name, parameter in _PARAMETERS.items()},
+    # One step size per layer. Layer 1 is the activation, which has no weights.
     "steps.up": "step_size_0",
     "steps.down": "step_size_2",
     "steps.norm": "step_size_3",
 }
-# The attributes of the Keras layers, as tf.train.Checkpoint names them.
-_TENSORFLOW_NAMES = {
-    "up_kernel": "layers/0/kernel",
-    "up_bias": "layers/0/bias",
-    "down_kernel": "layers/2/kernel",
-    "down_bias": "layers/2/bias",
-    "norm_scale": "layers/3/alpha",
-    "norm_bias": "layers/3/beta",
-    "unembed": "layers/4/unembed/kernel",
-    "unembed_bias": "layers/4/unembed/bias",
-    "steps.up_kernel": "layers/0/kernel_step_size",
-    "steps.up_bias": "layers/0/bias_step_size",
-    "steps.down_kernel": "layers/2/kernel_step_size",
-    "steps.down_bias": "layers/2/bias_step_size",
-    "steps.norm_scale": "layers/3/alpha_step_size",
-    "steps.norm_bias": "layers/3/beta_step_size",
+_KERAS_NAMES = {
+    **{name: parameter.keras for name, parameter in _PARAMETERS.items()},
+    # One step size for each tensor with fast weights, which the unembedding has not.
+    **{
+        f"steps.{name}": f"{parameter.keras}_step_size"
+        for name, parameter in _PARAMETERS.items()
+        if not name.startswith("unembed")
+    },
 }
-# Names for an .npz file, which its owner writes: what the arrays are.
-_TENSORFLOW_FLAT_NAMES = {
-    **{name: name.replace("steps.", "step_") for name in _TENSORFLOW_NAMES},
+# Names in an .npz file, which its owner writes: our own, but for the transposed unembedding.
+_FLAT_NAMES = {
+    **{name: name.replace("steps.", "step_") for name in _KERAS_NAMES},
     "unembed": "unembed_kernel",
 }
 
@@ -96,7 +97,7 @@ _FRAMEWORKS = {
     "tf": _Framework(
         "TensorFlow",
         read_tensorflow,
-        (_TENSORFLOW_NAMES, _TENSORFLOW_FLAT_NAMES),
+        (_KERAS_NAMES, _FLAT_NAMES),
         0.0,
         {"update_dense_bias": True, "step_sizes": "per_tensor"},
     ),
@@ -215,11 +216,15 @@ def _read_block(
                 f"'{place}{names['up_kernel']}' needs; is it of other code?"
             )
         array = arrays[full]()
-        _check_array(f"{source}: '{full}'", array, _SIZES.get(name, ""), sizes)
+        _check_array(f"{source}: '{full}'", array, _axes(name), sizes)
         kind = np.float64 if array.dtype == np.float64 else np.float32
         tensor = torch.from_numpy(np.array(array, dtype=kind))
         tensors[name] = tensor.T.contiguous() if name == "unembed" else tensor
     return tensors, sizes
+
+
+def _axes(name: str) -> str:
+    return _PARAMETERS[name].axes if name in _PARAMETERS else ""  # a step size is a scalar
 
 
 def _check_array(where: str, array: npt.NDArray[Any], letters: str, sizes: dict[str, int]) -> None:
@@ -228,7 +233,7 @@ def _check_array(where: str, array: npt.NDArray[Any], letters: str, sizes: dict[
     Args:
       where: begins the message.
       array: of any shape.
-      letters: one letter per dimension, see `_SIZES`.
+      letters: one letter per dimension, see `_Parameter`.
       sizes: of the letters seen so far.
     """
     if array.dtype.kind not in "fiu":

@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 
 from fwl_export.bundle.config import ModelConfig
 from fwl_export.bundle.tokenizer import load_tokenizer
-from fwl_export.errors import CheckpointError, OutputExistsError
-from fwl_export.files import replaced_folder
+from fwl_export.errors import CheckpointError
+from fwl_export.files import check_output, replaced_folder
+from fwl_export.json_files import read_json
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.stored import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     ZeroWeights,
-    read_json,
     read_tensors,
 )
 
@@ -78,7 +78,7 @@ def load_config(path: Path) -> ModelConfig:
       CheckpointError: it is not JSON.
       ConfigError: it is not a model's config.
     """
-    return ModelConfig.from_dict(read_json(path), str(path))
+    return ModelConfig.from_dict(read_json(path, CheckpointError), str(path))
 
 
 def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None:
@@ -91,19 +91,14 @@ def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None
         tokenizer.save(str(beside / TOKENIZER_FILE))
 
 
-def check_output(folder: Path, force: bool) -> None:
-    """Refuse to write a checkpoint over something, unless it is one and may be replaced.
+def check_checkpoint_output(folder: Path, force: bool) -> None:
+    """Refuse to write a checkpoint over anything but a checkpoint that may be replaced.
 
     Raises:
-      OutputExistsError: there is something and `force` is off, or it is no checkpoint.
+      OutputExistsError: There is something else, or `force` is off; see `files.check_output`.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-        raise OutputExistsError(
-            f"output '{folder}' exists and is not a checkpoint; choose another name"
-        )
-    if not force:
-        raise OutputExistsError(
-            f"output '{folder}' is a checkpoint; choose another name or pass --force to replace it"
-        )
+    check_output(folder, "a checkpoint", _is_checkpoint, force)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()

@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fwl_export.bundle.config import SCHEMA_VERSION, FastWeightsConfig, config_from_dict
+from fwl_export.bundle.config import OLD_SCHEMA, SCHEMA_VERSION, FastWeightsConfig, config_from_dict
 from fwl_export.errors import CheckpointError, ConfigError
 from fwl_export.files import replaced_folder
+from fwl_export.json_files import check_schema, read_json
 from fwl_export.model.fast_weights import FastWeights
 from fwl_export.model.stored import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     load_tensors,
-    read_json,
     read_tensors,
 )
 
@@ -93,16 +93,12 @@ def expected_tensors(config: FastWeightsConfig, vocab_size: int) -> dict[str, Te
 
 
 def _read_config(path: Path) -> FastWeightsConfig:
-    data = read_json(path)
+    data = read_json(path, CheckpointError)
     if not isinstance(data, dict) or set(data) != {"schema_version", "fast_weights"}:
         found = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__
         raise ConfigError(
             f"{path}: expected an object with schema_version and fast_weights, got {found}; the "
             "checkpoint of a whole model is not that of a Fast Weight Layer"
         )
-    if data["schema_version"] != SCHEMA_VERSION:
-        raise ConfigError(
-            f"{path}: schema_version is {data['schema_version']!r}, but this fwl-export reads "
-            f"{SCHEMA_VERSION}; write the file again or update fwl-export"
-        )
+    check_schema(data, SCHEMA_VERSION, str(path), ConfigError, OLD_SCHEMA)
     return config_from_dict(FastWeightsConfig, data["fast_weights"], str(path), "fast_weights.")

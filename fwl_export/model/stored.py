@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,18 +38,6 @@ class ZeroWeights(TorchFunctionMode):
 def all_finite(tensor: Tensor) -> bool:
     """Return whether no element is NaN or infinite, without a copy as `isfinite` makes."""
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-def read_json(path: Path) -> Any:
-    """Return the data of a JSON file.
-
-    Raises:
-      CheckpointError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); was it cut off?") from None
 
 
 def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fwl_export.bundle.config import ModelConfig
+from fwl_export.bundle.state import INPUTS as MODEL_INPUTS
 from fwl_export.bundle.state import TensorSpec
 from fwl_export.model.fast_weights import DENSE_BIASES, FAST_TENSORS, Pending, shift
 from fwl_export.model.language_model import FWLModel
@@ -23,7 +24,7 @@ from fwl_export.op.torch_op import decay_products, linear_attention_update
 
 UpdateOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-INPUTS = ("input_ids", "label_weights", "lengths", "logit_positions", "learning_rate_scale")
+INPUTS = tuple(spec.name for spec in MODEL_INPUTS)
 OUTPUTS = ("logits",)
 
 

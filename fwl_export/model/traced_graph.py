@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from fwl_export.errors import BundleError
+from fwl_export.json_files import check_schema, read_json
 from fwl_export.op.spec import DOMAIN, NAME
 from fwl_export.op.torch_op import run_chunked
 
 SCHEMA_VERSION = 1
+_REMEDY = "export the model again"
 UPDATE = f"{DOMAIN}::{NAME}"
 
 _WIDE = (torch.float16, torch.bfloat16, torch.float32)
@@ -134,13 +136,9 @@ def read_graph(path: Path) -> TracedGraph:
     Raises:
       BundleError: it is of another schema, or malformed.
     """
+    data = read_json(path, BundleError, _REMEDY)
+    check_schema(data, SCHEMA_VERSION, path.name, BundleError, _REMEDY)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise BundleError(
-                f"{path.name}: schema_version is {data['schema_version']!r}, but this fwl-export "
-                f"reads {SCHEMA_VERSION}; export the model again"
-            )
         return TracedGraph(
             {name: Source(**source) for name, source in data["sources"].items()},
             [Operation(**operation) for operation in data["operations"]],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +20,10 @@ from fwl_export.bundle.config import (
 )
 from fwl_export.bundle.tokenizer import load_tokenizer, read_ids
 from fwl_export.errors import ConfigError
-from fwl_export.model.checkpoint import check_output, load_checkpoint, save_checkpoint
+from fwl_export.model.checkpoint import check_checkpoint_output, load_checkpoint, save_checkpoint
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
 from fwl_export.model.training_files import TrainingLog
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RESUME_FILE, LOG_FILE, CHECKPOINT_FOLDER = "resume.safetensors", "log.csv", "checkpoint"
 
@@ -169,7 +164,7 @@ def run_training(
       ConfigError, CheckpointError, TokenError, TrainingError: something cannot be used.
     """
     folder = config.output / CHECKPOINT_FOLDER
-    check_output(folder, force=True)
+    check_checkpoint_output(folder, force=True)
     model, tokenizer = _start(config)
     tokens = _tokens(config, tokenizer)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -1,7 +1,8 @@
-"""Check a bundle: the same calls in all runtimes, judged against a reference."""
+"""Check a bundle: make the same calls in all candidates and judge them against a reference."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -9,26 +10,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
-import numpy.typing as npt
-
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
+from fwl_export.bundle.state import Array
 from fwl_export.machine import installed_versions, processor_name
 from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
 from fwl_export.parity.cases import CASES, Case, choose_cases
-from fwl_export.parity.drift import MODES, Drift, Lane, measure_drift
+from fwl_export.parity.drift import MODES, Drift, RunKey, measure_drift
 from fwl_export.parity.report.baseline import compare_with_baseline
 from fwl_export.parity.report.data import CaseRun, Report
 from fwl_export.parity.report.worst_place import worst_place
-from fwl_export.parity.schedule import ROWS, Call
+from fwl_export.parity.schedule import ROWS, ScheduledCall
 from fwl_export.parity.tolerances import Tolerance, changed_table
 from fwl_export.parity.verdict import CandidateVerdict, judge
 from fwl_export.runtimes import Session, open_session
 
-Array = npt.NDArray[Any]
+_log = logging.getLogger(__name__)
 
 CANDIDATES = "onnxruntime"
 DEFAULT_CASES = ",".join(case.name for case in CASES)
@@ -53,7 +53,7 @@ def check_bundle(
     candidates: str | Sequence[str] | Mapping[str, Session] = CANDIDATES,
     *,
     reference: str = REFERENCE,
-    cases: str | Sequence[str] = DEFAULT_CASES,
+    cases: str | Sequence[str | Case] = DEFAULT_CASES,
     strict: bool = False,
     tolerances: Mapping[str, Any] | None = None,
     baseline: Mapping[str, Any] | None = None,
@@ -63,31 +63,32 @@ def check_bundle(
     command: str = "",
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Report:
-    """Make the same calls in every runtime and judge how far they are from the reference.
+    """Make the same calls in every candidate and judge how far each is from the reference.
 
     Args:
-      bundle: must hold its checkpoint.
-      ids: [N] int64, the text; N of `tokens + 1` or more.
-      tokens: how many the first row reads of the text; no more than the model can take.
-      seed: of the calls.
-      candidates: names, see `candidates`, with commas or as a list; or sessions by name, in the
-        bundle's precision, from which others are opened.
-      reference: name of the runtime that counts as right.
-      cases: names, see `cases`.
-      strict: halve every budget.
-      tolerances: see `changed_table`.
-      baseline: data of a report, see `read_report`; what has grown since is outside.
-      text: name of the text, for the report.
-      threads: of each runtime. With more than 1 the runtimes' pools wait for work by spinning
-        and take the cores from one another, and sums have another order on every machine.
-      decode: text of a token id, for the report.
-      command: that repeats the check, for the report.
-      advance: called with the number of tokens the first row has moved, of all cases.
+      bundle: Bundle that holds its checkpoint.
+      ids: Token ids of the text, [N] int64, with N of at least `tokens + 1`.
+      tokens: Tokens of the text that the first row reads, capped at what the model can read.
+      seed: Seed of the calls.
+      candidates: Names of runtimes, see `parity.candidates`, as a list or separated by commas. Or
+        sessions by name, in the bundle's precision; the check opens others like them.
+      reference: Name of the runtime whose results count as correct.
+      cases: Names of cases, or what `choose_cases` returned for this bundle.
+      strict: Whether to halve every budget.
+      tolerances: Changes to the table of tolerances, see `changed_table`.
+      baseline: Data of an earlier report, see `read_report`. Errors that have grown since then
+        count as outside their budgets.
+      text: Name of the text, for the report.
+      threads: Threads per runtime. With 1, results are reproducible. With more, the order of sums
+        depends on the machine, and idle threads of one runtime spin on the cores of another.
+      decode: Function that returns the text of a token id, for the report.
+      command: Shell command that repeats the check, for the report.
+      advance: Called with the number of tokens that the first row has moved on, in each case.
 
     Raises:
-      BundleError: the bundle is incomplete or changed, or has no checkpoint.
-      TokenError: the text is too short.
-      ConfigError: a name or a tolerance is unknown.
+      BundleError: The bundle is incomplete or changed, or has no checkpoint.
+      TokenError: The text is too short.
+      ConfigError: A name or a tolerance is unknown.
     """
     began = time.perf_counter()
     manifest = bundle.manifest
@@ -99,9 +100,10 @@ def check_bundle(
     bundle.model_files()
     with torch_threads(threads):
         lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
+        _log.info("comparing with %s: %s", reference, ", ".join(c.name for c in lineup.candidates))
         measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
-    memory = remembered_tokens(bundle)
-    verdicts = [_verdict(e, lineup, measured, memory, table) for e in lineup.entries]
+    horizon_tokens = model_horizon(bundle)
+    verdicts = [_verdict(c, lineup, measured, horizon_tokens, table) for c in lineup.candidates]
     if baseline is not None:
         verdicts = compare_with_baseline(verdicts, baseline)
     return Report(
@@ -117,21 +119,30 @@ def check_bundle(
         strict=strict,
         changed_tolerances=dict(tolerances or {}),
         table=table,
-        memory=memory,
+        horizon_tokens=horizon_tokens,
         cases=[CaseRun(m.case, m.drift.calls, m.drift.largest_call) for m in measured],
         candidates=verdicts,
         worst=[worst_place(verdict, calls, decode) for verdict in verdicts],
         baseline=None if baseline is None else str(baseline.get("bundle", {}).get("name", "")),
         environment=_environment(threads),
         command=command,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - began,
     )
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A candidate: its session, or why there is none."""
+class _OpenedCandidate:
+    """A candidate with its session, or with the reason why it could not be opened.
+
+    Attributes:
+      name: Name of the candidate.
+      precision: Precision that it computes in.
+      runtime: Runtime, version and options in words.
+      tokens: Tokens after which it stops, or None for all.
+      session: Session of the candidate, or None if it could not be opened.
+      reason: Why it could not be opened, or None.
+    """
 
     name: str
     precision: str
@@ -143,16 +154,17 @@ class _Entry:
 
 @dataclass
 class _Lineup:
-    """All that takes part.
+    """All sessions that take part in a check.
 
     Attributes:
-      entries: the candidates.
-      reference: name and session of what counts as right.
-      yardstick: the same of PyTorch in float64, which budgets are measured against.
-      own: name and session of PyTorch by precision; may be a candidate too.
+      candidates: Candidates, opened or not.
+      reference: Name and session of the reference.
+      yardstick: Name and session of PyTorch in float64, from which budgets are measured. It is the
+        reference itself unless the user named another.
+      own: Name and session of PyTorch by precision. They may be candidates too.
     """
 
-    entries: list[_Entry]
+    candidates: list[_OpenedCandidate]
     reference: tuple[str, Session]
     yardstick: tuple[str, Session]
     own: dict[str, tuple[str, Session]]
@@ -169,34 +181,34 @@ def _open_all(
     if (reference.runtime, reference.precision(bundle)) != ("torch", "fp64"):
         yardstick = (REFERENCE, parse_candidate(REFERENCE).open(bundle, 1))
     own: dict[str, tuple[str, Session]] = {}
-    entries = []
+    opened: list[_OpenedCandidate] = []
     if isinstance(candidates, Mapping):
         precision = bundle.manifest.precision
-        entries = [_Entry(name, precision, session=s) for name, s in candidates.items()]
+        opened = [_OpenedCandidate(name, precision, session=s) for name, s in candidates.items()]
     else:
-        for candidate in parse_candidates(candidates):
-            entry = _open(bundle, candidate, threads)
-            entries.append(entry)
-            if candidate.runtime == "torch" and entry.session and not candidate.tokens:
-                own[entry.precision] = (entry.name, entry.session)
-    for precision in {entry.precision for entry in entries} - own.keys():
+        for named in parse_candidates(candidates):
+            candidate = _open(bundle, named, threads)
+            opened.append(candidate)
+            if named.runtime == "torch" and candidate.session and not named.tokens:
+                own[candidate.precision] = (candidate.name, candidate.session)
+    for precision in {candidate.precision for candidate in opened} - own.keys():
         session = open_session(bundle, "torch", precision=cast(Any, precision))
         own[precision] = (f"PyTorch {precision}", session)
-    return _Lineup(entries, right, yardstick, own)
+    return _Lineup(opened, right, yardstick, own)
 
 
-def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _Entry:
+def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _OpenedCandidate:
     known = (candidate.name, candidate.precision(bundle))
     try:
         session = candidate.open(bundle, 1, threads)
-        return _Entry(*known, candidate.describe(), candidate.tokens, session)
-    except Exception as error:  # a runtime may raise anything; the others are checked without it
+        return _OpenedCandidate(*known, candidate.describe(), candidate.tokens, session)
+    except Exception as error:  # runtimes raise exceptions of any type; the others go on
         reason = str(error) or type(error).__name__
-        return _Entry(*known, tokens=candidate.tokens, reason=reason)
+        return _OpenedCandidate(*known, tokens=candidate.tokens, reason=reason)
 
 
 class _Measured(NamedTuple):
-    """The drift from the reference in a case, and that of PyTorch from float64."""
+    """Measurements of a case: of the candidates, and of PyTorch against float64."""
 
     case: Case
     drift: Drift
@@ -204,15 +216,18 @@ class _Measured(NamedTuple):
 
 
 def _measure(
-    lineup: _Lineup, case: Case, calls: Iterable[Call], advance: Callable[[int], None]
+    lineup: _Lineup, case: Case, calls: Iterable[ScheduledCall], advance: Callable[[int], None]
 ) -> _Measured:
     def fresh(name: str, session: Session) -> tuple[str, Session]:
         return name, session.another(case.rows)
 
-    candidates = dict(fresh(e.name, e.session) for e in lineup.entries if e.session)
+    candidates = dict(fresh(c.name, c.session) for c in lineup.candidates if c.session)
     own = dict(fresh(*pair) for pair in lineup.own.values() if pair[0] not in candidates)
-    limits = {entry.name: entry.tokens for entry in lineup.entries if entry.tokens}
+    limits = {
+        candidate.name: candidate.tokens for candidate in lineup.candidates if candidate.tokens
+    }
     together = lineup.reference is lineup.yardstick
+    _log.info("case %s: %d tokens, %d rows", case.name, case.tokens, case.rows)
     drift = measure_drift(
         fresh(*lineup.reference),
         {**candidates, **own} if together else candidates,
@@ -228,21 +243,26 @@ def _measure(
 
 
 def _verdict(
-    entry: _Entry,
+    candidate: _OpenedCandidate,
     lineup: _Lineup,
     measured: Sequence[_Measured],
-    memory: float,
+    horizon_tokens: float,
     table: Sequence[Tolerance],
 ) -> CandidateVerdict:
-    own = lineup.own[entry.precision][0]
+    own = lineup.own[candidate.precision][0]
     runs = [
-        judge(m.case.name, m.drift, lane, m.own, own, entry.precision, memory, table)
+        judge(m.case.name, m.drift, key, m.own, own, candidate.precision, horizon_tokens, table)
         for m in measured
-        for lane in (Lane(entry.name, mode) for mode in MODES)
-        if entry.session
+        for key in (RunKey(candidate.name, mode) for mode in MODES)
+        if candidate.session
     ]
     return CandidateVerdict(
-        entry.name, entry.precision, runs, entry.runtime, entry.tokens, entry.reason
+        candidate.name,
+        candidate.precision,
+        runs,
+        candidate.runtime,
+        candidate.tokens,
+        candidate.reason,
     )
 
 
@@ -259,7 +279,7 @@ def _environment(threads: int) -> dict[str, Any]:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let PyTorch use so many threads while the block runs."""
+    """Set PyTorch's number of threads while the block runs."""
     import torch
 
     before = torch.get_num_threads()
@@ -270,8 +290,8 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def remembered_tokens(bundle: Bundle) -> float:
-    """Return the horizon of the bundle's model in tokens; 0 if it forgets nothing."""
+def model_horizon(bundle: Bundle) -> float:
+    """Return the horizon of the bundle's model in tokens; 0 means that it never forgets."""
     from safetensors import safe_open
 
     if bundle.manifest.config.fast_weights.decay == "none":

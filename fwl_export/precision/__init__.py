@@ -1,1 +1,1 @@
-"""The precision that a model, or each part of it, computes and is stored in."""
+"""The precision in which a model, or each part of it, is stored and computed."""

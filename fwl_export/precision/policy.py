@@ -1,13 +1,15 @@
-"""Precision of the exported model: of all activations, or of chosen matrix products.
+"""Precision of the exported model: one for the whole model, or one per matrix product.
 
-`in_precision` converts a whole model. A `PrecisionPolicy` lowers a float32 model product by
-product: a lowered weight is stored in the target type, its product is computed in that type, and
-what goes in and comes out is cast at its border. Activations between, norms, softmax, sums and
-the state stay in float32. With the target "int8w" weights are stored as int8 with one scale per
-output channel and computed with in float32.
+`in_precision` converts a whole model. A `PrecisionPolicy` instead quantizes chosen parts of a
+float32 model to a target type. With "fp16" and "bf16", a quantized part stores its weight and
+computes its product in the target type; its inputs and outputs are cast on the way in and out. With
+"int8w" (weights only), it stores its weight in int8 with one scale per output channel and computes
+in float32. All else stays in float32: the excluded parts, the activations between parts, norms,
+softmax, sums and the state.
 
-Parts of a model that can be lowered are its matrices, by the path of their module or parameter,
-and the fast-weight updates (`UPDATE`), whose queries, keys and values are then of the target type.
+The parts that can be quantized are the model's matrices, named by the path of their module or
+parameter, and the fast-weight updates (`UPDATE`), which then take their queries, keys and values in
+the target type.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from fwl_export.errors import ConfigError
 from fwl_export.files import replaced_file
+from fwl_export.json_files import check_schema, read_json
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import StreamingModel, UpdateOp
 from fwl_export.op.torch_op import linear_attention_update
@@ -37,26 +40,31 @@ SCHEMA_VERSION = 1
 TARGETS = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8w": torch.int8}
 UPDATE = "fast_weights.update"
 
+# Keys of the file that differ from the attributes' names.
+_QUANTIZED_KEY = "lowered"
+_EXCLUDED_KEY = "kept"
+
 
 @dataclass(frozen=True)
 class PrecisionPolicy:
-    """Which parts of a float32 model are lowered to what.
+    """Which parts of a float32 model are quantized, and to which type.
 
     Attributes:
-      target: "fp16", "bf16" or "int8w".
-      lowered: parts in the target's type.
-      kept: parts in float32; with `lowered` they are all parts of the model.
-      measured: what the choice rests on, for people; nothing reads it.
+      target: The type of the quantized parts: "fp16", "bf16" or "int8w".
+      quantized: Names of the parts in the target type; "lowered" in the file.
+      excluded: Names of the parts that stay in float32; "kept" in the file. Together with
+        `quantized` these are all parts of the model, see `parts`.
+      measured: The measurements behind the choice, for people to read; the package ignores them.
     """
 
     target: str
-    lowered: Sequence[str]
-    kept: Sequence[str]
+    quantized: Sequence[str]
+    excluded: Sequence[str]
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
-        """Name for manifests: weight-only policies compute in float32, others mix types."""
+        """The name of the precision in manifests: "int8w", or "mix16" for 16-bit products."""
         return "int8w" if self.target == "int8w" else "mix16"
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,69 +72,69 @@ class PrecisionPolicy:
         return {
             "schema_version": SCHEMA_VERSION,
             "target": self.target,
-            "kept": list(self.kept),
-            "lowered": list(self.lowered),
+            _EXCLUDED_KEY: list(self.excluded),
+            _QUANTIZED_KEY: list(self.quantized),
             "measured": dict(self.measured),
         }
 
     def check(self, model: FWLModel) -> None:
-        """Check that the policy is for a model of these parts.
+        """Check that the policy names exactly the parts of a model.
 
         Raises:
-          ConfigError: it names a part the model lacks, or does not name one it has.
+          ConfigError: The policy names a part that the model lacks, or omits one that it has.
         """
-        named, there = {*self.lowered, *self.kept}, set(parts(model, self.target))
+        named, there = {*self.quantized, *self.excluded}, set(parts(model, self.target))
         if wrong := sorted(named ^ there):
-            lacks = "the model has no" if wrong[0] in named else "the policy does not name"
+            lacks = "the model has no part" if wrong[0] in named else "the policy lacks the part"
             raise ConfigError(
-                f"the precision policy is of another model: {lacks} '{wrong[0]}'; make one with "
-                "`fwl-export precision`"
+                f"the precision policy belongs to another model: {lacks} '{wrong[0]}'; make a "
+                "policy for this model with `fwl-export precision`"
             )
 
 
 def read_policy(path: Path) -> PrecisionPolicy:
-    """Read a policy's JSON file.
+    """Read a policy from its JSON file.
 
     Raises:
-      ConfigError: it is no policy, or of another schema.
+      ConfigError: The file is not a policy, or has another schema version.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"precision policy '{path}' is not JSON ({error})") from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ConfigError(
-            f"precision policy '{path}' has schema_version {version!r}; expected {SCHEMA_VERSION}: "
-            "make it again with `fwl-export precision`"
-        )
-    kept, lowered = (data.get(key) for key in ("kept", "lowered"))
-    for key, names in (("kept", kept), ("lowered", lowered)):
+    remedy = "make it again with `fwl-export precision`"
+    data = read_json(path, ConfigError, remedy)
+    check_schema(data, SCHEMA_VERSION, f"precision policy '{path}'", ConfigError, remedy)
+    excluded, quantized = (data.get(key) for key in (_EXCLUDED_KEY, _QUANTIZED_KEY))
+    for key, names in ((_EXCLUDED_KEY, excluded), (_QUANTIZED_KEY, quantized)):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"precision policy '{path}': '{key}' must be a list of names")
-    if both := sorted({*kept} & {*lowered}):
-        raise ConfigError(f"precision policy '{path}' keeps and lowers '{both[0]}'")
+            raise ConfigError(
+                f"precision policy '{path}': '{key}' must be a list of names of the model's parts; "
+                f"{remedy}"
+            )
+    if both := sorted({*excluded} & {*quantized}):
+        raise ConfigError(
+            f"precision policy '{path}' lists '{both[0]}' in both '{_EXCLUDED_KEY}' and "
+            f"'{_QUANTIZED_KEY}'; a part belongs in one of the two"
+        )
     if data.get("target") not in TARGETS:
         raise ConfigError(
             f"precision policy '{path}': target is {data.get('target')!r}; expected "
             f"{' or '.join(TARGETS)}"
         )
-    return PrecisionPolicy(data["target"], lowered, kept, data.get("measured") or {})
+    return PrecisionPolicy(data["target"], quantized, excluded, data.get("measured") or {})
 
 
 def write_policy(path: Path, policy: PrecisionPolicy) -> None:
-    """Write a policy as JSON, beside and then renamed."""
+    """Write a policy to a JSON file; a crash leaves either the old file or the new one."""
     with replaced_file(path) as beside:
         beside.write_text(json.dumps(policy.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 class Part(NamedTuple):
-    """A matrix of a model.
+    """A matrix of a model that can be quantized.
 
     Attributes:
-      module: that holds it.
-      parameter: its name there. "weight": the module is a leaf and is lowered with its bias.
-      channels: the axis of its output channels: one int8 scale each.
+      module: The module that holds the matrix.
+      parameter: The matrix's name in the module. If it is "weight", the module has no submodules,
+        and its bias is quantized along with the matrix.
+      channels: The axis of the output channels, 0 or 1; in int8, each channel has its own scale.
     """
 
     module: nn.Module
@@ -135,18 +143,27 @@ class Part(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, float32 [n, m]."""
+        """The matrix itself, [n, m] float32."""
         tensor: Tensor = getattr(self.module, self.parameter)
         return tensor
 
 
 def parts(model: FWLModel, target: str) -> dict[str, Part | None]:
-    """Return what can be lowered, by name in the model's order; None stands for `UPDATE`."""
+    """Return the parts that can be quantized, by name and in the model's order.
+
+    Args:
+      model: The float32 model.
+      target: "fp16", "bf16" or "int8w"; in "int8w" the fast-weight updates are not a part, because
+        they have no weights.
+
+    Returns:
+      The matrices, and None for `UPDATE`.
+    """
     found: dict[str, Part | None] = {}
     for name, module in model.named_modules():
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is not None and weight.ndim == 2:
-            # Hugging Face's Conv1D is a dense layer with its weight the other way round.
+            # Hugging Face's Conv1D is a dense layer that stores its weight transposed.
             found[name] = Part(module, "weight", int(type(module).__name__ == "Conv1D"))
     layer = model.fast_weights
     for name, channels in (("up_kernel", 1), ("down_kernel", 1), ("unembed", 0)):
@@ -157,16 +174,17 @@ def parts(model: FWLModel, target: str) -> dict[str, Part | None]:
 
 
 def in_precision(model: FWLModel, precision: str) -> FWLModel:
-    """Return a copy of the model with activations of the given precision.
+    """Return a copy of the model whose weights and activations have the given precision.
 
     Args:
-      model: float32.
-      precision: "fp32", "fp16", or "fp64" (for checking; it is not exported).
+      model: The float32 model.
+      precision: "fp32", "fp16", or "fp64", which serves as a reference and is not exported.
     """
     dtype = PRECISIONS[precision]
     converted = copy.deepcopy(model).to(dtype)
     if dtype == torch.float16:
-        # A step size over a large loss_normalizer would underflow; they are read in float32.
+        # In float16, a step size divided by a large loss_normalizer would underflow. The layer
+        # reads step sizes and horizons in float32.
         original, layer = model.fast_weights, converted.fast_weights
         for name, step in original.steps.items():
             layer.steps[name].data = step.data.clone()
@@ -181,32 +199,31 @@ def streaming_model(
     max_tokens: int,
     update: UpdateOp = linear_attention_update,
 ) -> StreamingModel:
-    """Return the streaming form of a copy of the model in a precision.
+    """Return the streaming form of the model in a precision; the model itself stays as it is.
 
     Args:
-      model: float32.
-      precision: see `in_precision`, or a policy.
-      max_tokens: largest T of a call.
-      update: the op.
+      model: The float32 model.
+      precision: A precision's name, see `in_precision`, or a policy.
+      max_tokens: Largest number of tokens per call.
+      update: The implementation of the fast-weight update.
 
     Raises:
-      ConfigError: the policy is of another model.
+      ConfigError: The policy belongs to another model.
     """
     if isinstance(precision, str):
         return StreamingModel(in_precision(model, precision), max_tokens, update)
-    if UPDATE in precision.lowered:
+    if UPDATE in precision.quantized:
         update = _update_in(TARGETS[precision.target], update)
-    return StreamingModel(_lowered(model, precision), max_tokens, update)
+    return StreamingModel(_quantized(model, precision), max_tokens, update)
 
 
 def with_stored_weights(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
-    """Return a float32 copy of the model whose weights are what the policy stores: rounded.
+    """Return a float32 copy of the model with the weights rounded as the policy stores them.
 
-    This in float64 is what a model under the policy would compute without any rounding but that
-    of its weights.
+    Computed in float64, this copy shows the effect of rounding the weights alone.
     """
     rounded = _copy_for(model, policy)
-    for part in _lowered_parts(rounded, policy):
+    for part in _quantized_parts(rounded, policy):
         if policy.target == "int8w":
             part.weight.data = dequantize(*quantize(part.weight, part.channels), part.channels)
         else:
@@ -216,21 +233,21 @@ def with_stored_weights(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
 
 
 def int8_weights(model: FWLModel, policy: PrecisionPolicy) -> dict[str, Int8Weight]:
-    """Return the lowered matrices of a policy for int8 weights, by the names of the parts."""
+    """Return the quantized matrices of an "int8w" policy, by the names of the parts."""
     there = parts(model, policy.target)
     weights = {}
-    for name in policy.lowered:
+    for name in policy.quantized:
         if part := there[name]:
             values, scale = quantize(part.weight, part.channels)
             weights[name] = Int8Weight(values.numpy(), scale.numpy(), part.channels)
     return weights
 
 
-def _lowered(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
+def _quantized(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
     if policy.target == "int8w":
         return with_stored_weights(model, policy)
     converted = _copy_for(model, policy)
-    for part in _lowered_parts(converted, policy):
+    for part in _quantized_parts(converted, policy):
         for parameter in _parameters(part):
             parameter.data = parameter.to(TARGETS[policy.target])
         if part.parameter == "weight":
@@ -240,15 +257,15 @@ def _lowered(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
 
 
 def _copy_for(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
-    """Return a copy that shares the weights which the policy keeps."""
+    """Return a copy of the model that shares the excluded weights with the original."""
     policy.check(model)
-    own = {id(p) for part in _lowered_parts(model, policy) for p in _parameters(part)}
+    own = {id(p) for part in _quantized_parts(model, policy) for p in _parameters(part)}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 
-def _lowered_parts(model: FWLModel, policy: PrecisionPolicy) -> list[Part]:
+def _quantized_parts(model: FWLModel, policy: PrecisionPolicy) -> list[Part]:
     there = parts(model, policy.target)
-    return [part for name in policy.lowered if (part := there[name]) is not None]
+    return [part for name in policy.quantized if (part := there[name]) is not None]
 
 
 def _parameters(part: Part) -> list[nn.Parameter]:
@@ -267,13 +284,13 @@ def _cast_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _update_in(dtype: torch.dtype, update: UpdateOp) -> UpdateOp:
-    """Return the op with query, key and value cast to a type, and its output to float32."""
+    """Return the update with query, key and value cast to a type, and its output to float32."""
 
-    def lowered(
+    def quantized(
         query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
         output, present_state = update(q, k, v, decay, past_state)
         return output.float(), present_state
 
-    return lowered
+    return quantized

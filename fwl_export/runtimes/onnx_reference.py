@@ -1,6 +1,7 @@
-"""Runtime: ONNX's reference evaluator. Slow, in plain numpy, and nobody's kernel: a second opinion.
+"""Runtime "onnx-reference": ONNX's own evaluator in NumPy, slow, as a second opinion.
 
-It runs the model as the file says it, the function body of the fast-weight update included.
+It runs every operator as the ONNX standard defines it, and the fast-weight update as the function
+body in the file. It shares no kernel with any other runtime.
 """
 
 from __future__ import annotations
@@ -9,22 +10,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import onnx
+from onnx.reference import ReferenceEvaluator
 
 from fwl_export.bundle import state as states
 from fwl_export.bundle.manifest import Bundle
-from fwl_export.bundle.state import PAST, PRESENT, State, TensorSpec
-from fwl_export.errors import BundleError, MissingDependencyError
-from fwl_export.runtimes.base import Call, Rows, index
-
-Array = npt.NDArray[Any]
+from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
+from fwl_export.errors import BundleError
+from fwl_export.runtimes.base import Call, Loaded, Rows, index
+from fwl_export.runtimes.registry import Options
 
 
 class OnnxReferenceRunner:
-    """Runs a bundle's ONNX file node by node; buffers are arrays by name."""
+    """Runs a bundle's ONNX file operator by operator; buffers are NumPy arrays by name."""
 
     def __init__(self, evaluator: Any, specs: Sequence[TensorSpec]) -> None:
-        """Share a loaded evaluator, see `load_model`."""
+        """Share a loaded evaluator.
+
+        Args:
+          evaluator: ONNX's `ReferenceEvaluator` of the model.
+          specs: Specs of the state's tensors, in the model's order.
+        """
         self._evaluator = evaluator
         self._specs = specs
 
@@ -39,11 +45,11 @@ class OnnxReferenceRunner:
     def run(self, call: Call, past: State, present: State) -> Array:
         """See `Runner.run`."""
         inputs = vars(call) | {PAST + name: array for name, array in past.items()}
-        with np.errstate(all="ignore"):  # log(0) of a reset's decay, and exp of it, are meant
+        with np.errstate(all="ignore"):  # the model takes log(0), and exp of that, on purpose
             values = self._evaluator.run(None, inputs)
         outputs = dict(zip(self._evaluator.output_names, values, strict=True))
         for spec in self._specs:
-            # A scalar may come back as a plain number.
+            # The evaluator may return a scalar as a plain number.
             present[spec.name] = np.asarray(outputs[PRESENT + spec.name])
         logits: Array = outputs["logits"]
         return logits
@@ -55,30 +61,25 @@ class OnnxReferenceRunner:
     def write(self, buffers: State, state: Mapping[str, Array], rows: Sequence[int]) -> None:
         """See `Runner.write`."""
         for name in buffers:
-            array = np.array(buffers[name])  # an operator may have passed its input on
+            array = np.array(buffers[name])  # a copy: an operator may return its input itself
             array[list(rows)] = state[name]
             buffers[name] = array
 
     def release(self, buffers: State) -> None:
-        """See `Runner.release`; nothing was kept."""
+        """See `Runner.release`; there is nothing to drop."""
 
 
-def load_model(bundle: Bundle) -> Any:
-    """Load a bundle's ONNX file into a `ReferenceEvaluator`.
+def load(bundle: Bundle, options: Options) -> Loaded:
+    """Load a bundle's model for sessions; this runtime takes no options.
 
     Raises:
-      BundleError: the evaluator cannot load the model.
-      MissingDependencyError: onnx is not installed.
+      BundleError: The evaluator cannot load the model.
     """
-    try:
-        from onnx import load
-        from onnx.reference import ReferenceEvaluator
-    except ImportError:
-        raise MissingDependencyError(
-            "runtime 'onnx-reference' needs onnx; pip install 'fwl-export[export]'"
-        ) from None
     path = bundle.model_files()
     try:
-        return ReferenceEvaluator(load(str(path)))
-    except Exception as error:  # it raises whatever an operator raises
+        evaluator = ReferenceEvaluator(onnx.load(path))
+    except Exception as error:  # an operator may raise anything
         raise BundleError(f"ONNX's reference evaluator cannot load '{path}': {error}") from None
+    manifest = bundle.manifest
+    runner = OnnxReferenceRunner(evaluator, manifest.state)
+    return Loaded(runner, manifest.state, manifest.max_tokens)

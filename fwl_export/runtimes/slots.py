@@ -1,4 +1,4 @@
-"""Continuous batching: rows of a session that come and go while the others go on reading."""
+"""Continuous batching: texts come and go in the rows of one session while others continue."""
 
 from __future__ import annotations
 
@@ -8,40 +8,62 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from fwl_export.bundle.state import State
+from fwl_export.bundle.state import Array, State
 from fwl_export.errors import ShapeError, TokenError
-from fwl_export.runtimes.base import Array
 from fwl_export.runtimes.session import Session
 
 
 class Slots:
-    """A session's rows, handed out and taken back.
+    """Slots for independent texts in the rows of one session (continuous batching).
 
-    session = open_session("bundle", batch=8)
-    slots = Slots(session)
-    slot = slots.add()
-    logits = slots.feed({slot: prompt_ids})[slot]
+        session = open_session("demo-bundle", batch=8)
+        slots = Slots(session)
+        slot = slots.add()
+        logits = slots.feed({slot: prompt_ids})[slot]  # [V]: what may follow the prompt
+        state = slots.remove(slot)  # to continue later: slots.add(state)
 
-    Several threads may use it, as they may use the session.
+    A slot is the number of a row that the caller holds. Slots that a call does not name stay as
+    they are. Threads may share a `Slots` object: its methods run one at a time.
+
+    Attributes:
+      session: The session whose rows are handed out.
     """
 
     def __init__(self, session: Session) -> None:
-        """Take over a session; nobody else should use its rows."""
+        """Take over a session.
+
+        Args:
+          session: Session with as many rows as there shall be slots. Nothing else should feed or
+            reset its rows from now on.
+        """
         self.session = session
         self._lock = threading.RLock()
         self._free = list(range(session.batch))
 
+    def __repr__(self) -> str:
+        used = self.used
+        shown = ", ".join(map(str, used[:8])) + (", ..." if len(used) > 8 else "")
+        return f"<Slots: {len(used)} of {self.session.batch} in use: [{shown}]>"
+
     @property
     def used(self) -> list[int]:
-        """The slots that were handed out."""
+        """Slots in use, in ascending order."""
         return sorted(set(range(self.session.batch)) - set(self._free))
 
     def add(self, state: State | None = None) -> int:
-        """Hand out a slot: a fresh one, or one that goes on from the state of one row.
+        """Take a free slot into use.
+
+        Args:
+          state: State of one row, as `remove` returns it: the slot continues from there. None
+            starts afresh.
+
+        Returns:
+          Number of the slot, 0 to B - 1; it is the session's row too.
 
         Raises:
-          ShapeError: all slots are in use.
-          StateError: the state does not fit the model.
+          ShapeError: All slots are in use.
+          StateError: The state does not fit the model, or has NaN or infinite values. The slot
+            stays free.
         """
         with self._lock:
             if not self._free:
@@ -57,7 +79,17 @@ class Slots:
             return self._free.pop(0)
 
     def remove(self, slot: int) -> State:
-        """Take a slot back; returns its state, to be saved or added again later."""
+        """Free a slot, and return its state so that its text can continue later.
+
+        Args:
+          slot: Slot in use.
+
+        Returns:
+          Arrays [1, ...] by name, a copy.
+
+        Raises:
+          ShapeError: The slot is not in use.
+        """
         with self._lock:
             self._check(slot)
             state = self.session.read_rows([slot])
@@ -69,18 +101,22 @@ class Slots:
         tokens: Mapping[int, npt.ArrayLike],
         label_weights: Mapping[int, npt.ArrayLike] | None = None,
     ) -> dict[int, Array]:
-        """Read the next tokens of some slots; the others do not move.
+        """Read the next tokens of some slots, in one batch; the other slots do not move.
+
+        A call takes as long as its longest read. To let long prompts not hold up others, feed them
+        in parts.
 
         Args:
-          tokens: by slot, [T] ids each; T may differ.
-          label_weights: by slot, [T]; see `Session.feed`. Default: 1.
+          tokens: Token ids [T] of each slot to move, by slot; T is 1 or more and may differ.
+          label_weights: How much to learn from each token, [T] or one number, by slot; see
+            `Session.feed`. Slots that are missing here take 1.
 
         Returns:
-          The prediction after each slot's last token, by slot: [V] float32.
+          Logits [V] float32 after each slot's last token, by slot.
 
         Raises:
-          ShapeError: a slot was not handed out, or a shape does not fit.
-          TokenError: see `Session.feed`.
+          ShapeError: A slot is not in use, a shape does not fit, or no slot is named.
+          TokenError: A token id or weight is out of range; see `Session.feed`. No slot has moved.
         """
         with self._lock:
             return self._feed(tokens, label_weights)
@@ -90,21 +126,7 @@ class Slots:
         tokens: Mapping[int, npt.ArrayLike],
         label_weights: Mapping[int, npt.ArrayLike] | None,
     ) -> dict[int, Array]:
-        given = {slot: np.asarray(ids) for slot, ids in tokens.items()}
-        for slot, ids in given.items():
-            self._check(slot)
-            if ids.ndim != 1 or not len(ids):
-                raise ShapeError(
-                    f"tokens of slot {slot} have shape {list(ids.shape)}; expected [T]"
-                )
-            # Here, since types differ between slots: ids of the largest would not fit the batch.
-            if ids.dtype.kind not in "iu":
-                raise TokenError(f"tokens of slot {slot} are {ids.dtype}; expected whole numbers")
-            if ids.max() >= self.session.vocab_size:
-                raise TokenError(
-                    f"token id {ids.max()} of slot {slot} is out of range; expected 0 to "
-                    f"{self.session.vocab_size - 1}"
-                )
+        given = {slot: self._checked_ids(slot, ids) for slot, ids in tokens.items()}
         if not given:
             raise ShapeError("no slot was given tokens")
         shape = (self.session.batch, max(map(len, given.values())))
@@ -121,6 +143,21 @@ class Slots:
             weights[slot, : len(ids)] = weight
         logits = self.session.feed(batch, weights, lengths, last_only=True)
         return {slot: logits[slot] for slot in given}
+
+    def _checked_ids(self, slot: int, tokens: npt.ArrayLike) -> Array:
+        ids = np.asarray(tokens)
+        self._check(slot)
+        if ids.ndim != 1 or not len(ids):
+            raise ShapeError(f"tokens of slot {slot} have shape {list(ids.shape)}; expected [T]")
+        # Checked per slot, since dtypes differ: an id beyond int64 would not fit the batch.
+        if ids.dtype.kind not in "iu":
+            raise TokenError(f"tokens of slot {slot} are {ids.dtype}; expected whole numbers")
+        if ids.max() >= self.session.vocab_size:
+            raise TokenError(
+                f"token id {ids.max()} of slot {slot} is out of range; expected 0 to "
+                f"{self.session.vocab_size - 1}"
+            )
+        return ids
 
     def _check(self, slot: int) -> None:
         if slot in self._free or not 0 <= slot < self.session.batch:

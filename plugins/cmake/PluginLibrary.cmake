@@ -1,11 +1,18 @@
-# fwl_plugin_library(target): what all libraries share that another program loads. They bring their
-# own C++ runtime, export nothing but their entry points, and lie where the package looks.
+# fwl_plugin_library(target entry...): the settings of a library that ONNX Runtime or TensorRT loads. It
+# brings its own C++ runtime, exports only the named entry points, and is installed where the Python
+# package looks.
 function(fwl_plugin_library target)
   if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
-    target_link_options(${target} PRIVATE -static-libstdc++ -static-libgcc
-                        -Wl,--exclude-libs,ALL)
-    if(NOT FWL_SANITIZE)
-      target_link_options(${target} PRIVATE -Wl,--no-undefined)
+    target_link_options(${target} PRIVATE -static-libstdc++ -static-libgcc)
+    if(FWL_SANITIZE)
+      target_link_options(${target} PRIVATE -Wl,--exclude-libs,ALL)
+    else()
+      # Of the C++ runtime too, nothing is exported, whichever compiler brings it: see exports.map of
+      # libfwl. Compilers without --exclude-libs, such as zig, know version scripts.
+      set(map "${CMAKE_CURRENT_BINARY_DIR}/${target}.map")
+      string(REPLACE ";" "; " entries "${ARGN}")
+      file(WRITE "${map}" "{ global: ${entries}; local: *; };\n")
+      target_link_options(${target} PRIVATE -Wl,--no-undefined "-Wl,--version-script=${map}")
     endif()
   endif()
   install(TARGETS ${target} LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT runtime)

@@ -1,5 +1,6 @@
-# Sets FWL_TRITON_FOUND, and FWL_TRITON_PATH to a folder that Python must look in for `triton`, the
-# compiler of the GPU kernels: empty where Python finds it by itself, else a pinned PyPI wheel.
+# Finds Triton, the compiler of the GPU kernels. Sets FWL_TRITON_FOUND, and FWL_TRITON_PATH to the folder
+# in which Python finds the package `triton`: empty if it is installed, else that of a pinned PyPI wheel,
+# which is downloaded.
 set(FWL_TRITON_FOUND FALSE)
 set(FWL_TRITON_PATH "")
 if(FWL_COMPILED_KERNELS)
@@ -16,7 +17,7 @@ endif()
 
 set(_fetched "${CMAKE_CURRENT_BINARY_DIR}/triton")
 if(FWL_FETCH_HEADERS AND NOT EXISTS "${_fetched}/triton")
-  message(STATUS "Fetching Triton from PyPI, 200 MB")
+  message(STATUS "Downloading Triton from PyPI (200 MB)")
   execute_process(
     COMMAND "${Python3_EXECUTABLE}" -m pip install --quiet --no-deps --only-binary :all:
             --disable-pip-version-check --target "${_fetched}" "triton==3.8.0"

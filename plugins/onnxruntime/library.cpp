@@ -1,4 +1,5 @@
-// Entry point of libfwl_ort: ONNX Runtime calls it when the library is registered with a session.
+// Entry point of libfwl_ort, which ONNX Runtime calls when the library is registered with a
+// session.
 
 #include <atomic>
 #include <string>
@@ -8,10 +9,11 @@
 
 namespace {
 
-// One domain for all sessions. It is never released: ONNX Runtime keeps pointers to it, and unloads
-// the library after its own objects are gone.
+// One domain for all sessions. It is never released, because ONNX Runtime keeps pointers to it and
+// unloads the library only after its own objects are gone.
 std::atomic<OrtCustomOpDomain*> shared_domain{nullptr};
 
+// Returns the domain with the op, after creating it at the first call.
 OrtStatus* domain_of(const OrtApi& api, OrtCustomOpDomain** domain) {
   *domain = shared_domain.load();
   if (*domain != nullptr) {
@@ -38,7 +40,7 @@ OrtStatus* domain_of(const OrtApi& api, OrtCustomOpDomain** domain) {
   return nullptr;
 }
 
-// The oldest version of the interface that can make a status.
+// The oldest version of the interface; enough to create a status.
 constexpr uint32_t kOldestApiVersion = 1;
 
 } // namespace
@@ -49,7 +51,7 @@ RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   if (api == nullptr) {
     const OrtApi* old = base->GetApi(kOldestApiVersion);
     if (old == nullptr) {
-      return nullptr; // not even an error can be told
+      return nullptr; // there is no way to report an error
     }
     static thread_local char message[160];
     const char* found = base->GetVersionString();

@@ -16,7 +16,7 @@
 namespace fwl::ort {
 namespace {
 
-// Ends a function with the status of a call that failed.
+// Returns from a function with the status of a call that failed.
 #define FWL_RETURN_IF_ERROR(call)                                                                  \
   do {                                                                                             \
     if (OrtStatus* status_ = (call)) {                                                             \
@@ -29,7 +29,7 @@ OrtStatus* invalid(const OrtApi& api, const std::string& what) {
   return api.CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
 }
 
-// No exception leaves the library: it would end the process that loaded it.
+// Turns exceptions into a status: an exception that left the library would end the process.
 template <class Function> OrtStatus* guarded(const OrtApi& api, const Function& function) {
   try {
     return function();
@@ -38,11 +38,12 @@ template <class Function> OrtStatus* guarded(const OrtApi& api, const Function& 
   } catch (const std::exception& error) {
     return api.CreateStatus(ORT_FAIL, error.what());
   } catch (...) {
-    return api.CreateStatus(ORT_FAIL, "fwl: unknown error");
+    return api.CreateStatus(ORT_FAIL, "fwl: an unknown C++ exception was thrown");
   }
 }
 
-// A tensor's sizes, without the heap: a call of one token on a small state takes microseconds.
+// The sizes of a tensor. They need no heap, since a call of one token takes microseconds if the
+// state is small.
 struct Shape {
   static constexpr size_t kMaxRank = 8;
 
@@ -67,10 +68,10 @@ struct Tensor {
   size_t bytes = 0;
 };
 
-// The size each symbol of the spec stands for, as the inputs say.
+// The sizes that the symbols of the op's spec stand for in one call.
 class SymbolSizes {
 public:
-  // Returns whether the shape fits the argument, and learns the sizes of new symbols.
+  // Returns whether a shape fits an argument, and stores the sizes of symbols that are new.
   bool fits(const op::Argument& argument, const Shape& shape) {
     if (shape.rank != argument.rank) {
       return false;
@@ -89,6 +90,7 @@ public:
     return true;
   }
 
+  // Returns the size of a symbol that is known.
   int64_t operator[](const char* symbol) const { return *find(symbol); }
 
   Shape shape_of(const op::Argument& argument) const {
@@ -99,6 +101,7 @@ public:
     return shape;
   }
 
+  // Describes the shape that an argument must have: sizes, and symbols that are not known yet.
   std::string expected(const op::Argument& argument) const {
     std::string text = "[";
     for (size_t axis = 0; axis < argument.rank; ++axis) {
@@ -124,16 +127,16 @@ private:
     int64_t size;
   };
 
-  Symbol symbols_[op::kInputCount * 3]; // more than all axes of all inputs
+  Symbol symbols_[op::kInputCount * 3]; // room for all axes of all inputs
   size_t count_ = 0;
 };
 
 struct Workspace {
-  std::unique_ptr<char[]> memory; // not initialised: what a run does not use is never touched
+  std::unique_ptr<char[]> memory; // not initialized: a run touches only what it uses
   size_t bytes = 0;
 };
 
-// What runs work in, kept between them. Runs of one session may overlap.
+// The workspaces of a kernel, kept between runs. Runs of one session may overlap in time.
 class Workspaces {
 public:
   Workspace take(size_t bytes) {
@@ -146,7 +149,7 @@ public:
       }
     }
     if (workspace.bytes < bytes) {
-      workspace.memory.reset(); // first: both at once may not fit
+      workspace.memory.reset(); // first, as both may not fit at the same time
       workspace.memory.reset(new char[bytes]);
       workspace.bytes = bytes;
     }
@@ -163,7 +166,7 @@ private:
   std::vector<Workspace> free_;
 };
 
-// What all providers share: reading and checking tensors.
+// What the kernels of all providers share: reading and checking tensors.
 class Kernel {
 public:
   Kernel(const OrtApi& api, size_t activation_bytes)
@@ -189,7 +192,7 @@ public:
   }
 
 protected:
-  // Computes the outputs, whose memory is there.
+  // Computes the outputs, whose memory is allocated.
   virtual OrtStatus* run(OrtKernelContext* context, const SymbolSizes& sizes, const Tensor* inputs,
                          const Tensor* outputs) = 0;
 
@@ -265,7 +268,8 @@ private:
     FWL_RETURN_IF_ERROR(api_.KernelContext_GetOutput(context, index, tensor.shape.sizes,
                                                      tensor.shape.rank, &value));
     if (value == nullptr) {
-      return invalid(api_, std::string("output '") + argument.name + "' is left out; name it");
+      return invalid(api_, std::string("output '") + argument.name +
+                               "' is missing; it is required, so give it a name");
     }
     void* data = nullptr;
     FWL_RETURN_IF_ERROR(api_.GetTensorMutableData(value, &data));
@@ -273,7 +277,7 @@ private:
     return nullptr;
   }
 
-  // The state may be updated in place; any other overlap would silently compute something else.
+  // The state may be updated in place. Any other overlap would silently give wrong results.
   OrtStatus* check_overlap(const Tensor* inputs, const Tensor* outputs) const {
     for (size_t out = 0; out < op::kOutputCount; ++out) {
       const char* begin = static_cast<const char*>(outputs[out].data);
@@ -281,9 +285,11 @@ private:
         const char* other = static_cast<const char*>(inputs[in].data);
         const bool in_place = in == op::kPastState && out == op::kPresentState && begin == other;
         if (!in_place && begin < other + inputs[in].bytes && other < begin + outputs[out].bytes) {
-          return invalid(api_, std::string("output '") + op::kOutputs[out].name +
-                                   "' overlaps with input '" + op::kInputs[in].name +
-                                   "'; only 'present_state' may be all of 'past_state'");
+          return invalid(api_,
+                         std::string("output '") + op::kOutputs[out].name +
+                             "' overlaps with input '" + op::kInputs[in].name +
+                             "'; only 'present_state' may overlap, and only if it is exactly the "
+                             "memory of 'past_state'");
         }
       }
     }
@@ -328,11 +334,11 @@ protected:
   }
 
 private:
-  // ONNX Runtime's own threads, as the kernels call them.
+  // Runs the kernels' tasks on ONNX Runtime's threads.
   struct Threads {
     const OrtApi& api;
     const OrtKernelContext* context;
-    OrtStatus* status; // of the first call that failed
+    OrtStatus* status; // that of the first call that failed, or null
 
     static void run(void* self, void (*task)(void*, size_t), size_t count, void* task_context) {
       Threads& threads = *static_cast<Threads*>(self);
@@ -381,7 +387,7 @@ private:
 };
 #endif
 
-// Returns text that may be anything in a form that a message can hold: callers expect UTF-8.
+// Returns text of unknown origin in a form that a message can hold, since callers expect UTF-8.
 std::string printable(const std::string& text) {
   constexpr size_t kLongest = 40;
   std::string safe = text.substr(0, kLongest);
@@ -392,6 +398,7 @@ std::string printable(const std::string& text) {
   return text.size() > kLongest ? safe + "..." : safe;
 }
 
+// Returns whether an attribute exists and is a number.
 bool is_number(const OrtApi& api, const OrtKernelInfo* info, const char* name) {
   int64_t whole = 0;
   float real = 0;
@@ -405,7 +412,7 @@ bool is_number(const OrtApi& api, const OrtKernelInfo* info, const char* name) {
   return as_whole == nullptr || as_real == nullptr;
 }
 
-// Checks an attribute that the node may carry; TensorRT finds its plugin by them.
+// Checks an attribute that the node may have. TensorRT uses these attributes to find its plugin.
 OrtStatus* check_attribute(const OrtApi& api, const OrtKernelInfo* info, const char* name,
                            const char* expected) {
   const std::string prefix = std::string("attribute '") + name + "' is ";
@@ -427,7 +434,7 @@ OrtStatus* check_attribute(const OrtApi& api, const OrtKernelInfo* info, const c
   return nullptr;
 }
 
-// The op of one provider for query, key and value of one type.
+// The op for one provider and one type of query, key and value.
 struct CustomOp : OrtCustomOp {
   CustomOp(const OrtApi& its_api, const char* its_provider,
            ONNXTensorElementDataType activation_type,
@@ -470,7 +477,7 @@ struct CustomOp : OrtCustomOp {
                                : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
 
-  // The output has the shape of value, the new state that of the old.
+  // The output has the shape of `value`, the new state that of the old one.
   static OrtStatusPtr infer_shapes(const OrtCustomOp* self, OrtShapeInferContext* context) {
     const OrtApi& api = static_cast<const CustomOp*>(self)->api;
     constexpr size_t kSource[] = {op::kValue, op::kPastState};
@@ -478,7 +485,7 @@ struct CustomOp : OrtCustomOp {
       OrtTensorTypeAndShapeInfo* info = nullptr;
       if (OrtStatus* unknown =
               api.ShapeInferContext_GetInputTypeShape(context, kSource[i], &info)) {
-        api.ReleaseStatus(unknown); // the output's shape is then not known either
+        api.ReleaseStatus(unknown); // the output's shape then stays unknown too
         continue;
       }
       FWL_RETURN_IF_ERROR(api.ShapeInferContext_SetOutputTypeShape(context, i, info));

@@ -7,12 +7,14 @@
 
 namespace fwl::ort {
 
-// The first version whose kernels can use ONNX Runtime's own threads. Later runtimes answer to it.
+// The first version of the interface with access to ONNX Runtime's threads. Later releases of ONNX
+// Runtime support it too.
 constexpr uint32_t kApiVersion = 17;
-static_assert(ORT_API_VERSION >= kApiVersion, "headers of ONNX Runtime 1.17 or newer are needed");
+static_assert(ORT_API_VERSION >= kApiVersion,
+              "the headers of ONNX Runtime 1.17 or newer are needed");
 
-// The op once for each provider and type of query, key and value. They live as long as the
-// process, like the interface they are made with.
+// Returns the op, once for each provider and type of query, key and value. The objects live as long
+// as the process, like the interface that they are created with.
 const std::vector<const OrtCustomOp*>& custom_ops(const OrtApi& api);
 
 } // namespace fwl::ort

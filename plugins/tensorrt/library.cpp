@@ -1,4 +1,4 @@
-// Entry points of libfwl_trt: TensorRT calls them when the library is loaded into its registry.
+// Entry points of libfwl_trt, which TensorRT calls when it loads the library into its registry.
 
 #include "tensorrt/plugin.h"
 

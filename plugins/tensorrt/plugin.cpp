@@ -33,20 +33,20 @@ void log_error(const char* what) noexcept {
   if (logger == nullptr) {
     return;
   }
-  // On the stack: memory may be what has run out.
+  // On the stack, because the error may be that there is no memory.
   char message[512];
   std::snprintf(message, sizeof(message), "%s::%s: %s", op::kDomain, op::kName, what);
   logger->log(nvinfer1::ILogger::Severity::kERROR, message);
 }
 
-// No exception leaves the library: it would end the process that loaded it.
+// Logs exceptions and returns `failed`: an exception that left the library would end the process.
 template <class Value, class Function> Value guarded(Value failed, const Function& function) {
   try {
     return function();
   } catch (const std::exception& error) {
     log_error(error.what());
   } catch (...) {
-    log_error("unknown error");
+    log_error("an unknown C++ exception was thrown");
   }
   return failed;
 }
@@ -68,7 +68,7 @@ const char* name_of(DataType type) {
   case DataType::kINT64:
     return "int64";
   default:
-    return "another type";
+    return "an unsupported type";
   }
 }
 
@@ -104,15 +104,15 @@ void check_types(const DataType* inputs) {
       const std::string expected =
           !activation       ? "float32"
           : i == op::kQuery ? "float32, float16 or bfloat16"
-                            : std::string("that of 'query', ") + name_of(inputs[op::kQuery]);
+                            : std::string("the type of 'query', ") + name_of(inputs[op::kQuery]);
       fail(std::string("'") + op::kInputs[i].name + "' is " + name_of(inputs[i]) + "; expected " +
            expected);
     }
   }
 }
 
-// Checks ranks, and that axes of one symbol have one size where both are known: `size(i, axis)` is
-// -1 if not.
+// Checks ranks, and that axes with the same symbol have the same size. `size(i, axis)` is -1 where
+// a size is unknown.
 template <class Rank, class Size> void check_shapes(const Rank& rank, const Size& size) {
   struct {
     const char* symbol;
@@ -143,7 +143,7 @@ template <class Rank, class Size> void check_shapes(const Rank& rank, const Size
         known[count++] = {symbol, found};
       } else if (other->size != found) {
         fail(std::string(symbol) + " of " + name + " is " + std::to_string(found) + "; expected " +
-             std::to_string(other->size) + ", that of the inputs before");
+             std::to_string(other->size) + ", as in the inputs before it");
       }
     }
   }
@@ -167,14 +167,14 @@ bool read_in_place(const nvinfer1::PluginFieldCollection* fields) {
       return field.name != nullptr && std::strcmp(field.name, other) == 0;
     };
     if (is(op::kPluginNamespaceAttribute) || is(op::kPluginVersionAttribute)) {
-      continue; // TensorRT found this creator by them
+      continue; // TensorRT has used them to find this creator
     }
     if (!is(kInPlaceField)) {
       fail(std::string("attribute '") + (field.name != nullptr ? field.name : "") +
            "' is unknown; install the version that wrote the model, or export it again");
     }
     if (field.data == nullptr || field.length != 1 || field.type != PluginFieldType::kINT32) {
-      fail(name + " is not one 32-bit integer");
+      fail(name + " must be one 32-bit integer");
     }
     const int32_t value = *static_cast<const int32_t*>(field.data);
     if (value != 0 && value != 1) {
@@ -262,7 +262,7 @@ bool Plugin::supportsFormatCombination(int32_t position, const DynamicPluginTens
     const size_t index = static_cast<size_t>(position);
     const op::Argument& argument =
         index < op::kInputCount ? op::kInputs[index] : op::kOutputs[index - op::kInputCount];
-    // TensorRT asks in order, so what lies before the position is decided.
+    // TensorRT asks for one position after the other, so the types before this one are settled.
     const bool type_fits = !argument.activation  ? tensor.type == DataType::kFLOAT
                            : index == op::kQuery ? is_activation(tensor.type)
                                                  : tensor.type == tensors[op::kQuery].desc.type;

@@ -1,17 +1,18 @@
-// The op as a plugin of TensorRT and TensorRT-RTX: IPluginV3 with IPluginV3OneBuildV2.
+// The op as a plugin for TensorRT and TensorRT-RTX: IPluginV3 with IPluginV3OneBuildV2.
 #pragma once
 
 #include <NvInferRuntime.h>
 
 namespace fwl::trt {
 
-// Where messages go; TensorRT says so when it loads the library. May be null.
+// Sets where messages go. TensorRT passes the finder when it loads the library; it may be null.
 void set_logger_finder(nvinfer1::ILoggerFinder* finder);
 
-// An INT32 field, and attribute of the ONNX node, that may be left out: if 1, present_state is
+// Name of an optional INT32 field, and attribute of the ONNX node. If it is 1, present_state is
 // written over past_state (getAliasedInput).
 constexpr char kInPlaceField[] = "in_place_state";
 
+// The op in one network or engine.
 class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneCore,
                      public nvinfer1::IPluginV3OneBuildV2,
@@ -60,6 +61,7 @@ private:
   nvinfer1::PluginFieldCollection fields_;
 };
 
+// Creates plugins from the fields of a node.
 class Creator final : public nvinfer1::IPluginCreatorV3One {
 public:
   Creator();

@@ -1,4 +1,4 @@
-// Catch2, compiled once for all tests, and the `main` of each.
+// Catch2 with `main`, compiled once for all test programs.
 
 #define CATCH_CONFIG_MAIN
 #include <catch2/catch.hpp>

@@ -45,7 +45,7 @@ void* host(Pointer pointer) {
   return reinterpret_cast<void*>(pointer);
 }
 
-// What every call on a stream is checked for.
+// Checks a call on a stream, which accesses `blocks` of GPU memory, and queues its work.
 int enqueue(void* stream, std::vector<std::pair<Pointer, size_t>> blocks,
             std::function<void()> work) {
   const Turn turn(one_at_a_time);
@@ -107,7 +107,7 @@ int cuDeviceGet(int* device, int ordinal) {
 }
 
 int cuDeviceGetName(char* name, int size, int) {
-  std::strncpy(name, "Double", static_cast<size_t>(size));
+  std::strncpy(name, "Fake", static_cast<size_t>(size));
   return 0;
 }
 
@@ -169,7 +169,7 @@ int cuMemAlloc_v2(Pointer* pointer, size_t bytes) {
 int cuMemFree_v2(Pointer pointer) {
   const Turn turn(one_at_a_time);
   if (pushed == 0 || cuda().allocated.erase(pointer) != 1) {
-    cuda().violations.push_back("memory is freed that is none");
+    cuda().violations.push_back("memory is freed that is not allocated");
     return kInvalidValue;
   }
   return 0;
@@ -209,18 +209,18 @@ int cuStreamDestroy_v2(void* stream) {
   const Turn turn(one_at_a_time);
   const auto found = cuda().streams.find(stream);
   if (pushed == 0 || found == cuda().streams.end()) {
-    cuda().violations.push_back("a stream is destroyed that is none");
+    cuda().violations.push_back("a stream is destroyed that does not exist");
     return kInvalidHandle;
   }
   if (!found->second.empty()) {
-    cuda().violations.push_back("a stream is destroyed that has work");
+    cuda().violations.push_back("a stream is destroyed that has queued work");
   }
   cuda().streams.erase(found);
   delete static_cast<char*>(stream);
   return 0;
 }
 
-// Where it fails, half of the work was done.
+// If it fails, it has done half of the work.
 int cuStreamSynchronize(void* stream) {
   const Turn turn(one_at_a_time);
   const auto found = cuda().streams.find(stream);

@@ -1,5 +1,5 @@
-// The custom op of ONNX Runtime's CUDA provider, on fakes of ONNX Runtime's interface and of the
-// CUDA driver: no CUDA build of ONNX Runtime loads without a GPU.
+// The custom op for ONNX Runtime's CUDA provider, on fakes of ONNX Runtime's interface and of the
+// CUDA driver, because a CUDA build of ONNX Runtime does not load without a GPU.
 
 #include <algorithm>
 #include <cstring>
@@ -9,7 +9,7 @@
 #include "onnxruntime/operator.h"
 #include "op_spec.h"
 
-// What ONNX Runtime's opaque types stand for here.
+// ONNX Runtime's opaque types, as the fake implements them.
 struct OrtStatus {
   std::string message;
 };
@@ -22,7 +22,7 @@ struct OrtValue {
 };
 struct OrtKernelContext {
   std::vector<OrtValue> inputs;
-  std::vector<void*> outputs; // memory for them
+  std::vector<void*> outputs; // memory of the outputs
   std::vector<OrtValue> made;
   void* stream;
 };
@@ -37,10 +37,12 @@ namespace {
 using namespace fwl;
 using namespace fwl::test;
 
-OrtApi make_api() {
-  OrtApi api{};
+void add_status(OrtApi& api) {
   api.CreateStatus = [](OrtErrorCode, const char* text) noexcept { return new OrtStatus{text}; };
   api.ReleaseStatus = [](OrtStatus* status) noexcept { delete status; };
+}
+
+void add_kernel_context(OrtApi& api) {
   api.KernelContext_GetInput = [](const OrtKernelContext* context, size_t index,
                                   const OrtValue** value) noexcept -> OrtStatus* {
     *value = &context->inputs[index];
@@ -57,6 +59,9 @@ OrtApi make_api() {
     *stream = context->stream;
     return nullptr;
   };
+}
+
+void add_tensors(OrtApi& api) {
   api.GetTensorTypeAndShape = [](const OrtValue* value,
                                  OrtTensorTypeAndShapeInfo** info) noexcept -> OrtStatus* {
     *info = new OrtTensorTypeAndShapeInfo(value->shape);
@@ -77,7 +82,10 @@ OrtApi make_api() {
     *data = value->data;
     return nullptr;
   };
-  // A node without attributes.
+}
+
+// Describes a node without attributes.
+void add_attributes(OrtApi& api) {
   api.KernelInfoGetAttribute_string = [](const OrtKernelInfo*, const char*, char*,
                                          size_t*) noexcept { return new OrtStatus{"absent"}; };
   api.KernelInfoGetAttribute_int64 = [](const OrtKernelInfo*, const char*, int64_t*) noexcept {
@@ -86,6 +94,9 @@ OrtApi make_api() {
   api.KernelInfoGetAttribute_float = [](const OrtKernelInfo*, const char*, float*) noexcept {
     return new OrtStatus{"absent"};
   };
+}
+
+void add_shape_inference(OrtApi& api) {
   api.ShapeInferContext_GetInputTypeShape =
       [](const OrtShapeInferContext* context, size_t index,
          OrtTensorTypeAndShapeInfo** info) noexcept -> OrtStatus* {
@@ -101,7 +112,16 @@ OrtApi make_api() {
     const_cast<OrtShapeInferContext*>(context)->outputs[index] = info->sizes;
     return nullptr;
   };
-  return api;
+}
+
+OrtApi make_api() {
+  OrtApi made{};
+  add_status(made);
+  add_kernel_context(made);
+  add_tensors(made);
+  add_attributes(made);
+  add_shape_inference(made);
+  return made;
 }
 
 const OrtApi api = make_api();
@@ -112,13 +132,13 @@ std::string message_of(OrtStatus* status) {
   return message;
 }
 
-struct OfCuda {
+struct CudaOp {
   const OrtCustomOp* op;
   gpu::Activation activation;
 };
 
-std::vector<OfCuda> cuda_ops() {
-  std::vector<OfCuda> found;
+std::vector<CudaOp> cuda_ops() {
+  std::vector<CudaOp> found;
   for (const OrtCustomOp* each : ort::custom_ops(api)) {
     if (std::strcmp(each->GetExecutionProviderType(each), "CUDAExecutionProvider") != 0) {
       continue;
@@ -170,7 +190,7 @@ TEST_CASE_METHOD(FakeDriver, "the op runs on ONNX Runtime's stream") {
         problem.check(in_place);
         REQUIRE_FALSE(driver.launched.empty());
         CHECK(driver.launched[0].stream == &stream);
-        CHECK(driver.allocated.empty()); // the workspace is given back
+        CHECK(driver.allocated.empty()); // the workspace is freed
 
         driver.failing = "cuLaunchKernel";
         CHECK(compute() == "cuLaunchKernel failed: CUDA_ERROR_UNKNOWN");
@@ -183,7 +203,7 @@ TEST_CASE_METHOD(FakeDriver, "the op runs on ONNX Runtime's stream") {
   }
 }
 
-TEST_CASE("shapes of outputs are inferred where they are known") {
+TEST_CASE("shapes of outputs are inferred if those of the inputs are known") {
   const OrtCustomOp* const custom_op = cuda_ops()[0].op;
   OrtShapeInferContext context{{{{2, 3, 4}}, {{2, 3, 4}}, {{2, 3, 5}}, {{2, 3}}, {{2, 4, 5}}},
                                {{}, {}}};

@@ -16,14 +16,14 @@ using gpu::Variant;
 constexpr int kInvalidValue = 1;
 constexpr int kNotFound = 500;
 constexpr int kInjected = 999;
-constexpr unsigned kWithoutAsking = 48 << 10;
+constexpr unsigned kDefaultSharedBytes = 48 << 10;
 
 struct Loaded {
   const Variant* variant;
   bool ptx;
 };
 
-// Arguments of a launch in their order.
+// Takes the arguments of a launch one after the other.
 class Arguments {
 public:
   explicit Arguments(void** parameters) : next_(parameters) {}
@@ -50,7 +50,7 @@ void require(bool holds, const char* what) {
   }
 }
 
-// A pointer to activations.
+// Activations, as float32.
 struct Elements {
   void* data;
   Activation activation;
@@ -173,7 +173,7 @@ void prefill_output(const Variant& variant, unsigned grid, Arguments a) {
     for (int64_t t = 0; t < length; ++t) {
       const int64_t token = b * tokens + start + t;
       std::fill(total.begin(), total.end(), 0.0);
-      double fade = 1; // of what token s wrote
+      double fade = 1; // decay of the update of token s
       for (int64_t s = t; s >= t / variant.chunk * variant.chunk; --s) {
         const int64_t other = b * tokens + start + s;
         double score = 0;
@@ -273,7 +273,8 @@ using namespace fwl::fake;
 
 namespace {
 
-// Calls of several threads come one after the other; that the callers do not race shows the more.
+// Makes calls of several threads run one after the other, so that the thread sanitizer reports
+// races of the callers only.
 std::mutex one_at_a_time;
 using Turn = std::lock_guard<std::mutex>;
 
@@ -338,7 +339,7 @@ int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
   if (fails("cuLibraryGetKernel") || std::strcmp(name, loaded.variant->symbol) != 0) {
     return kNotFound;
   }
-  *kernel = library; // one each
+  *kernel = library; // each library has one kernel
   return 0;
 }
 
@@ -368,9 +369,9 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
   const Loaded& loaded = *static_cast<Loaded*>(function);
   const Variant& variant = *loaded.variant;
   const auto granted = driver().shared_bytes_granted.find(function);
-  const bool memory =
-      shared_bytes <= kWithoutAsking || (granted != driver().shared_bytes_granted.end() &&
-                                         static_cast<unsigned>(granted->second) >= shared_bytes);
+  const bool memory = shared_bytes <= kDefaultSharedBytes ||
+                      (granted != driver().shared_bytes_granted.end() &&
+                       static_cast<unsigned>(granted->second) >= shared_bytes);
   if (!memory || grid_x == 0 || grid_y != 1 || grid_z != 1 || block_x != variant.threads ||
       block_y != 1 || block_z != 1 || extra != nullptr) {
     return kInvalidValue;

@@ -1,5 +1,6 @@
-// A CUDA driver for tests: it refuses what the real one would refuse, records what it is asked, and
-// computes on the CPU what each kernel of ../kernels/gpu/linear_attention.py is documented to.
+// A fake CUDA driver for tests of the launcher. It fails where the real driver would fail, records
+// the calls, and computes on the CPU what ../kernels/gpu/linear_attention.py documents for each
+// kernel.
 #pragma once
 
 #include <map>
@@ -10,6 +11,7 @@
 
 namespace fwl::fake {
 
+// A launch that was recorded.
 struct Launched {
   const gpu::Variant* variant;
   bool ptx;
@@ -22,17 +24,17 @@ struct Launched {
 struct Driver {
   int sm = 89;
   const unsigned char* images = nullptr; // fwl_gpu_images of the program
-  std::string failing;                   // a function that returns an error
+  std::string failing;                   // name of the function that returns an error
   std::vector<Launched> launched;
-  size_t loaded = 0;
-  size_t prepared = 0; // kernels whose code was loaded into the context
+  size_t loaded = 0;   // libraries that are loaded
+  size_t prepared = 0; // calls that loaded a kernel into the context
   std::map<void*, int> shared_bytes_granted;
   std::map<unsigned long long, std::vector<char>> allocated;
 };
 
 Driver& driver();
 
-// Halves of either kind.
+// Reads and writes element `index` of activations of any type.
 float to_float(const void* data, size_t index, gpu::Activation activation);
 void from_float(void* data, size_t index, gpu::Activation activation, float value);
 size_t bytes_of(gpu::Activation activation);

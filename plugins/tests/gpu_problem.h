@@ -1,4 +1,4 @@
-// Random inputs of the op in memory as large as asked for, and what it must give.
+// Random inputs of the op, and the results that it must give.
 #pragma once
 
 #include <catch2/catch.hpp>
@@ -12,7 +12,7 @@
 
 namespace fwl::test {
 
-// What a test case starts with, whichever ran before. Kernels stay loaded.
+// Resets the fake driver at the start of a test case. Kernels stay loaded.
 struct FakeDriver {
   FakeDriver() {
     driver.images = gpu::fwl_gpu_images;
@@ -52,8 +52,8 @@ struct Problem {
             in_place ? past.data() : present.data()};
   }
 
-  // The largest errors of output and state, relative to their largest values; of the op's
-  // definition, in float64. Call it before a run in place.
+  // Computes the expected results by the op's definition, in float64. Call it before the op runs,
+  // which may overwrite the state.
   void keep_reference() {
     const auto at = [&](const std::vector<char>& data, int64_t i) {
       return static_cast<double>(
@@ -77,6 +77,7 @@ struct Problem {
     }
   }
 
+  // Checks the largest errors of output and state, relative to the largest values.
   void check(bool in_place) const {
     CAPTURE(fake::driver().sm, sizes.rows, sizes.tokens, sizes.size_k, sizes.size_v);
     CAPTURE(sizes.activation, in_place);
@@ -92,8 +93,8 @@ struct Problem {
       state_error = std::isnan(error) ? INFINITY : std::max(state_error, std::fabs(error));
       state_size = std::max(state_size, std::fabs(state[i]));
     }
-    // The double sums in float64: what is left is the rounding of outputs to their type, and of
-    // partial sums and the state to float32.
+    // The fake driver sums in float64, so the only errors are the rounding of outputs to their
+    // type, and of partial sums and the state to float32.
     const double unit = sizes.activation == gpu::Activation::kFloat32   ? 0x1p-18
                         : sizes.activation == gpu::Activation::kFloat16 ? 0x1p-10
                                                                         : 0x1p-7;

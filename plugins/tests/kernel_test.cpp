@@ -1,6 +1,6 @@
-// The CPU kernels against a loop in float64: every instruction set of this machine, output and
-// state, in place and not, any number of threads. Memory is poisoned with NaN and exactly as large
-// as asked for, so that the sanitizers see every step outside.
+// The CPU kernels against a loop in float64: output and state for every instruction set of this
+// machine, in place and not, with any number of threads. Memory is filled with NaN and exactly as
+// large as needed, so that sanitizers see every access outside.
 
 #include <algorithm>
 #include <array>
@@ -31,7 +31,7 @@ struct Table {
   const Instructions* instructions;
 };
 
-// Those of this machine, for GENERATE.
+// The tables that this machine can run, for GENERATE.
 const std::vector<Table>& tables() {
   static const std::vector<Table> all = [] {
     std::vector<Table> found;
@@ -125,7 +125,7 @@ struct Result {
   std::vector<double> output, state;
 };
 
-// Also returns through `scale` the sums of absolute terms, which bound the roundings.
+// Computes the op in float64. Sets `scale` to sums of absolute values, which bound rounding errors.
 Result reference(const Problem& problem, Result& scale) {
   const Sizes& n = problem.sizes;
   Result result;
@@ -156,7 +156,7 @@ Result reference(const Problem& problem, Result& scale) {
   return result;
 }
 
-// Runs tasks on threads of its own, whichever comes first.
+// Runs tasks on `count` threads, each of which takes the next task.
 struct Threads {
   explicit Threads(size_t thread_count) : count(thread_count) {}
 
@@ -233,12 +233,12 @@ Run run(const Problem& problem, const Table& table, size_t thread_count, bool in
   return result;
 }
 
-// Bounds: a few roundings of the sum of absolute terms, in float32; an output in half precision is
-// rounded once more.
+// Checks a run. The bounds are a few float32 roundings of the sum of absolute values; outputs in
+// half precision are rounded once more.
 void compare(const Run& actual, const Problem& problem) {
   constexpr double kRounding = 8 * 0x1p-24;
   constexpr double kHalfRounding = 0x1p-11;
-  constexpr double kHalfSmallest = 0x1p-24; // below 2^-14 halves are this far apart
+  constexpr double kHalfSmallest = 0x1p-24; // distance of float16 numbers below 2^-14
   Result scale;
   const Result expected = reference(problem, scale);
   size_t wrong = 0;
@@ -271,7 +271,7 @@ constexpr size_t kShapes[][4] = {
     {1, 257, 32, 7},  {4, 33, 1, 3},  {1, 300, 520, 19}, {1, 20, 33, 600}, {2, 96, 65, 130},
 };
 
-// Calls `test` with a problem of every shape and type for each kind of decay.
+// Calls `test` for every shape, type and kind of decay.
 template <class Test> void for_each_shape(const Test& test) {
   unsigned seed = 0;
   for (const auto& [batch, tokens, key_size, value_size] : kShapes) {
@@ -285,7 +285,7 @@ template <class Test> void for_each_shape(const Test& test) {
   }
 }
 
-TEST_CASE("outputs and states are those of a loop in float64") {
+TEST_CASE("outputs and states match a loop in float64") {
   const Table table = GENERATE(from_range(tables()));
   CAPTURE(table.name);
   for_each_shape([&](const Sizes& sizes, Decay decay, unsigned seed) {
@@ -309,7 +309,8 @@ TEST_CASE("any number of threads gives the same bits", "[threads]") {
   });
 }
 
-TEST_CASE("more tokens than are packed at a time and sizes that threads share", "[threads]") {
+TEST_CASE("more tokens than are packed at the same time, and sizes that threads share",
+          "[threads]") {
   const Table table = GENERATE(from_range(tables()));
   for (const auto& [batch, tokens, key_size, value_size] :
        {std::array<size_t, 4>{1, 10007, 40, 20}, std::array<size_t, 4>{3, 700, 1100, 36}}) {
@@ -323,7 +324,7 @@ TEST_CASE("more tokens than are packed at a time and sizes that threads share", 
 }
 
 // Not even as 0 times infinity.
-TEST_CASE("what comes later never reaches an earlier output") {
+TEST_CASE("later tokens never reach an earlier output") {
   const Table table = GENERATE(from_range(tables()));
   const Sizes sizes{1, 40, 9, 37, Activation::kFloat32};
   Problem problem(sizes, Decay::kConstant, 3);
@@ -340,7 +341,8 @@ TEST_CASE("what comes later never reaches an earlier output") {
   }
 }
 
-TEST_CASE("a decay of 1 without a write keeps the state bit by bit and one of 0 drops it") {
+TEST_CASE(
+    "a decay of 1 without an update keeps every bit of the state, and a decay of 0 erases it") {
   const Table table = GENERATE(from_range(tables()));
   for (const size_t tokens : {size_t{1}, size_t{70}}) {
     CAPTURE(table.name, tokens);
@@ -348,14 +350,14 @@ TEST_CASE("a decay of 1 without a write keeps the state bit by bit and one of 0 
     Problem problem(sizes, Decay::kOne, 5);
     std::fill(problem.value.begin(), problem.value.end(), 0.0f);
     const Run kept = run(problem, table, 1, false);
-    CHECK((kept.state == problem.state)); // in two pairs of parentheses: a failure prints no values
+    CHECK((kept.state == problem.state)); // two pairs of parentheses: Catch2 prints no values
     problem.decay.assign(problem.decay.size(), 0.0f);
     const Run dropped = run(problem, table, 1, false);
     CHECK(std::all_of(dropped.state.begin(), dropped.state.end(), [](float x) { return x == 0; }));
   }
 }
 
-TEST_CASE("every half survives the way to float32 and back and all instruction sets round alike") {
+TEST_CASE("every float16 survives float32 and back, and all instruction sets round alike") {
   const Table table = GENERATE(from_range(tables()));
   CAPTURE(table.name);
   std::vector<uint16_t> all(1 << 16), back(1 << 16);

@@ -1,8 +1,8 @@
-// The launcher against a fake of the CUDA driver: which kernels run on which GPU, that their
-// arguments are in order, and what errors of the driver become.
+// The launcher on a fake CUDA driver: which kernels run on which GPU, the order of their arguments,
+// and how errors of the driver are reported.
 //
-// Kernels stay loaded. Three cases need some that nothing has loaded yet, in whatever order cases
-// run: they are of GPUs whose results no other case checks.
+// Kernels stay loaded from case to case. Three cases need kernels that are not loaded yet, whatever
+// the order of cases: they use GPUs whose results no other case checks.
 
 #include <memory>
 #include <thread>
@@ -38,7 +38,7 @@ void check_results(int sm) {
       }
     }
   }
-  CHECK(fake::driver().allocated.empty()); // workspaces are given back
+  CHECK(fake::driver().allocated.empty()); // workspaces are freed
 }
 
 TEST_CASE_METHOD(FakeDriver, "threads load the same kernels and launch on memory of their own",
@@ -80,14 +80,14 @@ TEST_CASE_METHOD(FakeDriver, "after prepare a launch loads nothing") {
   gpu::prepare(sizes);
   const size_t loaded = driver.loaded;
   CHECK(loaded > before);
-  CHECK(driver.prepared > prepared); // into the context
+  CHECK(driver.prepared > prepared); // prepare loads code into the context
   Problem problem(sizes, 1);
   gpu::launch(sizes, problem.tensors(false), nullptr);
   CHECK(driver.loaded == loaded);
   check_results(90);
 }
 
-// An exception of this type and with these words.
+// Matches an exception of a type whose message contains these words.
 template <class Error> auto says(const std::string& words) {
   return Catch::Predicate<Error>(
       [=](const Error& error) {
@@ -96,7 +96,8 @@ template <class Error> auto says(const std::string& words) {
       "says '" + words + "'");
 }
 
-TEST_CASE_METHOD(FakeDriver, "a function of the driver that fails is named and nothing is lost") {
+TEST_CASE_METHOD(FakeDriver,
+                 "errors name the function of the driver that failed, and nothing leaks") {
   const auto launch = [](int64_t rows, int64_t tokens, int64_t size_k) {
     const gpu::Sizes sizes{rows, tokens, size_k, 24, Activation::kFloat16};
     Problem problem(sizes, 1);
@@ -119,11 +120,11 @@ TEST_CASE_METHOD(FakeDriver, "a function of the driver that fails is named and n
     }
   }
   driver.failing = "";
-  CHECK_NOTHROW(launch(1, 3, 8)); // an error is not for ever
+  CHECK_NOTHROW(launch(1, 3, 8)); // the next call succeeds again
   check_results(100);
 }
 
-TEST_CASE("sizes that no kernel takes are refused") {
+TEST_CASE("sizes that no kernel supports are refused") {
   for (const gpu::Sizes& sizes :
        {gpu::Sizes{0, 1, 1, 1, Activation::kFloat32}, gpu::Sizes{1, 0, 1, 1, Activation::kFloat32},
         gpu::Sizes{1, 1, 1 << 16, 1 << 15, Activation::kFloat32}}) {
@@ -132,7 +133,7 @@ TEST_CASE("sizes that no kernel takes are refused") {
   }
 }
 
-TEST_CASE_METHOD(FakeDriver, "each GPU runs its own kernels or those that it can") {
+TEST_CASE_METHOD(FakeDriver, "each GPU runs its own kernels, or others that it supports") {
   constexpr struct {
     int device;
     int kernels;
@@ -157,7 +158,7 @@ TEST_CASE_METHOD(FakeDriver, "each GPU runs its own kernels or those that it can
   }
 }
 
-TEST_CASE_METHOD(FakeDriver, "pointers that are not aligned take kernels without wide loads") {
+TEST_CASE_METHOD(FakeDriver, "pointers that are not aligned run kernels without wide loads") {
   driver.sm = 80;
   const gpu::Sizes sizes{1, 1, 64, 64, Activation::kFloat32};
   for (const size_t shift : {0, 4}) {
@@ -183,16 +184,17 @@ TEST_CASE_METHOD(FakeDriver, "the other GPUs' kernels compute the op") {
   }
 }
 
-TEST_CASE_METHOD(FakeDriver, "a long text runs in segments that go on from each other") {
+TEST_CASE_METHOD(FakeDriver,
+                 "a long text runs in segments, each of which continues the one before") {
   const gpu::Sizes sizes{2, 5000, 4, 1024, Activation::kFloat32};
   Problem problem(sizes, 3);
   problem.keep_reference();
   gpu::launch(sizes, problem.tensors(false), nullptr);
-  CHECK(driver.launched.size() == 4); // two kernels each
+  CHECK(driver.launched.size() == 4); // two kernels per segment
   problem.check(false);
 }
 
-TEST_CASE("no plan takes a larger workspace than was promised") {
+TEST_CASE("no plan needs a larger workspace than workspace_bound says") {
   std::mt19937 generator(5);
   for (int i = 0; i < 300; ++i) {
     const auto below = [&](int64_t limit) {

@@ -1,7 +1,8 @@
-// Sessions of libfwl on a small model of its own that fails when it is told to: whatever fails,
-// and wherever memory runs out, rows are as before the call or as after it.
+// libfwl's sessions on a small model that can be told to fail: whatever fails, and wherever memory
+// runs out, rows are as before the call or as after it.
 //
-// Rows and results are compared in double parentheses: Catch2 would print all of their bytes.
+// Rows and results are compared in two pairs of parentheses, so that Catch2 does not print all
+// bytes.
 
 #include <atomic>
 #include <catch2/catch.hpp>
@@ -14,8 +15,8 @@
 
 namespace {
 
-std::atomic<long> allocations_left{-1}; // negative: no end
-std::atomic<size_t> counted_from{0};    // bytes of the smallest that counts
+std::atomic<long> allocations_left{-1}; // before memory runs out; negative: never
+std::atomic<size_t> counted_from{0};    // smallest allocation that counts, in bytes
 
 void* allocated(size_t size) {
   if (allocations_left >= 0 && size >= counted_from && allocations_left-- == 0) {
@@ -35,7 +36,7 @@ void* operator new(size_t size) {
 void* operator new[](size_t size) {
   return allocated(size);
 }
-void* operator new(size_t size, const std::nothrow_t&) noexcept { // Catch2's
+void* operator new(size_t size, const std::nothrow_t&) noexcept { // used by Catch2
   return std::malloc(size > 0 ? size : 1);
 }
 void operator delete(void* memory) noexcept {
@@ -82,7 +83,7 @@ TEST_CASE("a read in one call and token by token give the same logits and state"
   CHECK((rows_of(whole, problem.model->bundle) == rows_of(single, problem.model->bundle)));
 }
 
-// Counts what was refused of 3000 calls; every refusal must leave rows and room for results alone.
+// Counts how many of 3000 calls fail. Each failure must leave rows and results unchanged.
 template <class Inject> size_t refused_calls(const Inject& inject) {
   const Problem problem;
   Session session(problem.model, kRows), undisturbed(problem.model, kRows);
@@ -105,7 +106,7 @@ template <class Inject> size_t refused_calls(const Inject& inject) {
       failed = true;
     }
     allocations_left = -1;
-    problem.backend->fault = Fault::kNone;
+    problem.runtime->fault = Fault::kNone;
     if (failed) {
       ++refused;
       CAPTURE(round);
@@ -121,27 +122,27 @@ template <class Inject> size_t refused_calls(const Inject& inject) {
   return refused;
 }
 
-TEST_CASE("a call that fails leaves rows and results alone") {
+TEST_CASE("a call that fails leaves rows and results unchanged") {
   const size_t thrown = refused_calls([](const Problem& problem, int calls) {
-    problem.backend->fault = Fault::kThrow;
-    problem.backend->calls_left = calls;
+    problem.runtime->fault = Fault::kThrow;
+    problem.runtime->calls_left = calls;
   });
   const size_t poisoned = refused_calls([](const Problem& problem, int calls) {
-    problem.backend->fault = Fault::kNan;
-    problem.backend->calls_left = calls;
+    problem.runtime->fault = Fault::kNan;
+    problem.runtime->calls_left = calls;
   });
   const size_t starved =
       refused_calls([](const Problem&, int number) { allocations_left = 6 * number; });
-  std::printf("refused of 3000 calls each: backend %zu, NaN %zu, memory %zu\n", thrown, poisoned,
+  std::printf("refused of 3000 calls each: runtime %zu, NaN %zu, memory %zu\n", thrown, poisoned,
               starved);
   CHECK(thrown > 500);
   CHECK(poisoned > 300);
   CHECK(starved > 500);
 }
 
-// Of what is large: nlohmann's JSON takes memory when it is freed, and ends the process where a few
-// bytes are not to be had.
-TEST_CASE("state files without memory: the old state or the new one") {
+// Only large allocations fail here: nlohmann's JSON allocates memory while it is destroyed, and
+// ends the process if it does not get it.
+TEST_CASE("if memory runs out, a state file holds the old state or the new one") {
   counted_from = 1000;
   const Problem problem;
   Session session(problem.model, kRows);
@@ -185,7 +186,7 @@ TEST_CASE("state files without memory: the old state or the new one") {
   std::remove(path.c_str());
 }
 
-TEST_CASE("no row reads beyond the limit of positions") {
+TEST_CASE("no row reads beyond the last position") {
   const Problem problem;
   problem.model->bundle.max_positions = 10;
   Session session(problem.model, kRows);
@@ -198,8 +199,8 @@ TEST_CASE("no row reads beyond the limit of positions") {
   const std::vector<RowState> before = rows_of(session, problem.model->bundle);
   const Failure failure = failure_of([&] { read({0, 0, 2}); });
   CHECK(failure.status() == FWL_ERROR_TOKEN);
-  CHECK(failure.what() == "row 2 has read 9 tokens and is to read 2 more, but this model takes 10 "
-                          "at most; reset the row, or read a shorter text"s);
+  CHECK(failure.what() == "row 2 has read 9 tokens and would read 2 more, but this model reads at "
+                          "most 10; reset the row, or read a shorter text"s);
   CHECK((rows_of(session, problem.model->bundle) == before));
   read({0, 0, 1});
   CHECK(session.positions() == std::vector<int64_t>{10, 10, 10});

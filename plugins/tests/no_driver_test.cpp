@@ -1,4 +1,5 @@
-// What links the launcher loads on a machine without a driver, and the first call says so.
+// A program that links the launcher starts on a machine without a driver, and its first call
+// reports that the driver is missing.
 
 #include <dlfcn.h>
 

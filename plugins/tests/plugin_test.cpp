@@ -1,5 +1,5 @@
-// The plugin object as TensorRT uses it, without TensorRT: creator, fields, types, formats, shapes,
-// aliasing, and enqueue on a fake of the CUDA driver.
+// The plugin as TensorRT uses it, but without TensorRT: creator, fields, types, formats, shapes,
+// aliasing, and enqueue on a fake CUDA driver.
 
 #include <memory>
 #include <string>
@@ -17,7 +17,7 @@ using trt::Creator;
 using trt::Plugin;
 using namespace std::string_literals;
 
-// A driver and a logger, as TensorRT hands it over.
+// A fake driver, and a logger as TensorRT passes it.
 struct Logged : FakeDriver, ILogger, ILoggerFinder {
   Logged() { trt::set_logger_finder(this); }
   ~Logged() { trt::set_logger_finder(nullptr); }
@@ -48,7 +48,7 @@ constexpr int32_t kInputs = op::kInputCount;
 constexpr int32_t kOutputs = op::kOutputCount;
 constexpr int32_t kState = static_cast<int32_t>(op::kPresentState);
 
-TEST_CASE("without a logger a mistake is refused in silence") {
+TEST_CASE("without a logger, mistakes are refused without a message") {
   CHECK(created({{"unheard", nullptr, PluginFieldType::kINT32, 1}}) == nullptr);
 }
 
@@ -78,7 +78,7 @@ TEST_CASE_METHOD(Logged, "the creator has the op's name and reads its field") {
                                  PluginField{"in_place_state", nullptr, PluginFieldType::kINT32, 1},
                                  PluginField{"in_place_state", &one, PluginFieldType::kINT32, 0}}) {
     CHECK(created({bad}) == nullptr);
-    check_message("attribute 'in_place_state' is not one 32-bit integer");
+    check_message("attribute 'in_place_state' must be one 32-bit integer");
   }
   for (const char* name : {"decay_rate", static_cast<const char*>(nullptr)}) {
     CHECK(created({{name, &one, PluginFieldType::kINT32, 1}}) == nullptr);
@@ -86,12 +86,12 @@ TEST_CASE_METHOD(Logged, "the creator has the op's name and reads its field") {
   }
 }
 
-TEST_CASE("copies have the field in memory of their own") {
+TEST_CASE("copies have a field of their own") {
   const int32_t one = 1;
   const auto original = created({{"in_place_state", &one, PluginFieldType::kINT32, 1}});
   const std::unique_ptr<Plugin> clone(original->clone());
   const std::unique_ptr<Plugin> attached(original->attachToContext(nullptr));
-  // What a build wrote into the engine makes the same plugin at run time.
+  // The fields that a build stores in an engine create the same plugin at run time.
   const std::unique_ptr<Plugin> read(
       Creator().createPlugin("node", clone->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
   for (const auto* copy : {&clone, &attached, &read}) {
@@ -132,7 +132,7 @@ TEST_CASE_METHOD(Logged, "types of outputs follow those of inputs") {
       {{DataType::kINT32, DataType::kINT32, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT},
        "'query' is int32; expected float32, float16 or bfloat16"},
       {{DataType::kHALF, DataType::kFLOAT, DataType::kHALF, DataType::kFLOAT, DataType::kFLOAT},
-       "'key' is float32; expected that of 'query', float16"},
+       "'key' is float32; expected the type of 'query', float16"},
       {{DataType::kHALF, DataType::kHALF, DataType::kHALF, DataType::kFLOAT, DataType::kHALF},
        "'past_state' is float16; expected float32"},
   };
@@ -145,7 +145,7 @@ TEST_CASE_METHOD(Logged, "types of outputs follow those of inputs") {
   check_message("there are 4 inputs and 2 outputs; expected 5 and 2");
 }
 
-TEST_CASE("tensors are linear and of the op's types") {
+TEST_CASE("formats must be linear, and types those of the op") {
   const auto plugin = created({});
   for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
     DynamicPluginTensorDesc tensors[7] = {};
@@ -167,7 +167,7 @@ TEST_CASE("tensors are linear and of the op's types") {
   }
 }
 
-// A size that is known, or not (-1).
+// A size, or -1 if it is unknown.
 struct Size final : IDimensionExpr {
   struct Impl final : apiv::VDimensionExpr {
     bool isConstant() const override { return value >= 0; }
@@ -204,7 +204,7 @@ TEST_CASE_METHOD(Logged, "shapes of outputs follow those of inputs") {
   sizes[op::kQuery][2].impl.value = 8;
   sizes[op::kPastState][1].impl.value = 9;
   CHECK(shapes() != 0);
-  check_message("Dk of 'past_state' is 9; expected 8, that of the inputs before");
+  check_message("Dk of 'past_state' is 9; expected 8, as in the inputs before it");
   sizes[op::kPastState][1].impl.value = 0;
   CHECK(shapes() != 0);
   check_message("Dk of 'past_state' is 0; expected 1 or more");
@@ -227,7 +227,7 @@ Dims dims_of(const op::Argument& argument, const gpu::Sizes& sizes) {
   return dims;
 }
 
-TEST_CASE_METHOD(Logged, "enqueue computes the op with what onShapeChange loaded") {
+TEST_CASE_METHOD(Logged, "enqueue computes the op with the kernels that onShapeChange loaded") {
   constexpr DataType kTypes[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16};
   for (const bool in_place : {false, true}) {
     const int32_t flag = in_place;
@@ -280,7 +280,7 @@ TEST_CASE_METHOD(Logged, "enqueue computes the op with what onShapeChange loaded
   }
 }
 
-TEST_CASE_METHOD(Logged, "random fields and shapes and types give an answer or a message") {
+TEST_CASE_METHOD(Logged, "random fields, shapes and types give a result or a message") {
   std::mt19937 generator(17);
   const auto below = [&](uint32_t limit) { return static_cast<uint32_t>(generator() % limit); };
   const int64_t kSizes[] = {-1, 0, 1, 2, 48, 1 << 16, INT32_MAX, INT64_MAX, INT64_MIN};
@@ -365,7 +365,7 @@ TEST_CASE_METHOD(Logged, "random fields and shapes and types give an answer or a
       const void* const pointers[] = {t.query, t.key, t.value, t.decay, t.past};
       void* const results[] = {t.output, t.present};
       std::vector<char> workspace(bytes);
-      if (run < 100) { // the double computes slowly
+      if (run < 100) { // the fake computes slowly
         answered(plugin->enqueue(descs, descs + kInputs, pointers, results, workspace.data(),
                                  nullptr) == 0,
                  "enqueue");
@@ -374,7 +374,7 @@ TEST_CASE_METHOD(Logged, "random fields and shapes and types give an answer or a
     }
   }
   CHECK(only_errors);
-  // The inputs are not one-sided.
+  // The random inputs reach all of these outcomes.
   CHECK(made > 1000);
   CHECK(refused > 1000);
   CHECK(shaped > 1000);

@@ -1,5 +1,5 @@
-// Prints the plans of the sizes on its standard input, a line each, which a Python test compares
-// with plan.py.
+// Reads sizes from standard input and prints the plan for each line, which a test in Python
+// compares with plan.py.
 
 #include <iostream>
 

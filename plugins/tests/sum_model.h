@@ -1,4 +1,4 @@
-// A small model for tests of libfwl's sessions, that fails when it is told to.
+// A small model for tests of libfwl's sessions, which can be told to fail.
 #pragma once
 
 #include <cmath>
@@ -20,8 +20,8 @@ constexpr int64_t kLargest = 4, kAnchor = 7, kSize[] = {20, 25};
 
 enum class Fault { kNone, kThrow, kNan };
 
-// The state is the position and a sum over tokens that depends on their order, with a lot of
-// zeros behind it.
+// The state is the position, and a matrix whose first element is a sum over the tokens that depends
+// on their order; all other elements are 0.
 class SumRunner final : public Runner {
 public:
   SumRunner(size_t rows, const std::vector<TensorSpec>& specs, Fault& fault, int& calls_left)
@@ -43,7 +43,7 @@ public:
       std::memcpy(&sum, past.row(1, r), sizeof(sum));
       const int64_t length = call.lengths[r];
       if (length > kLargest || position % kAnchor + length > kAnchor) {
-        throw std::logic_error("a call is too long"); // no Failure, which tests expect
+        throw std::logic_error("a call is too long"); // not a Failure, which tests would catch
       }
       std::vector<float> sums;
       for (int64_t i = 0; i < length; ++i) {
@@ -79,8 +79,8 @@ private:
   int& calls_left_;
 };
 
-struct SumBackend final : Backend {
-  explicit SumBackend(const std::vector<TensorSpec>& state) : specs(state) {}
+struct SumRuntime final : Runtime {
+  explicit SumRuntime(const std::vector<TensorSpec>& state) : specs(state) {}
   std::unique_ptr<Runner> runner(size_t rows) const override {
     return std::make_unique<SumRunner>(rows, specs, fault, calls_left);
   }
@@ -103,11 +103,11 @@ struct Problem {
         0,
         {{"position", {}, Type::kInt64}, {"fast.sum.kernel", {kSize[0], kSize[1]}, Type::kFloat32}},
         ""};
-    backend = std::make_shared<SumBackend>(model->bundle.state);
-    model->backend = backend;
+    runtime = std::make_shared<SumRuntime>(model->bundle.state);
+    model->runtime = runtime;
   }
   std::shared_ptr<Model> model;
-  std::shared_ptr<SumBackend> backend;
+  std::shared_ptr<SumRuntime> runtime;
 };
 
 struct Read {
@@ -127,7 +127,7 @@ inline Read random_read(std::mt19937& generator) {
   return read;
 }
 
-// The failure of a call that must fail.
+// Returns the Failure that a call throws.
 template <class Function> Failure failure_of(const Function& call) {
   try {
     call();

@@ -16,7 +16,7 @@
 #include "stubs.h"
 
 void unexpected(const char* function) {
-  std::fprintf(stderr, "the double has no %s\n", function);
+  std::fprintf(stderr, "the fake has no %s\n", function);
   std::abort();
 }
 
@@ -32,7 +32,7 @@ fwl::fake::TensorRt& settings() {
   return *fwl_fake_tensorrt();
 }
 
-// Of the process: the driver's double is loaded as the driver is.
+// Returns the fake driver, which is already loaded, as the real driver would be.
 Cuda& cuda() {
   static Cuda* const found = [] {
     void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
@@ -89,7 +89,8 @@ Dims dims(const std::vector<int64_t>& sizes) {
   return made;
 }
 
-struct Plan {
+// What the text of an engine says; see `engine_text`.
+struct EngineSettings {
   int64_t rows = 0, tokens = 0;
   bool in_place = false, plugin = false, embedded = false, other_type = false;
 
@@ -103,7 +104,7 @@ class Context;
 
 class Engine final : public ICudaEngine, public VCudaEngineStub {
 public:
-  Engine(const Plan& given, ILogger& messages) : plan(given), logger(messages) {
+  Engine(const EngineSettings& given, ILogger& messages) : asked(given), logger(messages) {
     mImpl = this;
     count(settings().engines, 1);
   }
@@ -125,7 +126,7 @@ public:
   }
   DataType getTensorDataType(const char* name) const noexcept override {
     const auto found = kTensors.find(name);
-    return found == kTensors.end() || (plan.other_type && std::string(name) == "lengths")
+    return found == kTensors.end() || (asked.other_type && std::string(name) == "lengths")
                ? DataType::kINT32
                : found->second.type;
   }
@@ -146,19 +147,19 @@ public:
     for (const int64_t size : kTensors.at(name).shape) {
       sizes.push_back(size > 0                             ? size
                       : select == OptProfileSelector::kMIN ? 1
-                                                           : plan.most(profile, size));
+                                                           : asked.most(profile, size));
     }
     return dims(sizes);
   }
   IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy) noexcept override;
   ICudaEngine* getPImpl() noexcept override { return this; }
 
-  const Plan plan;
+  const EngineSettings asked;
   ILogger& logger;
   std::atomic<int> contexts{0};
 };
 
-// What a call reads and writes, as it was when it was queued.
+// The sizes and addresses of a call at the time when it was queued.
 struct Work {
   int64_t rows, tokens, positions;
   std::map<std::string, void*> at;
@@ -227,7 +228,7 @@ public:
     for (int32_t i = 0; !wrong && i < given.nbDims; ++i) {
       const int64_t size = found->second.shape[static_cast<size_t>(i)];
       wrong = size > 0 ? given.d[i] != size
-                       : given.d[i] < 1 || given.d[i] > engine_.plan.most(profile_, size);
+                       : given.d[i] < 1 || given.d[i] > engine_.asked.most(profile_, size);
       if (size < 0 && !wrong) {
         shapes_[name].push_back({size, given.d[i]});
       }
@@ -264,7 +265,7 @@ private:
     return !wrong;
   }
 
-  // Returns what is not as it must be, and the sizes of the call.
+  // Returns what is wrong with the call, or "", and sets the sizes of `work`.
   std::string check(Work& work) {
     std::map<int64_t, int64_t> free;
     for (const auto& each : kTensors) {
@@ -286,16 +287,16 @@ private:
         bytes *= static_cast<size_t>(size > 0 ? size : free.at(size));
       }
       if (addresses_.count(each.first) == 0 || !cuda().owns(addresses_[each.first], bytes)) {
-        return each.first + " has no memory of the GPU";
+        return each.first + " has no GPU memory of its size";
       }
     }
     const char* const past = static_cast<char*>(addresses_["past.fast.sum.kernel"]);
     const char* const present = static_cast<char*>(addresses_["present.fast.sum.kernel"]);
-    if ((past == present) != engine_.plan.in_place) {
-      return "past and present must share memory in an engine that works in place, and in no other";
+    if ((past == present) != engine_.asked.in_place) {
+      return "past and present must share memory if the engine works in place, and only then";
     }
     if (addresses_["past.position"] == addresses_["present.position"]) {
-      return "what is not updated in place shares memory";
+      return "past and present position share memory, but they are not updated in place";
     }
     return "";
   }
@@ -355,17 +356,17 @@ public:
     require_gpu("deserializeCudaEngine");
     std::istringstream text(std::string(static_cast<const char*>(blob), size));
     std::string word;
-    Plan plan;
-    text >> word >> plan.rows >> plan.tokens >> plan.in_place >> plan.plugin >> plan.embedded >>
-        plan.other_type;
-    const bool runs = !plan.plugin || (plan.embedded ? host_code_ : registry_.loaded);
-    if (!text || word != "double" || !runs) {
+    EngineSettings asked;
+    text >> word >> asked.rows >> asked.tokens >> asked.in_place >> asked.plugin >>
+        asked.embedded >> asked.other_type;
+    const bool runs = !asked.plugin || (asked.embedded ? host_code_ : registry_.loaded);
+    if (!text || word != "fake" || !runs) {
       logger_.log(ILogger::Severity::kWARNING, "not this");
       logger_.log(ILogger::Severity::kERROR,
                   runs ? "magic tag does not match" : "plugin not found");
       return nullptr;
     }
-    return new Engine(plan, logger_);
+    return new Engine(asked, logger_);
   }
 
 private:
@@ -393,7 +394,7 @@ void* createInferRuntime_INTERNAL(void* logger, int32_t version) noexcept {
     return nullptr;
   }
   if (version != settings().version) {
-    violated("the runtime is asked for in another version");
+    violated("the runtime is created with another version than that of the library");
   }
   require_gpu("createInferRuntime");
   return static_cast<IRuntime*>(new Runtime(*static_cast<ILogger*>(logger)));

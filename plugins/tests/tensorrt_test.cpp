@@ -1,7 +1,8 @@
-// The TensorRT backend of libfwl on fakes of the driver and of TensorRT: it computes what the
-// small model does, whatever fails leaves rows as they were, and what is missing is said.
+// libfwl's runtime TensorRT on fakes of the driver and of TensorRT: it computes what the small
+// model does, calls that fail leave rows unchanged, and errors name what is missing.
 //
-// Rows and results are compared in double parentheses: Catch2 would print all of their bytes.
+// Rows and results are compared in two pairs of parentheses, so that Catch2 does not print all
+// bytes.
 
 #include <dlfcn.h>
 
@@ -26,8 +27,9 @@ using Catch::Contains;
 namespace fs = std::filesystem;
 
 constexpr const char* kLibrary = FWL_TENSORRT_FAKE;
-constexpr const char* kName = "tensorrt-10.14.1.48-sm89"; // of the engine that EngineFile makes
+constexpr const char* kName = "tensorrt-10.14.1.48-sm89"; // the engine of EngineFile()
 
+// Opens a fake and returns its state.
 template <class State> State* fake_of(const char* path, const char* function) {
   void* const library = dlopen(path, RTLD_NOW);
   if (library == nullptr) {
@@ -36,9 +38,10 @@ template <class State> State* fake_of(const char* path, const char* function) {
   return reinterpret_cast<State* (*)()>(dlsym(library, function))();
 }
 
-// The fakes of the driver and of TensorRT, to which a test must give back all that it took.
-struct Doubles {
-  ~Doubles() {
+// The fakes of the driver and of TensorRT. At the end of a test, everything that it took from them
+// must be freed.
+struct Fakes {
+  ~Fakes() {
     CHECK(cuda->allocated.empty());
     CHECK(cuda->streams.empty());
     CHECK(cuda->retained == 0);
@@ -49,18 +52,20 @@ struct Doubles {
     CHECK(tensorrt->violations == std::vector<std::string>{});
   }
 
-  // The driver's first: the other looks for it.
+  // The driver first: the fake of TensorRT looks for it.
   fwl::fake::Cuda* const cuda = fake_of<fwl::fake::Cuda>(FWL_CUDA_FAKE, "fwl_fake_cuda");
   fwl::fake::TensorRt* const tensorrt =
       fake_of<fwl::fake::TensorRt>(FWL_TENSORRT_FAKE, "fwl_fake_tensorrt");
 };
 
+// An engine in a bundle: its content, and what its metadata says.
 struct EngineFile {
   std::string text = fwl::fake::engine_text(kRows, kLargest);
   int sm = 89;
   std::string version = "10.14.1.48";
   std::string variant = "tensorrt";
   bool plugin = false, embedded = false, in_place = false;
+  bool names_tensors = true; // its metadata names the tensors that it updates in place
 };
 
 // A bundle of the small model, with engines.
@@ -90,16 +95,22 @@ public:
                                std::to_string(engine.sm) + (engine.plugin ? "-plugin" : "") +
                                (engine.in_place ? "-inplace" : "");
       const json entry = add(manifest, "engines/" + name + ".engine", engine.text);
-      const json facts = {{"schema_version", 1},
-                          {"flavour", engine.variant},
-                          {"version", engine.version},
-                          {"sm", engine.sm},
-                          {"model_id", bundle.model_id},
-                          {"sha256", entry["sha256"]},
-                          {"update_path", engine.plugin ? "plugin" : "function body"},
-                          {"plugin_embedded", engine.embedded},
-                          {"in_place_state", engine.in_place}};
-      add(manifest, "engines/" + name + ".json", facts.dump());
+      json metadata = {{"schema_version", 1},
+                       {"flavour", engine.variant},
+                       {"version", engine.version},
+                       {"sm", engine.sm},
+                       {"model_id", bundle.model_id},
+                       {"sha256", entry["sha256"]},
+                       {"update_path", engine.plugin ? "plugin" : "function body"},
+                       {"plugin_embedded", engine.embedded},
+                       {"in_place_state", engine.in_place}};
+      if (engine.names_tensors) {
+        metadata["in_place_tensors"] = json::array();
+        if (engine.in_place) {
+          metadata["in_place_tensors"].push_back("fast.sum.kernel");
+        }
+      }
+      add(manifest, "engines/" + name + ".json", metadata.dump());
     }
     write("manifest.json", manifest.dump());
   }
@@ -169,7 +180,7 @@ void runs(const Folder& folder, const fwl_options& options, const std::string& e
   CHECK(found->info.engine == engine);
 }
 
-// Hidden, as it needs a process of its own: where the doubles are open there is a driver.
+// Hidden, because it needs a process of its own: once the fakes are open, there is a driver.
 TEST_CASE("without a driver there is no GPU", "[.without driver]") {
   if (dlopen("libcuda.so.1", RTLD_NOW) != nullptr) {
     WARN("not tested: this machine has a driver");
@@ -179,7 +190,7 @@ TEST_CASE("without a driver there is no GPU", "[.without driver]") {
           "there is no CUDA device (libcuda.so.1: ");
 }
 
-TEST_CASE_METHOD(Doubles, "what is missing is said") {
+TEST_CASE_METHOD(Fakes, "errors name what is missing") {
   const Folder folder({EngineFile()});
   fwl_options options = options_of();
   cuda->devices = 0;
@@ -195,7 +206,7 @@ TEST_CASE_METHOD(Doubles, "what is missing is said") {
   for (const int32_t version : {110400, 10701, 90000}) {
     tensorrt->version = version;
     refused(folder, options_of(), FWL_ERROR_RUNTIME,
-            "this libfwl was built for TensorRT 10, whose interface is another");
+            "this libfwl was built for TensorRT 10, whose interface is different");
   }
   tensorrt->version = 100900;
   refused(folder, options_of(), FWL_ERROR_BUNDLE,
@@ -218,7 +229,7 @@ TEST_CASE_METHOD(Doubles, "what is missing is said") {
           "has no engine for TensorRT 10.14.1 on SM89;");
 }
 
-TEST_CASE_METHOD(Doubles, "damaged and foreign engines are refused") {
+TEST_CASE_METHOD(Fakes, "damaged engines and engines of other builders are refused") {
   {
     const Folder folder({EngineFile()});
     const std::string name = folder.only_engine();
@@ -241,14 +252,14 @@ TEST_CASE_METHOD(Doubles, "damaged and foreign engines are refused") {
   refused(Folder({engine}), options_of(), FWL_ERROR_BUNDLE, "has no input 'lengths' as the bundle");
 }
 
-TEST_CASE_METHOD(Doubles, "the engine and its plugin are chosen") {
+TEST_CASE_METHOD(Fakes, "the engine and its plugin are chosen") {
   EngineFile plain, plugin, embedded, in_place, other;
   plugin.plugin = true;
   plugin.text = fwl::fake::engine_text(kRows, kLargest, false, true);
   other.sm = 80;
   const std::string name = kName;
   fwl_options with_plugin = options_of();
-  with_plugin.tensorrt_plugin = "/nowhere/libfwl_trt.so"; // the double takes it by its name
+  with_plugin.tensorrt_plugin = "/nowhere/libfwl_trt.so"; // the fake looks at the name only
   runs(Folder({other, plain, plugin}), options_of(), name);
   runs(Folder({other, plain, plugin}), with_plugin, name + "-plugin");
   refused(Folder({plain}), with_plugin, FWL_ERROR_BUNDLE,
@@ -276,11 +287,11 @@ TEST_CASE_METHOD(Doubles, "the engine and its plugin are chosen") {
 std::shared_ptr<Model> model_of(const Folder& folder, const char* plugin = nullptr) {
   auto model = std::make_shared<Model>();
   model->bundle = read_bundle(folder.name());
-  model->backend = open_tensorrt(model->bundle, {kLibrary, plugin, 0, false});
+  model->runtime = open_tensorrt(model->bundle, {kLibrary, plugin, 0, false});
   return model;
 }
 
-TEST_CASE_METHOD(Doubles, "an engine says how many rows it takes") {
+TEST_CASE_METHOD(Fakes, "too many rows for an engine are refused") {
   const Folder folder({EngineFile()});
   const auto found = opened(folder, options_of());
   fwl_session* session = nullptr;
@@ -289,7 +300,7 @@ TEST_CASE_METHOD(Doubles, "an engine says how many rows it takes") {
   CHECK_THAT(error.message, Contains("takes 1 to 3; build one with"));
 }
 
-TEST_CASE_METHOD(Doubles, "sessions compute what the small model does, whatever fails") {
+TEST_CASE_METHOD(Fakes, "sessions compute what the small model does, whatever fails") {
   EngineFile engine;
   const char* plugin = nullptr;
   SECTION("an engine for the bundle's largest call") {}
@@ -298,6 +309,12 @@ TEST_CASE_METHOD(Doubles, "sessions compute what the small model does, whatever 
   }
   SECTION("an engine with the state in place") {
     engine.plugin = engine.in_place = true;
+    engine.text = fwl::fake::engine_text(kRows, kLargest, true, true);
+    plugin = "libfwl_trt.so";
+  }
+  SECTION("an engine with the state in place, whose metadata does not name the tensors") {
+    engine.plugin = engine.in_place = true;
+    engine.names_tensors = false;
     engine.text = fwl::fake::engine_text(kRows, kLargest, true, true);
     plugin = "libfwl_trt.so";
   }
@@ -359,7 +376,7 @@ TEST_CASE_METHOD(Doubles, "sessions compute what the small model does, whatever 
   CHECK(refused_calls > 100);
 }
 
-TEST_CASE_METHOD(Doubles, "a function that fails is named") {
+TEST_CASE_METHOD(Fakes, "a function that fails is named") {
   const Folder folder({EngineFile()});
   const auto model = model_of(folder);
   const std::pair<const char*, const char*> faults[] = {
@@ -382,7 +399,7 @@ TEST_CASE_METHOD(Doubles, "a function that fails is named") {
   cuda->calls_left = -1;
 }
 
-TEST_CASE_METHOD(Doubles, "threads share a session and a model", "[threads]") {
+TEST_CASE_METHOD(Fakes, "threads share a session and a model", "[threads]") {
   const Folder folder({EngineFile()});
   const auto model = model_of(folder);
   Session shared(model, kRows);

@@ -17,9 +17,9 @@ from fwl_export.adaptation import (
     PARTS,
     AdaptingReader,
     Comparison,
+    ComparisonPlan,
     DynamicReader,
     PlainReader,
-    Plan,
     compare,
     count_flops,
     count_parts,
@@ -232,7 +232,7 @@ def found(model: FWLModel) -> Comparison:
     stream = torch.randint(0, VOCABULARY, (1200,), generator=generator)
     validation = torch.randint(0, VOCABULARY, (400,), generator=generator)
     texts = Texts(["a.txt", "b.txt"], [0, 700], stream, validation, "c.txt")
-    return compare(model, tiny_model(1), texts, Plan((64, 32), 400))
+    return compare(model, tiny_model(1), texts, ComparisonPlan((64, 32), 400))
 
 
 def test_comparison_measures_every_way_on_the_same_stream(
@@ -315,11 +315,11 @@ def test_texts_are_one_stream_and_tuned_on_what_is_left_out(
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     files[0].write_text("ABC" * 300)
     files[1].write_text("XY" * 500)
-    read = read_texts(loaded, files, None, Plan((32,), 300))
+    read = read_texts(loaded, files, None, ComparisonPlan((32,), 300))
     assert (len(read.stream), len(read.validation)) == (1600, 300)
     assert read.starts == [0, 600]
     assert read.stream[599] != read.stream[600] == ord("X") - 32
-    shorter = read_texts(loaded, files, files[1], Plan((32,), 300, 1100))
+    shorter = read_texts(loaded, files, files[1], ComparisonPlan((32,), 300, 1100))
     assert (len(shorter.stream), shorter.starts, len(shorter.validation)) == (1100, [0, 900], 300)
     assert shorter.validation_name == "b.txt"
 
@@ -330,10 +330,10 @@ def test_too_little_text_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     short.write_text("A" * 100)
     long.write_text("A" * 3000)
     with pytest.raises(TokenError, match="the texts leave 100 tokens to read; expected 1025"):
-        read_texts(loaded, [short], long, Plan())
+        read_texts(loaded, [short], long, ComparisonPlan())
     with pytest.raises(TokenError, match="the texts leave 900 tokens to read"):
-        read_texts(loaded, [long], long, Plan(max_tokens=900))
+        read_texts(loaded, [long], long, ComparisonPlan(max_tokens=900))
     with pytest.raises(TokenError, match="leaves 100 tokens to tune on; expected more than 512"):
-        read_texts(loaded, [long], short, Plan())
+        read_texts(loaded, [long], short, ComparisonPlan())
     with pytest.raises(TokenError, match=r"segments are \[100\]; expected divisors of 256"):
-        Plan((100,))
+        ComparisonPlan((100,))

@@ -85,7 +85,7 @@ def test_a_fault_is_caught_and_located(
     assert found is not None
     if not planted.op:
         assert (found.kind, found.tensor) == ("state", planted.module), result.to_text()
-        assert "every node is right when given right inputs" in found.note
+        assert "every node is right when given correct inputs" in found.note
         assert not (folder / f"repro-{number}").exists()
         return
     assert (found.module, found.op_type, found.fault) == (
@@ -195,7 +195,7 @@ def test_a_fault_of_the_runtimes_optimisation_is_told_from_one_in_a_node(
     result = bisect_bundle(bundle, TEXT, CANDIDATE, TOKENS, session=session)
     assert result.finding is not None
     assert (result.finding.kind, result.finding.tensor) == ("fusion", "logits")
-    assert "optimisation" in result.finding.note
+    assert "optimization" in result.finding.note
 
 
 def test_a_trace_that_is_not_the_module_is_said(own_bundle: Path) -> None:
@@ -216,8 +216,8 @@ def test_a_trace_that_is_not_the_module_is_said(own_bundle: Path) -> None:
     ("candidate", "message"),
     [
         ("tensorrt:rtx", "'tensorrt:rtx' cannot run here"),
-        ("torch:float32", "'torch:float32' runs no ONNX graph; expected onnxruntime or"),
-        ("nonsense", "'nonsense' is no runtime"),
+        ("torch:float32", "'torch:float32' does not run an ONNX graph; expected onnxruntime or"),
+        ("nonsense", "'nonsense' is not a runtime"),
     ],
 )
 def test_what_cannot_be_bisected(candidate: str, message: str, tiny_bundle: Path) -> None:

@@ -34,6 +34,29 @@ def test_a_written_bundle_verifies(tiny_bundle: Path) -> None:
     assert on_disk - {"manifest.json"} == set(bundle.manifest.files)
 
 
+def test_a_bundle_shows_what_it_holds(tiny_bundle: Path) -> None:
+    assert repr(read_bundle(tiny_bundle)) == (
+        f"<Bundle '{tiny_bundle}': precision fp32, backbone decoder of width 16, vocabulary 64 "
+        "tokens, fast weights 16 -> 32 -> 16, anchor none, state 10.6 kB per row>"
+    )
+    page = read_bundle(tiny_bundle)._repr_html_()
+    assert "<tr><th>Vocabulary</th><td>64 tokens</td></tr>" in page
+    assert "<tr><th>Fast weights</th><td>16 -&gt; 32 -&gt; 16</td></tr>" in page
+    assert "<tr><th>model.onnx</th><td>" in page
+
+
+def test_what_a_manifest_says_is_escaped_in_a_notebook(own_bundle: Path) -> None:
+    attack = "<img src=x onerror='alert(1)'>"
+    entry = {"sha256": "0", "bytes": 1}
+    edit(
+        own_bundle,
+        lambda data: data.update(precision=attack, model_id=attack, files={attack: entry}),
+    )
+    page = read_bundle(own_bundle)._repr_html_()
+    assert page.count("&lt;img src=x onerror=&#x27;alert(1)&#x27;&gt;") == 3
+    assert "<img" not in page
+
+
 def test_no_bundle(tmp_path: Path) -> None:
     refused(tmp_path, "is not a bundle: it has no manifest.json; `fwl-export export` writes one")
 

@@ -168,7 +168,7 @@ def test_a_process_killed_while_saving_leaves_the_old_file_or_the_new_one(tmp_pa
     path = tmp_path / "a.state"
     code = """
         import sys
-        from tests.test_state_file import SPECS, read
+        from tests.bundle.test_state_file import SPECS, read
         from fwl_export.bundle.state_file import save_state
         from pathlib import Path
         states = [read([n]) for n in range(1, 4)]
@@ -183,7 +183,7 @@ def test_a_process_killed_while_saving_leaves_the_old_file_or_the_new_one(tmp_pa
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code), path],
             stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )
         assert process.stdout is not None
         process.stdout.readline()

@@ -63,7 +63,7 @@ class Builder:
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     builder = Builder()
     monkeypatch.setattr("fwl_export.engines.build_engines", builder)
-    monkeypatch.setattr("fwl_export.bundle.read_bundle", lambda folder: folder)
+    monkeypatch.setattr("fwl_export.bundle.manifest.read_bundle", lambda folder: folder)
     return builder
 
 

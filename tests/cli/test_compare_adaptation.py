@@ -49,10 +49,10 @@ def test_tables_and_files_are_written(
     assert set(written["methods"]) == {"standard", "adapting", "sgd", "rms"}
     again = run(capsys, VERB, checkpoint, text, "-o", folder)
     assert again.code == 1
-    assert "holds a comparison; choose another folder or pass --force" in again.err
+    assert "is a comparison; choose another name or pass --force" in again.err
     other = run(capsys, VERB, checkpoint, text, "-o", text.parent, "--force")
     assert other.code == 1
-    assert "exists and holds no comparison; choose another folder" in other.err
+    assert "exists and is not a comparison; choose another name" in other.err
     assert text.exists()
 
 

@@ -32,8 +32,8 @@ def test_a_policy_is_found_written_and_told(
     assert result.code == 0, result.err
     policy = read_policy(target)
     assert policy.target == "bf16"
-    assert not policy.kept
-    for name in policy.lowered:
+    assert not policy.excluded
+    for name in policy.quantized:
         assert name in result.out
     assert f"wrote {target}" in result.out
     assert "`export` takes no bf16 policy" in result.out

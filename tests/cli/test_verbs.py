@@ -168,10 +168,10 @@ def test_a_bug_shows_its_traceback_and_a_full_disk_does_not(
     def bug(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fwl_export.bundle.read_bundle", full)
+    monkeypatch.setattr("fwl_export.bundle.manifest.read_bundle", full)
     result = run(capsys, "inspect", tiny_bundle)
     assert (result.code, result.err) == (1, "error: No space left on device: 'model.onnx'\n")
-    monkeypatch.setattr("fwl_export.bundle.read_bundle", bug)
+    monkeypatch.setattr("fwl_export.bundle.manifest.read_bundle", bug)
     with pytest.raises(ZeroDivisionError):
         run(capsys, "inspect", tiny_bundle)
 

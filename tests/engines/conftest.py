@@ -1,21 +1,21 @@
-"""What tests of engines share: a real variant or a skip, planted ones, and a quick builder."""
+"""What tests of engines share: a real variant or a skip, planted modules, and a quick builder."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fwl_export import plugins
-from fwl_export.engines.compile import PluginUse
+from fwl_export.engines.metadata import NetworkMetadata, ProfileMetadata, TensorMetadata
+from fwl_export.engines.request import BuildRequest
 
 
 @pytest.fixture(autouse=True)
 def no_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package carries no plugins, though `make plugins` may have run in this checkout."""
+    """Hide the package's plugin libraries, which `make plugins` may have built in this checkout."""
     monkeypatch.setattr(plugins, "FOLDER", tmp_path / "no-plugins")
 
 
@@ -49,12 +49,11 @@ class QuickWorker:
     """Stands for `build_in_worker`: writes a few bytes, and fails where it is told to.
 
     Attributes:
-      content: of the engines it writes.
-      plugin_layers: that it reports.
-      error: to raise at the build number `fail_at`, counted from 0, after writing half.
-      fail_at: see `error`.
-      outputs: the paths it was given.
-      plugins: what it was told of the plugin library.
+      content: The bytes of the engines that it writes.
+      plugin_layers: The number of plugin layers that it reports.
+      error: Raised by the build `fail_at`, after it wrote half of its bytes.
+      fail_at: Number of the build that fails, counted from 0.
+      requests: The builds that were asked for.
     """
 
     def __init__(self) -> None:
@@ -62,40 +61,29 @@ class QuickWorker:
         self.plugin_layers = 0
         self.error: BaseException | None = None
         self.fail_at = 0
-        self.outputs: list[Path] = []
-        self.plugins: list[PluginUse | None] = []
+        self.requests: list[BuildRequest] = []
 
-    def __call__(
-        self,
-        variant: str,
-        model: Path,
-        sm: int,
-        ranges: Any,
-        output: Path,
-        plugin: PluginUse | None,
-        tick: Any,
-    ) -> dict[str, Any]:
-        self.outputs.append(output)
-        self.plugins.append(plugin)
+    def __call__(self, request: BuildRequest, tick: Callable[[float], None]) -> NetworkMetadata:
+        self.requests.append(request)
         tick(1.0)
-        if self.error is not None and len(self.outputs) - 1 == self.fail_at:
-            output.write_bytes(self.content[:3])
+        if self.error is not None and len(self.requests) - 1 == self.fail_at:
+            request.output.write_bytes(self.content[:3])
             raise self.error
-        output.write_bytes(self.content)
-        return {
-            "inputs": [{"name": "input_ids", "shape": [-1, -1], "dtype": "int64"}],
-            "outputs": [{"name": "logits", "shape": [-1, -1, 64], "dtype": "float32"}],
-            "profiles": [{"name": "decode", "inputs": {}}, {"name": "prefill", "inputs": {}}],
-            "layers": 5,
-            "plugin_layers": self.plugin_layers,
-            "tf32": False,
-            "build_seconds": 0.5,
-        }
+        request.output.write_bytes(self.content)
+        return NetworkMetadata(
+            inputs=[TensorMetadata("input_ids", [-1, -1], "int64")],
+            outputs=[TensorMetadata("logits", [-1, -1, 64], "float32")],
+            profiles=[ProfileMetadata("decode", {}), ProfileMetadata("prefill", {})],
+            layers=5,
+            plugin_layers=self.plugin_layers,
+            tf32=False,
+            build_seconds=0.5,
+        )
 
 
 @pytest.fixture
 def quick_worker(monkeypatch: pytest.MonkeyPatch) -> QuickWorker:
-    """Engines without a builder: for what happens around it."""
+    """Replace the builder: for tests of what happens around it."""
     from fwl_export.engines import build
     from fwl_export.engines.worker import Probe
 

@@ -22,10 +22,11 @@ from fwl_export import __version__, open_session
 from fwl_export.bundle.manifest import MODEL_FILE, Bundle, read_bundle
 from fwl_export.engines import EngineMetadata, build_engines, query_driver
 from fwl_export.engines.build import _targets
+from fwl_export.engines.request import BuildRequest
 from fwl_export.engines.worker import Probe, describe_variant
 from fwl_export.errors import BundleError, DeviceError, EngineError, MissingDependencyError
 from fwl_export.model.streaming import INPUTS
-from fwl_export.runtimes import tensorrt_engine
+from fwl_export.runtimes.tensorrt import engine as tensorrt_engine
 from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.engines.conftest import QuickWorker
 
@@ -62,52 +63,52 @@ def test_one_engine_for_each_sm_is_in_the_bundle(
     bundle, engines = built
     version = describe_variant("rtx").version
     names = [f"rtx-{version}-sm{sm}-fp32" for sm in (80, 89)]
-    assert [facts.name for facts in engines] == names
+    assert [engine.name for engine in engines] == names
     expected = sorted(name + end for name in names for end in (".engine", ".json"))
     assert engine_files(bundle.folder) == expected
     assert manifest_engines(bundle.folder) == [f"engines/{name}" for name in expected]
     bundle.verify()
-    for facts in engines:
-        path = bundle.file(f"engines/{facts.name}.json")
-        assert json.loads(path.read_text()) == facts.to_dict()
-        entry = bundle.manifest.files[f"engines/{facts.name}.engine"]
-        assert entry == {"sha256": facts.sha256, "bytes": facts.engine_bytes}
-        assert facts.engine_bytes > 1 << 20
+    for engine in engines:
+        path = bundle.file(f"engines/{engine.name}.json")
+        assert json.loads(path.read_text()) == engine.to_dict()
+        entry = bundle.manifest.files[f"engines/{engine.name}.engine"]
+        assert entry == {"sha256": engine.sha256, "bytes": engine.engine_bytes}
+        assert engine.engine_bytes > 1 << 20
 
 
-def test_facts_of_a_real_engine(built: tuple[Bundle, list[EngineMetadata]]) -> None:
-    bundle, (facts, _) = built
-    assert (facts.variant, facts.sm, facts.precision, facts.tf32) == ("rtx", 80, "fp32", False)
-    assert (facts.plugin_layers, facts.update_path) == (0, "function body")
-    assert facts.layers > 100
-    assert facts.build_seconds > 0
-    assert facts.model_id == bundle.manifest.model_id
-    assert set(facts.versions) == {"fwl-export", "tensorrt_rtx", "polygraphy"}
-    assert facts.versions["fwl-export"] == __version__
-    assert facts.versions["tensorrt_rtx"] == facts.version
+def test_metadata_of_a_real_engine(built: tuple[Bundle, list[EngineMetadata]]) -> None:
+    bundle, (engine, _) = built
+    assert (engine.variant, engine.sm, engine.precision, engine.tf32) == ("rtx", 80, "fp32", False)
+    assert (engine.plugin_layers, engine.update_path) == (0, "function body")
+    assert engine.layers > 100
+    assert engine.build_seconds > 0
+    assert engine.model_id == bundle.manifest.model_id
+    assert set(engine.versions) == {"fwl-export", "tensorrt_rtx", "polygraphy"}
+    assert engine.versions["fwl-export"] == __version__
+    assert engine.versions["tensorrt_rtx"] == engine.version
 
     state = bundle.manifest.state
     names = [*INPUTS, *(f"past.{s.name}" for s in state)]
-    assert [tensor.name for tensor in facts.inputs] == names
-    assert [tensor.name for tensor in facts.outputs] == [
+    assert [tensor.name for tensor in engine.inputs] == names
+    assert [tensor.name for tensor in engine.outputs] == [
         "logits",
         *(f"present.{spec.name}" for spec in state),
     ]
-    for tensors in (facts.inputs[len(INPUTS) :], facts.outputs[1:]):
+    for tensors in (engine.inputs[len(INPUTS) :], engine.outputs[1:]):
         for tensor, spec in zip(tensors, state, strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == ((-1, *spec.shape), spec.dtype)
-    assert (facts.outputs[0].shape, facts.outputs[0].dtype) == ([-1, -1, VOCABULARY], "float32")
+    assert (engine.outputs[0].shape, engine.outputs[0].dtype) == ([-1, -1, VOCABULARY], "float32")
 
 
 def test_profiles_of_a_real_engine(built: tuple[Bundle, list[EngineMetadata]]) -> None:
-    _, (facts, _) = built
-    decode, prefill = facts.profiles
+    _, (engine, _) = built
+    decode, prefill = engine.profiles
     assert (decode.name, prefill.name) == ("decode", "prefill")
     for profile, ids in (
         (decode, {"min": [1, 1], "opt": [1, 1], "max": [4, 1]}),
         (prefill, {"min": [1, 1], "opt": [1, 8], "max": [4, 8]}),
     ):
-        assert list(profile.inputs) == [tensor.name for tensor in facts.inputs]
+        assert list(profile.inputs) == [tensor.name for tensor in engine.inputs]
         assert profile.inputs["input_ids"] == profile.inputs["label_weights"] == ids
         assert profile.inputs["lengths"] == {"min": [1], "opt": [1], "max": [4]}
         assert profile.inputs["past.pending.hidden"] == {
@@ -139,12 +140,12 @@ def test_fp16_and_an_sm_that_the_builder_refuses(
     name = f"rtx-{describe_variant('rtx').version}-sm86-fp16"
     assert "cannot build for SM75" in message
     assert "FP32 GEMM is not supported" in message
-    assert "the oldest GPU whose float32 products this builder knows is SM80" in message
-    assert message.endswith(f"; in the bundle stay {name}")
+    assert "architecture for which this builder has float32 products is SM80" in message
+    assert message.endswith(f"; the bundle keeps the engines built before: {name}")
     assert manifest_engines(folder) == [f"engines/{name}.engine", f"engines/{name}.json"]
     read_bundle(folder).verify()
-    facts = json.loads((folder / "engines" / f"{name}.json").read_text())
-    dtypes = {tensor["name"]: tensor["dtype"] for tensor in facts["inputs"]}
+    metadata = json.loads((folder / "engines" / f"{name}.json").read_text())
+    dtypes = {tensor["name"]: tensor["dtype"] for tensor in metadata["inputs"]}
     assert dtypes["past.cache.0.key"] == "float16"
     assert dtypes["past.fast.up.kernel"] == "float32"
 
@@ -222,7 +223,7 @@ def test_an_interrupt_keeps_what_was_finished_and_nothing_else(
     quick_worker.error, quick_worker.fail_at = KeyboardInterrupt(), 1
     with pytest.raises(KeyboardInterrupt):
         build_quickly(own_bundle)
-    assert len(quick_worker.outputs) == 2
+    assert len(quick_worker.requests) == 2
     expected = ["rtx-1.2.3-sm80-fp32.engine", "rtx-1.2.3-sm80-fp32.json"]
     assert engine_files(own_bundle) == expected
     assert manifest_engines(own_bundle) == [f"engines/{name}" for name in expected]
@@ -258,11 +259,9 @@ def test_power_that_fails_between_files_and_manifest_leaves_a_bundle_that_verifi
 def test_a_full_disk_is_told_with_the_engines_name(
     quick_worker: QuickWorker, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(
-        variant: str, model: Path, sm: int, ranges: object, output: Path, *rest: object
-    ) -> None:
-        output.write_bytes(b"en")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output))
+    def fail(request: BuildRequest, tick: object) -> None:
+        request.output.write_bytes(b"en")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(request.output))
 
     monkeypatch.setattr("fwl_export.engines.build.build_in_worker", fail)
     with pytest.raises(OSError, match="No space") as caught:
@@ -279,8 +278,8 @@ def test_the_path_that_was_built(
     quick_worker: QuickWorker, own_bundle: Path, layers: int, path: str
 ) -> None:
     quick_worker.plugin_layers = layers
-    (facts,) = build_quickly(own_bundle, [80])
-    assert (facts.plugin_layers, facts.update_path) == (layers, path)
+    (engine,) = build_quickly(own_bundle, [80])
+    assert (engine.plugin_layers, engine.update_path) == (layers, path)
 
 
 def test_half_the_updates_as_plugins_is_an_error(
@@ -314,7 +313,10 @@ def test_progress_says_which_engine_and_how_long(
         ({"chunk": MAX_TOKENS + 1}, f"chunk is 17; expected 1 to {MAX_TOKENS}"),
         ({"max_batch": 0}, "max_batch is 0; expected 1 or more"),
         ({"sms": []}, "no SM was given"),
-        ({"sms": [80, 90]}, "TensorRT-RTX 1.2.3 has no SM90; expected one of 80, 86, 89, 120"),
+        (
+            {"sms": [80, 90]},
+            "TensorRT-RTX 1.2.3 cannot build for SM90; expected one of 80, 86, 89, 120",
+        ),
         ({"variant": "trt"}, "variant 'trt' is unknown"),
     ],
 )
@@ -323,7 +325,7 @@ def test_arguments_that_do_not_fit(
 ) -> None:
     with pytest.raises(EngineError, match=re.escape(message)):
         build_engines(read_bundle(own_bundle), **arguments)
-    assert quick_worker.outputs == []
+    assert quick_worker.requests == []
 
 
 def test_a_variant_that_is_not_installed(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

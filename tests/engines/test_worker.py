@@ -10,7 +10,7 @@ import pytest
 
 from fwl_export.bundle.manifest import MODEL_FILE
 from fwl_export.engines import worker
-from fwl_export.engines.compile import Range
+from fwl_export.engines.request import BuildRequest, Range
 from fwl_export.engines.worker import build_in_worker, describe_variant, probe_variant
 from fwl_export.errors import EngineError, MissingDependencyError
 from tests.engines.conftest import PlantModule
@@ -65,9 +65,10 @@ def test_a_bug_shows_the_workers_traceback(plant_module: PlantModule) -> None:
 
 def test_a_disk_that_is_full(rtx: None, tiny_bundle: Path) -> None:
     full = Path("/dev/full")  # writing to this device fails as a full disk does
-    scope = Range("decode", (1, 1, 1), (1, 1, 1))
+    sizes = Range("decode", (1, 1, 1), (1, 1, 1))
+    request = BuildRequest("rtx", tiny_bundle / MODEL_FILE, 80, [sizes], full)
     with pytest.raises(OSError, match="No space left on device") as caught:
-        build_in_worker("rtx", tiny_bundle / MODEL_FILE, 80, [scope], full, None, print)
+        build_in_worker(request, print)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(full))
 
 

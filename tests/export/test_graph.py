@@ -98,5 +98,5 @@ def test_what_cannot_be_read(change: dict[str, object], message: str, tmp_path: 
 
 def test_text_that_is_no_json(tmp_path: Path) -> None:
     (tmp_path / GRAPH_FILE).write_text("{")
-    with pytest.raises(BundleError, match="is malformed"):
+    with pytest.raises(BundleError, match="is not JSON"):
         read_graph(tmp_path / GRAPH_FILE)

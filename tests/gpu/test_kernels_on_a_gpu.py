@@ -26,7 +26,7 @@ LARGE = (
 @pytest.fixture(autouse=True)
 def _needs_torch_with_cuda() -> None:
     if not torch.cuda.is_available():
-        pytest.skip(f"torch {torch.__version__} is a build without CUDA")
+        pytest.skip(f"torch {torch.__version__} was built without CUDA")
     pytest.importorskip("triton")
 
 
@@ -45,7 +45,7 @@ def test_large_sizes_match_float64_on_the_gpu(case: Case, dtype: str) -> None:
     output, state = _run(case, dtype, in_place=False)
     wide = [tensor.double() for tensor in _tensors(case, dtype).values()]
     expected_output, expected_state = linear_attention_update(*wide)
-    # 20 roundings of float32 at the scale of the whole tensor, and one to the output's type.
+    # Allow 20 float32 roundings at the scale of the whole tensor, and one to the output's dtype.
     epsilon = 20 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(
         output.double(),
@@ -90,7 +90,7 @@ def _tensors(case: Case, dtype: str) -> dict[str, torch.Tensor]:
 
 
 def _run(case: Case, dtype: str, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the plan of this GPU; everything that it must write holds NaN before."""
+    """Run the plan chosen for this GPU. Every buffer that it writes is first filled with NaN."""
     tensors = _tensors(case, dtype)
     steps = plan(*case.sizes, dtype, cuda._planned(torch.cuda.get_device_capability()) or 0)
     past = tensors["past_state"]

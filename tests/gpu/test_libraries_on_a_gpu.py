@@ -30,7 +30,7 @@ def test_onnxruntime(ort_library: Path, case: Case, dtype: str) -> None:  # noqa
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(ort_library))
     model = one_node_model(dtype, 20)
-    del model.functions[:]  # so that the body cannot run in the kernel's place
+    del model.functions[:]  # so that the function body cannot run instead of the kernel
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CUDAExecutionProvider"]
     )
@@ -43,7 +43,7 @@ def test_onnxruntime(ort_library: Path, case: Case, dtype: str) -> None:  # noqa
 @pytest.mark.parametrize("dtype", TYPES)
 def test_engine(trt_library: Path, dtype: str, variant: str) -> None:  # noqa: F811
     if not torch.cuda.is_available():
-        pytest.skip(f"torch {torch.__version__} is a build without CUDA")
+        pytest.skip(f"torch {torch.__version__} was built without CUDA")
     if importlib.util.find_spec(variant) is None:
         pytest.skip(f"{variant} is not installed")
     trt = importlib.import_module(variant)
@@ -68,7 +68,7 @@ def test_engine(trt_library: Path, dtype: str, variant: str) -> None:  # noqa: F
 
 
 def _opened(trt: Any, model: Any) -> tuple[Any, Any]:
-    """Build a model for this GPU; returns the runtime, which must be kept, and a context."""
+    """Build a model for this GPU and return a context, with the runtime that must outlive it."""
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)

@@ -1,4 +1,4 @@
-"""Sessions over engines that are built here for the GPU that is here."""
+"""Sessions that run engines built on this machine for its own GPU."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CALLS = ([5, 5], [1, 1], [1, 0], [1, 1], [40, 9], [1, 1], [1, 1], [1, 1])
 
 
 def engine(bundle: Path, variant: str, **options: Any) -> None:
-    """Build an engine for this GPU, or skip with the reason why not."""
+    """Build an engine for this GPU, or skip with the reason why that is impossible."""
     (device, *_) = query_driver().devices
     probe = probe_variant(variant)
     if device.sm not in probe.sms:
         pytest.skip(probe.reason or f"{VARIANTS[variant].title} has no SM{device.sm}")
     if options and find_plugin(TENSORRT) is None:
-        pytest.skip(f"{TENSORRT} is not here; `make plugins`")
+        pytest.skip(f"{TENSORRT} is not built; run `make plugins`")
     build_engines(read_bundle(bundle), variant, [device.sm], **{"plugin": "none", **options})
 
 
@@ -59,7 +59,7 @@ def test_equals_onnxruntime(
     engine(own_bundle, variant, **options)
     session = open_session(own_bundle, "tensorrt", 2, variant=variant, cuda_graph=cuda_graph)
     assert_same(session, open_session(own_bundle, batch=2))
-    captured = [lane._graphs for lane in session._runner._lanes.values()]  # type: ignore[attr-defined]
+    captured = [each._graphs for each in session._runner._contexts.values()]  # type: ignore[attr-defined]
     assert any(captured) == cuda_graph
 
 

@@ -1,4 +1,4 @@
-"""libfwl and its examples, built once for all test processes."""
+"""Fixtures: libfwl and its examples, built once for all test processes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.plugins.conftest import builds, libraries, ort_library  # noqa: F401 
 
 @pytest.fixture(scope="session")
 def libfwl(libraries: Path) -> Path:  # noqa: F811 - the fixture
-    """The build folder of libfwl and its examples."""
+    """The folder with libfwl and its examples."""
     return libraries / "libfwl"
 
 
 @pytest.fixture(scope="session")
 def runtime() -> Path:
-    """ONNX Runtime's library, as its Python package carries it."""
+    """Path of ONNX Runtime's library, which its Python package contains."""
     import onnxruntime
 
     folder = Path(onnxruntime.__file__).parent / "capi"

@@ -1,4 +1,4 @@
-"""libfwl through its C interface, as any language sees it."""
+"""libfwl through its C interface, with ctypes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class FwlError(Exception):
 
 
 class Library:
-    """libfwl.so, opened."""
+    """An opened libfwl.so."""
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
@@ -109,7 +109,7 @@ class Model:
 
 
 class Session:
-    """Rows of text."""
+    """A session: rows of text on a model."""
 
     def __init__(self, model: Model, handle: ctypes.c_void_p, rows: int) -> None:
         self.model, self.handle, self.rows = model, handle, rows

@@ -1,4 +1,4 @@
-"""The example programs say what Python says."""
+"""The example programs print what Python computes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_score(libfwl: Path, runtime: Path, anchored_bundle: Path, tmp_path: Pat
     expected = score_ids(session, text).perplexity
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
-    # Read a document, keep what was learned, and go on in another process and language.
+    # Read a document, save the state, and continue in another process and language.
     state = tmp_path / "a.state"
     first = run(runtime, libfwl / "score", anchored_bundle, tmp_path / "ids", state)
     assert first.stdout == done.stdout
@@ -54,7 +54,7 @@ def test_score(libfwl: Path, runtime: Path, anchored_bundle: Path, tmp_path: Pat
     second = run(runtime, libfwl / "score", anchored_bundle, tmp_path / "ids", state)
     assert float(second.stdout) == pytest.approx(score_ids(python, text).perplexity, rel=1e-5)
 
-    for wrong in ("1 2 64", "1 2 -1", "1 2 x 4", "1"):  # the last id is predicted, but not read
+    for wrong in ("1 2 64", "1 2 -1", "1 2 x 4", "1"):  # the last id is predicted but not read
         (tmp_path / "ids").write_text(wrong)
         refused = run(runtime, libfwl / "score", anchored_bundle, tmp_path / "ids")
         assert refused.returncode == 1, wrong
@@ -76,8 +76,10 @@ def test_serve_rows(libfwl: Path, runtime: Path, anchored_bundle: Path) -> None:
 def test_soak(
     libfwl: Path, runtime: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")  # else it grows once, see libfwl's README
-    # A leak of 30 bytes in a step, or of 70 in a round, is 1 % of the anonymous memory.
+    monkeypatch.setenv(
+        "ORT_DISABLE_TELEMETRY", "1"
+    )  # otherwise memory grows once; see libfwl's README
+    # A leak of 30 bytes per step, or of 70 bytes per round, would be 1 % of the anonymous memory.
     done = run(runtime, libfwl / "soak", tiny_bundle, 5000, 2000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split(" in ")[0] for line in done.stdout.splitlines()[::3]] == [

@@ -1,4 +1,4 @@
-"""Several processes with one bundle or one state file: never a mixture of old and new."""
+"""Several processes share a bundle or a state file and never see a mixture of old and new."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def other_weights(bundle: Path, target: Path) -> Path:
-    """A bundle of the same graph with other weights."""
+    """Copy a bundle and change its weights, but not its graph."""
     shutil.copytree(bundle, target)
     weights = target / "model.onnx.data"
     (np.fromfile(weights, np.float32) * np.float32(0.5)).tofile(weights)
@@ -99,7 +99,8 @@ def test_processes_load_a_bundle_while_another_replaces_it(
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     rng, old = np.random.default_rng(0), tmp_path / "old"
-    for _ in range(40):  # then they load in peace, so that some loads succeed on a slow machine
+    # The swaps end before the loads do, so that some loads succeed even on a slow machine.
+    for _ in range(40):
         own_bundle.rename(old)
         other.rename(own_bundle)
         old.rename(other)
@@ -111,7 +112,7 @@ def test_processes_load_a_bundle_while_another_replaces_it(
         assert len(lines) == 40
         counts = Counter(line[0] for line in lines)
         for line in lines:
-            if len(line) == 1:  # refused, in one sentence
+            if len(line) == 1:  # the message of a load that was refused
                 assert str(own_bundle) in line[0]
                 assert "\n" not in line[0]
                 assert line[0].endswith(("again", "writes one", "not use this bundle"))
@@ -156,7 +157,7 @@ def test_a_process_killed_while_libfwl_saves_leaves_the_old_file_or_the_new_one(
         process.stdout.close()
         found.load_state(path)
         np.testing.assert_array_equal(found.read_row(0), expected[found.positions[0]])
-    # The next to save removes what killed processes left, and nothing of others.
+    # The next save removes the files that killed processes left, and no others.
     kept = {path.name, f"{path.name}.{os.getppid()}.1.tmp", f"{path.name}.{process.pid}.copy"}
     for name in kept | {f"{path.name}.{process.pid}.1.tmp"}:
         (tmp_path / name).touch()
@@ -164,19 +165,21 @@ def test_a_process_killed_while_libfwl_saves_leaves_the_old_file_or_the_new_one(
     assert {entry.name for entry in tmp_path.iterdir()} == kept
 
 
-def test_libfwl_saves_beside_what_a_process_with_its_number_left(
+def test_libfwl_saves_despite_files_of_a_process_with_the_same_id(
     tmp_path: Path, model: Model
 ) -> None:
     session = model.session()
     session.feed([PROMPT])
     session.save_state(tmp_path / "other.state")
-    for number in range(1, 1000):  # as in a container that starts again: it is process 1 each time
+    for number in range(
+        1, 1000
+    ):  # like a container that restarts: its process has the same id each time
         (tmp_path / f"a.state.{os.getpid()}.{number}.tmp").touch()
     session.save_state(tmp_path / "a.state")
     assert (tmp_path / "a.state").read_bytes() == (tmp_path / "other.state").read_bytes()
 
 
-def test_a_document_read_once_is_answered_from_in_three_processes(
+def test_a_document_read_in_one_process_is_continued_in_two_others(
     anchored_bundle: Path, tmp_path: Path, libfwl: Path, runtime: Path
 ) -> None:
     rng = np.random.default_rng(0)
@@ -214,7 +217,7 @@ def test_a_document_read_once_is_answered_from_in_three_processes(
 
     python = start(answer, anchored_bundle, state)
     assert python.communicate()[0].split() == [str(token) for token in expected]
-    shutil.copy(state, tmp_path / "copy.state")  # `score` saves what it has read to its file
+    shutil.copy(state, tmp_path / "copy.state")  # because `score` overwrites its state file
     cpp = run(
         runtime, libfwl / "score", anchored_bundle, tmp_path / "question", tmp_path / "copy.state"
     )

@@ -1,4 +1,4 @@
-"""libfwl computes what Python's sessions compute, and refuses what they refuse."""
+"""libfwl's sessions give the results and errors of Python's sessions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refused(kind: str, message: str, call: Callable[[], object]) -> None:
     assert caught.value.kind == kind
 
 
-def test_what_a_model_says(model: Model, tiny_bundle: Path) -> None:
+def test_model_info(model: Model, tiny_bundle: Path) -> None:
     manifest = json.loads((tiny_bundle / "manifest.json").read_text())
     info = model.info
     assert info.model_id.decode() == manifest["model_id"]
@@ -43,13 +43,11 @@ def test_what_a_model_says(model: Model, tiny_bundle: Path) -> None:
     session = open_session(tiny_bundle)
     assert info.state_bytes == sum(spec.bytes_per_row for spec in session.specs)
     assert model.library.c.fwl_abi_version() == 1
-    assert model.library.c.fwl_version() == b"0.1.0"
+    assert model.library.c.fwl_version() == b"0.2.0"
 
 
 @pytest.mark.parametrize("which", [NONE, LAST, ALL])
-def test_calls_of_any_size_are_those_of_python(
-    anchored: Model, anchored_bundle: Path, which: int
-) -> None:
+def test_feeds_of_any_size_match_python(anchored: Model, anchored_bundle: Path, which: int) -> None:
     ours = anchored.session(3)
     python = open_session(anchored_bundle, batch=3, plugin="none", threads=1)
     rng = np.random.default_rng(5)
@@ -94,7 +92,7 @@ def test_half_precision(
     session.close()
 
 
-def test_the_kernel_of_ours(
+def test_the_plugin(
     library: Library,
     runtime: Path,
     tiny_bundle: Path,
@@ -174,7 +172,7 @@ def test_wrong_arguments_move_no_row(model: Model) -> None:
         refused(kind, message, lambda arguments=arguments: session.feed(**arguments))
     refused("argument", "row 2 does not exist; expected 0 to 1", lambda: session.reset([2]))
     refused("argument", "a row is named twice", lambda: session.reset([1, 1]))
-    no_rows = "there are no rows; for all of them rows is NULL"
+    no_rows = "count is 0, but rows is not NULL; pass NULL and 0 for all rows"
     refused("argument", no_rows, lambda: session.reset([]))
     refused("argument", no_rows, lambda: session.save_state(Path("never.state"), []))
     refused("argument", "there are no targets", lambda: session.fork(0, []))
@@ -192,7 +190,7 @@ def test_wrong_arguments_move_no_row(model: Model) -> None:
         )
     for row in range(2):
         np.testing.assert_array_equal(session.read_row(row), before[row])
-    refused("argument", "rows is 0; expected 1 or more", lambda: model.session(0))
+    refused("argument", "rows is 0; expected 1 to 1048576", lambda: model.session(0))
     refused(
         "argument",
         "session is NULL",
@@ -215,7 +213,7 @@ def test_an_output_that_is_not_finite_moves_no_row(anchored: Model) -> None:
         np.testing.assert_array_equal(session.feed(tokens[:, :size]), again.feed(tokens[:, :size]))
 
 
-def test_paths_of_no_file_and_links(model: Model, tmp_path: Path) -> None:
+def test_paths_of_folders_pipes_and_links(model: Model, tmp_path: Path) -> None:
     session = model.session(1)
     path, pipe, link = tmp_path / "a.state", tmp_path / "pipe", tmp_path / "link"
     session.save_state(path)
@@ -244,7 +242,7 @@ def test_damaged_state_files(model: Model, tmp_path: Path) -> None:
         os.truncate(path, size)
         refused("state", "was cut off or changed", lambda: session.load_state(path))
     rng, kinds = np.random.default_rng(0), set()
-    for _ in range(3000):  # anything but a crash
+    for _ in range(3000):  # must not crash
         changed = bytearray(content)
         for place in rng.integers(0, header, 3):
             changed[place] = rng.integers(256)
@@ -263,9 +261,9 @@ def test_damaged_state_files(model: Model, tmp_path: Path) -> None:
         ({"format": "other"}, "but not one of a session's state"),
         ({"version": "2"}, 'has version "2" of the format, but this libfwl reads 1'),
         ({"model_id": "x"}, "was saved from another model"),
-        ({"rows": "many"}, "its number of rows is no number"),
+        ({"rows": "many"}, "its row count is not a number"),
         ({"rows": "2"}, "but the model says"),
-        ({"rows": "99999999999999999999"}, "its number of rows is no number"),
+        ({"rows": "99999999999999999999"}, "its row count is not a number"),
     ):
         metadata = {"format": "fwl-state", "version": "1", "rows": "1"}
         metadata |= {"model_id": model.info.model_id.decode(), **change}

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fwl_export.bisect.runners import ForwardingRunner
 from fwl_export.bundle.state import State
 from fwl_export.runtimes import Session, open_session
-from fwl_export.runtimes.base import Array, Call, Rows, Runner
+from fwl_export.runtimes.base import Array, Call, Runner
 from tests.parity import faults
 from tests.parity.faults import Fault, broken_bundle
 
@@ -55,11 +56,17 @@ class Planted:
         return session
 
 
-class StaleRunner:
-    """Wraps a runner; one tensor of the state is one call old, from the fourth call on."""
+class StaleRunner(ForwardingRunner):
+    """From the fourth call on, one tensor of the state is one call old.
+
+    Args:
+      runner: Runner that makes the calls.
+      tensor: Name of the state tensor.
+      when: "read" if calls read the old tensor, "written" if they leave it in place.
+    """
 
     def __init__(self, runner: Runner, tensor: str, when: str) -> None:
-        self._runner = runner
+        super().__init__(runner)
         self._tensor = tensor
         self._when = when
         self._last: State | None = None
@@ -67,9 +74,6 @@ class StaleRunner:
 
     def another(self) -> StaleRunner:
         return StaleRunner(self._runner.another(), self._tensor, self._when)
-
-    def new_buffers(self, batch: int) -> Any:
-        return self._runner.new_buffers(batch)
 
     def run(self, call: Call, past: Any, present: Any) -> Array:
         rows = range(len(call.lengths))
@@ -84,15 +88,6 @@ class StaleRunner:
             after = self._runner.read(present, rows)
             self._runner.write(present, {**after, self._tensor: before[self._tensor]}, rows)
         return logits
-
-    def read(self, buffers: Any, rows: Rows) -> State:
-        return self._runner.read(buffers, rows)
-
-    def write(self, buffers: Any, state: Mapping[str, Array], rows: Sequence[int]) -> None:
-        self._runner.write(buffers, state, rows)
-
-    def release(self, buffers: Any) -> None:
-        self._runner.release(buffers)
 
 
 def stale_buffer(tensor: str, when: str) -> Callable[[Session], None]:

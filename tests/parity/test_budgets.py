@@ -11,7 +11,7 @@ from fwl_export.bundle.config import FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import state_specs
 from fwl_export.parity.compare import Error
-from fwl_export.parity.drift import FORCED, FREE, MODES, Drift, Lane, LaneDrift
+from fwl_export.parity.drift import FREE_RUNNING, MODES, TEACHER_FORCED, Drift, RunDrift, RunKey
 from fwl_export.parity.tolerances import (
     ROUNDING,
     TABLE,
@@ -62,18 +62,18 @@ def test_single_steps_are_measured_by_the_largest_of_the_run() -> None:
     row = Tolerance("x", 4, 5, 0, 0, "for this test")
     own = [error(0.1, 0.01, 1.0), error(0.4, 0.02, 8.0), error(0.2, 0.01, 2.0)]
     errors, dtypes = {"logits": own}, {"logits": "float32"}
-    calls = [LaneDrift([10, 20, 30], errors, dtypes=dtypes) for _ in range(2)]
+    calls = [RunDrift([10, 20, 30], errors, dtypes=dtypes) for _ in range(2)]
     found = {}
     for mode in MODES:
-        lanes = {Lane(name, mode): lane for name, lane in zip("ab", calls, strict=True)}
-        drift = Drift(lanes, largest_call=1)
+        runs = {RunKey(name, mode): found for name, found in zip("ab", calls, strict=True)}
+        drift = Drift(runs, largest_call=1)
         table = [replace(row, prefix="logits")]
-        run = judge("text", drift, Lane("a", mode), drift, "b", "fp32", 0.0, table)
-        found[mode] = [m.budget for m in run.tensors[0].depths]
-    assert [b.relative_rms for b in found[FREE]] == [0.04, 0.08, 0.08]
-    assert [b.relative_rms for b in found[FORCED]] == [0.08, 0.08, 0.08]
+        run = judge("text", drift, RunKey("a", mode), drift, "b", "fp32", 0.0, table)
+        found[mode] = [m.budget for m in run.tensors[0].points]
+    assert [b.relative_rms for b in found[FREE_RUNNING]] == [0.04, 0.08, 0.08]
+    assert [b.relative_rms for b in found[TEACHER_FORCED]] == [0.08, 0.08, 0.08]
     # A tenth of what is largest in the tensor, at every depth.
-    assert [b.max_abs for b in found[FORCED]] == pytest.approx([0.5, 4.0, 4.0])
+    assert [b.max_abs for b in found[TEACHER_FORCED]] == pytest.approx([0.5, 4.0, 4.0])
 
 
 def test_floors_count_roundings_and_remembered_tokens() -> None:

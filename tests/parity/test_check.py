@@ -186,9 +186,9 @@ def test_an_unbroken_bundle_passes_with_room_to_spare(
     names = [tensor.name for tensor in found.runs[1].tensors]
     assert names == ["logits", *(spec.name for spec in session_specs(report, request))]
     for run in found.runs:
-        assert run.depths[-1] == TOKENS
-        assert len(run.depths) >= 6
-    assert report.memory == 30
+        assert run.tokens_read[-1] == TOKENS
+        assert len(run.tokens_read) >= 6
+    assert report.horizon_tokens == 30
     assert found.precision == precision
 
 
@@ -220,7 +220,7 @@ def assert_caught(found: CandidateVerdict, planted: Planted) -> None:
 
 def test_what_went_wrong_is_told_with_tensor_and_depth(fp32: Report) -> None:
     (problem,) = [p for p in fp32.problems() if p.startswith("stale cache ")]
-    assert "is outside its budget first in 'cache.1.value' (case 'text', free) at " in problem
+    assert "is outside its budget, first in 'cache.1.value' (case 'text', free-running) " in problem
     assert UNBROKEN not in "".join(fp32.problems())
     assert len(fp32.problems()) == len(FP32)
 
@@ -236,9 +236,11 @@ def test_nan_is_a_failure_with_the_first_step(
     assert found.failure is not None
     assert (found.failure.kind, found.failure.tensor) == ("not finite", state)
     assert found.failure.message.startswith(f"state '{state}' is nan in row ")
-    assert 31 <= found.failure.depth < 31 + MAX_TOKENS  # the call that read token 31
+    assert 31 <= found.failure.tokens_read < 31 + MAX_TOKENS  # the call that read token 31
     assert all(tensor.use < 1 for run in found.runs for tensor in run.tensors)
-    assert "onnxruntime could not go on in case 'text', free, at call" in report.problems()[0]
+    assert (
+        "onnxruntime could not go on in case 'text', free-running, at call" in report.problems()[0]
+    )
 
 
 def test_a_bundle_without_its_checkpoint_cannot_be_checked(own_bundle: Path) -> None:
@@ -288,8 +290,8 @@ def test_every_kind_of_runtime_and_case_is_within_budget(tiny_bundle: Path) -> N
     ort, own, slow = report.candidates
     assert own.use == pytest.approx(1 / 5)  # it is its own measure, times the factor
     assert ort.use > 0
-    assert {max(run.depths) for run in slow.runs} < {*range(20, 60)}
-    assert {max(run.depths) for run in ort.runs if run.case == "text"} == {60}
+    assert {max(run.tokens_read) for run in slow.runs} < {*range(20, 60)}
+    assert {max(run.tokens_read) for run in ort.runs if run.case == "text"} == {60}
     assert "reference evaluator" in slow.runtime
 
 
@@ -346,7 +348,7 @@ def test_what_grew_since_the_baseline_is_outside(tiny_bundle: Path) -> None:
         tensor["max_abs"] = [value / 100 for value in tensor["max_abs"]]
     grown = check_bundle(bundle, TEXT, 40, cases="text", baseline=before)
     assert grown.exit_code == 1
-    assert "is further off than in the baseline" in grown.problems()[0]
+    assert "has a larger error than in the baseline" in grown.problems()[0]
     assert grown.to_dict()["baseline"]["grown"]
     before["candidates"][0]["name"] = "another"
     with pytest.raises(ReportError, match="nothing in common with this check"):

@@ -34,7 +34,7 @@ def test_tensor_statistics_are_those_of_numpy() -> None:
     assert error.worst is not None
     index = np.unravel_index(np.abs(difference).argmax(), difference.shape)
     assert error.worst.index == index
-    assert (error.worst.step, error.worst.depth) == (7, 70)
+    assert (error.worst.step, error.worst.tokens_read) == (7, 70)
     assert error.worst.candidate == candidate[index]
     assert error.worst.reference == reference[index]
 

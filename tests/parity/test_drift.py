@@ -10,11 +10,17 @@ import pytest
 
 from fwl_export.bundle import state as states
 from fwl_export.bundle.state import State, TensorSpec
-from fwl_export.parity.drift import FORCED, FREE, Drift, Lane, LaneDrift, measure_drift
-from fwl_export.parity.schedule import ROWS, Call, Schedule
-from fwl_export.runtimes import Session
-from fwl_export.runtimes.base import Call as ModelCall
-from fwl_export.runtimes.base import Rows, Runner, index
+from fwl_export.parity.drift import (
+    FREE_RUNNING,
+    TEACHER_FORCED,
+    Drift,
+    RunDrift,
+    RunKey,
+    measure_drift,
+)
+from fwl_export.parity.schedule import ROWS, Schedule, ScheduledCall
+from fwl_export.runtimes import Session, SessionSpec
+from fwl_export.runtimes.base import Call, Rows, Runner, index
 
 VOCABULARY = 5
 SPECS = [
@@ -40,7 +46,7 @@ class FakeRunner:
     def new_buffers(self, batch: int) -> dict[str, Any]:
         return states.zeros(SPECS, batch)
 
-    def run(self, call: ModelCall, past: Any, present: Any) -> np.ndarray:
+    def run(self, call: Call, past: Any, present: Any) -> np.ndarray:
         input_ids, label_weights, lengths = call.input_ids, call.label_weights, call.lengths
         logits = np.eye(VOCABULARY)[input_ids] + past["fast.sum"][:, None, :1]
         row = np.arange(len(lengths))
@@ -67,18 +73,18 @@ class FakeRunner:
 
 
 def fake(twist: Twist = lambda call, logits, state: logits, batch: int = ROWS) -> Session:
-    return Session(FakeRunner(twist), SPECS, VOCABULARY, 16, batch)
+    return Session(FakeRunner(twist), SessionSpec(SPECS, VOCABULARY, 16), batch)
 
 
 def drift_of(twist: Twist, tokens: int = 100) -> Drift:
     return measure_drift(("right", fake()), {"found": fake(twist)}, Schedule(TEXT, tokens, 16))
 
 
-def lane(drift: Drift, mode: str = FREE, name: str = "found") -> LaneDrift:
-    return drift.lanes[Lane(name, mode)]
+def run_of(drift: Drift, mode: str = FREE_RUNNING, name: str = "found") -> RunDrift:
+    return drift.runs[RunKey(name, mode)]
 
 
-def calls(tokens: int = 100) -> list[Call]:
+def calls(tokens: int = 100) -> list[ScheduledCall]:
     return list(Schedule(TEXT, tokens, 16))
 
 
@@ -87,13 +93,13 @@ def test_equal_sessions_do_not_differ_anywhere() -> None:
     assert drift.failure is None
     assert drift.calls == len(calls())
     assert drift.largest_call == 16
-    for mode in (FREE, FORCED):
-        found = lane(drift, mode)
+    for mode in (FREE_RUNNING, TEACHER_FORCED):
+        found = run_of(drift, mode)
         assert found.failure is None
-        assert found.depths == [call.depth for call in calls() if call.compare_state]
+        assert found.tokens_read == [call.tokens_read for call in calls() if call.compare_state]
         assert list(found.errors) == ["logits", "position", "fast.sum", "pending.last"]
         for errors in found.errors.values():
-            assert len(errors) == len(found.depths)
+            assert len(errors) == len(found.tokens_read)
             assert all(error.max_abs == error.relative_rms == 0 for error in errors)
         tokens = sum(int(call.lengths.sum()) for call in calls())
         assert sum(p.tokens for p in found.predictions) == tokens
@@ -117,13 +123,13 @@ def test_a_wrong_logit_is_found_at_its_row_position_and_token() -> None:
         return logits
 
     drift = drift_of(twist)
-    wrong = [error for error in lane(drift).errors["logits"] if error.max_abs]
+    wrong = [error for error in run_of(drift).errors["logits"] if error.max_abs]
     assert [error.max_abs for error in wrong] == [0.25]
     place = wrong[0].worst
     assert place is not None
-    assert (place.step, place.depth) == (chosen.step, chosen.depth)
+    assert (place.step, place.tokens_read) == (chosen.step, chosen.tokens_read)
     assert place.index == (2, int(chosen.positions[2]) + 1, 4)
-    assert sum(p.kl > 0 for p in lane(drift).predictions) == 1
+    assert sum(p.kl > 0 for p in run_of(drift).predictions) == 1
 
 
 def test_padding_is_not_compared() -> None:
@@ -135,7 +141,7 @@ def test_padding_is_not_compared() -> None:
         return logits
 
     assert any(counts.min() < counts.max() for counts in lengths)
-    assert all(error.max_abs == 0 for error in lane(drift_of(twist)).errors["logits"])
+    assert all(error.max_abs == 0 for error in run_of(drift_of(twist)).errors["logits"])
 
 
 def test_a_pending_tensor_that_is_wrong_for_one_call_between_depths_is_found() -> None:
@@ -146,7 +152,7 @@ def test_a_pending_tensor_that_is_wrong_for_one_call_between_depths_is_found() -
             state["pending.last"][1, 2] += 1
         return logits
 
-    errors = lane(drift_of(twist)).errors["pending.last"]
+    errors = run_of(drift_of(twist)).errors["pending.last"]
     assert sum(error.max_abs == 1 for error in errors) == 1
 
 
@@ -160,11 +166,11 @@ def test_sessions_run_free_so_that_a_wrong_sum_stays_wrong_until_its_row_is_rese
     compared = [call for call in calls() if call.compare_state]
     reset = next(call.step for call in calls() if call.reset)
     expected = [1.0 if 3 <= call.step < reset else 0.0 for call in compared]
-    assert [e.max_abs for e in lane(drift).errors["fast.sum"]] == expected
+    assert [e.max_abs for e in run_of(drift).errors["fast.sum"]] == expected
     assert 0 < sum(expected) < len(expected)
     # Set right before every call, a wrong step stays the only one; call 3 is between depths.
     assert not calls()[3].compare_state
-    assert all(e.max_abs == 0 for e in lane(drift, FORCED).errors["fast.sum"])
+    assert all(e.max_abs == 0 for e in run_of(drift, TEACHER_FORCED).errors["fast.sum"])
 
 
 def test_an_error_of_every_step_adds_up_only_where_it_runs_free() -> None:
@@ -174,7 +180,8 @@ def test_an_error_of_every_step_adds_up_only_where_it_runs_free() -> None:
 
     drift = drift_of(twist)
     free, forced = (
-        [e.max_abs for e in lane(drift, mode).errors["fast.sum"]] for mode in (FREE, FORCED)
+        [e.max_abs for e in run_of(drift, mode).errors["fast.sum"]]
+        for mode in (FREE_RUNNING, TEACHER_FORCED)
     )
     assert set(forced) == {0.5}
     assert free == [0.5 * (call.step + 1) for call in calls() if call.compare_state]
@@ -188,13 +195,13 @@ def test_a_state_that_is_not_finite_ends_with_its_first_step_and_place(value: fl
         return logits
 
     drift = drift_of(twist)
-    failure = lane(drift).failure
+    failure = run_of(drift).failure
     assert failure is not None
-    assert (failure.step, failure.depth) == (7, calls()[7].depth)
+    assert (failure.step, failure.tokens_read) == (7, calls()[7].tokens_read)
     assert (failure.kind, failure.tensor) == ("not finite", "fast.sum")
     assert failure.message == f"state 'fast.sum' is {value} in row 1, element [0]"
-    assert len(lane(drift).predictions) < len(calls())
-    assert lane(drift, FORCED).failure == failure
+    assert len(run_of(drift).predictions) < len(calls())
+    assert run_of(drift, TEACHER_FORCED).failure == failure
     assert drift.calls == 8, "nothing is left to compare"
 
 
@@ -204,7 +211,7 @@ def test_logits_that_are_not_finite_end_with_the_first_step() -> None:
             logits[0, 0, 0] = np.nan
         return logits
 
-    failure = lane(drift_of(twist)).failure
+    failure = run_of(drift_of(twist)).failure
     assert failure is not None
     assert (failure.step, failure.tensor) == (5, "logits")
     assert "output is not finite at row 0, position 0 of this call" in failure.message
@@ -218,12 +225,14 @@ def test_a_runtime_that_dies_is_left_behind_and_the_others_go_on() -> None:
 
     runtimes = {"dies": fake(die), "lives": fake()}
     drift = measure_drift(("right", fake()), runtimes, Schedule(TEXT, 100, 16))
-    failure = lane(drift, name="dies").failure
+    failure = run_of(drift, name="dies").failure
     assert failure is not None
     assert (failure.message, failure.kind) == ("out of memory", "error")
-    assert lane(drift, name="lives").failure is None
-    assert lane(drift, name="lives").depths[-1] == 100
-    assert len(lane(drift, name="dies").depths) < len(lane(drift, name="lives").depths)
+    assert run_of(drift, name="lives").failure is None
+    assert run_of(drift, name="lives").tokens_read[-1] == 100
+    assert len(run_of(drift, name="dies").tokens_read) < len(
+        run_of(drift, name="lives").tokens_read
+    )
 
 
 def test_a_reference_that_dies_ends_the_run() -> None:
@@ -237,7 +246,7 @@ def test_a_reference_that_dies_ends_the_run() -> None:
 
 
 def test_logits_of_another_shape_are_a_failure() -> None:
-    failure = lane(drift_of(lambda call, logits, state: logits[..., :-1])).failure
+    failure = run_of(drift_of(lambda call, logits, state: logits[..., :-1])).failure
     assert failure is not None
     assert failure.kind == "shape"
     assert "logits has shape [3, 1, 4]; expected [3, 1, 5]" in failure.message
@@ -248,41 +257,41 @@ def test_a_state_of_another_shape_is_a_failure() -> None:
         state["fast.sum"] = state["fast.sum"][:, :1]
         return logits
 
-    failure = lane(drift_of(twist)).failure
+    failure = run_of(drift_of(twist)).failure
     assert failure is not None
     assert (failure.kind, failure.tensor) == ("shape", "fast.sum")
 
 
 def test_a_session_of_another_model_is_left_behind_at_once() -> None:
-    other = Session(FakeRunner(lambda c, x, s: x), SPECS[:2], VOCABULARY, 16, ROWS)
+    other = Session(FakeRunner(lambda c, x, s: x), SessionSpec(SPECS[:2], VOCABULARY, 16), ROWS)
     drift = measure_drift(("right", fake()), {"found": other}, Schedule(TEXT, 100, 16))
-    failure = lane(drift).failure
+    failure = run_of(drift).failure
     assert failure is not None
-    assert "state 'pending.last' is None, but (3, 3) in the reference" in failure.message
+    assert "state 'pending.last' has shape None, but (3, 3) in the reference" in failure.message
 
 
 def test_a_slow_runtime_stops_at_its_limit_and_the_others_go_on() -> None:
     runtimes = {"slow": fake(), "found": fake()}
     drift = measure_drift(("right", fake()), runtimes, Schedule(TEXT, 100, 16), {"slow": 30})
-    slow = lane(drift, name="slow")
+    slow = run_of(drift, name="slow")
     assert slow.stopped
     assert slow.failure is None
-    assert slow.depths == [d for d in lane(drift).depths if d <= slow.depths[-1]]
-    assert 30 <= slow.depths[-1] < 100 == lane(drift).depths[-1]
+    assert slow.tokens_read == [d for d in run_of(drift).tokens_read if d <= slow.tokens_read[-1]]
+    assert 30 <= slow.tokens_read[-1] < 100 == run_of(drift).tokens_read[-1]
 
 
 def test_a_state_that_half_precision_cannot_hold_is_told() -> None:
     half = [TensorSpec(s.name, s.shape, s.dtype.replace("float64", "float16")) for s in SPECS]
-    candidate = Session(FakeRunner(lambda c, x, s: x), half, VOCABULARY, 16, ROWS)
+    candidate = Session(FakeRunner(lambda c, x, s: x), SessionSpec(half, VOCABULARY, 16), ROWS)
 
     def large(call: int, logits: np.ndarray, state: State) -> np.ndarray:
         state["fast.sum"] += 1e6
         return logits
 
     drift = measure_drift(
-        ("right", fake(large)), {"found": candidate}, Schedule(TEXT, 50, 16), modes=[FORCED]
+        ("right", fake(large)), {"found": candidate}, Schedule(TEXT, 50, 16), modes=[TEACHER_FORCED]
     )
-    failure = lane(drift, FORCED).failure
+    failure = run_of(drift, TEACHER_FORCED).failure
     assert failure is not None
     assert failure.kind == "not finite"
-    assert "the reference's value is beyond float16" in failure.message
+    assert "the reference's value is too large for float16" in failure.message

@@ -23,7 +23,7 @@ def explorer(limits: Limits) -> Explorer:
 def test_what_breaks_is_kept_and_nothing_else() -> None:
     found = explorer(Limits(1e-2, 1e-1, 0.5)).search(tokens=24, confirm_tokens=32)
     assert found.everything.failure
-    assert found.policy.kept == ["backbone.blocks.1.up", "backbone.blocks.1.down"]
+    assert found.policy.excluded == ["backbone.blocks.1.up", "backbone.blocks.1.down"]
     assert found.confirmed["PyTorch"].use(Limits(1e-2, 1e-1, 0.5)) <= 1
     assert set(found.policy.measured["lowered_alone"]) == set(found.alone)
 

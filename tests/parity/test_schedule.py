@@ -88,7 +88,7 @@ def test_one_row_is_reset_once_in_mid_stream(schedule: Schedule) -> None:
 def test_states_are_compared_after_ragged_calls_at_rising_depths(schedule: Schedule) -> None:
     calls = list(schedule)
     compared = [call for call in calls if call.compare_state]
-    depths = [call.depth for call in compared]
+    depths = [call.tokens_read for call in compared]
     assert depths == sorted(set(depths))
     assert len(depths) >= 8
     assert depths[0] < 100
@@ -101,13 +101,13 @@ def test_states_are_compared_after_ragged_calls_at_rising_depths(schedule: Sched
 @pytest.mark.parametrize(("tokens", "max_tokens"), [(1, 1), (1, 256), (2, 16), (30, 256), (99, 1)])
 def test_short_ways_and_small_calls(tokens: int, max_tokens: int) -> None:
     calls = list(Schedule(TEXT[: tokens + 1], tokens, max_tokens))
-    assert calls[-1].depth == tokens
+    assert calls[-1].tokens_read == tokens
     assert calls[-1].compare_state
     assert max(call.ids.shape[1] for call in calls) <= max_tokens
 
 
 def test_a_text_that_is_too_short_is_refused() -> None:
-    with pytest.raises(TokenError, match=r"the text has 10 tokens; reading 10 .* takes 11: give a"):
+    with pytest.raises(TokenError, match=r"the text has 10 tokens; reading 10 .* takes 11. Give a"):
         Schedule(TEXT[:10], 10, MAX_TOKENS)
     with pytest.raises(TokenError, match="tokens is 0; expected 1 or more"):
         Schedule(TEXT, 0, MAX_TOKENS)

@@ -1,4 +1,4 @@
-"""Builds of `plugins/` for tests; they skip with the reason where it cannot be built."""
+"""Builds of `plugins/` for tests. Tests are skipped, with the reason, if it cannot be built."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ PLUGINS = Path(__file__).parents[2] / "plugins"
 def built(
     base: Path, name: str, *options: str, headers: bool = False, targets: Sequence[str] = ()
 ) -> Path:
-    """Return a build folder in `base`, which test processes share; the first one builds it.
+    """Return a build folder that all test processes share; the first process builds it.
 
     Args:
-      base: folder of all builds.
-      name: of this one.
-      options: of CMake.
-      headers: it needs ONNX Runtime's headers, which may be out of reach.
-      targets: what is built; default: everything.
+      base: Folder of all builds.
+      name: Name of this build.
+      options: Options for CMake, such as "-DFWL_TESTS=ON".
+      headers: Whether the build needs ONNX Runtime's headers. If they cannot be found or
+        downloaded, the test is skipped.
+      targets: Targets to build; none means all.
     """
     for program in ("cmake", "c++"):
         if shutil.which(program) is None:
@@ -34,9 +35,9 @@ def built(
         if not (folder / "built").exists():
             done = _run("cmake", "-S", PLUGINS, "-B", folder, _python(), *options)
             if done.returncode and headers and "headers are missing" in done.stderr:
-                pytest.skip(f"ONNX Runtime's headers cannot be had: {done.stdout.strip()}")
+                pytest.skip(f"ONNX Runtime's headers are missing: {done.stdout.strip()}")
             assert done.returncode == 0, done.stdout + done.stderr
-            # Two jobs: the other test process is often waiting for the same build.
+            # Two jobs, because the other test process often waits for the same build.
             wanted = (f"--target={target}" for target in targets)
             run("cmake", "--build", folder, "--parallel", "2", *wanted)
             (folder / "built").touch()

@@ -1,7 +1,7 @@
-"""Runs the GPU kernels on the CPU, in Triton's interpreter, in a process of its own.
+"""Run the GPU kernels on the CPU, in Triton's interpreter, in a process of its own.
 
-The interpreter is chosen by TRITON_INTERPRET when triton is first imported, and after that no
-kernel can be compiled: hence the process.
+TRITON_INTERPRET selects the interpreter when triton is first imported, and from then on the process
+can compile no kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = npt.NDArray[np.generic]
 
 @contextlib.contextmanager
 def interpreter() -> Iterator[Executor]:
-    """Yield an executor for `run`."""
+    """Yield an executor whose process can execute `run`."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_start) as executor:
         yield executor
@@ -35,7 +35,8 @@ def _start() -> None:
     torch.set_num_threads(1)
     from triton.runtime import interpreter as triton_interpreter
 
-    # It keeps bfloat16 as integers, multiplies those, and truncates where GPUs round.
+    # The interpreter stores bfloat16 as integers and multiplies these, and it truncates where GPUs
+    # round.
     plain_dot = triton_interpreter.InterpreterBuilder.create_dot
     plain_convert = triton_interpreter._convert_float
 
@@ -59,17 +60,17 @@ def _start() -> None:
 def run(
     inputs: dict[str, Array], dtype: str, sm: int, in_place: bool = False, **options: Any
 ) -> tuple[Array, Array, list[str]]:
-    """Run the op's plan for an SM; everything that it must write holds NaN before.
+    """Run the op with the plan for a compute capability. Outputs and workspace start as NaN.
 
     Args:
-      inputs: the op's, float32; query, key and value are rounded to `dtype` here.
-      dtype: type of the activations.
-      sm: compute capability whose plan is run.
-      in_place: give past_state and present_state the same memory.
-      options: passed to `plan`.
+      inputs: Inputs of the op in float32. Query, key and value are rounded to `dtype` here.
+      dtype: Type of the activations.
+      sm: Compute capability whose plan is run.
+      in_place: Whether past_state and present_state are the same memory.
+      options: Further arguments of `plan`.
 
     Returns:
-      output float64, present_state float32, and names of the variants that ran.
+      The output in float64, present_state in float32, and the names of the variants that ran.
     """
     from plugins.kernels.gpu.launch import launch
 

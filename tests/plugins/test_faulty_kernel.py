@@ -1,4 +1,4 @@
-"""A kernel that ignores its last tile, compiled from the real sources, and found by `bisect`."""
+"""`check` and `bisect` find a kernel that ignores its last tile, compiled from the real sources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = np.random.default_rng(0).integers(0, VOCABULARY, 600)
 TOKENS = 120
 UPDATE = "fwl::LinearAttentionUpdate"
 
-# The rows of the state in one call of few tokens: whole tiles, then what is left of the last.
+# The loops over the rows of the state in a call of few tokens: whole tiles, then other rows.
 CHANGES = {
     "row + kSweepRows <= block.row_end; row += kSweepRows": (
         "row + kSweepRows < block.row_end; row += kSweepRows"

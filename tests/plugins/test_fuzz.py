@@ -1,7 +1,7 @@
-"""Random shapes and attributes: the library accepts what the spec does, and says the same else.
+"""Random shapes and attributes: the library accepts what the spec accepts, with the same errors.
 
-A longer search: pytest tests/plugins/test_fuzz.py --hypothesis-profile=explore, with more
-examples in FWL_FUZZ_EXAMPLES.
+For a longer search, run pytest tests/plugins/test_fuzz.py --hypothesis-profile=explore, with the
+number of examples in FWL_FUZZ_EXAMPLES.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @st.composite
 def _shapes(draw: st.DrawFn) -> Shapes:
-    """Draw sizes that fit, and now and then one shape that does not."""
+    """Draw shapes that fit each other, except that sometimes one of them does not."""
     sizes = {axis: draw(st.integers(0 if axis in "BT" else 1, 9)) for axis in ("B", "T")}
     sizes |= {axis: draw(st.integers(1, 40)) for axis in ("Dk", "Dv")}
     shapes = {a.name: tuple(sizes[axis] for axis in a.shape) for a in INPUTS}
@@ -42,7 +42,7 @@ def _shapes(draw: st.DrawFn) -> Shapes:
 
 
 def _checked(shapes: Shapes) -> tuple[dict[str, int], str]:
-    """Return the sizes, or what the spec finds wrong with the shapes."""
+    """Return the sizes, or the spec's error message for the shapes."""
     try:
         return check_shapes(shapes), ""
     except ShapeError as error:
@@ -78,7 +78,7 @@ def test_shapes(session: Any, shapes: Shapes) -> None:
             session.run(None, inputs)
         return
     output, state = session.run(None, inputs)
-    # Everything is 1: after i tokens each place of the state holds 1 + i.
+    # All inputs are 1, so after i tokens each element of the state is 1 + i.
     expected = np.broadcast_to(
         sizes["Dk"] * (2 + np.arange(sizes["T"], dtype=np.float32))[None, :, None], output.shape
     )

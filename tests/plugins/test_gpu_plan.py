@@ -1,4 +1,4 @@
-"""The launch plan of the GPU kernels: what any sizes must give, and bad sizes."""
+"""The launch plan of the GPU kernels: properties for all sizes, and errors for bad sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_any_sizes_give_launches_of_compiled_variants(
         assert ends[-1] == tokens
         assert [s.first_segment for s in covered] == [i == 0 for i in range(len(covered))]
         largest = max(s.scalars["length"] for s in covered)
-        # Offsets inside a segment are 32 bits wide.
+        # Kernels compute offsets inside a segment with 32 bits.
         assert largest * max(size_k, size_v) < 2**31
         assert steps.workspace == steps.launches[1].scalars["tiles_k"] * rows * largest * size_v
 
@@ -55,7 +55,7 @@ def test_small_batches_are_split_and_large_ones_are_not() -> None:
     assert plan(512, 1, 768, 768, "float16", 90).launches[0].variant.name == "decode_fp16_aligned"
 
 
-def test_unaligned_pointers_choose_kernels_for_any() -> None:
+def test_unaligned_pointers_use_the_general_kernels() -> None:
     steps = plan(1, 8, 64, 64, "float16", 90, aligned=False)
     assert not any(step.variant.aligned for step in steps.launches)
 
@@ -76,7 +76,7 @@ def test_names_of_variants_are_unique(sm: int) -> None:
         ({"sm": 70}, "sm is 70; expected one of 75"),
     ],
 )
-def test_what_no_kernel_can_do_is_refused(changes: dict[str, object], message: str) -> None:
+def test_unsupported_calls_are_refused(changes: dict[str, object], message: str) -> None:
     sizes = {"rows": 1, "tokens": 1, "size_k": 8, "size_v": 8, "dtype": "float32", "sm": 90}
     with pytest.raises(ValueError, match=message):
         plan(**{**sizes, **changes})

@@ -1,4 +1,4 @@
-"""The C++ tests: of the kernels, plain and under sanitizers, and of what launches GPU kernels."""
+"""Run the C++ tests, plain and under sanitizers, and compare the launch plans of C++ and Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plugins.kernels.gpu.plan import MULTIPROCESSORS, SIGNATURES, Plan, plan
 from tests.plugins.builds import built, run, run_tests
 
 _TESTS = "-DFWL_TESTS=ON"
-# Of sanitized code, which takes the compiler long; the tiles have flags of their own.
+# For sanitized code, which is slow to compile. The tiles have flags of their own.
 _FEWER_OPTIMIZATIONS = "-DCMAKE_CXX_FLAGS_RELEASE=-O1"
 
 
@@ -25,7 +25,7 @@ def test_kernels(builds: Path) -> None:
 
 @pytest.fixture(scope="session")
 def threads(builds: Path, compiled_kernels: Path) -> Path:
-    """The tests of threads, built with the thread sanitizer."""
+    """The build folder of the tests with threads, with the thread sanitizer."""
     return built(
         builds,
         "threads",
@@ -50,7 +50,7 @@ def test_threads_under_their_sanitizer(threads: Path, command: tuple[str, ...]) 
 
 @pytest.fixture(scope="session")
 def sanitized(builds: Path, compiled_kernels: Path) -> Path:
-    """Everything, built with the address and undefined-behaviour sanitizers."""
+    """The build folder of everything, with the address and undefined-behaviour sanitizers."""
     return built(
         builds,
         "sanitized",
@@ -68,7 +68,7 @@ def test_kernels_launcher_and_plugin_under_sanitizers(sanitized: Path) -> None:
     run_tests(sanitized)
 
 
-# Sizes around those of tiles, chunks, segments and splits, and random ones.
+# Sizes around the limits of tiles, chunks, segments and splits.
 _EDGES = [
     (rows, tokens, size_k, size_v)
     for rows in (1, 5, 600)
@@ -107,7 +107,7 @@ def test_the_launcher_plans_as_python_does(sanitized: Path) -> None:
 
 
 def _text(steps: Plan) -> str:
-    """Return a plan as `print_plans` prints it."""
+    """Return the line that `print_plans` prints for a plan."""
     parts = [str(4 * steps.workspace)]
     for step in steps.launches:
         chosen = step.variant

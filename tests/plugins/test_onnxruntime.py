@@ -1,4 +1,4 @@
-"""libfwl_ort in ONNX Runtime: all cases, one buffer or two, any threads, and bad input."""
+"""libfwl_ort in ONNX Runtime: results in all cases, in place, with threads, and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES = ("float32", "float16")
 
 Array = npt.NDArray[Any]
 
-# Sizes around the tiles and chunks of every instruction set, and many tokens.
+# Sizes around those of the tiles and chunks of every instruction set.
 ODD_CASES = (
     Case("two_tokens", (2, 2, 40, 24), "mixed"),
     Case("chunk_less_one", (1, 63, 19, 45), "mixed"),
@@ -89,7 +89,7 @@ def test_ten_thousand_tokens(ort_library: Path, activation_type: str) -> None:
 
 
 def test_our_kernel_runs_and_not_the_body(ort_library: Path) -> None:
-    # The body of this model is wrong, so only the kernel gives the right result.
+    # The function body of this model is wrong, so only the kernel gives the right result.
     model = one_node_model("float32", OPSET)
     for node in model.functions[0].node:
         if "present_state" in node.output:
@@ -197,7 +197,7 @@ def test_wrong_type(ort_library: Path, name: str) -> None:
         open_node(ort_library, model)
 
 
-def test_a_runtime_that_is_too_old_gets_an_error_status(ort_library: Path) -> None:
+def test_onnx_runtime_that_is_too_old_gets_an_error(ort_library: Path) -> None:
     library = ctypes.CDLL(str(ort_library))
     told: list[tuple[int, bytes]] = []
     create_status_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
@@ -209,7 +209,7 @@ def test_a_runtime_that_is_too_old_gets_an_error_status(ort_library: Path) -> No
         told.append((code, message))
         return 1234
 
-    # CreateStatus is the first function of the interface, in every version.
+    # CreateStatus is the first function of the interface in every version.
     api = (ctypes.c_void_p * 64)(ctypes.cast(create_status, ctypes.c_void_p).value)
 
     @get_api_type
@@ -236,7 +236,7 @@ def test_a_runtime_that_is_too_old_gets_an_error_status(ort_library: Path) -> No
 def open_node(
     library: Path | None, model: onnx.ModelProto, threads: int = 2, shapeless: bool = False
 ) -> Any:
-    """Return a session of a one-node model; `shapeless` lets any shape reach the kernel."""
+    """Open a one-node model. With `shapeless`, ONNX Runtime passes any shape to the kernel."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -255,7 +255,7 @@ def _session(library: Path | None, activation_type: str, threads: int = 2) -> An
 
 
 def _run_bound(session: Any, inputs: dict[str, Array], in_place: bool) -> list[Array]:
-    """Run with outputs in buffers that were full of NaN, the state's own where `in_place`."""
+    """Run with outputs in buffers full of NaN, or in the buffer of past_state if `in_place`."""
     batch, length, _ = inputs["query"].shape
     output = np.full((batch, length, inputs["value"].shape[2]), np.nan, inputs["query"].dtype)
     state = inputs["past_state"].copy() if in_place else np.full_like(inputs["past_state"], np.nan)

@@ -1,14 +1,15 @@
-"""The CMake package: a program of another project finds the kernel and calls it."""
+"""The CMake package: other projects find the libraries and call them. Also the build's options."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.plugins.builds import built, run
+from tests.plugins.builds import PLUGINS, built, run
 
 # One token, one row: S = 0.5 * 2 + 3 * 4 = 13, o = 5 * 13 = 65.
 PROGRAM = """\
@@ -35,13 +36,13 @@ int main() {
 
 
 def consumers(folder: Path, installed: Path, name: str, source: str, *targets: str) -> list[Path]:
-    """Build a source file in its own language, once with each target of the package."""
+    """Build a program from a source file in C or C++, once with each target of the package."""
     language = {".c": "C", ".cpp": "CXX"}[Path(name).suffix]
     project = folder / language
     lines = [
         "cmake_minimum_required(VERSION 3.20)",
         f"project(consumer LANGUAGES {language})",
-        "find_package(fwl 0.1 REQUIRED)",
+        "find_package(fwl 0.2 REQUIRED)",
     ]
     for target in targets:
         lines += [
@@ -73,7 +74,7 @@ def test_libfwl_is_found_by_cmake_and_pkg_config(
 
     installed = tmp_path / "installed"
     run("cmake", "--install", libraries, "--prefix", installed)
-    examples = Path(__file__).parents[2] / "plugins" / "libfwl" / "examples"
+    examples = PLUGINS / "libfwl" / "examples"
     in_cpp, in_c = (examples / name for name in ("generate.cpp", "generate.c"))
     programs = consumers(tmp_path, installed, "main.cpp", in_cpp.read_text(), "fwl", "fwl_static")
     programs += consumers(tmp_path, installed, "main.c", in_c.read_text(), "fwl", "fwl_static")
@@ -91,7 +92,7 @@ def test_libfwl_is_found_by_cmake_and_pkg_config(
     programs += [tmp_path / "c99", tmp_path / "c99_static"]
     compiler = ("cc", "-std=c99", "-Wall", "-Werror", in_c, "-o")
     run(*compiler, programs[-2], *flags())
-    # As -lfwl is understood where the shared library is not.
+    # The meaning of -lfwl where the shared library is not installed.
     static = [flag.replace("-lfwl", "-l:libfwl.a") for flag in flags("--static")]
     run(*compiler, programs[-1], *static)
     capi = Path(onnxruntime.__file__).parent / "capi"
@@ -112,3 +113,15 @@ def test_libfwl_is_found_by_cmake_and_pkg_config(
     }
     assert len(outputs) == 1
     assert len(outputs.pop().split()) == 5
+
+
+def test_the_old_name_of_the_option_still_works(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    command = ["cmake", "-S", str(PLUGINS), "-B", str(tmp_path)]
+    command += ["-DFWL_EMBED=OFF", "-DFWL_ONNXRUNTIME=OFF", "-DFWL_GPU=OFF"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "The option FWL_EMBED is now called FWL_LIBFWL." in done.stderr
+    cache = (tmp_path / "CMakeCache.txt").read_text()
+    assert "FWL_LIBFWL:BOOL=OFF" in cache
+    assert "FWL_EMBED" not in cache

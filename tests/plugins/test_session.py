@@ -1,4 +1,4 @@
-"""A whole model on our kernel: the same text, logits and state as with the function body."""
+"""A whole model with libfwl_ort gives the logits and the state of the model without it."""
 
 from __future__ import annotations
 

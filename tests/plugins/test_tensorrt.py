@@ -1,4 +1,4 @@
-"""libfwl_trt in a real registry, parser and builder: those of TensorRT-RTX, which need no GPU."""
+"""libfwl_trt in the registry, parser and builder of TensorRT-RTX, which need no GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Build = Callable[..., list[EngineMetadata]]
 
 @pytest.fixture
 def build(tmp_path: Path, trt_library: Path) -> Build:
-    """Build engines into a copy of a bundle, by default with the plugin."""
+    """Return a function that builds engines in a copy of a bundle, by default with the plugin."""
 
     def build(bundle: Path, sms: Sequence[int] = (89,), **options: Any) -> list[EngineMetadata]:
         folder = tmp_path / "bundle"
@@ -41,16 +41,16 @@ def build(tmp_path: Path, trt_library: Path) -> Build:
 
 
 def check(engines: Sequence[EngineMetadata]) -> None:
-    for facts in engines:
-        assert (facts.plugin_layers, facts.update_path) == (2, "plugin"), facts.name
-        assert len(facts.plugin_sha256) == 64
+    for metadata in engines:
+        assert (metadata.plugin_layers, metadata.update_path) == (2, "plugin"), metadata.name
+        assert len(metadata.plugin_sha256) == 64
 
 
 def test_two_plugin_layers_in_engines_for_every_sm(build: Build, tiny_bundle: Path) -> None:
     engines = build(tiny_bundle, (80, 86, 89, 120))
     check(engines)
-    assert [facts.sm for facts in engines] == [80, 86, 89, 120]
-    assert not any(facts.in_place_state or facts.plugin_embedded for facts in engines)
+    assert [metadata.sm for metadata in engines] == [80, 86, 89, 120]
+    assert not any(metadata.in_place_state or metadata.plugin_embedded for metadata in engines)
 
 
 @pytest.mark.parametrize("sm", [80, 120])
@@ -134,7 +134,7 @@ extern "C" void* const* getCreators(int& count) { count = 0; return nullptr; }
         (lambda folder: folder / "missing.so", "missing.so' does not exist"),
     ],
 )
-def test_a_library_that_is_none_of_ours(
+def test_a_library_that_is_not_the_plugin(
     build: Build,
     tiny_bundle: Path,
     tmp_path: Path,
@@ -165,9 +165,9 @@ def test_the_verb(
     assert result.code == 0, result.err
     assert "run where the plugin library libfwl_trt.so is loaded" in result.out
     result = run(capsys, *command, "--in-place-state", "--embed-plugin", "--json")
-    (facts,) = json.loads(result.out)
-    assert facts["in_place_state"]
-    assert facts["plugin_embedded"]
+    (metadata,) = json.loads(result.out)
+    assert metadata["in_place_state"]
+    assert metadata["plugin_embedded"]
     assert "libfwl_trt" not in run(capsys, *command, "--embed-plugin").out
     result = run(capsys, *command[:-1], "none", "--embed-plugin")
     assert result.code == 1

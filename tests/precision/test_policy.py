@@ -1,4 +1,4 @@
-"""Precision policies: what they lower, what they refuse, and that the export computes the same."""
+"""Precision policies: what they quantize, what they refuse, and that exports compute the same."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from fwl_export.precision.policy import (
 from tests.bundles import MAX_TOKENS, VOCABULARY, tiny_model, write_checkpoint
 
 
-def policy_keeping(target: str, *kept: str) -> PrecisionPolicy:
+def policy_excluding(target: str, *excluded: str) -> PrecisionPolicy:
     names = list(parts(tiny_model(), target))
-    return PrecisionPolicy(target, [n for n in names if n not in kept], list(kept))
+    return PrecisionPolicy(target, [n for n in names if n not in excluded], list(excluded))
 
 
 def test_the_parts_are_the_matrices_and_the_updates() -> None:
@@ -45,14 +45,14 @@ def test_the_parts_are_the_matrices_and_the_updates() -> None:
     assert list(parts(tiny_model(), "int8w")) == names[:-1]
 
 
-def test_lowering_leaves_the_original_and_what_is_kept_alone() -> None:
+def test_quantizing_leaves_the_original_and_the_excluded_parts_alone() -> None:
     model = tiny_model()
-    kept = "backbone.blocks.1.up"
-    lowered = streaming_model(model, policy_keeping("fp16", kept), MAX_TOKENS).model
+    excluded = "backbone.blocks.1.up"
+    quantized = streaming_model(model, policy_excluding("fp16", excluded), MAX_TOKENS).model
     assert model.fast_weights.unembed.dtype == torch.float32
-    assert lowered.fast_weights.unembed.dtype == torch.float16
-    assert lowered.get_submodule(kept).weight is model.get_submodule(kept).weight
-    assert lowered.get_submodule("backbone.blocks.1.down").weight.dtype == torch.float16
+    assert quantized.fast_weights.unembed.dtype == torch.float16
+    assert quantized.get_submodule(excluded).weight is model.get_submodule(excluded).weight
+    assert quantized.get_submodule("backbone.blocks.1.down").weight.dtype == torch.float16
 
 
 def test_int8_is_exact_to_half_a_step_and_what_onnx_computes() -> None:
@@ -67,7 +67,7 @@ def test_int8_is_exact_to_half_a_step_and_what_onnx_computes() -> None:
 
 
 def test_a_policy_survives_its_file(tmp_path: Path) -> None:
-    policy = policy_keeping("fp16", UPDATE)
+    policy = policy_excluding("fp16", UPDATE)
     write_policy(tmp_path / "policy.json", policy)
     found = read_policy(tmp_path / "policy.json")
     assert found.to_dict() == policy.to_dict()
@@ -76,29 +76,31 @@ def test_a_policy_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 9}, "schema_version 9; expected 1"),
+        ({"schema_version": 9}, "schema_version is 9, but this fwl-export reads 1"),
         ({"target": "fp4"}, "target is 'fp4'; expected fp16 or bf16 or int8w"),
-        ({"kept": [UPDATE], "lowered": [UPDATE]}, f"keeps and lowers '{UPDATE}'"),
+        ({"kept": [UPDATE], "lowered": [UPDATE]}, f"lists '{UPDATE}' in both 'kept' and"),
         ({"kept": "all"}, "'kept' must be a list of names"),
     ],
 )
-def test_files_that_are_no_policy(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_files_that_are_not_policies(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
     path = tmp_path / "policy.json"
-    path.write_text(json.dumps({**policy_keeping("fp16").to_dict(), **change}))
+    path.write_text(json.dumps({**policy_excluding("fp16").to_dict(), **change}))
     with pytest.raises(ConfigError, match=message.replace("'", ".")):
         read_policy(path)
 
 
 def test_a_policy_of_another_model_is_refused() -> None:
     policy = PrecisionPolicy("fp16", ["backbone.blocks.9.up"], [])
-    with pytest.raises(ConfigError, match="of another model"):
+    with pytest.raises(ConfigError, match="belongs to another model: the policy lacks the part"):
         with_stored_weights(tiny_model(), policy)
 
 
 @pytest.mark.parametrize("target", ["fp16", "int8w"])
 def test_an_export_under_a_policy_passes_its_check(target: str, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
-    policy = policy_keeping(target, "backbone.blocks.0.attention.out")
+    policy = policy_excluding(target, "backbone.blocks.0.attention.out")
     bundle = export_bundle(checkpoint, tmp_path / "out", max_tokens=MAX_TOKENS, policy=policy)
     assert bundle.manifest.precision == {"fp16": "mix16", "int8w": "int8w"}[target]
     assert all(spec.dtype != "float16" for spec in bundle.manifest.state)
@@ -115,5 +117,5 @@ def test_exports_that_are_refused(
     target: str, precision: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=message):
-        export_bundle(tmp_path, tmp_path / "out", precision, policy=policy_keeping(target))
+        export_bundle(tmp_path, tmp_path / "out", precision, policy=policy_excluding(target))
     assert not (tmp_path / "out").exists()

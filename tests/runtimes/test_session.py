@@ -423,6 +423,16 @@ def test_arguments_of_open_session(tiny_bundle: Path, own_bundle: Path) -> None:
         session.reset([2])
 
 
+def test_a_session_shows_where_it_stands(tiny_bundle: Path, runtime: str) -> None:
+    session = open_session(tiny_bundle, runtime, batch=2)
+    session.feed(ids(2, 5), lengths=[5, 3])
+    name = {"onnxruntime": "OnnxRuntime", "torch": "Torch"}[runtime]
+    assert repr(session) == (
+        f"<Session in {name}: batch=2, positions=[5, 3], vocab_size=64, max_tokens=16>"
+    )
+    assert "positions=[0, 0, 0, 0, 0, 0, 0, 0, ...]" in repr(session.another(9))
+
+
 def test_float64_is_the_reference(tiny_bundle: Path) -> None:
     session = open_session(tiny_bundle, "torch", precision="fp64")
     assert session.feed(ids(4)).dtype == np.float64

@@ -92,6 +92,15 @@ def test_two_threads_take_back_a_slot_once(tiny_bundle: Path) -> None:
     assert {slots.add(), slots.add()} == {0, 1}
 
 
+def test_slots_show_which_are_in_use(tiny_bundle: Path) -> None:
+    slots = Slots(open_session(tiny_bundle, batch=12))
+    assert repr(slots) == "<Slots: 0 of 12 in use: []>"
+    for _ in range(10):
+        slots.add()
+    slots.remove(1)
+    assert repr(slots) == "<Slots: 9 of 12 in use: [0, 2, 3, 4, 5, 6, 7, 8, ...]>"
+
+
 def test_wrong_use_is_named(tiny_bundle: Path) -> None:
     slots = Slots(open_session(tiny_bundle, batch=2))
     slot = slots.add()

@@ -1,10 +1,11 @@
-// The kernels, written once over a vector of FWL_LANES floats and tiles of FWL_TILE_ROWS rows by
-// two vectors. Each instruction set includes this file in a source file of its own, compiled with
-// its flags, after defining FWL_LANES, FWL_TILE_ROWS and FWL_INSTRUCTIONS (the name of its table).
+// The kernels, written once for all instruction sets: with vectors of FWL_LANES floats, and tiles
+// of FWL_TILE_ROWS rows by two vectors. Each instruction set has a source file, compiled with its
+// own flags, which defines FWL_LANES, FWL_TILE_ROWS and FWL_INSTRUCTIONS (the name of its table)
+// and then includes this file.
 //
-// Everything is in an unnamed namespace and calls no inline function of the standard library: a
-// copy of such a function compiled for a wide instruction set could be the one the linker keeps,
-// and crash on a machine without it.
+// Everything is in an unnamed namespace and calls no inline function of the standard library. The
+// linker keeps one copy of such a function; a copy compiled for a wide instruction set would crash
+// on a machine without it.
 
 #include "kernels/cpu/instructions.h"
 
@@ -25,7 +26,7 @@ constexpr size_t kLanes = FWL_LANES;
 constexpr size_t kTileRows = FWL_TILE_ROWS;
 constexpr size_t kTileColumns = 2 * kLanes;
 
-// may_alias and aligned(4): loaded from and stored to any place in an array of floats.
+// may_alias and aligned(4): can be loaded from and stored to any place in an array of floats.
 typedef float Vector __attribute__((vector_size(FWL_LANES * 4)));
 typedef float Unaligned __attribute__((vector_size(FWL_LANES * 4), aligned(4), may_alias));
 
@@ -122,10 +123,10 @@ void narrow(const float* wide, uint16_t* half, size_t count) {
   }
 }
 
-// One token.
+// Decode: one token.
 
-// Rows of the state per sweep over the columns: enough to hide the reading and writing of the
-// output between them, few enough streams for the prefetcher. Eight are slower.
+// Rows of the state per sweep over the columns: enough rows to hide reading and writing the output
+// behind them, and few enough streams for the prefetcher. Eight rows are slower.
 constexpr size_t kSweepRows = 4;
 
 template <size_t Rows> void sweep(const DecodeBlock& block, size_t row) {
@@ -210,7 +211,7 @@ void reduce(const float* partials, size_t block_count, size_t stride, size_t beg
   }
 }
 
-// Many tokens: tiles of Rows x kTileColumns, kept in registers.
+// Prefill: many tokens, in tiles of Rows x kTileColumns that stay in registers.
 
 template <size_t Rows> struct Tile {
   Vector left[Rows];
@@ -238,8 +239,8 @@ template <size_t Rows> struct Tile {
     }
   }
 
-  // The same for the square on the diagonal: row r takes the first r + 1 terms only, so that what
-  // later tokens hold cannot reach it, not even as 0 times infinity.
+  // The same for the square on the diagonal: row r adds its first r + 1 terms only, so that later
+  // tokens cannot reach it, not even as 0 times infinity.
   inline void multiply_causal(const float* a, const float* b) {
     FWL_UNROLL
     for (size_t p = 0; p < Rows; ++p) {
@@ -273,7 +274,7 @@ template <size_t Rows> struct Tile {
   }
 };
 
-// Calls Function<Rows>::call(arguments...) for a number of rows between 1 and kTileRows.
+// Calls Function<rows>::call(arguments...) for a number of rows between 1 and `Rows`.
 template <template <size_t> class Function, size_t Rows, class... Arguments>
 inline void with_rows(size_t rows, Arguments... arguments) {
   if constexpr (Rows > 1) {
@@ -294,7 +295,7 @@ template <size_t Rows> struct Product {
   }
 };
 
-// A tile of the output: what is left of the state, then the chunk's own writes.
+// A tile of the output: reads the decayed state before the chunk, then the chunk's own updates.
 template <size_t Rows> struct Read {
   static void call(const float* queries, const float* state, size_t key_size, const float* fade,
                    const float* scores, const float* values, size_t token, float* to,
@@ -309,7 +310,7 @@ template <size_t Rows> struct Read {
   }
 };
 
-// A tile of the state: what is left of it, and the chunk's writes.
+// A tile of the state: decays it and adds the chunk's updates.
 template <size_t Rows> struct Write {
   static void call(const float* keys, const float* values, size_t tokens, float fade,
                    float* state) {
@@ -325,6 +326,8 @@ template <size_t Rows> struct Write {
   }
 };
 
+// Returns tokens [begin, end) as float32, at the same offsets: the tensor itself, or a copy in
+// `scratch`.
 const float* as_floats(const void* tokens, size_t begin, size_t end, size_t size,
                        Activation activation, float* scratch) {
   if (activation == Activation::kFloat32) {
@@ -335,9 +338,9 @@ const float* as_floats(const void* tokens, size_t begin, size_t end, size_t size
   return scratch;
 }
 
-// Fills fade[i][j] = d_{j+1} ... d_i for tokens i in [begin, end) and j <= i, fade[tokens][j] the
-// same for the last token, and of_past[i] = d_1 ... d_i. Products, never quotients or
-// differences of logs: exact where a decay is 0 or 1, and no decay is too small.
+// Sets fade[i][j] = d_{j+1} ... d_i for tokens i in [begin, end) and j <= i, fade[tokens][j] to the
+// same for the last token, and of_past[i] = d_1 ... d_i. These are products, never quotients or
+// differences of logarithms, so decays of 0 and 1 are exact and no decay is too small.
 void fill_fade(const float* decay, size_t tokens, size_t begin, size_t end, float* fade,
                float* of_past) {
   float* current = fade + tokens * tokens;
@@ -353,6 +356,68 @@ void fill_fade(const float* decay, size_t tokens, size_t begin, size_t end, floa
       for (size_t j = 0; j <= i; ++j) {
         fade[i * tokens + j] = current[j];
       }
+    }
+  }
+}
+
+// Interleaves the queries of one block of tokens, so that a tile reads its operand in one stream:
+// to[p][r] = query[first + r][p], and zeros behind the last token.
+inline void pack_queries(const float* query, size_t first, size_t tokens, size_t size, float* to) {
+  const size_t rows = smaller(kTileRows, tokens - first);
+  for (size_t r = 0; r < rows; ++r) {
+    const float* from = query + (first + r) * size;
+    for (size_t p = 0; p < size; ++p) {
+      to[p * kTileRows + r] = from[p];
+    }
+  }
+  for (size_t r = rows; r < kTileRows; ++r) {
+    for (size_t p = 0; p < size; ++p) {
+      to[p * kTileRows + r] = 0;
+    }
+  }
+}
+
+// Interleaves kTileRows of the Dk columns of all keys, from column `first` on, times the decay of
+// each token's update until the end of the chunk: to[j][r] = key[j][first + r] to_end[j].
+inline void pack_keys(const float* key, const float* to_end, size_t first, size_t tokens,
+                      size_t size, float* to) {
+  const size_t rows = smaller(kTileRows, size - first);
+  for (size_t j = 0; j < tokens; ++j) {
+    const float* from = key + j * size + first;
+    for (size_t r = 0; r < rows; ++r) {
+      to[j * kTileRows + r] = from[r] * to_end[j];
+    }
+  }
+}
+
+// to[p][x] = key[first + x][p] for kTileColumns tokens, and zeros behind the last token.
+inline void transpose_keys(const float* key, size_t first, size_t tokens, size_t size, float* to) {
+  const size_t columns = smaller(kTileColumns, tokens - first);
+  for (size_t p = 0; p < size; ++p) {
+    float* row = to + p * kTileColumns;
+    for (size_t x = 0; x < columns; ++x) {
+      row[x] = key[(first + x) * size + p];
+    }
+    for (size_t x = columns; x < kTileColumns; ++x) {
+      row[x] = 0;
+    }
+  }
+}
+
+// Writes the scores of one block of tokens, from token `first` on, against the kTileColumns keys
+// from token `column` on, for pairs in which the key is not later than the query:
+// scores[j][r] = (q_i . k_j) fade[i][j] with i = first + r.
+inline void pack_scores(const float* queries, const float* transposed, const float* fade,
+                        size_t first, size_t column, size_t tokens, size_t size, float* tile,
+                        float* scores) {
+  const size_t rows = smaller(kTileRows, tokens - first);
+  const size_t columns = smaller(kTileColumns, tokens - column);
+  Product<kTileRows>::call(queries, transposed, size, tile);
+  for (size_t r = 0; r < rows; ++r) {
+    const size_t i = first + r;
+    for (size_t x = 0; x < columns && column + x <= i; ++x) {
+      scores[(column + x) * kTileRows + r] =
+          tile[r * kTileColumns + x] * fade[i * tokens + column + x];
     }
   }
 }
@@ -373,78 +438,34 @@ void pack(const PackTask& task) {
   float* wide_keys = discarded + tokens;
   float* wide_queries = wide_keys + tokens * size;
 
-  // Every part computes the same numbers; those of the first are kept.
+  // Every part computes the same numbers; only the first part stores them in the chunk.
   float* of_past = task.part == 0 ? task.packed.fade : discarded;
   fill_fade(task.decay, tokens, begin, end, fade, of_past);
-  const float* to_end = fade + tokens * tokens;
 
   const float* query = as_floats(task.query, begin, end, size, task.activation, wide_queries);
   const float* key = as_floats(task.key, 0, tokens, size, task.activation, wide_keys);
-
-  for (size_t block = first_block; block < last_block; ++block) {
-    float* to = task.packed.queries + block * size * kTileRows;
-    const size_t first = block * kTileRows;
-    const size_t rows = smaller(kTileRows, tokens - first);
-    for (size_t r = 0; r < rows; ++r) {
-      const float* from = query + (first + r) * size;
-      for (size_t p = 0; p < size; ++p) {
-        to[p * kTileRows + r] = from[p];
-      }
-    }
-    for (size_t r = rows; r < kTileRows; ++r) {
-      for (size_t p = 0; p < size; ++p) {
-        to[p * kTileRows + r] = 0;
-      }
-    }
+  for (size_t first = begin; first < end; first += kTileRows) {
+    pack_queries(query, first, tokens, size, task.packed.queries + first * size);
   }
-
   const size_t key_blocks = (size + kTileRows - 1) / kTileRows;
   const size_t key_end = key_blocks * (task.part + 1) / task.part_count;
   for (size_t block = key_blocks * task.part / task.part_count; block < key_end; ++block) {
-    float* to = task.packed.keys + block * tokens * kTileRows;
     const size_t first = block * kTileRows;
-    const size_t rows = smaller(kTileRows, size - first);
-    for (size_t j = 0; j < tokens; ++j) {
-      const float* from = key + j * size + first;
-      for (size_t r = 0; r < rows; ++r) {
-        to[j * kTileRows + r] = from[r] * to_end[j];
-      }
-    }
+    pack_keys(key, fade + tokens * tokens, first, tokens, size, task.packed.keys + first * tokens);
   }
-
   for (size_t column = 0; column < end; column += kTileColumns) {
-    const size_t columns = smaller(kTileColumns, tokens - column);
-    for (size_t p = 0; p < size; ++p) {
-      float* to = transposed + p * kTileColumns;
-      for (size_t x = 0; x < columns; ++x) {
-        to[x] = key[(column + x) * size + p];
-      }
-      for (size_t x = columns; x < kTileColumns; ++x) {
-        to[x] = 0;
-      }
-    }
-    for (size_t block = first_block; block < last_block; ++block) {
-      const size_t first = block * kTileRows;
-      const size_t rows = smaller(kTileRows, tokens - first);
-      if (column >= first + rows) {
-        continue; // later than all tokens of the block
-      }
-      Product<kTileRows>::call(task.packed.queries + block * size * kTileRows, transposed, size,
-                               tile);
-      float* to = task.packed.scores + block * tokens * kTileRows;
-      for (size_t r = 0; r < rows; ++r) {
-        const size_t i = first + r;
-        for (size_t x = 0; x < columns && column + x <= i; ++x) {
-          to[(column + x) * kTileRows + r] =
-              tile[r * kTileColumns + x] * fade[i * tokens + column + x];
-        }
+    transpose_keys(key, column, tokens, size, transposed);
+    for (size_t first = begin; first < end; first += kTileRows) {
+      if (column < smaller(first + kTileRows, tokens)) { // some key is not later than the block
+        pack_scores(task.packed.queries + first * size, transposed, fade, first, column, tokens,
+                    size, tile, task.packed.scores + first * tokens);
       }
     }
   }
 }
 
-// Rows ahead that are asked for while a panel is copied: its rows lie a row of the whole matrix
-// apart, in pages of their own, where no hardware prefetcher follows.
+// How many rows ahead to prefetch while a panel is copied: its rows are a whole row of the matrix
+// apart, often on different pages, where hardware prefetchers do not follow.
 constexpr size_t kRowsAhead = 12;
 
 template <bool Write> inline void prefetch(const void* from, size_t bytes) {
@@ -454,7 +475,8 @@ template <bool Write> inline void prefetch(const void* from, size_t bytes) {
   }
 }
 
-// Copies `width` columns to [blocks of columns][rows][kTileColumns], zeros behind the last.
+// Copies `width` columns to [blocks of columns][rows][kTileColumns], with zeros behind the last
+// column.
 template <class Source>
 void pack_columns(const Source& source, size_t rows, size_t width, float* to) {
   for (size_t row = 0; row < rows; ++row) {
@@ -484,6 +506,7 @@ inline void copy(const float* from, float* to, size_t count) {
   }
 }
 
+// Sources of pack_columns: a matrix of float32 or float16, whose rows are `stride` elements apart.
 struct Floats {
   const float* from;
   size_t stride;
@@ -515,7 +538,7 @@ void pack_values(const PanelTask& task, size_t token, size_t tokens, float* to) 
   }
 }
 
-// Reads the panel at all tokens of a chunk.
+// Computes the output of all tokens of a chunk in the panel's columns.
 void read_panel(const PanelTask& task, const PackedChunk& chunk, size_t token, size_t tokens,
                 const float* state, const float* values, float* tile) {
   const size_t size = task.value_size;
@@ -544,6 +567,7 @@ void read_panel(const PanelTask& task, const PackedChunk& chunk, size_t token, s
   }
 }
 
+// Updates the panel with all tokens of a chunk.
 void write_panel(const PanelTask& task, const PackedChunk& chunk, size_t tokens, float* state,
                  const float* values) {
   const float fade = chunk.fade[tokens - 1];

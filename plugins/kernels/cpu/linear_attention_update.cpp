@@ -10,36 +10,36 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 
-// Below this many multiplications a second thread costs more than it brings.
+// With fewer multiplications than this, a second thread costs more than it saves.
 constexpr size_t kSerialWork = size_t{1} << 16;
 
-// Rows of the state are split so that a block is about this many floats...
+// Decode splits the rows of a state into blocks of about this many floats...
 constexpr size_t kDecodeBlockFloats = size_t{1} << 15;
-// ...but into no more blocks than this: each has an output of its own that is added up at the end.
+// ...but into at most this many blocks: each has its own output, and they are added at the end.
 constexpr size_t kDecodeBlocks = 16;
 constexpr size_t kReduceColumns = 1024;
 
-// So few tokens take one after the other: as many passes over the state cost less than the copies
-// of its panels. More where the state fits a core's own cache.
+// Calls of at most this many tokens run one token at a time: that many passes over the state cost
+// less than copying its panels. The limit is higher if the state fits a core's own cache.
 constexpr size_t kFewTokens = 4;
 constexpr size_t kFewTokensInCache = 16;
 constexpr size_t kCachedFloats = size_t{1} << 15;
 
-// Floats of a panel of the state, which shares a core's second-level cache with what it meets.
+// Floats of a panel of the state, which shares a core's second-level cache with its operands.
 constexpr size_t kPanelFloats = size_t{1} << 16;
 
-// Floats of packed chunks that are kept at a time.
+// Floats of packed chunks that are kept at the same time.
 constexpr size_t kPackedFloats = size_t{1} << 23;
 
-// The most tasks of one kind that have memory to work in. Each takes work until there is none, so
-// more threads than this would idle, and memory is touched for as many as run.
-constexpr size_t kLanes = 64;
+// The most workers: tasks that run at the same time, each with scratch memory of its own. A worker
+// takes work until none is left, so scratch is touched only for workers that really run.
+constexpr size_t kMaxWorkers = 64;
 
 size_t divide_up(size_t value, size_t by) {
   return (value + by - 1) / by;
 }
 
-// Runs function(i) for i below count: in order on this thread where `serial`, else in parallel.
+// Runs function(i) for every i below count: in order on this thread if `serial`, else in parallel.
 template <class Function>
 void for_each(const ParallelFor& parallel_for, bool serial, size_t count,
               const Function& function) {
@@ -54,14 +54,14 @@ void for_each(const ParallelFor& parallel_for, bool serial, size_t count,
                    const_cast<void*>(static_cast<const void*>(&function)));
 }
 
-// The same with memory to work in: function(i, lane), where no two calls at a time have one lane.
+// Runs function(i, worker) likewise, with the number of the worker that runs it, below `workers`.
 template <class Function>
-void for_each_in_lane(const ParallelFor& parallel_for, bool serial, size_t count, size_t lanes,
-                      const Function& function) {
+void for_each_with_worker(const ParallelFor& parallel_for, bool serial, size_t count,
+                          size_t workers, const Function& function) {
   std::atomic<size_t> next{0};
-  for_each(parallel_for, serial, serial ? 1 : std::min(count, lanes), [&](size_t lane) {
+  for_each(parallel_for, serial, serial ? 1 : std::min(count, workers), [&](size_t worker) {
     for (size_t i = next++; i < count; i = next++) {
-      function(i, lane);
+      function(i, worker);
     }
   });
 }
@@ -71,7 +71,7 @@ bool is_decode(const Sizes& sizes) {
   return sizes.tokens <= (cached ? kFewTokensInCache : kFewTokens);
 }
 
-// How a call of few tokens is cut.
+// How a call of few tokens is divided into tasks.
 struct DecodePlan {
   explicit DecodePlan(const Sizes& sizes) {
     const size_t wanted = divide_up(sizes.key_size * sizes.value_size, kDecodeBlockFloats);
@@ -86,16 +86,16 @@ struct DecodePlan {
   }
 
   size_t block_rows;
-  size_t blocks;  // of rows of the state, per row of the batch
-  size_t stride;  // between the outputs of blocks
-  size_t widened; // floats of a token's query, key and value, where they are half precision
+  size_t blocks;  // blocks of rows of one state
+  size_t stride;  // floats between the outputs of two blocks
+  size_t widened; // floats of one token's query, key and value in float32; 0 if they are float32
   size_t floats;
 };
 
-// How a call of several tokens is cut.
+// How a call of several tokens is divided into tasks.
 struct PrefillPlan {
   PrefillPlan(const Sizes& sizes, const Instructions& set) {
-    // Longer chunks pass over the panel less often, and spend more on the products inside.
+    // Longer chunks pass over the panel less often, but spend more on products inside the chunk.
     const size_t longest = sizes.key_size > 512 ? 128 : 64;
     const size_t chunks = divide_up(sizes.tokens, longest);
     chunk = std::min(sizes.tokens, longest);
@@ -110,7 +110,7 @@ struct PrefillPlan {
     step_chunks = std::min(chunks, slots);
     step_rows = std::min(sizes.batch, slots / step_chunks);
 
-    // As wide as fits the cache, but enough panels for many threads.
+    // As wide as the cache allows, but narrow enough for many threads to have a panel each.
     const size_t fitting = kPanelFloats / std::max<size_t>(1, sizes.key_size);
     const size_t shared = divide_up(sizes.value_size * step_rows, 8);
     width =
@@ -120,11 +120,11 @@ struct PrefillPlan {
 
     parts = std::clamp<size_t>(16 / (step_chunks * step_rows), 1,
                                std::max<size_t>(1, token_blocks / 4));
-    pack_lanes = std::min(kLanes, step_rows * step_chunks * parts);
-    panel_lanes = std::min(kLanes, step_rows * panels);
+    pack_workers = std::min(kMaxWorkers, step_rows * step_chunks * parts);
+    panel_workers = std::min(kMaxWorkers, step_rows * panels);
     pack_scratch = pack_scratch_floats(set, chunk, sizes.key_size, sizes.activation);
     panel_scratch = panel_scratch_floats(set, chunk, sizes.key_size, width);
-    scratch_floats = std::max(pack_lanes * pack_scratch, panel_lanes * panel_scratch);
+    scratch_floats = std::max(pack_workers * pack_scratch, panel_workers * panel_scratch);
     slot_count = step_rows * step_chunks;
     table_floats = round_up(slot_count * sizeof(PackedChunk) / sizeof(float), 16);
     floats = table_floats + slot_count * slot_floats + scratch_floats;
@@ -137,21 +137,21 @@ struct PrefillPlan {
     return {queries, keys, scores, scores + score_floats};
   }
 
-  size_t chunk; // tokens
+  size_t chunk; // tokens of a chunk
   size_t token_blocks;
   size_t query_floats;
   size_t key_floats;
   size_t score_floats;
-  size_t slot_floats; // of a packed chunk
+  size_t slot_floats; // floats of a slot, which holds one packed chunk
   size_t slot_count;
-  size_t table_floats; // that list the slots
-  size_t step_chunks;  // packed at a time, of each row
-  size_t step_rows;    // of the batch, taken at a time
+  size_t table_floats; // floats of the table of slots
+  size_t step_chunks;  // chunks of each row that are packed at the same time
+  size_t step_rows;    // rows of the batch that are computed at the same time
   size_t width;        // columns of a panel
   size_t panels;
   size_t parts; // tasks that pack one chunk
-  size_t pack_lanes;
-  size_t panel_lanes;
+  size_t pack_workers;
+  size_t panel_workers;
   size_t pack_scratch;
   size_t panel_scratch;
   size_t scratch_floats;
@@ -215,7 +215,7 @@ void run_decode(const Sizes& sizes, const Tensors& tensors, const Instructions& 
   }
 }
 
-// Takes `rows` rows of the batch from `first_row` on through tokens [first, first + tokens).
+// Computes tokens [first, first + tokens) of `rows` rows of the batch, from `first_row` on.
 void run_step(const Sizes& sizes, const Tensors& tensors, const Instructions& set,
               const PrefillPlan& plan, float* memory, const ParallelFor& parallel_for,
               size_t first_row, size_t rows, size_t first, size_t tokens) {
@@ -231,32 +231,34 @@ void run_step(const Sizes& sizes, const Tensors& tensors, const Instructions& se
     return (first_row + row) * sizes.tokens + first + token;
   };
 
-  for_each_in_lane(parallel_for, serial, rows * chunks * plan.parts, plan.pack_lanes,
-                   [&](size_t task, size_t lane) {
-                     const size_t slot = task / plan.parts;
-                     const size_t token = slot % chunks * plan.chunk;
-                     const size_t at = token_at(slot / chunks, token);
-                     set.pack({offset(tensors.query, at * sizes.key_size, sizes.activation),
-                               offset(tensors.key, at * sizes.key_size, sizes.activation),
-                               tensors.decay + at, std::min(plan.chunk, tokens - token),
-                               sizes.key_size, sizes.activation, task % plan.parts, plan.parts,
-                               slots[slot], scratch + lane * plan.pack_scratch});
-                   });
+  for_each_with_worker(parallel_for, serial, rows * chunks * plan.parts, plan.pack_workers,
+                       [&](size_t task, size_t worker) {
+                         const size_t slot = task / plan.parts;
+                         const size_t token = slot % chunks * plan.chunk;
+                         const size_t at = token_at(slot / chunks, token);
+                         set.pack({offset(tensors.query, at * sizes.key_size, sizes.activation),
+                                   offset(tensors.key, at * sizes.key_size, sizes.activation),
+                                   tensors.decay + at, std::min(plan.chunk, tokens - token),
+                                   sizes.key_size, sizes.activation, task % plan.parts, plan.parts,
+                                   slots[slot], scratch + worker * plan.pack_scratch});
+                       });
 
   const float* past = first == 0 ? tensors.past_state : tensors.present_state;
   const size_t state_floats = sizes.key_size * sizes.value_size;
-  for_each_in_lane(
-      parallel_for, serial, rows * plan.panels, plan.panel_lanes, [&](size_t task, size_t lane) {
-        const size_t row = task / plan.panels;
-        const size_t column = task % plan.panels * plan.width;
-        const size_t at = token_at(row, 0) * sizes.value_size;
-        set.panel(
-            {slots + row * chunks, chunks, plan.chunk, tokens, sizes.key_size, sizes.value_size,
-             sizes.activation, offset(tensors.value, at, sizes.activation),
-             offset(tensors.output, at, sizes.activation), past + (first_row + row) * state_floats,
-             tensors.present_state + (first_row + row) * state_floats, column,
-             std::min(plan.width, sizes.value_size - column), scratch + lane * plan.panel_scratch});
-      });
+  for_each_with_worker(parallel_for, serial, rows * plan.panels, plan.panel_workers,
+                       [&](size_t task, size_t worker) {
+                         const size_t row = task / plan.panels;
+                         const size_t column = task % plan.panels * plan.width;
+                         const size_t at = token_at(row, 0) * sizes.value_size;
+                         set.panel({slots + row * chunks, chunks, plan.chunk, tokens,
+                                    sizes.key_size, sizes.value_size, sizes.activation,
+                                    offset(tensors.value, at, sizes.activation),
+                                    offset(tensors.output, at, sizes.activation),
+                                    past + (first_row + row) * state_floats,
+                                    tensors.present_state + (first_row + row) * state_floats,
+                                    column, std::min(plan.width, sizes.value_size - column),
+                                    scratch + worker * plan.panel_scratch});
+                       });
 }
 
 void run_prefill(const Sizes& sizes, const Tensors& tensors, const Instructions& set, float* memory,

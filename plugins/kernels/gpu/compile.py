@@ -2,9 +2,9 @@
 
 python -m plugins.kernels.gpu.compile -o build/gpu_kernels
 
-Writes `sm<NN>/<variant>.ptx`, `.cubin`, and `kernels.json`: one entry per variant with what a
-launcher needs (symbol, parameters in order, threads, shared memory) and what the compiler made
-of it (registers, spills).
+Writes `sm<NN>/<variant>.ptx` and `.cubin`, and `kernels.json`. The latter has one entry per variant
+with what a launcher needs (symbol, parameters in order, threads, shared memory) and with the
+resources that the compiled code uses (registers, spills).
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ _TARGET = r"^\.target (\w+)"
 def compile_variant(chosen: Variant) -> tuple[str, bytes, dict[str, Any]]:
     """Compile one variant for its compute capability.
 
+    Args:
+      chosen: Variant to compile.
+
     Returns:
-      PTX, cubin, and the variant's entry in the manifest.
+      The PTX, the cubin, and the variant's entry in the manifest.
 
     Raises:
       MissingDependencyError: Triton is not installed.
@@ -63,7 +66,7 @@ def compile_variant(chosen: Variant) -> tuple[str, bytes, dict[str, Any]]:
             if chosen.aligned and (kind != "i32" or name in {"size_k", "size_v"})
         },
     )
-    # Line information holds absolute paths and changes nothing else.
+    # Line information contains absolute paths and is needed by debuggers only.
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True
         compiled = triton.compile(
@@ -82,7 +85,7 @@ def compile_variant(chosen: Variant) -> tuple[str, bytes, dict[str, Any]]:
         "symbol": compiled.metadata.name,
         "target": _found(_TARGET, ptx),
         "parameters": [{"name": name, "type": kind} for name, kind in signature.items()],
-        # Triton appends pointers to scratch memory that these kernels do not use: pass null.
+        # Triton appends pointers to scratch memory, which these kernels do not use: pass null.
         "null_parameters": len(re.findall(r"\.param [^%\n]*_param_\d+", ptx)) - len(signature),
         "constants": constants,
         "warps": chosen.warps,
@@ -97,25 +100,25 @@ def compile_variant(chosen: Variant) -> tuple[str, bytes, dict[str, Any]]:
 def compile_all(
     output: Path, chosen: Iterable[Variant], progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Compile variants into a folder that appears only when all of them are there.
+    """Compile variants into a folder, which appears once all of them are compiled.
 
     Args:
-      output: the folder; an older one of this tool is replaced.
-      chosen: what to compile.
-      progress: called with one line per variant.
+      output: Folder to write. A folder that this tool wrote before is replaced.
+      chosen: Variants to compile.
+      progress: Function that is called with one line of text per variant.
 
     Returns:
-      The manifest, also written to `output / MANIFEST`.
+      The manifest, which is also written to `output / MANIFEST`.
 
     Raises:
-      OutputExistsError: `output` exists and is not a folder of this tool.
-      MissingDependencyError: Triton is not installed.
+      OutputExistsError: If `output` exists and this tool did not write it.
+      MissingDependencyError: If Triton is not installed.
     """
     triton = _triton()
     if output.exists() and not (output / MANIFEST).is_file() and _is_used(output):
         raise OutputExistsError(
-            f"{output} exists and holds no {MANIFEST}, so it is not from this tool; "
-            "choose another folder with -o, or remove it"
+            f"{output} exists but holds no {MANIFEST}, so this tool did not write it; "
+            "choose another folder with -o, or remove this one"
         )
     work = list(chosen)
     entries = []
@@ -139,14 +142,14 @@ def compile_all(
 
 
 def _resources(ptx: str, sm: int) -> dict[str, int]:
-    """Assemble the PTX for its target and return what the assembler says it uses."""
+    """Assemble the PTX for its target and return the resources that the assembler reports."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx, encoding="utf-8")
         target = _found(_TARGET, ptx)
-        # --regAllocOptLevel=2 as Triton does, so that the figures are those of its cubin.
+        # --regAllocOptLevel=2 like Triton, so that the numbers are those of its cubin.
         command = [get_ptxas(sm).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}"]
         command += [str(path), "-o", f"{path}.cubin"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -161,12 +164,12 @@ def _resources(ptx: str, sm: int) -> dict[str, int]:
 def _found(pattern: str, text: str) -> str:
     match = re.search(pattern, text, re.MULTILINE)
     if match is None:
-        raise ValueError(f"{pattern!r} is not in the compiler's output: {text[:500]}")
+        raise ValueError(f"the compiler's output does not contain {pattern!r}: {text[:500]}")
     return match[1]
 
 
 def _type(kind: str, dtype: str) -> str:
-    """Return the type of a parameter as Triton writes it."""
+    """Return Triton's name for the type of a parameter."""
     return {"T": _POINTERS[dtype], "f32": "*fp32", "i32": "i32"}[kind]
 
 
@@ -177,8 +180,8 @@ def _is_used(path: Path) -> bool:
 def _triton() -> Any:
     if importlib.util.find_spec("triton") is None:
         raise MissingDependencyError(
-            "the GPU kernels are compiled by the package 'triton', which is not installed; "
-            "`pip install triton`"
+            "compiling the GPU kernels needs the package 'triton', which is not installed; "
+            "run `pip install triton`"
         )
     import triton
 
@@ -186,21 +189,21 @@ def _triton() -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile from the command line; returns the exit status."""
+    """Compile what the command line asks for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="compile_kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--sm",
         default=",".join(map(str, MULTIPROCESSORS)),
-        help="compute capabilities, separated by commas (default: %(default)s)",
+        help="compute capabilities without dots, separated by commas (default: %(default)s)",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     options = parser.parse_args(arguments)
     known = {str(sm) for sm in MULTIPROCESSORS}
     wanted = options.sm.split(",")
     if unknown := [sm for sm in wanted if sm not in known]:
         choices = ", ".join(sorted(known, key=int))
-        parser.error(f"--sm: {', '.join(unknown)} unknown; expected some of {choices}")
+        parser.error(f"--sm: no kernels for {', '.join(unknown)}; expected some of {choices}")
     chosen = [variant for sm in wanted for variant in variants(int(sm))]
 
     def show(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Run a plan with Triton's own launcher: for PyTorch on CUDA, and for the interpreter."""
+"""Launch a plan with Triton's own launcher, for PyTorch on CUDA and for Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .plan import SIGNATURES, Plan
 
 
 def launch(plan: Plan, tensors: dict[str, Any]) -> None:
-    """Launch the kernels of a plan, on the current device and stream.
+    """Launch the kernels of a plan on the current device and stream.
 
     Args:
-      plan: for the sizes and the type of the tensors.
-      tensors: contiguous, by the spec's names, with outputs to write and "workspace", of
-        `plan.workspace` float32 elements or more.
+      plan: Plan for the sizes and the dtype of the tensors.
+      tensors: Contiguous tensors by their names in the op's spec: inputs, outputs (which are
+        overwritten), and "workspace" with at least `plan.workspace` float32 elements.
     """
     pointers = {
         **tensors,

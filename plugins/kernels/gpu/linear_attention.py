@@ -1,9 +1,10 @@
-"""GPU kernels of `fwl::LinearAttentionUpdate` in the Triton language. See README.md beside this.
+"""GPU kernels of `fwl::LinearAttentionUpdate` in the Triton language; README.md explains them.
 
-Every tensor is contiguous, with the shapes of `fwl_export/op/spec.py`; T is the type of the
-activations. Grids have one axis. Blocks, grids and workspaces come from `plan.py`. Each program
-owns the part of the state that it writes and reads it first, so `past` and `present` may be the
-same memory. No atomics: the same launch gives the same bits.
+All tensors are contiguous and have the shapes of `fwl_export/op/spec.py`. Below, the dtype of the
+activations (query, key, value and output) is called T. Grids have one axis. Blocks, grids and
+workspaces come from `plan.py`. Each program owns the part of the state that it writes, and reads it
+before it writes it, so `past` and `present` may be the same memory. There are no atomics: the same
+launch gives the same bits.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What varies from call to call is not specialized: Triton's launcher would compile a form of its
-# own for each value that is 1 or a multiple of 16.
+# Parameters that vary from call to call are not specialized: Triton's launcher would compile
+# further forms of the kernel, for values of 1 and for multiples of 16.
 
 
 @triton.jit(do_not_specialize=["splits", "rows"])
@@ -33,26 +34,27 @@ def decode(
     block_v: tl.constexpr,
     split: tl.constexpr,
 ):
-    """One token: write to the state and read it in one pass.
+    """Update the state with one token and read it, in one pass.
 
-    A program takes `rows` rows of one state and `block_v` of its columns.
+    A program computes `rows` rows of one state, in `block_v` of its columns.
 
     Args:
-      query: [B, 1, Dk] T.
-      key: [B, 1, Dk] T.
-      value: [B, 1, Dv] T.
-      decay: [B, 1] float32.
-      past: [B, Dk, Dv] float32.
-      present: [B, Dk, Dv] float32, written.
-      output: [B, 1, Dv] T, written unless `split`.
-      partial: [B, splits, Dv] float32, written if `split`: `sum_partials` finishes.
-      size_k: Dk.
-      size_v: Dv.
-      splits: programs that share the rows of one state.
-      rows: rows of each, a multiple of block_k.
-      block_k: rows in flight.
-      block_v: columns of a program.
-      split: whether splits > 1.
+      query: Query of each row, [B, 1, Dk] T.
+      key: Key of each row, [B, 1, Dk] T.
+      value: Value of each row, [B, 1, Dv] T.
+      decay: Decay of each row, [B, 1] float32.
+      past: State before the token, [B, Dk, Dv] float32.
+      present: State after the token, [B, Dk, Dv] float32; written.
+      output: Output, [B, 1, Dv] T; written unless `split`.
+      partial: Output of each program, [B, splits, Dv] float32; written if `split`, and then summed
+        by `sum_partials`.
+      size_k: Size Dk of queries and keys.
+      size_v: Size Dv of values.
+      splits: Number of programs that share the rows of one state.
+      rows: Rows of the state per program, a multiple of block_k.
+      block_k: Rows of the state that are loaded at the same time.
+      block_v: Columns of the state per program.
+      split: Whether `splits` is more than 1.
     """
     tiles_v = tl.cdiv(size_v, block_v)
     program = tl.program_id(0)
@@ -89,14 +91,14 @@ def decode(
 
 @triton.jit(do_not_specialize=["splits"])
 def sum_partials(partial, output, size_v, splits, block_v: tl.constexpr):
-    """Add what the programs of a split `decode` read, in order.
+    """Add the outputs of the programs of a split `decode`, in order.
 
     Args:
-      partial: [B, splits, Dv] float32.
-      output: [B, 1, Dv] T, written.
-      size_v: Dv.
-      splits: terms of the sum.
-      block_v: columns of a program.
+      partial: Output of each program, [B, splits, Dv] float32.
+      output: Their sum, [B, 1, Dv] T; written.
+      size_v: Size Dv of values.
+      splits: Number of terms in the sum.
+      block_v: Columns per program.
     """
     tiles_v = tl.cdiv(size_v, block_v)
     program = tl.program_id(0)
@@ -130,29 +132,31 @@ def prefill_state(
     block_v: tl.constexpr,
     split_tf32: tl.constexpr,
 ):
-    """Carry one tile of the state through a segment of tokens, chunk by chunk.
+    """Update one tile of the state with a segment of tokens, chunk by chunk.
 
-    Before a chunk is written, the tile is read with the chunk's queries: that is what earlier
-    chunks contribute to the output. `prefill_output` adds the tiles and the chunk's own part.
+    Before each update, the tile is read with the chunk's queries, which gives the contribution of
+    earlier chunks to the output. `prefill_output` adds the contributions of all tiles and of the
+    chunk itself.
 
     Args:
-      query: [B, tokens, Dk] T.
-      key: [B, tokens, Dk] T.
-      value: [B, tokens, Dv] T.
-      decay: [B, tokens] float32.
-      past: [B, Dk, Dv] float32.
-      present: [B, Dk, Dv] float32, written.
-      partial: [tiles over Dk, B, length, Dv] float32, written.
-      rows: B.
-      tokens: T.
-      start: the segment's first token.
-      length: tokens of the segment.
-      size_k: Dk.
-      size_v: Dv.
-      chunk: tokens of a chunk.
-      block_k: rows of a tile of the state.
-      block_v: its columns.
-      split_tf32: see `_dot_wide_left`.
+      query: Queries, [B, tokens, Dk] T.
+      key: Keys, [B, tokens, Dk] T.
+      value: Values, [B, tokens, Dv] T.
+      decay: Decays, [B, tokens] float32.
+      past: State before the segment, [B, Dk, Dv] float32.
+      present: State after the segment, [B, Dk, Dv] float32; written.
+      partial: Contribution of each tile to the output, [tiles over Dk, B, length, Dv] float32;
+        written.
+      rows: Batch size B.
+      tokens: Tokens per row in the tensors.
+      start: First token of the segment.
+      length: Tokens per row in the segment.
+      size_k: Size Dk of queries and keys.
+      size_v: Size Dv of values.
+      chunk: Tokens per chunk.
+      block_k: Rows of a tile of the state.
+      block_v: Columns of a tile of the state.
+      split_tf32: Whether to multiply on tensor cores; see `_dot_wide_left`.
     """
     tiles_v = tl.cdiv(size_v, block_v)
     program = tl.program_id(0)
@@ -181,8 +185,8 @@ def prefill_state(
         q = tl.load(query + keys, mask=in_t[:, None] & in_k[None, :], other=0.0)
         read = _dot_wide_right(q, state, split_tf32) * fade[:, None]
         tl.store(partial + values, read, mask=in_t[:, None] & in_v[None, :])
-        # What the chunk's later decays leave of each write: a product of those alone, so
-        # that a decay of 0 or of 1e-30 before them costs no precision.
+        # How much each update decays until the end of the chunk: a product of later decays only,
+        # so that earlier decays of 0 or 1e-30 cost no precision.
         after = (token + 1 < length) & (index + 1 < chunk)
         kept = tl.cumprod(tl.load(decay + token + 1, mask=after, other=1.0), axis=0, reverse=True)
         k = tl.load(key + keys, mask=in_t[:, None] & in_k[None, :], other=0.0)
@@ -213,27 +217,27 @@ def prefill_output(
     native: tl.constexpr,
     split_tf32: tl.constexpr,
 ):
-    """Read what each token's own chunk wrote, and add what `prefill_state` read.
+    """Compute what each token reads of its own chunk, and add the parts of `prefill_state`.
 
     Args:
-      query: [B, tokens, Dk] T.
-      key: [B, tokens, Dk] T.
-      value: [B, tokens, Dv] T.
-      decay: [B, tokens] float32.
-      partial: [tiles_k, B, length, Dv] float32.
-      output: [B, tokens, Dv] T, written.
-      rows: B.
-      tokens: T.
-      start: the segment's first token.
-      length: tokens of the segment.
-      tiles_k: tiles over Dk in `partial`.
-      size_k: Dk.
-      size_v: Dv.
-      chunk: tokens of a chunk, that of `prefill_state`.
-      block_k: inner size of one product of queries and keys.
-      block_v: columns of a program.
-      native: whether tensor cores multiply type T.
-      split_tf32: see `_dot_wide_left`.
+      query: Queries, [B, tokens, Dk] T.
+      key: Keys, [B, tokens, Dk] T.
+      value: Values, [B, tokens, Dv] T.
+      decay: Decays, [B, tokens] float32.
+      partial: Contribution of earlier chunks, [tiles_k, B, length, Dv] float32.
+      output: Output, [B, tokens, Dv] T; written for the segment.
+      rows: Batch size B.
+      tokens: Tokens per row in the tensors.
+      start: First token of the segment.
+      length: Tokens per row in the segment.
+      tiles_k: Number of tiles over Dk in `partial`.
+      size_k: Size Dk of queries and keys.
+      size_v: Size Dv of values.
+      chunk: Tokens per chunk, as in `prefill_state`.
+      block_k: Inner size of one product of queries and keys.
+      block_v: Columns per program.
+      native: Whether tensor cores multiply type T.
+      split_tf32: Whether to multiply on tensor cores; see `_dot_wide_left`.
     """
     tiles_v = tl.cdiv(size_v, block_v)
     chunks = tl.cdiv(length, chunk)
@@ -263,15 +267,15 @@ def prefill_output(
         else:
             k = tl.trans(k.to(tl.float32))
             scores = tl.dot(q.to(tl.float32), k, acc=scores, input_precision="ieee")
-    # Entry (i, j): the product of d_{j+1} ... d_i. Each column multiplies only its own decays;
-    # a quotient of two products would be 0 / 0 where a decay is 0.
+    # Entry (i, j) is the product d_{j+1} ... d_i. Each column multiplies its own decays; a quotient
+    # of two products would be 0 / 0 where a decay is 0.
     d = tl.load(decay + token, mask=in_t, other=1.0)
     fade = tl.cumprod(tl.where(index[:, None] > index[None, :], d[:, None], 1.0), axis=0)
     scores = tl.where(index[:, None] >= index[None, :], scores * fade, 0.0)
     inside = in_t[:, None] & in_v[None, :]
     v = tl.load(value + values, mask=inside, other=0.0)
     result = _dot_wide_left(scores, v, split_tf32)
-    # 64 bits: the tiles together may have more than 2^31 elements.
+    # 64 bits, because all tiles together may have more than 2^31 elements.
     step = rows.to(tl.int64) * length * size_v
     for _ in range(tiles_k):
         result += tl.load(partial + values, mask=inside, other=0.0)
@@ -281,26 +285,27 @@ def prefill_output(
 
 @triton.jit
 def _tf32(x):
-    """Round to the nearest number of 11 significant bits, as tensor cores take it."""
+    """Round to 11 significant bits, which is what tensor cores use of a tf32 number."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _dot_wide_left(wide, narrow, split_tf32: tl.constexpr):
-    """Multiply a float32 matrix by one of type T.
+    """Multiply a float32 matrix by a matrix of type T.
 
-    Tensor cores have no float32. With `split_tf32`, the wide one is the sum of two tf32
-    numbers, good to 2^-22, and the narrow one must be of 11 significant bits or less (float16,
-    bfloat16), thus exact. Without, the product is of float32 on the ordinary cores.
+    Tensor cores cannot multiply float32. With `split_tf32`, each element of `wide` is split into a
+    sum of two tf32 numbers, with a relative error of 2^-22, and `narrow` must have at most 11
+    significant bits (float16, bfloat16), so that it is exact in tf32. Without `split_tf32`, the
+    product is computed in float32 on the ordinary cores.
 
     Args:
-      wide: [M, K] float32.
-      narrow: [K, N] T.
-      split_tf32: constant.
+      wide: Left matrix, [M, K] float32.
+      narrow: Right matrix, [K, N] T.
+      split_tf32: Whether to split `wide` and use tensor cores; a compile-time constant.
 
     Returns:
-      [M, N] float32.
+      The product, [M, N] float32.
     """
     narrow = narrow.to(tl.float32)
     if split_tf32:
@@ -315,7 +320,7 @@ def _dot_wide_left(wide, narrow, split_tf32: tl.constexpr):
 
 @triton.jit
 def _dot_wide_right(narrow, wide, split_tf32: tl.constexpr):
-    """Multiply the other way round, [M, K] of type T by [K, N] float32. See `_dot_wide_left`."""
+    """Multiply a matrix [M, K] of type T by a matrix [K, N] float32; see `_dot_wide_left`."""
     narrow = narrow.to(tl.float32)
     if split_tf32:
         high = _tf32(wide)

@@ -1,6 +1,7 @@
-"""Which GPU kernels run for given sizes, with which blocks, grids and workspace.
+"""Decide which GPU kernels run for given sizes, with which blocks, grids and workspace.
 
-Plain Python and no package but the op's spec: launchers in other languages take the same tables.
+This is plain Python that needs nothing but the op's spec, so that launchers in other languages can
+follow it: launcher/plan.cpp does.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 
 from fwl_export.op.spec import ACTIVATION_TYPES
 
-# Compute capability -> multiprocessors of the GPU that grids are sized for: T4, A100, RTX 3090,
-# RTX 4090, H100 SXM, B200, RTX 5090. Others of the same capability run the same plan.
+# Compute capability -> number of multiprocessors of the GPU that grids are sized for: T4, A100,
+# RTX 3090, RTX 4090, H100 SXM, B200, RTX 5090. Other GPUs of the same capability run the same plan.
 MULTIPROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 
-# Parameters of each kernel, in order: name -> "T" (pointer to activations), "f32" (pointer) or
-# "i32". What follows them in linear_attention.py are constants of the variant.
+# Parameters of each kernel, in order: name -> "T" (pointer to activations), "f32" (pointer to
+# float32) or "i32" (integer). In linear_attention.py, the constants of the variant follow them.
 SIGNATURES: dict[str, dict[str, str]] = {
     "decode": {
         **dict.fromkeys(("query", "key", "value"), "T"),
@@ -40,11 +41,11 @@ SIGNATURES: dict[str, dict[str, str]] = {
 }
 
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-# A split costs a second kernel, so no more of them than keep every multiprocessor busy.
+# A split needs a second kernel, so a state is split only to keep every multiprocessor busy.
 MAX_SPLITS = 64
-# A segment's workspace should fit the second-level cache of large GPUs.
+# The workspace of a segment should fit into the second-level cache of large GPUs.
 WORKSPACE_BYTES = 32 << 20
-# Offsets inside one row's state are 32 bits wide in the kernels.
+# Kernels compute offsets inside one row's state with 32 bits.
 _MAX_STATE = 2**31
 
 
@@ -53,14 +54,14 @@ class Variant:
     """One compiled form of a kernel.
 
     Attributes:
-      kernel: its name in linear_attention.py.
-      dtype: type of the activations, a name of ACTIVATION_TYPES.
-      sm: compute capability, e.g. 90.
-      aligned: whether Dk, Dv and every pointer are multiples of 16 (the pointers in bytes),
-        so that loads can be wide.
-      constants: compile-time arguments, in order.
-      warps: warps of a program.
-      stages: loads in flight in the kernel's loop, 1 for none ahead.
+      kernel: Name of the kernel in linear_attention.py.
+      dtype: Type of the activations, one of ACTIVATION_TYPES.
+      sm: Compute capability without the dot, such as 90.
+      aligned: Whether Dk, Dv and every pointer (in bytes) must be multiples of 16, so that loads
+        can be wide.
+      constants: Compile-time arguments as pairs of name and value, in order.
+      warps: Warps per program.
+      stages: Pipeline stages of the kernel's loop; 1 means that nothing is loaded ahead.
     """
 
     kernel: str
@@ -73,7 +74,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Unique among the variants of one SM, e.g. `decode_split_fp16_aligned`."""
+        """Name, unique among the variants of one SM, such as `decode_split_fp16_aligned`."""
         parts = [self.kernel, _SHORT[self.dtype], "aligned" if self.aligned else "any"]
         if dict(self.constants).get("split"):
             parts.insert(1, "split")
@@ -81,19 +82,20 @@ class Variant:
 
     @property
     def block(self) -> dict[str, int]:
-        """The constants by name."""
+        """Values of the constants, by name."""
         return {name: int(value) for name, value in self.constants}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call. `first_segment` tells whether `past` is the op's past_state.
+    """One launch of a kernel.
 
     Attributes:
-      variant: what to launch.
-      grid: programs, on one axis.
-      scalars: values of the i32 parameters, by name.
-      first_segment: otherwise `past` is present_state, which the launch before wrote.
+      variant: Variant to launch.
+      grid: Number of programs; grids have one axis.
+      scalars: Values of the i32 parameters, by name.
+      first_segment: Whether `past` is the op's past_state. In later segments it is present_state,
+        which an earlier launch has written.
     """
 
     variant: Variant
@@ -104,11 +106,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call of the op launches, in order.
+    """The launches of one call of the op.
 
     Attributes:
-      launches: in stream order.
-      workspace: float32 elements of `partial`, not initialised; 0 if unused.
+      launches: Launches in stream order.
+      workspace: Number of float32 elements in `partial`, which need no initial value; 0 if the
+        launches do not use it.
     """
 
     launches: tuple[Launch, ...]
@@ -116,17 +119,24 @@ class Plan:
 
 
 def variant(kernel: str, dtype: str, sm: int, aligned: bool, split: bool = False) -> Variant:
-    """Return the compiled form of a kernel with its blocks.
+    """Return the compiled form of a kernel, with its blocks.
+
+    Args:
+      kernel: Name of the kernel, a key of SIGNATURES.
+      dtype: Type of the activations, one of ACTIVATION_TYPES.
+      sm: Compute capability without the dot, a key of MULTIPROCESSORS.
+      aligned: Whether sizes and pointers are multiples of 16; see `Variant`.
+      split: Whether several programs share the rows of a state; for `decode` only.
 
     Raises:
-      ValueError: an unknown type or compute capability.
+      ValueError: If the kernel, type or compute capability is unknown.
     """
     if dtype not in ACTIVATION_TYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(ACTIVATION_TYPES)}")
     if sm not in MULTIPROCESSORS:
         raise ValueError(f"sm is {sm}; expected one of {', '.join(map(str, MULTIPROCESSORS))}")
-    # From SM 80 on the compiler has tensor cores for tf32 and the half types. float32 stays
-    # float32 everywhere; on SM 75 it makes ordinary arithmetic of every product.
+    # From SM 80 on, Triton uses tensor cores for tf32, float16 and bfloat16. float32 activations
+    # are multiplied in float32 everywhere, and SM 75 multiplies everything on the ordinary cores.
     tensor_cores = sm >= 80 and dtype != "float32"
     constants: dict[str, int | bool]
     stages = 1
@@ -135,8 +145,8 @@ def variant(kernel: str, dtype: str, sm: int, aligned: bool, split: bool = False
     elif kernel == "sum_partials":
         constants, warps = {"block_v": 128}, 4
     elif kernel == "prefill_state":
-        # What goes through the workspace falls with block_k: the largest that spills nothing.
-        # Loads ahead need more shared memory than SM 86, 89 and 120 have.
+        # A larger block_k means less traffic through the workspace; this is the largest that does
+        # not spill registers. Two stages need more shared memory than SM 86, 89 and 120 have.
         if tensor_cores:
             constants = {"chunk": 64, "block_k": 128 if aligned else 64, "block_v": 32}
             stages = 2 if aligned and sm in {80, 90, 100} else 1
@@ -157,7 +167,7 @@ def variant(kernel: str, dtype: str, sm: int, aligned: bool, split: bool = False
 
 
 def variants(sm: int) -> Iterator[Variant]:
-    """Yield every variant of a compute capability that a plan can name."""
+    """Yield every variant that a plan for a compute capability can use."""
     for dtype in ACTIVATION_TYPES:
         yield variant("sum_partials", dtype, sm, False)
         for aligned in (True, False):
@@ -180,17 +190,19 @@ def plan(
     """Return the launches of one call of the op.
 
     Args:
-      rows: B, 1 or more.
-      tokens: T, 1 or more.
-      size_k: Dk.
-      size_v: Dv.
-      dtype: type of the activations.
-      sm: compute capability of the kernels, a key of MULTIPROCESSORS.
-      aligned: whether every pointer is a multiple of 16 bytes; sizes are looked at here.
-      workspace_bytes: prefill goes in segments of as many tokens as fit, two chunks at least.
+      rows: Batch size B, 1 or more.
+      tokens: Tokens T per row, 1 or more.
+      size_k: Size Dk of queries and keys.
+      size_v: Size Dv of values.
+      dtype: Type of the activations, one of ACTIVATION_TYPES.
+      sm: Compute capability without the dot, a key of MULTIPROCESSORS.
+      aligned: Whether every pointer is a multiple of 16 bytes. The sizes are checked here.
+      workspace_bytes: Limit of the workspace. Prefill runs in segments of as many tokens as fit,
+        but at least two chunks.
 
     Raises:
-      ValueError: a size below 1, a state of 2^31 elements or more, an unknown type or SM.
+      ValueError: If a size is below 1, a state has 2^31 elements or more, or the type or compute
+        capability is unknown.
     """
     sizes = {"B": rows, "T": tokens, "Dk": size_k, "Dv": size_v}
     for name, size in sizes.items():
@@ -235,7 +247,7 @@ def _prefill(
     output = variant("prefill_output", dtype, sm, aligned)
     chunk = state.block["chunk"]
     tiles_k = _tiles(size_k, state.block["block_k"])
-    # Of one chunk alone, the state would be read and written for each.
+    # At least two chunks: with one per segment, every chunk would read and write the state.
     per_chunk = tiles_k * rows * chunk * size_v
     segment = max(workspace_bytes // (4 * per_chunk), 2) * chunk
     launches = []

@@ -1,8 +1,12 @@
-// Prints the perplexity of a file of token ids, numbers with spaces between, as the model adapts.
+// Prints the perplexity of a text while the model learns from it. FILE holds the token ids as
+// numbers separated by white space.
 //
-//   score BUNDLE FILE [STATE]        FWL_RUNTIME=path of libonnxruntime.so
+//     score BUNDLE FILE [STATE]
 //
-// With STATE it goes on from that file and leaves the state there at the end.
+// Set FWL_RUNTIME to the path of libonnxruntime.so if it is not where dlopen finds it.
+//
+// With STATE, it starts from the state in that file, if it exists, and saves the state there at the
+// end.
 
 #include <algorithm>
 #include <cmath>
@@ -35,9 +39,9 @@ int main(int count, char** arguments) {
     const size_t vocabulary = session.vocab_size();
     if (!file.eof() || ids.size() < 2) {
       throw std::runtime_error(std::string("'") + arguments[2] +
-                               "' is not 2 or more token ids with spaces between");
+                               "' does not hold 2 or more token ids, separated by white space");
     }
-    for (const int64_t id : ids) { // the last is predicted, but no session reads it
+    for (const int64_t id : ids) { // also the last one, which is predicted but never read
       if (id < 0 || id >= static_cast<int64_t>(vocabulary)) {
         throw std::runtime_error("token id " + std::to_string(id) + " is out of range");
       }

@@ -1,7 +1,10 @@
-// Runs long and says whether memory stays where it is, to 1 %: decode steps in one session, then
-// rounds of opening, feeding, resetting and closing sessions. Exits with 1 if it does not.
+// Runs for a long time and checks that memory grows by less than 1 %: first decode steps in one
+// session, then rounds of opening, feeding, resetting and closing a session. Exits with 1 if memory
+// grows.
 //
-//   soak BUNDLE STEPS ROUNDS        FWL_RUNTIME=path of libonnxruntime.so
+//     soak BUNDLE STEPS ROUNDS
+//
+// Set FWL_RUNTIME to the path of libonnxruntime.so if it is not where dlopen finds it.
 
 #include <algorithm>
 #include <chrono>
@@ -16,14 +19,14 @@
 
 namespace {
 
-constexpr double kFlat = 0.01;
+constexpr double kMaxGrowth = 0.01;
 
 struct Memory {
   double resident = 0;  // MB
-  double anonymous = 0; // of it, MB: what a leak adds to; the rest are pages of files
+  double anonymous = 0; // MB, a part of it: leaks add to this; the rest are pages of files
 };
 
-// From smaps_rollup, which is exact; the counters of status and statm lag behind.
+// Reads smaps_rollup, which is exact; the counters in status and statm lag behind.
 Memory memory_now() {
   Memory memory;
   std::ifstream rollup("/proc/self/smaps_rollup");
@@ -46,15 +49,17 @@ Memory memory_now() {
   return memory;
 }
 
-// Prints the highest against that after a tenth, when all is warm; returns whether it is flat.
+// Prints the maximum and the value after a tenth of the run, when everything is warm. Returns
+// whether the growth is small enough.
 bool report(const char* which, double early, double highest) {
   const double growth = highest / early - 1;
   std::cout << "  " << which << ": " << early << " MB after a tenth, at most " << highest
             << " MB later (" << 100 * growth << " %)" << std::endl;
-  return growth < kFlat;
+  return growth < kMaxGrowth;
 }
 
-// Runs `count` times, and looks at the memory after each tenth.
+// Calls a function `count` times and measures memory after each tenth. Returns whether it stayed
+// flat.
 template <class Function> bool watch(const char* what, long count, const Function& function) {
   const auto began = std::chrono::steady_clock::now();
   Memory early, highest;

@@ -23,7 +23,7 @@ constexpr char kModelFile[] = "model.onnx";
   throw Failure(FWL_ERROR_BUNDLE, message);
 }
 
-// Returns the path of a bundle's file, after checking that it is inside.
+// Returns the path of a file of the bundle, after checking that it is inside the bundle's folder.
 fs::path inside(const fs::path& folder, const std::string& name) {
   const fs::path part(name);
   bool leaves = name.empty() || part.is_absolute() || name.find('\\') != std::string::npos;
@@ -43,12 +43,13 @@ fs::path inside(const fs::path& folder, const std::string& name) {
   return path;
 }
 
-// Reads a bundle's file block by block, and checks its size and hash at the end.
+// Passes a file's content to `take`, block by block, and checks its size and hash at the end.
 template <class Take>
 fs::path read_checked(const Bundle& bundle, const std::string& name, const Take& take) {
   const auto entry = bundle.files.find(name);
   if (entry == bundle.files.end()) {
-    fail("bundle '" + bundle.folder + "' has no '" + name + "' in its manifest");
+    fail("bundle '" + bundle.folder + "' has no '" + name +
+         "' in its manifest; export the model again");
   }
   const fs::path path = inside(bundle.folder, name);
   std::ifstream stream(path, std::ios::binary);
@@ -83,7 +84,8 @@ std::string manifest_text(const std::string& folder) {
   return std::string(std::istreambuf_iterator<char>(stream), {});
 }
 
-// Says which folder and manifest are there. A rename, there and back too, sets the ctime.
+// Returns text that differs once the folder or its manifest was replaced or changed: devices,
+// inodes and ctimes. Renaming a folder changes its ctime, even if it is renamed back.
 std::string identity_of(const std::string& folder) {
   std::string identity;
   const auto add = [&](const std::string& path, int (*look)(const char*, struct stat*)) {
@@ -113,14 +115,16 @@ Type type_named(const std::string& name) {
   if (name == "int64") {
     return Type::kInt64;
   }
-  fail("the bundle's state has a tensor of type '" + name + "'; update libfwl");
+  fail("the bundle's state has a tensor of type '" + name +
+       "', which this libfwl does not know; update libfwl");
 }
 
 TensorSpec read_spec(const json& data) {
   TensorSpec spec{data.at("name"), data.at("shape"), type_named(data.at("dtype"))};
   for (const int64_t size : spec.shape) {
     if (size < 1) {
-      fail("the bundle's state '" + spec.name + "' has a size of " + std::to_string(size));
+      fail("the bundle's state '" + spec.name + "' has a size of " + std::to_string(size) +
+           "; expected 1 or more. Export the model again");
     }
   }
   return spec;
@@ -158,7 +162,8 @@ Bundle read_bundle(const std::string& folder) {
     const json& version = manifest.at("schema_version");
     if (version != kSchemaVersion) {
       fail(path + ": schema_version is " + version.dump() + ", but this libfwl reads " +
-           std::to_string(kSchemaVersion) + "; install the libfwl of the fwl-export that wrote it");
+           std::to_string(kSchemaVersion) +
+           "; install the libfwl of the fwl-export release that wrote the bundle");
     }
     bundle.model_id = manifest.at("model_id");
     bundle.precision = manifest.at("precision");
@@ -179,7 +184,8 @@ Bundle read_bundle(const std::string& folder) {
   if (bundle.max_tokens < 1 || bundle.vocab_size < 1 || bundle.anchor_interval < 0 ||
       bundle.state.empty() || bundle.state[0].name != "position" ||
       bundle.state[0].type != Type::kInt64 || bundle.state[0].elements() != 1) {
-    fail(path + " is malformed; export the model again");
+    fail(path + " is malformed: sizes are out of range, or the state does not start with the "
+                "position; export the model again");
   }
   return bundle;
 }

@@ -1,4 +1,4 @@
-// A bundle's folder and manifest; see fwl_export/bundle/manifest.py.
+// A bundle's folder and manifest; the Python twin is fwl_export/bundle/manifest.py.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,15 @@ size_t bytes_of(Type type);
 // One tensor of the state.
 struct TensorSpec {
   std::string name;           // without "past." or "present."
-  std::vector<int64_t> shape; // of one row
+  std::vector<int64_t> shape; // without the axis of rows
   Type type;
 
-  size_t elements() const; // of one row
+  // Elements and bytes of one row.
+  size_t elements() const;
   size_t bytes() const { return elements() * bytes_of(type); }
 };
 
-// A file, as the manifest describes it.
+// What the manifest says about a file.
 struct FileEntry {
   std::string sha256;
   uint64_t bytes;
@@ -30,31 +31,31 @@ struct FileEntry {
 
 struct Bundle {
   std::string folder;
-  std::map<std::string, FileEntry> files; // by their names in the bundle
+  std::map<std::string, FileEntry> files; // by their paths inside the bundle
   std::string model_id;
   std::string precision;
   int64_t vocab_size;
   int64_t max_tokens;
   int64_t anchor_interval;
-  int64_t max_positions; // tokens that a row may read; 0: without end
+  int64_t max_positions; // the most tokens that a row may read; 0: no limit
   std::vector<TensorSpec> state;
-  std::string identity; // of its folder and manifest, see check_unchanged
+  std::string identity; // of folder and manifest when they were read; see check_unchanged
 
-  size_t state_bytes() const;
+  size_t state_bytes() const; // of one row
 };
 
-// All throw Failure.
+// All of these functions throw Failure.
 
-// No bundle is there, or it is of another schema. Its files are not read yet.
+// Reads the manifest, and no other file yet. Throws if there is no bundle or it has another schema.
 Bundle read_bundle(const std::string& folder);
 
-// Returns a file's content, which is what the manifest says, or it throws.
+// Returns the content of a file. Throws if it is not the file that the manifest describes.
 std::string checked_content(const Bundle& bundle, const std::string& name);
 
-// Checks the ONNX file and its external data; returns its path.
+// Checks the ONNX file and its external data, and returns the path of the ONNX file.
 std::string checked_model(const Bundle& bundle);
 
-// Throws if the bundle was replaced or changed since the manifest was read.
+// Throws if the bundle was replaced or changed after its manifest was read.
 void check_unchanged(const Bundle& bundle);
 
 } // namespace fwl::internal

@@ -8,8 +8,8 @@
 
 namespace fwl::internal {
 
-// Of cuda.h, whose binary interface is stable: functions of CUDA 4.0 and newer, by the names that
-// its header gives them today.
+// Functions that cuda.h declares, under their names in the library. The binary interface is stable,
+// and all of them exist since CUDA 4.0.
 struct CudaDriver {
   int (*cuInit)(unsigned);
   int (*cuGetErrorName)(int, const char**);
@@ -51,15 +51,17 @@ namespace {
 constexpr char kLibrary[] = "libcuda.so.1";
 constexpr int kComputeCapabilityMajor = 75; // CUdevice_attribute
 constexpr int kComputeCapabilityMinor = 76;
-constexpr unsigned kNonBlocking = 1; // CU_STREAM_NON_BLOCKING: sessions do not wait for each other
+// CU_STREAM_NON_BLOCKING, so that sessions do not wait for each other.
+constexpr unsigned kNonBlocking = 1;
 
 [[noreturn]] void no_device(const std::string& reason) {
   throw Absent(FWL_ERROR_RUNTIME, "there is no CUDA device (" + reason +
-                                      "); backend tensorrt needs an NVIDIA GPU and its driver");
+                                      "); the runtime tensorrt needs an NVIDIA GPU and its driver");
 }
 
 std::unique_ptr<CudaDriver> open_driver() {
-  void* const library = dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL); // stays open, as its threads may
+  void* const library =
+      dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL); // never closed: the driver's threads may outlive us
   if (library == nullptr) {
     const char* const reason = dlerror();
     no_device(reason != nullptr ? reason : kLibrary);
@@ -178,7 +180,7 @@ void Stream::wait() const {
 Stream::Settled::~Settled() {
   try {
     stream.wait();
-  } catch (const Failure&) { // whoever needs the result waits for it, and learns of this
+  } catch (const Failure&) { // whoever needs the result waits again and gets the error
   }
 }
 

@@ -1,4 +1,4 @@
-// A GPU through CUDA's driver, which is opened when a program asks for a GPU: nothing is linked.
+// A GPU through the CUDA driver, which is opened when a program asks for a GPU and is not linked.
 #pragma once
 
 #include <cstddef>
@@ -11,20 +11,22 @@ using DevicePointer = unsigned long long;
 
 struct CudaDriver;
 
-// A GPU, with its primary context: that is the one which CUDA's runtime, inside TensorRT, uses too.
+// A GPU with its primary context, which the CUDA runtime inside TensorRT uses too.
 class Gpu {
 public:
-  // Throws Absent: no driver, or no such GPU. Throws Failure: a call of the driver failed.
+  // Throws Absent if there is no driver or no GPU, and Failure if `ordinal` is out of range or a
+  // call of the driver fails.
   explicit Gpu(int ordinal);
   ~Gpu();
   Gpu(const Gpu&) = delete;
   Gpu& operator=(const Gpu&) = delete;
 
+  // Compute capability without the dot, such as 89.
   int sm() const { return sm_; }
   const std::string& name() const { return name_; }
   const CudaDriver& driver() const { return *driver_; }
 
-  // Makes the GPU the calling thread's for as long as it lives.
+  // Makes the GPU's context current in the calling thread, until the end of the scope.
   class Use {
   public:
     explicit Use(const Gpu& gpu); // throws Failure
@@ -44,8 +46,9 @@ private:
   std::string name_;
 };
 
-// Work of one session, in its order. What is queued is done after `wait`; until then the memory of
-// the caller that it reads or writes must stay. All throw Failure.
+// The queue of one session's work on the GPU, which runs in order. Queued work is complete once
+// `wait` returns; until then the caller must keep the memory that it reads or writes. All functions
+// throw Failure.
 class Stream {
 public:
   explicit Stream(std::shared_ptr<const Gpu> gpu);
@@ -62,7 +65,8 @@ public:
   void copy(DevicePointer to, DevicePointer from, size_t bytes) const;
   void wait() const;
 
-  // Waits however a function ends, so that nothing queued reaches memory that is gone.
+  // Waits at the end of a scope, even after an exception, so that no queued work reaches memory
+  // that was freed.
   struct Settled {
     ~Settled();
     const Stream& stream;
@@ -73,7 +77,7 @@ private:
   void* handle_ = nullptr;
 };
 
-// A block of the GPU's memory.
+// A block of GPU memory.
 class DeviceMemory {
 public:
   DeviceMemory() = default;

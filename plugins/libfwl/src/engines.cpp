@@ -20,31 +20,34 @@ bool ends_with(const std::string& text, const std::string& end) {
   return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
-Engine read_facts(const Bundle& bundle, const std::string& file) {
+Engine read_metadata(const Bundle& bundle, const std::string& file) {
   const std::string content = checked_content(bundle, file);
   try {
-    const json facts = json::parse(content);
-    if (facts.at("schema_version") != kMetadataVersion) {
+    const json metadata = json::parse(content);
+    if (metadata.at("schema_version") != kMetadataVersion) {
       throw Failure(FWL_ERROR_BUNDLE,
-                    "'" + file + "' has schema_version " + facts.at("schema_version").dump() +
+                    "'" + file + "' has schema_version " + metadata.at("schema_version").dump() +
                         ", but this libfwl reads " + std::to_string(kMetadataVersion) +
                         "; build the engine again");
     }
     const std::string name = file.substr(0, file.size() - (sizeof(kEnd) - 1));
-    if (facts.at("model_id") != bundle.model_id ||
-        facts.at("sha256") != bundle.files.at(name + ".engine").sha256) {
+    if (metadata.at("model_id") != bundle.model_id ||
+        metadata.at("sha256") != bundle.files.at(name + ".engine").sha256) {
       throw Failure(FWL_ERROR_BUNDLE, "'" + name +
                                           "' was built from another model; build the "
                                           "engine again with `fwl-export build`");
     }
     Engine engine;
     engine.name = name.substr(sizeof(kFolder) - 1);
-    engine.variant = facts.at("flavour");
-    engine.version = facts.at("version");
-    engine.sm = facts.at("sm");
-    engine.plugin = facts.at("update_path") == "plugin";
-    engine.embedded = facts.at("plugin_embedded");
-    engine.in_place = facts.at("in_place_state");
+    engine.variant = metadata.at("flavour");
+    engine.version = metadata.at("version");
+    engine.sm = metadata.at("sm");
+    engine.plugin = metadata.at("update_path") == "plugin";
+    engine.embedded = metadata.at("plugin_embedded");
+    engine.in_place = metadata.at("in_place_state");
+    if (metadata.contains("in_place_tensors") && !metadata["in_place_tensors"].is_null()) {
+      engine.in_place_tensors = metadata["in_place_tensors"].get<std::vector<std::string>>();
+    }
     return engine;
   } catch (const json::exception& error) {
     throw Failure(FWL_ERROR_BUNDLE, "'" + file + "' is malformed (" + printable(error.what()) +
@@ -89,7 +92,7 @@ Engine choose_engine(const Bundle& bundle, const Place& place) {
     if (file.first.rfind(kFolder, 0) != 0 || !ends_with(file.first, kEnd)) {
       continue;
     }
-    Engine engine = read_facts(bundle, file.first);
+    Engine engine = read_metadata(bundle, file.first);
     if (engine.variant == place.variant && engine.sm == place.sm &&
         version_of(engine.version) == place.version) {
       fitting.push_back(std::move(engine));
@@ -103,7 +106,8 @@ Engine choose_engine(const Bundle& bundle, const Place& place) {
     throw Absent(FWL_ERROR_BUNDLE, "bundle '" + bundle.folder + "' has no engine for " + here +
                                        others + "; build one with " + build_command(bundle, place));
   }
-  // Those that run come first, then those with our plugin, then those that copy nothing.
+  // Engines that can run are better than others, then those with fwl's plugin, then those that need
+  // no copy of the old state.
   const auto rank = [&](const Engine& engine) {
     return std::array<bool, 3>{is_usable(engine, place), engine.plugin, !engine.in_place};
   };
@@ -116,7 +120,7 @@ Engine choose_engine(const Bundle& bundle, const Place& place) {
                                       "' carries a plugin, code that would run in this "
                                       "process; if you trust the bundle, set allow_embedded_plugin"
                                 : "engine '" + best.name +
-                                      "' needs our plugin; give the path of "
+                                      "' needs fwl's plugin; give the path of "
                                       "libfwl_trt.so as tensorrt_plugin");
   }
   if (place.wants_plugin && !best.plugin) {

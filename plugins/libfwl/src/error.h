@@ -7,7 +7,7 @@
 
 namespace fwl::internal {
 
-// What a function of fwl.h returns.
+// An error that a function of fwl.h returns as its status and message.
 class Failure : public std::runtime_error {
 public:
   Failure(fwl_status status, const std::string& message)
@@ -18,13 +18,13 @@ private:
   fwl_status status_;
 };
 
-// Something that another backend does without is not there.
+// The runtime cannot be used here, because something is missing that another runtime may not need.
 class Absent final : public Failure {
 public:
   using Failure::Failure;
 };
 
-// Text from a file that may be anything, for a message.
+// Returns text of unknown origin in a form that a message can hold: other characters become '?'.
 inline std::string printable(const char* text) {
   std::string shown;
   for (; *text != '\0'; ++text) {

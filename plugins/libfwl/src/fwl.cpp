@@ -27,7 +27,7 @@ fwl_status report(fwl_error* error, fwl_status status, const char* message) noex
     error->status = status;
     size_t size = std::min(std::strlen(message), sizeof(error->message) - 1);
     while (size > 0 && (message[size] & 0xc0) == 0x80) {
-      --size; // not in the middle of a character
+      --size; // do not cut a UTF-8 character in two
     }
     std::memcpy(error->message, message, size);
     error->message[size] = '\0';
@@ -35,7 +35,7 @@ fwl_status report(fwl_error* error, fwl_status status, const char* message) noex
   return status;
 }
 
-// Runs what may throw; nothing leaves the library but a status.
+// Runs a function that may throw, and turns whatever it throws into a status.
 template <class Function> fwl_status guarded(fwl_error* error, const Function& function) noexcept {
   try {
     function();
@@ -47,7 +47,8 @@ template <class Function> fwl_status guarded(fwl_error* error, const Function& f
   } catch (const std::exception& other) {
     return report(error, FWL_ERROR_INTERNAL, other.what());
   } catch (...) {
-    return report(error, FWL_ERROR_INTERNAL, "an unknown error");
+    return report(error, FWL_ERROR_INTERNAL,
+                  "an unknown C++ exception was thrown; this is a bug in libfwl");
   }
 }
 
@@ -57,12 +58,12 @@ void require(const void* pointer, const char* name) {
   }
 }
 
-// Of the first version of fwl.h: what it ended with, and all before.
+// Sizes of the structures in the first version of fwl.h, up to and including their last field then.
 constexpr size_t kOldestOptions = offsetof(fwl_options, threads) + sizeof(int32_t);
 constexpr size_t kOldestInfo = offsetof(fwl_info, precision) + sizeof(fwl_info::precision);
 
-std::shared_ptr<const fwl::internal::Backend> open_backend(const fwl::internal::Bundle& bundle,
-                                                        const fwl_options& chosen) {
+std::shared_ptr<const fwl::internal::Runtime> open_runtime(const fwl::internal::Bundle& bundle,
+                                                           const fwl_options& chosen) {
   const std::string name = chosen.backend != nullptr ? chosen.backend : "";
   if (name != "auto" && name != "tensorrt" && name != "onnxruntime") {
     throw Failure(FWL_ERROR_ARGUMENT,
@@ -71,8 +72,9 @@ std::shared_ptr<const fwl::internal::Backend> open_backend(const fwl::internal::
   std::string without;
   if (name != "onnxruntime") {
     try {
-      return fwl::internal::open_tensorrt(bundle, {chosen.tensorrt_library, chosen.tensorrt_plugin,
-                                                chosen.device, chosen.allow_embedded_plugin != 0});
+      return fwl::internal::open_tensorrt(bundle,
+                                          {chosen.tensorrt_library, chosen.tensorrt_plugin,
+                                           chosen.device, chosen.allow_embedded_plugin != 0});
     } catch (const fwl::internal::Absent& absent) {
       if (name == "tensorrt") {
         throw;
@@ -82,7 +84,7 @@ std::shared_ptr<const fwl::internal::Backend> open_backend(const fwl::internal::
   }
   try {
     return fwl::internal::open_onnxruntime(bundle, chosen.runtime_library, chosen.plugin,
-                                        chosen.threads);
+                                           chosen.threads);
   } catch (const Failure& failure) {
     throw Failure(failure.status(), failure.what() + without);
   }
@@ -113,22 +115,22 @@ void fwl_options_init(fwl_options* options, size_t size) {
 fwl_status fwl_model_open(const char* bundle, const fwl_options* options, fwl_model** model,
                           fwl_error* error) {
   return guarded(error, [&] {
-    require(bundle, "bundle");
     require(model, "model");
     *model = nullptr;
+    require(bundle, "bundle");
     fwl_options chosen;
     fwl_options_init(&chosen, sizeof(chosen));
     if (options != nullptr) {
       if (options->size < kOldestOptions || options->size > sizeof(chosen)) {
-        throw Failure(FWL_ERROR_ARGUMENT, "options have a size of " +
-                                              std::to_string(options->size) +
-                                              "; call fwl_options_init first");
+        throw Failure(FWL_ERROR_ARGUMENT, "options->size is " + std::to_string(options->size) +
+                                              ", which no version of fwl_options has; call "
+                                              "fwl_options_init first");
       }
       std::memcpy(static_cast<void*>(&chosen), options, options->size);
     }
     auto made = std::make_shared<fwl::internal::Model>();
     made->bundle = fwl::internal::read_bundle(bundle);
-    made->backend = open_backend(made->bundle, chosen);
+    made->runtime = open_runtime(made->bundle, chosen);
     *model = new fwl_model{std::move(made)};
   });
 }
@@ -138,7 +140,8 @@ fwl_status fwl_model_info(const fwl_model* model, fwl_info* info, fwl_error* err
     require(model, "model");
     require(info, "info");
     if (info->size < kOldestInfo) {
-      throw Failure(FWL_ERROR_ARGUMENT, "info.size is not that of fwl_info");
+      throw Failure(FWL_ERROR_ARGUMENT, "info->size is " + std::to_string(info->size) +
+                                            "; set it to sizeof(fwl_info) first");
     }
     const fwl::internal::Bundle& bundle = model->model->bundle;
     fwl_info all{};
@@ -149,8 +152,8 @@ fwl_status fwl_model_info(const fwl_model* model, fwl_info* info, fwl_error* err
     all.state_bytes = bundle.state_bytes();
     bundle.model_id.copy(all.model_id, sizeof(all.model_id) - 1);
     bundle.precision.copy(all.precision, sizeof(all.precision) - 1);
-    std::string(model->model->backend->name()).copy(all.backend, sizeof(all.backend) - 1);
-    model->model->backend->engine().copy(all.engine, sizeof(all.engine) - 1);
+    std::string(model->model->runtime->name()).copy(all.backend, sizeof(all.backend) - 1);
+    model->model->runtime->engine().copy(all.engine, sizeof(all.engine) - 1);
     std::memcpy(static_cast<void*>(info), &all, std::min(info->size, sizeof(all)));
   });
 }
@@ -162,9 +165,9 @@ void fwl_model_close(fwl_model* model) {
 fwl_status fwl_session_open(fwl_model* model, size_t rows, fwl_session** session,
                             fwl_error* error) {
   return guarded(error, [&] {
-    require(model, "model");
     require(session, "session");
     *session = nullptr;
+    require(model, "model");
     *session = new fwl_session{{model->model, rows}};
   });
 }

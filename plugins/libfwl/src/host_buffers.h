@@ -1,13 +1,15 @@
+// The state of a session in ordinary memory.
 #pragma once
 
-#include "backend.h"
+#include "runtime.h"
 
 namespace fwl::internal {
 
-// State in ordinary memory: one block for each tensor, [rows, ...].
+// One aligned array [rows, ...] for each tensor, all in one block.
 class HostBuffers final : public Buffers {
 public:
-  HostBuffers(const std::vector<TensorSpec>& specs, size_t rows); // `specs` must outlive it
+  // `specs` must outlive the buffers.
+  HostBuffers(const std::vector<TensorSpec>& specs, size_t rows);
 
   char* tensor(size_t index) const { return start_ + offsets_[index]; }
   char* row(size_t index, size_t row) const {
@@ -21,7 +23,7 @@ public:
 private:
   const std::vector<TensorSpec>* specs_;
   std::unique_ptr<char[]> memory_;
-  char* start_; // aligned
+  char* start_; // the first aligned byte of `memory_`
   std::vector<size_t> offsets_;
 };
 

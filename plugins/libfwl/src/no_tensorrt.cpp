@@ -1,13 +1,13 @@
-// In place of tensorrt.cpp, where its headers were not to be had.
+// Compiled instead of tensorrt.cpp where TensorRT's headers are missing.
 
-#include "backend.h"
 #include "error.h"
+#include "runtime.h"
 
 namespace fwl::internal {
 
-std::shared_ptr<const Backend> open_tensorrt(const Bundle&, const TensorRtOptions&) {
-  throw Absent(FWL_ERROR_RUNTIME, "this libfwl was built without TensorRT, whose headers were "
-                                  "missing; build it with -DFWL_TENSORRT_SDK=...");
+std::shared_ptr<const Runtime> open_tensorrt(const Bundle&, const TensorRtOptions&) {
+  throw Absent(FWL_ERROR_RUNTIME, "this libfwl was built without TensorRT, because TensorRT's "
+                                  "headers were missing; build it with -DFWL_TENSORRT_SDK=...");
 }
 
 } // namespace fwl::internal

@@ -1,4 +1,4 @@
-// Backend: ONNX Runtime, opened when a program asks for it.
+// The runtime "onnxruntime": ONNX Runtime, opened when a program asks for it.
 
 #include <dlfcn.h>
 #include <onnxruntime_c_api.h>
@@ -6,24 +6,25 @@
 #include <cstring>
 #include <map>
 
-#include "backend.h"
 #include "error.h"
 #include "host_buffers.h"
+#include "runtime.h"
 
 namespace fwl::internal {
 namespace {
 
-// The oldest that has all we call; newer runtimes serve it too.
+// The oldest version of the interface with all functions used here. Newer libraries offer it too.
 constexpr uint32_t kApiVersion = 17;
 
-// Runtimes are tried under these names, where the dynamic loader looks.
+// File names that the dynamic loader searches for, in this order.
 constexpr const char* kNames[] = {"libonnxruntime.so", "libonnxruntime.so.1"};
 
 const OrtApi& load_api(const char* path) {
   void* library = nullptr;
   std::string reason;
   const auto attempt = [&](const char* name) {
-    library = dlopen(name, RTLD_NOW | RTLD_LOCAL); // never closed: it does not bear it
+    library = dlopen(
+        name, RTLD_NOW | RTLD_LOCAL); // never dlclosed: ONNX Runtime does not survive unloading
     if (library == nullptr) {
       const char* const text = dlerror();
       reason = text != nullptr ? text : name;
@@ -48,12 +49,12 @@ const OrtApi& load_api(const char* path) {
   if (api == nullptr) {
     throw Failure(FWL_ERROR_RUNTIME,
                   std::string("'") + (path != nullptr ? path : kNames[0]) +
-                      "' is not ONNX Runtime 1.17 or newer; give the path of another one");
+                      "' is not ONNX Runtime 1.17 or newer; give the path of a newer library");
   }
   return *api;
 }
 
-// Handles of ONNX Runtime's, given back at the end.
+// A handle of ONNX Runtime, released at the end of the scope.
 template <class Handle> class Owned {
 public:
   Owned() = default;
@@ -82,7 +83,7 @@ ONNXTensorElementDataType onnx_type(Type type) {
                                   : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 }
 
-class OnnxRuntime final : public Backend, public std::enable_shared_from_this<OnnxRuntime> {
+class OnnxRuntime final : public Runtime, public std::enable_shared_from_this<OnnxRuntime> {
 public:
   OnnxRuntime(const Bundle& bundle, const char* library, const char* plugin, int threads)
       : api(load_api(library)), specs(bundle.state), vocab_size(bundle.vocab_size) {
@@ -95,7 +96,7 @@ public:
     if (threads > 0) {
       check(api.SetIntraOpNumThreads(options, threads), FWL_ERROR_RUNTIME);
     }
-    // Else it multiplies int8 weights in int8, with activations rounded too.
+    // By default ONNX Runtime rounds activations to int8 where weights are int8.
     check(api.AddSessionConfigEntry(options, "session.disable_quant_qdq", "1"), FWL_ERROR_RUNTIME);
     if (plugin != nullptr) {
       check(api.RegisterCustomOpsLibrary_V2(options, plugin), FWL_ERROR_RUNTIME);
@@ -134,7 +135,8 @@ public:
   const int64_t vocab_size;
 
 private:
-  // ONNX Runtime opens the checked files once more, by their names.
+  // Loads the model. ONNX Runtime opens the files again, by name, after we have checked them, so
+  // the bundle must be unchanged afterwards.
   void load(const Bundle& bundle, const OrtSessionOptions& options) {
     try {
       const std::string path = checked_model(bundle);
@@ -142,7 +144,7 @@ private:
       check(api.CreateSession(env_.get(), path.c_str(), &options, &opened), FWL_ERROR_BUNDLE);
       session_ = {opened, api.ReleaseSession};
     } catch (const Failure&) {
-      check_unchanged(bundle); // or else that is what is wrong
+      check_unchanged(bundle); // a bundle that was replaced explains the failure better
       throw;
     }
     check_unchanged(bundle);
@@ -153,7 +155,8 @@ private:
   Owned<OrtMemoryInfo> memory_;
 };
 
-// A call whose inputs and outputs have their place; it may run again with other values.
+// A call whose inputs and outputs are bound to fixed memory, so that it can run again with other
+// values.
 class BoundCall {
 public:
   BoundCall(const OnnxRuntime& runtime, size_t rows, const Call& call, const HostBuffers& past,
@@ -188,7 +191,7 @@ public:
   }
 
   void run(const Call& call, std::vector<float>& logits) {
-    // Not assigned: the memory that is bound must stay where it is.
+    // Copied element by element: assigning vectors could move the memory that is bound.
     const auto from = inputs_of(call), to = inputs_of(call_);
     for (size_t i = 0; i < from.size(); ++i) {
       std::memcpy(const_cast<void*>(to[i].data), from[i].data, from[i].bytes);
@@ -234,7 +237,8 @@ public:
       BoundCall(*runtime_, rows_, call, past, present).run(call, logits);
       return;
     }
-    // Of calls with one token: binding all takes as long as a small model's step.
+    // Bindings are kept for calls of one token, where binding takes as long as a small model's
+    // step.
     auto place = bound_.find({&past, &present});
     if (place == bound_.end()) {
       place = bound_
@@ -266,7 +270,7 @@ std::unique_ptr<Runner> OnnxRuntime::runner(size_t rows) const {
 
 } // namespace
 
-std::shared_ptr<const Backend> open_onnxruntime(const Bundle& bundle, const char* library,
+std::shared_ptr<const Runtime> open_onnxruntime(const Bundle& bundle, const char* library,
                                                 const char* plugin, int threads) {
   return std::make_shared<OnnxRuntime>(bundle, library, plugin, threads);
 }

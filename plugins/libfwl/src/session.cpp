@@ -14,9 +14,9 @@ namespace {
   throw Failure(status, message);
 }
 
-// Tells the runner that buffers are about to go, however a call ends.
-struct Forget {
-  ~Forget() {
+// Lets the runner forget buffers before they go, however the feed ends.
+struct ReleaseAtEnd {
+  ~ReleaseAtEnd() {
     if (buffers != nullptr) {
       runner.release(*buffers);
     }
@@ -25,17 +25,49 @@ struct Forget {
   std::unique_ptr<Buffers>& buffers;
 };
 
+size_t predictions_of(fwl_logits which, size_t rows, size_t count) {
+  return which == FWL_LOGITS_ALL ? rows * count : which == FWL_LOGITS_LAST ? rows : 0;
+}
+
+ptrdiff_t signed_size(size_t size) {
+  return static_cast<ptrdiff_t>(size);
+}
+
 } // namespace
+
+// The tokens that one feed reads; arrays as in fwl_session_feed.
+struct Session::Text {
+  const int64_t* tokens;
+  size_t count;
+  const float* label_weights;
+  fwl_logits which;
+};
+
+// How far a feed has come, which may take several calls of the model; one number for each row.
+struct Session::Progress {
+  std::vector<int64_t> done; // tokens that earlier calls have read
+  std::vector<int64_t> left; // tokens that no earlier call has read
+  std::vector<int64_t> now;  // tokens that the current call reads
+
+  bool is_last_call() const { return now == left; }
+  void advance() {
+    for (size_t r = 0; r < now.size(); ++r) {
+      done[r] += now[r];
+      left[r] -= now[r];
+    }
+  }
+};
 
 Session::Session(std::shared_ptr<const Model> model, size_t rows)
     : model_(std::move(model)), rows_(rows) {
-  if (rows < 1 || rows > (1u << 20)) {
-    refuse(FWL_ERROR_ARGUMENT, "rows is " + std::to_string(rows) + "; expected 1 or more");
+  if (rows < 1 || rows > kMaxRows) {
+    refuse(FWL_ERROR_ARGUMENT,
+           "rows is " + std::to_string(rows) + "; expected 1 to " + std::to_string(kMaxRows));
   }
-  runner_ = model_->backend->runner(rows);
+  runner_ = model_->runtime->runner(rows);
   current_ = runner_->buffers();
   spare_ = runner_->buffers();
-  max_tokens_ = std::min(model_->bundle.max_tokens, model_->backend->max_tokens());
+  max_tokens_ = std::min(model_->bundle.max_tokens, model_->runtime->max_tokens());
   positions_.assign(rows, 0);
   call_.learning_rate_scale.assign(rows, 1.0f);
 }
@@ -43,122 +75,146 @@ Session::Session(std::shared_ptr<const Model> model, size_t rows)
 void Session::feed(const int64_t* tokens, size_t count, const float* label_weights,
                    const int64_t* lengths, fwl_logits which, float* logits, size_t logits_size) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  check(tokens, count, label_weights, lengths);
-  const auto vocabulary = static_cast<size_t>(model_->bundle.vocab_size);
-  const size_t predictions = which == FWL_LOGITS_ALL    ? rows_ * count
-                             : which == FWL_LOGITS_LAST ? rows_
-                                                        : 0;
-  if (which < FWL_LOGITS_NONE || which > FWL_LOGITS_ALL) {
-    refuse(FWL_ERROR_ARGUMENT, "which is " + std::to_string(which) + "; expected 0, 1 or 2");
-  }
-  if (predictions > 0 && logits == nullptr) {
-    refuse(FWL_ERROR_ARGUMENT, "logits is NULL");
-  }
-  if (logits_size < predictions * vocabulary) {
-    refuse(FWL_ERROR_ARGUMENT, "logits has room for " + std::to_string(logits_size) +
-                                   " floats; expected " + std::to_string(predictions * vocabulary));
-  }
-  std::vector<int64_t> left(rows_, static_cast<int64_t>(count)), done(rows_, 0), here(rows_);
+  check_tokens(tokens, count, label_weights, lengths);
+  check_room(count, which, logits, logits_size);
+  const Text text{tokens, count, label_weights, which};
+  std::vector<int64_t> total(rows_, static_cast<int64_t>(count));
   if (lengths != nullptr) {
-    left.assign(lengths, lengths + rows_);
+    total.assign(lengths, lengths + rows_);
   }
-  const std::vector<int64_t> total = left;
-  const int64_t limit = model_->bundle.max_positions;
-  for (size_t r = 0; r < rows_ && limit > 0; ++r) {
-    if (total[r] > limit - positions_[r]) {
-      refuse(FWL_ERROR_TOKEN, "row " + std::to_string(r) + " has read " +
-                                  std::to_string(positions_[r]) + " tokens and is to read " +
-                                  std::to_string(total[r]) + " more, but this model takes " +
-                                  std::to_string(limit) +
-                                  " at most; reset the row, or read a shorter text");
-    }
-  }
-  // Logits are only written once all has gone well; one call's need no copy of their own.
-  std::vector<float> results;
-  std::unique_ptr<Buffers> intermediate; // the past of a later call, then its successor's present
-  const Forget forget{*runner_, intermediate};
-  Buffers* past = current_.get();
+  check_positions(total);
+
+  Progress progress{std::vector<int64_t>(rows_, 0), total, std::vector<int64_t>(rows_)};
+  std::vector<float> results; // copied to `logits` once every call has succeeded
+  // A feed of several calls writes to `spare_` and to these buffers in turn, so that the current
+  // state stays as it is until the end.
+  std::unique_ptr<Buffers> intermediate;
+  const ReleaseAtEnd release{*runner_, intermediate};
+  const Buffers* past = current_.get();
   Buffers* present = spare_.get();
-  for (bool first = true;; first = false) {
-    for (size_t r = 0; r < rows_; ++r) {
-      int64_t room = std::min(left[r], max_tokens_);
-      if (const int64_t interval = model_->bundle.anchor_interval; interval > 0) {
-        room = std::min(room, interval - (positions_[r] + done[r]) % interval);
-      }
-      here[r] = room;
-    }
-    fill(tokens, count, label_weights, here, done, which);
+  for (bool last = false; !last;) {
+    set_next_lengths(progress);
+    last = progress.is_last_call();
+    fill_call(text, progress);
     runner_->run(call_, *past, *present, found_);
-    for (size_t r = 0; r < rows_; ++r) {
-      for (size_t p = 0; p < call_.positions; ++p) {
-        float* const values = found_.data() + (r * call_.positions + p) * vocabulary;
-        const int64_t at = call_.logit_positions[r * call_.positions + p];
-        if (at >= here[r]) {
-          std::fill(values, values + vocabulary, 0.0f);
-        } else if (!std::all_of(values, values + vocabulary,
-                                [](float x) { return std::isfinite(x); })) {
-          refuse(FWL_ERROR_TOKEN, "the model's output is not finite at row " + std::to_string(r) +
-                                      ", position " + std::to_string(done[r] + at) +
-                                      "; no row has moved: reset the row, or feed it with smaller "
-                                      "label_weights");
-        }
+    check_output(progress);
+    collect(text, progress, results);
+    progress.advance();
+    if (!last) {
+      if (intermediate == nullptr) {
+        intermediate = runner_->buffers();
       }
-    }
-    for (size_t r = 0; r < rows_; ++r) {
-      left[r] -= here[r];
-    }
-    const bool last = std::all_of(left.begin(), left.end(), [](int64_t n) { return n == 0; });
-    if (first && last && predictions > 0 && found_.size() == predictions * vocabulary) {
-      results.swap(found_);
-    } else if (predictions > 0) {
-      results.resize(predictions * vocabulary);
-      for (size_t r = 0; r < rows_; ++r) {
-        if (which == FWL_LOGITS_LAST && here[r] > 0) {
-          std::copy_n(found_.begin() + static_cast<ptrdiff_t>(r * vocabulary), vocabulary,
-                      results.begin() + static_cast<ptrdiff_t>(r * vocabulary));
-        } else if (which == FWL_LOGITS_ALL) {
-          std::copy_n(
-              found_.begin() + static_cast<ptrdiff_t>(r * call_.positions * vocabulary),
-              static_cast<size_t>(here[r]) * vocabulary,
-              results.begin() +
-                  static_cast<ptrdiff_t>((r * count + static_cast<size_t>(done[r])) * vocabulary));
-        }
-      }
-    }
-    for (size_t r = 0; r < rows_; ++r) {
-      done[r] += here[r];
-    }
-    if (last) {
-      break;
-    }
-    // The current buffers stay as they are until the end.
-    if (first) {
-      intermediate = runner_->buffers();
       past = present;
-      present = intermediate.get();
-    } else {
-      std::swap(past, present);
+      present = present == spare_.get() ? intermediate.get() : spare_.get();
     }
   }
-  // From here on nothing fails.
-  std::swap(present == intermediate.get() ? intermediate : spare_, current_);
+  // Nothing below can fail.
+  std::swap(present == spare_.get() ? spare_ : intermediate, current_);
   for (size_t r = 0; r < rows_; ++r) {
     positions_[r] += total[r];
   }
   std::copy(results.begin(), results.end(), logits);
   if (results.capacity() > found_.capacity()) {
-    results.swap(found_); // its memory serves the next call
+    results.swap(found_); // the next call reuses the larger block of memory
   }
 }
 
-void Session::check(const int64_t* tokens, size_t count, const float* label_weights,
-                    const int64_t* lengths) const {
+// Checks that there is room for the logits that are asked for.
+void Session::check_room(size_t count, fwl_logits which, const float* logits, size_t size) const {
+  if (which < FWL_LOGITS_NONE || which > FWL_LOGITS_ALL) {
+    refuse(FWL_ERROR_ARGUMENT, "which is " + std::to_string(which) + "; expected 0, 1 or 2");
+  }
+  const size_t needed =
+      predictions_of(which, rows_, count) * static_cast<size_t>(model_->bundle.vocab_size);
+  if (needed > 0 && logits == nullptr) {
+    refuse(FWL_ERROR_ARGUMENT, "logits is NULL");
+  }
+  if (size < needed) {
+    refuse(FWL_ERROR_ARGUMENT, "logits has room for " + std::to_string(size) +
+                                   " floats; expected " + std::to_string(needed));
+  }
+}
+
+// Checks that no row goes beyond the model's last position; `total` is what each row is to read.
+void Session::check_positions(const std::vector<int64_t>& total) const {
+  const int64_t limit = model_->bundle.max_positions;
+  for (size_t r = 0; r < rows_ && limit > 0; ++r) {
+    if (total[r] > limit - positions_[r]) {
+      refuse(FWL_ERROR_TOKEN, "row " + std::to_string(r) + " has read " +
+                                  std::to_string(positions_[r]) + " tokens and would read " +
+                                  std::to_string(total[r]) +
+                                  " more, but this model reads at most " + std::to_string(limit) +
+                                  "; reset the row, or read a shorter text");
+    }
+  }
+}
+
+// Decides how many tokens each row brings to the next call: no more than a call takes, and none
+// beyond the row's next anchor.
+void Session::set_next_lengths(Progress& progress) const {
+  const int64_t interval = model_->bundle.anchor_interval;
+  for (size_t r = 0; r < rows_; ++r) {
+    progress.now[r] = std::min(progress.left[r], max_tokens_);
+    if (interval > 0) {
+      const int64_t position = positions_[r] + progress.done[r];
+      progress.now[r] = std::min(progress.now[r], interval - position % interval);
+    }
+  }
+}
+
+// Checks that the logits of real tokens are finite, and sets those of padding to 0.
+void Session::check_output(const Progress& progress) {
+  const auto vocabulary = static_cast<size_t>(model_->bundle.vocab_size);
+  const auto finite = [](float x) { return std::isfinite(x); };
+  for (size_t r = 0; r < rows_; ++r) {
+    for (size_t p = 0; p < call_.positions; ++p) {
+      float* const values = found_.data() + (r * call_.positions + p) * vocabulary;
+      const int64_t at = call_.logit_positions[r * call_.positions + p];
+      if (at >= progress.now[r]) {
+        std::fill(values, values + vocabulary, 0.0f);
+      } else if (!std::all_of(values, values + vocabulary, finite)) {
+        refuse(FWL_ERROR_TOKEN, "the model's output is not finite at row " + std::to_string(r) +
+                                    ", position " + std::to_string(progress.done[r] + at) +
+                                    "; no row has moved: reset the row, or feed it with smaller "
+                                    "label_weights");
+      }
+    }
+  }
+}
+
+// Puts a call's logits where the caller gets them: [rows, V], or [rows, count, V].
+void Session::collect(const Text& text, const Progress& progress, std::vector<float>& results) {
+  const auto vocabulary = static_cast<size_t>(model_->bundle.vocab_size);
+  const size_t size = predictions_of(text.which, rows_, text.count) * vocabulary;
+  if (size == 0) {
+    return;
+  }
+  if (results.empty() && progress.is_last_call() && found_.size() == size) {
+    results.swap(found_); // the only call of this feed: nothing to put together
+    return;
+  }
+  results.resize(size);
+  for (size_t r = 0; r < rows_; ++r) {
+    const auto from = found_.begin() + signed_size(r * call_.positions * vocabulary);
+    const auto done = static_cast<size_t>(progress.done[r]);
+    const auto now = static_cast<size_t>(progress.now[r]);
+    if (text.which == FWL_LOGITS_ALL) {
+      std::copy_n(from, now * vocabulary,
+                  results.begin() + signed_size((r * text.count + done) * vocabulary));
+    } else if (now > 0) {
+      std::copy_n(from, vocabulary, results.begin() + signed_size(r * vocabulary));
+    }
+  }
+}
+
+void Session::check_tokens(const int64_t* tokens, size_t count, const float* label_weights,
+                           const int64_t* lengths) const {
   if (tokens == nullptr || count < 1) {
     refuse(FWL_ERROR_ARGUMENT,
            "there are no tokens; expected [rows, count] with count of 1 or more");
   }
   if (count > SIZE_MAX / sizeof(float) / rows_ / static_cast<size_t>(model_->bundle.vocab_size)) {
-    refuse(FWL_ERROR_ARGUMENT, "count is " + std::to_string(count) + "; that many do not fit");
+    refuse(FWL_ERROR_ARGUMENT, "count is " + std::to_string(count) + ", which is too large");
   }
   for (size_t r = 0; r < rows_; ++r) {
     const int64_t length = lengths == nullptr ? static_cast<int64_t>(count) : lengths[r];
@@ -185,27 +241,28 @@ void Session::check(const int64_t* tokens, size_t count, const float* label_weig
   }
 }
 
-void Session::fill(const int64_t* tokens, size_t count, const float* label_weights,
-                   const std::vector<int64_t>& lengths, const std::vector<int64_t>& done,
-                   fwl_logits which) {
+// Writes the inputs of the next call: every row's next tokens, padded to the longest.
+void Session::fill_call(const Text& text, const Progress& progress) {
+  const std::vector<int64_t>& lengths = progress.now;
   const auto longest =
       static_cast<size_t>(std::max<int64_t>(1, *std::max_element(lengths.begin(), lengths.end())));
   call_.tokens = longest;
-  call_.positions = which == FWL_LOGITS_ALL ? longest : 1;
+  call_.positions = text.which == FWL_LOGITS_ALL ? longest : 1;
   call_.input_ids.assign(rows_ * longest, 0);
   call_.label_weights.assign(rows_ * longest, 0.0f);
   call_.logit_positions.resize(rows_ * call_.positions);
   call_.lengths = lengths;
   for (size_t r = 0; r < rows_; ++r) {
-    const size_t start = r * count + static_cast<size_t>(done[r]);
+    const size_t start = r * text.count + static_cast<size_t>(progress.done[r]);
     for (size_t i = 0; i < static_cast<size_t>(lengths[r]); ++i) {
-      call_.input_ids[r * longest + i] = tokens[start + i];
+      call_.input_ids[r * longest + i] = text.tokens[start + i];
       call_.label_weights[r * longest + i] =
-          label_weights == nullptr ? 1.0f : label_weights[start + i];
+          text.label_weights == nullptr ? 1.0f : text.label_weights[start + i];
     }
     for (size_t p = 0; p < call_.positions; ++p) {
-      call_.logit_positions[r * call_.positions + p] =
-          which == FWL_LOGITS_ALL ? static_cast<int64_t>(p) : std::max<int64_t>(lengths[r] - 1, 0);
+      call_.logit_positions[r * call_.positions + p] = text.which == FWL_LOGITS_ALL
+                                                           ? static_cast<int64_t>(p)
+                                                           : std::max<int64_t>(lengths[r] - 1, 0);
     }
   }
 }
@@ -235,7 +292,7 @@ void Session::fork(size_t source, const size_t* targets, size_t count) {
   const std::lock_guard<std::mutex> lock(mutex_);
   chosen(&source, 1);
   if (count == 0) {
-    refuse(FWL_ERROR_ARGUMENT, "there are no targets");
+    refuse(FWL_ERROR_ARGUMENT, "there are no targets; expected one row or more");
   }
   const std::vector<size_t> all = chosen(targets, count);
   put(all, std::vector<RowState>(all.size(), row_state(source)));
@@ -245,7 +302,10 @@ void Session::read_row(size_t row, void* state, size_t size) {
   const std::lock_guard<std::mutex> lock(mutex_);
   chosen(&row, 1);
   const RowState found = row_state(row);
-  if (state == nullptr || size != found.size()) {
+  if (state == nullptr) {
+    refuse(FWL_ERROR_ARGUMENT, "state is NULL");
+  }
+  if (size != found.size()) {
     refuse(FWL_ERROR_ARGUMENT, "the state of a row has " + std::to_string(found.size()) +
                                    " bytes, but there is room for " + std::to_string(size));
   }
@@ -255,7 +315,10 @@ void Session::read_row(size_t row, void* state, size_t size) {
 void Session::write_row(size_t row, const void* state, size_t size) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::vector<size_t> rows = chosen(&row, 1);
-  if (state == nullptr || size != model_->bundle.state_bytes()) {
+  if (state == nullptr) {
+    refuse(FWL_ERROR_ARGUMENT, "state is NULL");
+  }
+  if (size != model_->bundle.state_bytes()) {
     refuse(FWL_ERROR_ARGUMENT, "the state has " + std::to_string(size) + " bytes; expected " +
                                    std::to_string(model_->bundle.state_bytes()));
   }
@@ -282,8 +345,7 @@ void Session::load(const std::string& path, const size_t* rows, size_t count) {
   const std::vector<size_t> all = chosen(rows, count);
   if (states.size() != all.size()) {
     refuse(FWL_ERROR_ARGUMENT, "'" + path + "' holds " + std::to_string(states.size()) +
-                                   " rows, but " + std::to_string(all.size()) +
-                                   " are to be loaded");
+                                   " rows, but the call names " + std::to_string(all.size()));
   }
   put(all, states);
 }
@@ -291,7 +353,7 @@ void Session::load(const std::string& path, const size_t* rows, size_t count) {
 std::vector<size_t> Session::chosen(const size_t* rows, size_t count) const {
   std::vector<size_t> all;
   if (rows != nullptr && count == 0) {
-    refuse(FWL_ERROR_ARGUMENT, "there are no rows; for all of them rows is NULL");
+    refuse(FWL_ERROR_ARGUMENT, "count is 0, but rows is not NULL; pass NULL and 0 for all rows");
   }
   if (rows == nullptr) {
     if (count > 0) {
@@ -321,7 +383,8 @@ RowState Session::row_state(size_t row) const {
   return state;
 }
 
-// The states were checked. Where writing can fail, the rows are as before until all is written.
+// Writes states, which the caller has checked, to rows. If writing fails, all rows stay as they
+// were.
 void Session::put(const std::vector<size_t>& rows, const std::vector<RowState>& states) {
   Buffers& target = current_->writable(*spare_);
   for (size_t n = 0; n < rows.size(); ++n) {
@@ -331,7 +394,7 @@ void Session::put(const std::vector<size_t>& rows, const std::vector<RowState>& 
     std::swap(current_, spare_);
   }
   for (size_t n = 0; n < rows.size(); ++n) {
-    std::memcpy(&positions_[rows[n]], states[n].data(), sizeof(int64_t)); // the first tensor
+    std::memcpy(&positions_[rows[n]], states[n].data(), sizeof(int64_t)); // its first tensor
   }
 }
 

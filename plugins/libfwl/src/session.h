@@ -1,4 +1,5 @@
-// A session: rows of state and the calls that move them on; see fwl_export/runtimes/session.py.
+// A session: rows of state and the calls that move them on. fwl.h documents the public functions;
+// the Python twin is fwl_export/runtimes/session.py.
 #pragma once
 
 #include <memory>
@@ -6,15 +7,16 @@
 #include <string>
 #include <vector>
 
-#include "backend.h"
 #include "fwl/fwl.h"
+#include "runtime.h"
 #include "state_file.h"
 
 namespace fwl::internal {
 
+// A bundle and the runtime that has loaded it.
 struct Model {
   Bundle bundle;
-  std::shared_ptr<const Backend> backend;
+  std::shared_ptr<const Runtime> runtime;
 };
 
 class Session {
@@ -33,11 +35,17 @@ public:
   void load(const std::string& path, const size_t* rows, size_t count);
 
 private:
-  void check(const int64_t* tokens, size_t count, const float* label_weights,
-             const int64_t* lengths) const;
-  void fill(const int64_t* tokens, size_t count, const float* label_weights,
-            const std::vector<int64_t>& lengths, const std::vector<int64_t>& done,
-            fwl_logits which);
+  struct Text;
+  struct Progress;
+
+  void check_tokens(const int64_t* tokens, size_t count, const float* label_weights,
+                    const int64_t* lengths) const;
+  void check_room(size_t count, fwl_logits which, const float* logits, size_t size) const;
+  void check_positions(const std::vector<int64_t>& total) const;
+  void set_next_lengths(Progress& progress) const;
+  void fill_call(const Text& text, const Progress& progress);
+  void check_output(const Progress& progress);
+  void collect(const Text& text, const Progress& progress, std::vector<float>& results);
   std::vector<size_t> chosen(const size_t* rows, size_t count) const;
   RowState row_state(size_t row) const;
   void put(const std::vector<size_t>& rows, const std::vector<RowState>& states);
@@ -46,11 +54,11 @@ private:
   std::shared_ptr<const Model> model_;
   size_t rows_;
   std::unique_ptr<Runner> runner_;
-  std::unique_ptr<Buffers> current_, spare_;
-  int64_t max_tokens_ = 0; // of a call
+  std::unique_ptr<Buffers> current_, spare_; // the state, and where the next call writes
+  int64_t max_tokens_ = 0;                   // the most tokens per row of one call
   std::vector<int64_t> positions_;
-  Call call_;
-  std::vector<float> found_;
+  Call call_;                // kept, with its memory, from call to call
+  std::vector<float> found_; // the logits of the last call
 };
 
 } // namespace fwl::internal

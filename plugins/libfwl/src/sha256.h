@@ -1,5 +1,5 @@
-// SHA-256, FIPS 180-4. A cryptographic library would be the only other one that programs have to
-// ship with libfwl.
+// SHA-256 (FIPS 180-4). Written here because a cryptographic library would be the only library that
+// programs have to ship beside libfwl.
 #pragma once
 
 #include <array>
@@ -12,7 +12,8 @@ namespace fwl::internal {
 class Sha256 {
 public:
   void update(const unsigned char* data, size_t size);
-  std::string hex(); // ends it
+  // Returns the hash as 64 hexadecimal digits. May be called once, at the end.
+  std::string hex();
 
 private:
   void block(const unsigned char* data);

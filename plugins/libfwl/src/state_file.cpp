@@ -26,6 +26,11 @@ namespace fs = std::filesystem;
 constexpr char kFormat[] = "fwl-state";
 constexpr char kVersion[] = "1";
 
+// Endings of the names of tensors that stand for a compressed one.
+constexpr char kHalf[] = ".half", kScale[] = ".scale";
+constexpr char kLeft[] = ".left", kRight[] = ".right";
+constexpr char kUsed[] = ".used";
+
 const char* safetensors_type(Type type) {
   return type == Type::kFloat32 ? "F32" : type == Type::kFloat16 ? "F16" : "I64";
 }
@@ -34,21 +39,21 @@ std::string reason() {
   return std::strerror(errno);
 }
 
-// A file beside another one, whose place it takes; removed if that did not come about. What killed
-// processes left there is removed first.
+// A temporary file beside the target. `commit` renames it to the target; without that it is
+// removed. Temporary files that killed processes have left behind are removed first.
 class Replacement {
 public:
   explicit Replacement(const std::string& target) : target_(target) {
     std::error_code absent;
     const fs::path real = fs::canonical(target, absent);
-    if (!absent) { // a link stays a link
+    if (!absent) { // follow links, so that a link stays a link
       target_ = real.string();
       if (!fs::is_regular_file(real, absent)) {
         throw Failure(FWL_ERROR_IO, "cannot write '" + target + "': it is not an ordinary file");
       }
     }
     remove_leftovers();
-    do { // a name may be taken: in another container processes have the same numbers
+    do { // the name may be taken: processes in other containers can have the same id
       path_ = target_ + "." + std::to_string(getpid()) + "." + std::to_string(++count()) + ".tmp";
       file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     } while (file_ < 0 && errno == EEXIST);
@@ -89,10 +94,10 @@ public:
   }
 
 private:
-  // Names differ between the threads of a process too.
+  // A counter that makes names differ between the threads of a process.
   static std::atomic<unsigned>& count() {
-    static std::atomic<unsigned> all{0};
-    return all;
+    static std::atomic<unsigned> value{0};
+    return value;
   }
   void remove_leftovers() const {
     const size_t slash = target_.rfind('/') + 1; // 0 if there is none
@@ -121,6 +126,7 @@ private:
   bool renamed_ = false;
 };
 
+// Returns where tensor `index` starts in a row's state.
 size_t row_offset(const Bundle& bundle, size_t index) {
   size_t offset = 0;
   for (size_t i = 0; i < index; ++i) {
@@ -129,13 +135,14 @@ size_t row_offset(const Bundle& bundle, size_t index) {
   return offset;
 }
 
-int64_t position_of(const RowState& row) { // the state's first tensor
+// Returns how many tokens a row has read: the first tensor of its state.
+int64_t position_of(const RowState& row) {
   int64_t position;
   std::memcpy(&position, row.data(), sizeof(position));
   return position;
 }
 
-// A safetensors file that was read.
+// The content of a safetensors file, with its header checked.
 class Tensors {
 public:
   Tensors(const std::string& path, std::string content)
@@ -152,7 +159,7 @@ public:
     try {
       header_ = json::parse(content_.data() + sizeof(size), content_.data() + start_);
       if (!header_.is_object()) {
-        damaged("its header is no object");
+        damaged("its header is not an object");
       }
       uint64_t end = 0;
       for (const auto& [name, entry] : header_.items()) {
@@ -179,7 +186,7 @@ public:
 
   std::vector<int64_t> shape(const std::string& name) const { return header_.at(name).at("shape"); }
 
-  // Returns a tensor's bytes, after checking its type and shape.
+  // Returns the bytes of a tensor, after checking its type, shape and size.
   const char* data(const std::string& name, const char* type,
                    const std::vector<int64_t>& shape) const {
     const json& entry = header_.at(name);
@@ -224,79 +231,150 @@ std::vector<int64_t> with_rows(size_t rows, const std::vector<int64_t>& shape) {
   return all;
 }
 
-// Puts a tensor of every row where `row(r)` says.
-template <class Row>
-void restore(const Tensors& file, const TensorSpec& spec, size_t rows, const Row& row) {
-  const std::string& name = spec.name;
-  const size_t bytes = spec.bytes(), elements = spec.elements();
-  if (file.has(name)) {
-    const char* data = file.data(name, safetensors_type(spec.type), with_rows(rows, spec.shape));
-    for (size_t r = 0; r < rows; ++r) {
-      std::memcpy(row(r), data + r * bytes, bytes);
-    }
-    return;
+// Where one tensor of every row is restored to: `offset` bytes into the row's state.
+struct Target {
+  char* row(size_t r) const { return rows[r].data() + offset; }
+
+  std::vector<RowState>& rows;
+  size_t offset;
+};
+
+// Restores a tensor that was saved as it is.
+void restore_plain(const Tensors& file, const TensorSpec& spec, const Target& target) {
+  const size_t bytes = spec.bytes(), rows = target.rows.size();
+  const char* data = file.data(spec.name, safetensors_type(spec.type), with_rows(rows, spec.shape));
+  for (size_t r = 0; r < rows; ++r) {
+    std::memcpy(target.row(r), data + r * bytes, bytes);
   }
+}
+
+// Restores a float32 tensor that was saved as float16 values and one scale for each row.
+void restore_halves(const Tensors& file, const TensorSpec& spec, const Target& target) {
+  const size_t elements = spec.elements(), rows = target.rows.size();
+  const char* halves = file.data(spec.name + kHalf, "F16", with_rows(rows, spec.shape));
+  const char* scales = file.data(spec.name + kScale, "F32", {static_cast<int64_t>(rows)});
   std::vector<float> values(elements);
-  if (spec.type == Type::kFloat32 && file.has(name + ".half")) {
-    const char* halves = file.data(name + ".half", "F16", with_rows(rows, spec.shape));
-    const char* scales = file.data(name + ".scale", "F32", {static_cast<int64_t>(rows)});
-    for (size_t r = 0; r < rows; ++r) {
-      for (size_t i = 0; i < elements; ++i) {
-        uint16_t bits;
-        std::memcpy(&bits, halves + (r * elements + i) * sizeof(bits), sizeof(bits));
-        values[i] = from_half(bits) * float_at(scales, r);
-      }
-      std::memcpy(row(r), values.data(), bytes);
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t i = 0; i < elements; ++i) {
+      uint16_t bits;
+      std::memcpy(&bits, halves + (r * elements + i) * sizeof(bits), sizeof(bits));
+      values[i] = from_half(bits) * float_at(scales, r);
     }
-    return;
+    std::memcpy(target.row(r), values.data(), spec.bytes());
   }
-  if (spec.type == Type::kFloat32 && spec.shape.size() == 2 && file.has(name + ".left")) {
-    const std::vector<int64_t> shape = file.shape(name + ".left");
-    const int64_t rank = shape.empty() ? 0 : shape.back();
-    if (rank < 1 || rank > spec.shape[0] + spec.shape[1]) {
-      file.damaged("the factors of '" + name + "' have rank " + std::to_string(rank));
-    }
-    const auto size_k = static_cast<size_t>(spec.shape[0]);
-    const auto size_v = static_cast<size_t>(spec.shape[1]);
-    const auto r_size = static_cast<size_t>(rank);
-    const char* left = file.data(name + ".left", "F32", with_rows(rows, {spec.shape[0], rank}));
-    const char* right = file.data(name + ".right", "F32", with_rows(rows, {rank, spec.shape[1]}));
-    for (size_t r = 0; r < rows; ++r) {
-      std::fill(values.begin(), values.end(), 0.0f);
-      for (size_t k = 0; k < size_k; ++k) {
-        for (size_t j = 0; j < r_size; ++j) {
-          const float factor = float_at(left, (r * size_k + k) * r_size + j);
-          for (size_t v = 0; v < size_v; ++v) {
-            values[k * size_v + v] += factor * float_at(right, (r * r_size + j) * size_v + v);
-          }
+}
+
+// Restores a float32 matrix [K, V] that was saved as factors [K, rank] and [rank, V] of each row.
+void restore_factors(const Tensors& file, const TensorSpec& spec, const Target& target) {
+  const size_t rows = target.rows.size();
+  const std::vector<int64_t> shape = file.shape(spec.name + kLeft);
+  const int64_t rank = shape.empty() ? 0 : shape.back();
+  if (rank < 1 || rank > spec.shape[0] + spec.shape[1]) {
+    file.damaged("the factors of '" + spec.name + "' have rank " + std::to_string(rank));
+  }
+  const auto size_k = static_cast<size_t>(spec.shape[0]);
+  const auto size_v = static_cast<size_t>(spec.shape[1]);
+  const auto size_r = static_cast<size_t>(rank);
+  const char* left = file.data(spec.name + kLeft, "F32", with_rows(rows, {spec.shape[0], rank}));
+  const char* right = file.data(spec.name + kRight, "F32", with_rows(rows, {rank, spec.shape[1]}));
+  std::vector<float> values(size_k * size_v);
+  for (size_t r = 0; r < rows; ++r) {
+    std::fill(values.begin(), values.end(), 0.0f);
+    for (size_t k = 0; k < size_k; ++k) {
+      for (size_t j = 0; j < size_r; ++j) {
+        const float factor = float_at(left, (r * size_k + k) * size_r + j);
+        for (size_t v = 0; v < size_v; ++v) {
+          values[k * size_v + v] += factor * float_at(right, (r * size_r + j) * size_v + v);
         }
       }
-      std::memcpy(row(r), values.data(), bytes);
     }
-    return;
+    std::memcpy(target.row(r), values.data(), spec.bytes());
   }
-  if (spec.shape.size() == 3 && file.has(name + ".used")) {
-    const std::vector<int64_t> shape = file.shape(name + ".used");
-    const int64_t used = shape.size() == 4 ? shape[2] : -1;
-    if (used < 0 || used > spec.shape[1]) {
-      file.damaged("'" + name + ".used' does not fit the model");
-    }
-    const char* data = file.data(name + ".used", safetensors_type(spec.type),
-                                 with_rows(rows, {spec.shape[0], used, spec.shape[2]}));
-    const size_t slot = static_cast<size_t>(spec.shape[2]) * bytes_of(spec.type);
-    const size_t filled = static_cast<size_t>(used) * slot;
-    const size_t whole = static_cast<size_t>(spec.shape[1]) * slot;
-    const auto heads = static_cast<size_t>(spec.shape[0]);
-    for (size_t r = 0; r < rows; ++r) {
-      std::memset(row(r), 0, bytes);
-      for (size_t h = 0; h < heads; ++h) {
-        std::memcpy(row(r) + h * whole, data + (r * heads + h) * filled, filled);
-      }
-    }
-    return;
+}
+
+// Restores a cache [heads, slots, size] of which only the slots in use were saved; the others are
+// zeros.
+void restore_used(const Tensors& file, const TensorSpec& spec, const Target& target) {
+  const size_t rows = target.rows.size();
+  const std::vector<int64_t> shape = file.shape(spec.name + kUsed);
+  const int64_t used = shape.size() == 4 ? shape[2] : -1;
+  if (used < 0 || used > spec.shape[1]) {
+    file.damaged("'" + spec.name + kUsed + "' does not fit the model");
   }
-  throw Failure(FWL_ERROR_STATE,
-                "the state file lacks the tensor '" + name + "'; was it saved from another model?");
+  const char* data = file.data(spec.name + kUsed, safetensors_type(spec.type),
+                               with_rows(rows, {spec.shape[0], used, spec.shape[2]}));
+  const size_t slot = static_cast<size_t>(spec.shape[2]) * bytes_of(spec.type);
+  const size_t filled = static_cast<size_t>(used) * slot;
+  const size_t whole = static_cast<size_t>(spec.shape[1]) * slot;
+  const auto heads = static_cast<size_t>(spec.shape[0]);
+  for (size_t r = 0; r < rows; ++r) {
+    std::memset(target.row(r), 0, spec.bytes());
+    for (size_t h = 0; h < heads; ++h) {
+      std::memcpy(target.row(r) + h * whole, data + (r * heads + h) * filled, filled);
+    }
+  }
+}
+
+// Restores one tensor of every row from whichever form the file holds it in.
+void restore(const Tensors& file, const TensorSpec& spec, const Target& target) {
+  const bool is_float = spec.type == Type::kFloat32;
+  if (file.has(spec.name)) {
+    restore_plain(file, spec, target);
+  } else if (is_float && file.has(spec.name + kHalf)) {
+    restore_halves(file, spec, target);
+  } else if (is_float && spec.shape.size() == 2 && file.has(spec.name + kLeft)) {
+    restore_factors(file, spec, target);
+  } else if (spec.shape.size() == 3 && file.has(spec.name + kUsed)) {
+    restore_used(file, spec, target);
+  } else {
+    throw Failure(FWL_ERROR_STATE, "the state file lacks the tensor '" + spec.name +
+                                       "'; was it saved from another model?");
+  }
+}
+
+std::string read_content(const std::string& path) {
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream) {
+    throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': " + reason());
+  }
+  std::error_code absent;
+  if (fs::is_directory(path, absent)) {
+    throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': it is a folder");
+  }
+  return std::string(std::istreambuf_iterator<char>(stream), {});
+}
+
+// Checks that a file is a state file, of this version and of this model.
+void check_metadata(const json& metadata, const std::string& path, const Bundle& bundle) {
+  if (metadata.value("format", "") != kFormat) {
+    throw Failure(FWL_ERROR_STATE,
+                  "'" + path + "' is a safetensors file, but not one of a session's state");
+  }
+  if (metadata.at("version") != kVersion) {
+    throw Failure(FWL_ERROR_STATE, "'" + path + "' has version " + metadata.at("version").dump() +
+                                       " of the format, but this libfwl reads " + kVersion +
+                                       "; update libfwl, or save the state again");
+  }
+  if (metadata.at("model_id") != bundle.model_id) {
+    throw Failure(FWL_ERROR_STATE,
+                  "'" + path +
+                      "' was saved from another model; only the model that wrote a "
+                      "state can load it, at the same precision");
+  }
+}
+
+std::vector<RowState> restored_rows(const Tensors& file, const Bundle& bundle) {
+  const unsigned long count = std::stoul(file.metadata.at("rows").get<std::string>());
+  if (count < 1 || count > kMaxRows) {
+    file.damaged("it holds " + std::to_string(count) + " rows");
+  }
+  // Compares `count` with the file's size before memory is taken for that many rows.
+  file.data("position", "I64", {static_cast<int64_t>(count)});
+  std::vector<RowState> rows(count, RowState(bundle.state_bytes()));
+  for (size_t i = 0; i < bundle.state.size(); ++i) {
+    restore(file, bundle.state[i], {rows, row_offset(bundle, i)});
+  }
+  return rows;
 }
 
 } // namespace
@@ -330,7 +408,7 @@ void check_state(const Bundle& bundle, const RowState& row, const std::string& s
     offset += spec.bytes();
   }
   if (position_of(row) < 0) {
-    throw Failure(FWL_ERROR_STATE, source + ": the position is negative");
+    throw Failure(FWL_ERROR_STATE, source + ": the position is negative; do not use this state");
   }
 }
 
@@ -357,7 +435,7 @@ void save_state(const std::string& path, const Bundle& bundle, const std::vector
     offset += bytes;
   }
   std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' '); // so that tensors are aligned
+  text.resize((text.size() + 7) / 8 * 8, ' '); // aligns the tensors
   const uint64_t size = text.size();
   Replacement file(path);
   file.write(reinterpret_cast<const char*>(&size), sizeof(size));
@@ -372,42 +450,10 @@ void save_state(const std::string& path, const Bundle& bundle, const std::vector
 }
 
 std::vector<RowState> load_state(const std::string& path, const Bundle& bundle) {
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream) {
-    throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': " + reason());
-  }
-  std::error_code absent;
-  if (fs::is_directory(path, absent)) {
-    throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': it is a folder");
-  }
-  const Tensors file(path, std::string(std::istreambuf_iterator<char>(stream), {}));
+  const Tensors file(path, read_content(path));
   try {
-    const json& facts = file.metadata;
-    if (facts.value("format", "") != kFormat) {
-      throw Failure(FWL_ERROR_STATE,
-                    "'" + path + "' is a safetensors file, but not one of a session's state");
-    }
-    if (facts.at("version") != kVersion) {
-      throw Failure(FWL_ERROR_STATE, "'" + path + "' has version " + facts.at("version").dump() +
-                                         " of the format, but this libfwl reads " + kVersion);
-    }
-    if (facts.at("model_id") != bundle.model_id) {
-      throw Failure(FWL_ERROR_STATE,
-                    "'" + path +
-                        "' was saved from another model; a state goes on only in the "
-                        "model that wrote it, at the same precision");
-    }
-    const unsigned long count = std::stoul(facts.at("rows").get<std::string>());
-    if (count < 1 || count > (1u << 20)) {
-      file.damaged("it holds " + std::to_string(count) + " rows");
-    }
-    // Checked against the file's size before memory is taken for it.
-    file.data("position", "I64", {static_cast<int64_t>(count)});
-    std::vector<RowState> rows(count, RowState(bundle.state_bytes()));
-    for (size_t i = 0; i < bundle.state.size(); ++i) {
-      const size_t start = row_offset(bundle, i);
-      restore(file, bundle.state[i], count, [&](size_t r) { return rows[r].data() + start; });
-    }
+    check_metadata(file.metadata, path, bundle);
+    std::vector<RowState> rows = restored_rows(file, bundle);
     for (const RowState& row : rows) {
       check_state(bundle, row, "'" + path + "'");
     }
@@ -415,7 +461,7 @@ std::vector<RowState> load_state(const std::string& path, const Bundle& bundle) 
   } catch (const json::exception& error) {
     file.damaged(printable(error.what()));
   } catch (const std::logic_error& error) { // std::stoul
-    file.damaged("its number of rows is no number");
+    file.damaged("its row count is not a number");
   }
 }
 

@@ -1,26 +1,33 @@
-// State files; fwl_export/bundle/state_file.py says what is in them.
+// State files. fwl_export/bundle/state_file.py describes the format.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "backend.h"
 #include "bundle.h"
+#include "runtime.h"
 
 namespace fwl::internal {
 
-// Rows of state outside a session, the tensors of a row one after the other.
+// The most rows of a session or a state file.
+constexpr size_t kMaxRows = 1u << 20;
+
+// The state of one row outside a session: its tensors one after the other, in the model's order.
 using RowState = std::vector<char>;
 
-// Writes rows beside the file, then renames. Throws Failure, and leaves what was there.
+// Writes rows to a file beside the target, then renames it. If it throws Failure, what was at
+// `path` is unchanged.
 void save_state(const std::string& path, const Bundle& bundle, const std::vector<RowState>& rows);
 
-// Throws Failure: the file is damaged, of another model, or holds values that are not finite.
+// Reads rows. Throws Failure if the file cannot be read, is damaged, belongs to another model, or
+// holds values that are not finite.
 std::vector<RowState> load_state(const std::string& path, const Bundle& bundle);
 
-// Throws Failure: the state is not one of this model, as far as can be seen.
+// Checks the values of one row: all finite, and a position of 0 or more. Throws Failure; `source`
+// names the row in its message.
 void check_state(const Bundle& bundle, const RowState& row, const std::string& source);
 
+// Converts a float16 number, given by its bits.
 float from_half(uint16_t bits);
 
 } // namespace fwl::internal

@@ -1,16 +1,16 @@
-// Backend: TensorRT or TensorRT-RTX, opened when a program asks for it.
+// The runtime "tensorrt": TensorRT or TensorRT-RTX, opened when a program asks for it.
 //
-// Their C++ interface is that of virtual tables, so what may be called is what the headers say that
-// this file is compiled with:
+// TensorRT's C++ interface consists of virtual tables, so the library must have the layout that the
+// headers of this build declare:
 //
-// - Within a major version NVIDIA appends to its tables and takes nothing away. All that is called
-//   here is in TensorRT 10.0, so headers of any 10.x serve all of 10.
-// - TensorRT 11 and TensorRT-RTX leave out what 10 had deprecated, and the slots behind it move:
-//   in the runtime of TensorRT-RTX 1.7, getLogger is in the place where 10.14 has getErrorRecorder.
+// - Within a major version NVIDIA only appends to the tables. Every function called here exists in
+//   TensorRT 10.0, so headers of any 10.x serve all of 10.
+// - TensorRT 11 and TensorRT-RTX leave out functions that 10 had deprecated, which moves the later
+//   slots: in TensorRT-RTX 1.7, getLogger takes the slot in which 10.14 has getErrorRecorder.
 //
-// So a library of another major version is refused before one of its tables is touched; its version
-// comes from a C function. Whoever needs TensorRT 11 or RTX builds libfwl with the headers of that
-// SDK (-DFWL_TENSORRT_SDK=...).
+// A library of another major version is therefore refused before any of its tables is touched; a C
+// function tells the version. To use TensorRT 11 or RTX, build libfwl with the headers of that SDK
+// (-DFWL_TENSORRT_SDK=...).
 
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
@@ -20,10 +20,10 @@
 #include <mutex>
 #include <utility>
 
-#include "backend.h"
 #include "cuda.h"
 #include "engines.h"
 #include "error.h"
+#include "runtime.h"
 
 namespace fwl::internal {
 namespace {
@@ -43,9 +43,10 @@ const std::string kNames[] = {"libnvinfer.so." + std::to_string(NV_TENSORRT_MAJO
                               "libnvinfer.so"};
 #endif
 
-// Beside libfwl, where nothing else is said.
+// The plugin library, which is searched for beside libfwl if the program gives no path.
 constexpr char kPluginLibrary[] = "libfwl_trt.so";
 
+// Keeps the first error that TensorRT reports, for the message of the call that fails.
 class Logger final : public nvinfer1::ILogger {
 public:
   void log(Severity severity, const char* message) noexcept override {
@@ -55,13 +56,13 @@ public:
         if (first_.empty()) {
           first_ = printable(message);
         }
-      } catch (const std::exception&) { // no memory for a message
+      } catch (const std::exception&) { // there is no memory for the message
       }
     }
   }
 
-  // The first error since the last call, in brackets, or "".
-  std::string taken() {
+  // Returns the first error since the last call, in brackets, or "".
+  std::string take_first() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return first_.empty() ? "" : " (" + std::exchange(first_, "") + ")";
   }
@@ -82,7 +83,7 @@ Library open_library(const char* path) {
   for (const std::string& name : kNames) {
     const char* const tried = path != nullptr ? path : name.c_str();
     if (handle == nullptr) {
-      handle = dlopen(tried, RTLD_NOW | RTLD_LOCAL); // never closed: its threads may live on
+      handle = dlopen(tried, RTLD_NOW | RTLD_LOCAL); // never closed: its threads may outlive us
       const char* const text = handle == nullptr ? dlerror() : nullptr;
       reason = text != nullptr ? text : tried;
     }
@@ -101,20 +102,21 @@ Library open_library(const char* path) {
     throw Failure(FWL_ERROR_RUNTIME, "'" + shown + "' is not " + kTitle + "; give the path of " +
                                          kNames[1] + " as tensorrt_library");
   }
-  const int32_t version = number(); // as NV_TENSORRT_VERSION
+  const int32_t version = number(); // encoded like NV_TENSORRT_VERSION
   const Library library{handle, {version / 10000, version / 100 % 100, version % 100}};
   if (library.version[0] != NV_TENSORRT_MAJOR) {
     throw Failure(FWL_ERROR_RUNTIME,
                   "'" + shown + "' has version " + version_text(library.version) +
                       ", but this libfwl was built for " + kTitle + " " +
                       std::to_string(NV_TENSORRT_MAJOR) +
-                      ", whose interface is another; build it with -DFWL_TENSORRT_SDK=... of that "
-                      "version, or give a library of this one");
+                      ", whose interface is different; give a library of that version, or build "
+                      "libfwl with -DFWL_TENSORRT_SDK=... of version " +
+                      std::to_string(library.version[0]));
   }
   return library;
 }
 
-// Of the plugin beside this code, or "".
+// Returns the path of the plugin library beside libfwl, or "" if there is none.
 std::string plugin_beside() {
   Dl_info found;
   if (dladdr(reinterpret_cast<const void*>(&open_tensorrt), &found) == 0 ||
@@ -141,16 +143,10 @@ Dims dims_of(size_t rows, const std::vector<int64_t>& row) {
   return dims;
 }
 
-// Whether an engine that works in place writes a tensor over its old value: those are the sums of
-// outer products, which our op updates.
-bool is_in_place(const TensorSpec& spec) {
-  return spec.name.rfind("fast.", 0) == 0 && spec.shape.size() == 2;
-}
-
-// Free sizes that an optimisation profile takes.
+// The sizes of a call that an optimization profile accepts.
 struct Profile {
-  int64_t rows[2]; // least, most
-  int64_t tokens[2];
+  int64_t rows[2];   // minimum, maximum
+  int64_t tokens[2]; // minimum, maximum
 
   bool takes(size_t row_count, size_t token_count) const {
     const auto r = static_cast<int64_t>(row_count), t = static_cast<int64_t>(token_count);
@@ -158,12 +154,14 @@ struct Profile {
   }
 };
 
-class TensorRt final : public Backend, public std::enable_shared_from_this<TensorRt> {
+// The library, the GPU and one engine.
+class TensorRt final : public Runtime, public std::enable_shared_from_this<TensorRt> {
 public:
   TensorRt(const Bundle& bundle, const TensorRtOptions& options)
       : specs(bundle.state), vocab_size(static_cast<size_t>(bundle.vocab_size)) {
     if (options.library == nullptr) {
-      gpu = std::make_shared<Gpu>(options.device); // without one, no library helps
+      gpu = std::make_shared<Gpu>(
+          options.device); // first: without a GPU, the library does not matter
     }
     const Library library = open_library(options.library);
     if (gpu == nullptr) {
@@ -188,7 +186,7 @@ public:
     try {
       const Gpu::Use use(*gpu);
       close();
-    } catch (const Failure&) { // the device is lost, and all on it
+    } catch (const Failure&) { // the device is lost, and all memory on it
       (void)engine_.release();
       (void)runtime_.release();
     }
@@ -198,7 +196,17 @@ public:
   const char* name() const override { return "tensorrt"; }
   std::string engine() const override { return chosen_.name; }
   int64_t max_tokens() const override { return max_tokens_; }
-  bool in_place() const { return chosen_.in_place; }
+  // Returns whether the engine writes a tensor of the state over the old one.
+  bool is_in_place(const TensorSpec& spec) const {
+    if (!chosen_.in_place) {
+      return false;
+    }
+    if (!chosen_.in_place_tensors) { // built by an earlier version: the matrices of fast weights
+      return spec.name.rfind("fast.", 0) == 0 && spec.shape.size() == 2;
+    }
+    const std::vector<std::string>& names = *chosen_.in_place_tensors;
+    return std::find(names.begin(), names.end(), spec.name) != names.end();
+  }
 
   // Returns the index of the first profile that takes a call, or -1.
   int32_t profile_for(size_t rows, size_t tokens) const {
@@ -218,7 +226,7 @@ public:
   }
   size_t profile_count() const { return profiles_.size(); }
 
-  // The GPU must be in use.
+  // Makes an execution context. The GPU must be in use (Gpu::Use).
   std::unique_ptr<nvinfer1::IExecutionContext> context(int32_t profile, void* stream) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::unique_ptr<nvinfer1::IExecutionContext> made(engine_->createExecutionContext());
@@ -228,10 +236,10 @@ public:
     return made;
   }
 
-  // Throws with what the library said last.
+  // Throws Failure if `holds` is false, with the error that the library reported.
   void require(bool holds, const std::string& what, fwl_status status = FWL_ERROR_RUNTIME) const {
     if (!holds) {
-      throw Failure(status, std::string(kTitle) + " " + what + logger_.taken());
+      throw Failure(status, std::string(kTitle) + " " + what + logger_.take_first());
     }
   }
 
@@ -243,7 +251,8 @@ private:
   void load(const Library& library, const std::string& plugin, const std::string& content) {
     const auto create = reinterpret_cast<void* (*)(void*, int32_t)>(
         dlsym(library.handle, "createInferRuntime_INTERNAL"));
-    // The version is that of headers, which the library may find too new; see the top of the file.
+    // The library compares this with its own version. It stands for the headers, whose version it
+    // could find too new; the top of this file says why any headers of the major version are right.
     const int32_t version =
         10000 * library.version[0] + 100 * library.version[1] + library.version[2];
     runtime_.reset(static_cast<nvinfer1::IRuntime*>(create(&logger_, version)));
@@ -307,20 +316,21 @@ private:
       const Dims least = engine_->getProfileShape("input_ids", i, OptProfileSelector::kMIN);
       const Dims most = engine_->getProfileShape("input_ids", i, OptProfileSelector::kMAX);
       require(least.nbDims == 2 && most.nbDims == 2,
-              "says no sizes of engine '" + chosen_.name + "'", FWL_ERROR_BUNDLE);
+              "reports no sizes for engine '" + chosen_.name + "'", FWL_ERROR_BUNDLE);
       profiles_.push_back({{least.d[0], most.d[0]}, {least.d[1], most.d[1]}});
       max_tokens_ = std::max(max_tokens_, most.d[1]);
     }
-    require(max_tokens_ > 0, "says no sizes of engine '" + chosen_.name + "'", FWL_ERROR_BUNDLE);
+    require(max_tokens_ > 0, "reports no sizes for engine '" + chosen_.name + "'",
+            FWL_ERROR_BUNDLE);
   }
 
-  // In the order that TensorRT asks for, and with the GPU in use.
+  // Frees engine and runtime, in the order that TensorRT requires. The GPU must be in use.
   void close() noexcept {
     engine_.reset();
     runtime_.reset();
   }
 
-  mutable Logger logger_; // outlives what logs
+  mutable Logger logger_; // first, because it must outlive the objects that log
   mutable std::mutex mutex_;
   Engine chosen_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
@@ -329,13 +339,13 @@ private:
   int64_t max_tokens_ = 0;
 };
 
-// State in a GPU's memory, in one block.
+// The state of a session in GPU memory, in one block.
 class DeviceBuffers final : public Buffers {
 public:
   DeviceBuffers(const std::vector<TensorSpec>& specs, size_t rows,
                 std::shared_ptr<const Stream> stream)
       : specs_(specs), stream_(std::move(stream)) {
-    constexpr size_t kAlignment = 256; // as cuMemAlloc's
+    constexpr size_t kAlignment = 256; // that of cuMemAlloc
     size_t bytes = 0;
     for (const TensorSpec& spec : specs) {
       offsets_.push_back(bytes);
@@ -376,7 +386,7 @@ public:
   }
 
 private:
-  const std::vector<TensorSpec>& specs_; // the backend's, which its runner keeps
+  const std::vector<TensorSpec>& specs_; // those of the runtime, which the runner keeps alive
   std::shared_ptr<const Stream> stream_;
   std::vector<size_t> offsets_;
   DeviceMemory memory_;
@@ -384,13 +394,13 @@ private:
 
 class TensorRtRunner final : public Runner {
 public:
-  TensorRtRunner(std::shared_ptr<const TensorRt> backend, size_t rows)
-      : backend_(std::move(backend)), rows_(rows), stream_(std::make_shared<Stream>(backend_->gpu)),
-        contexts_(backend_->profile_count()) {
-    if (backend_->profile_for(rows, 1) < 0) {
+  TensorRtRunner(std::shared_ptr<const TensorRt> runtime, size_t rows)
+      : runtime_(std::move(runtime)), rows_(rows), stream_(std::make_shared<Stream>(runtime_->gpu)),
+        contexts_(runtime_->profile_count()) {
+    if (runtime_->profile_for(rows, 1) < 0) {
       throw Failure(FWL_ERROR_ARGUMENT, "rows is " + std::to_string(rows) + ", but engine '" +
-                                            backend_->engine() + "' takes 1 to " +
-                                            std::to_string(backend_->max_rows()) +
+                                            runtime_->engine() + "' takes 1 to " +
+                                            std::to_string(runtime_->max_rows()) +
                                             "; build one with `fwl-export build ... --max-batch " +
                                             std::to_string(rows) + "`");
     }
@@ -398,7 +408,7 @@ public:
 
   ~TensorRtRunner() override {
     try {
-      const Gpu::Use use(*backend_->gpu);
+      const Gpu::Use use(*runtime_->gpu);
       contexts_.clear();
     } catch (const Failure&) { // the device is lost
       for (auto& context : contexts_) {
@@ -408,26 +418,26 @@ public:
   }
 
   std::unique_ptr<Buffers> buffers() override {
-    return std::make_unique<DeviceBuffers>(backend_->specs, rows_, stream_);
+    return std::make_unique<DeviceBuffers>(runtime_->specs, rows_, stream_);
   }
 
   void run(const Call& call, const Buffers& given_past, Buffers& given_present,
            std::vector<float>& logits) override {
     const auto& past = static_cast<const DeviceBuffers&>(given_past);
     const auto& present = static_cast<const DeviceBuffers&>(given_present);
-    const Gpu::Use use(*backend_->gpu);
-    logits.resize(rows_ * call.positions * backend_->vocab_size);
+    const Gpu::Use use(*runtime_->gpu);
+    logits.resize(rows_ * call.positions * runtime_->vocab_size);
     const size_t logits_bytes = logits.size() * sizeof(float);
     reserve(logits_, logits_bytes);
     nvinfer1::IExecutionContext& context = context_for(call.tokens);
 
     const Stream::Settled settled{*stream_};
     bind_inputs(context, call);
-    for (size_t i = 0; i < backend_->specs.size(); ++i) {
-      const TensorSpec& spec = backend_->specs[i];
+    for (size_t i = 0; i < runtime_->specs.size(); ++i) {
+      const TensorSpec& spec = runtime_->specs[i];
       DevicePointer read = past.tensor(i);
-      if (backend_->in_place() && is_in_place(spec)) {
-        // The past must stay for the case that this call fails, so a copy of it is written over.
+      if (runtime_->is_in_place(spec)) {
+        // The old state must survive if this call fails, so the engine overwrites a copy of it.
         stream_->copy(present.tensor(i), read, rows_ * spec.bytes());
         read = present.tensor(i);
       }
@@ -436,32 +446,34 @@ public:
       address(context, "present." + spec.name, present.tensor(i));
     }
     address(context, "logits", logits_.start());
-    backend_->require(context.enqueueV3(static_cast<cudaStream_t>(stream_->handle())),
+    runtime_->require(context.enqueueV3(static_cast<cudaStream_t>(stream_->handle())),
                       "cannot run the model");
     stream_->download(logits.data(), logits_.start(), logits_bytes);
     stream_->wait();
   }
 
-  void release(const Buffers&) override {} // nothing is kept of them
+  void release(const Buffers&) override {} // a runner keeps nothing about buffers
 
 private:
-  // A context for each profile: changing a context's profile costs time at its next call.
+  // Returns the context of the profile for a call. There is one context per profile, because
+  // changing a context's profile makes its next call slow.
   nvinfer1::IExecutionContext& context_for(size_t tokens) {
-    const int32_t profile = backend_->profile_for(rows_, tokens);
+    const int32_t profile = runtime_->profile_for(rows_, tokens);
     if (profile < 0) {
-      throw Failure(FWL_ERROR_RUNTIME, "engine '" + backend_->engine() + "' takes no call of " +
+      throw Failure(FWL_ERROR_RUNTIME, "engine '" + runtime_->engine() +
+                                           "' has no profile for calls of " +
                                            std::to_string(rows_) + " rows and " +
                                            std::to_string(tokens) + " tokens; build it again");
     }
     auto& context = contexts_[static_cast<size_t>(profile)];
     if (context == nullptr) {
-      context = backend_->context(profile, stream_->handle());
+      context = runtime_->context(profile, stream_->handle());
       stream_->wait();
     }
     return *context;
   }
 
-  // One block for all inputs, each at a boundary of its own.
+  // Uploads all inputs to one block, each of them aligned, and binds them.
   void bind_inputs(nvinfer1::IExecutionContext& context, const Call& call) {
     constexpr size_t kAlignment = 256;
     const auto inputs = inputs_of(call);
@@ -483,7 +495,7 @@ private:
     }
   }
 
-  // Grows a block that no queued work uses.
+  // Makes a block at least this large. No queued work may use it.
   void reserve(DeviceMemory& memory, size_t bytes) {
     if (memory.bytes() < bytes) {
       memory = DeviceMemory(stream_, bytes);
@@ -491,18 +503,19 @@ private:
   }
 
   void shape(nvinfer1::IExecutionContext& context, const std::string& name, const Dims& dims) {
-    backend_->require(context.setInputShape(name.c_str(), dims), "refuses the shape of " + name);
+    runtime_->require(context.setInputShape(name.c_str(), dims), "refuses the shape of " + name);
   }
 
   void address(nvinfer1::IExecutionContext& context, const std::string& name, DevicePointer place) {
-    backend_->require(context.setTensorAddress(name.c_str(), reinterpret_cast<void*>(place)),
+    runtime_->require(context.setTensorAddress(name.c_str(), reinterpret_cast<void*>(place)),
                       "refuses the address of " + name);
   }
 
-  std::shared_ptr<const TensorRt> backend_;
+  std::shared_ptr<const TensorRt> runtime_;
   size_t rows_;
   std::shared_ptr<const Stream> stream_;
-  std::vector<std::unique_ptr<nvinfer1::IExecutionContext>> contexts_; // by profile, once used
+  std::vector<std::unique_ptr<nvinfer1::IExecutionContext>>
+      contexts_; // by profile; null until used
   DeviceMemory inputs_, logits_;
 };
 
@@ -512,7 +525,7 @@ std::unique_ptr<Runner> TensorRt::runner(size_t rows) const {
 
 } // namespace
 
-std::shared_ptr<const Backend> open_tensorrt(const Bundle& bundle, const TensorRtOptions& options) {
+std::shared_ptr<const Runtime> open_tensorrt(const Bundle& bundle, const TensorRtOptions& options) {
   return std::make_shared<TensorRt>(bundle, options);
 }
 

@@ -1,4 +1,5 @@
-// What TensorRT's headers take from CUDA's header of this name: handles that they pass through.
+// The part of CUDA's header of this name that TensorRT's headers need: handles that they pass
+// through.
 #pragma once
 
 typedef struct CUstream_st* cudaStream_t;

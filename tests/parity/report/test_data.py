@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from html import escape
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,6 +18,7 @@ from fwl_export.parity.cases import CASES
 from fwl_export.parity.compare import Error, Place, Prediction
 from fwl_export.parity.drift import Failure
 from fwl_export.parity.report.data import CaseRun, Report
+from fwl_export.parity.report.worst_place import WorstPlace
 from fwl_export.parity.tolerances import TABLE, Budget, tolerance_for
 from fwl_export.parity.verdict import CandidateVerdict, Measured, RunVerdict, TensorVerdict
 
@@ -58,7 +61,7 @@ def report(*candidates: CandidateVerdict) -> Report:
         strict=False,
         changed_tolerances={},
         table=TABLE,
-        memory=500.0,
+        horizon_tokens=500.0,
         cases=[CaseRun(case, 12345, 256) for case in CASES],
         candidates=candidates,
         worst=[None] * len(candidates),
@@ -101,7 +104,7 @@ def test_a_summary_fits_into_thirty_lines_of_a_hundred_columns(
 
 def test_the_summary_says_who_is_closest_to_its_limit() -> None:
     text = to_text(report(GOOD))
-    assert "within budget: some runtime comes closest, fast.up.bias with 40% of it" in text
+    assert "within budget: the largest use is 40%, by fast.up.bias of some runtime" in text
     assert text.index("\nlogits") < text.index("\nfast.up.bias")
     assert report(GOOD).passed
     assert report(GOOD).problems() == []
@@ -133,13 +136,14 @@ def test_exit_codes(verdicts: list[CandidateVerdict], code: int, words: str) -> 
 def test_a_breach_names_tensor_depth_and_size() -> None:
     (problem,) = report(GOOD, WRONG).problems()
     assert problem == (
-        "some runtime is outside its budget first in 'fast.up.bias' (case 'text', free) at token "
-        "62: max abs 0.0003 (budget 0.0001), relative RMS 1.5e-05 (budget 1e-05); worst in call "
-        "1, row 1, element [2]: 4 instead of 1"
+        "some runtime is outside its budget, first in 'fast.up.bias' (case 'text', free-running) "
+        "after 62 tokens: max abs 0.0003 (budget 0.0001), relative RMS 1.5e-05 (budget 1e-05); "
+        "worst in call 1, row 1, element [2]: 4 instead of 1"
     )
     died = candidate(tensor("logits", 0.1), failure=DIED)
     assert report(died).problems() == [
-        "some runtime could not go on in case 'text', free, at call 3, by token 31: out of memory"
+        "some runtime could not go on in case 'text', free-running, at call 3 (up to token 31): "
+        "out of memory"
     ]
 
 
@@ -155,6 +159,28 @@ def test_junit_has_a_failure_for_what_is_outside_and_an_error_for_what_could_not
     assert failed == ["logits", "fast"]
     (lost,) = [case for case in suite.iter("testcase") if case.find("error") is not None]
     assert lost.get("classname") == "parity.tensorrt"
+
+
+def test_repr_is_the_verdict() -> None:
+    assert repr(report(GOOD, LOST)) == (
+        "<Report of bundle: could not run; use of budgets: some runtime 40%, "
+        "tensorrt could not run>"
+    )
+
+
+def test_notebooks_show_a_table_with_the_verdict_and_everything_escaped() -> None:
+    evil = "<script>alert(1)</script>"
+    lost = replace(LOST, name=evil, reason=evil)
+    place = WorstPlace("text", "free", "logits", 31, 5.0, Place(1, 31, (0, 2), 2.0, 1.0), [], 0)
+    found = replace(
+        report(GOOD, WRONG, lost), bundle=evil, reference=evil, worst=[None, place, None]
+    )
+    page = found._repr_html_()
+    assert "outside budget" in page
+    assert page.count("<tr>") == 4
+    assert "<td>500%</td><td>logits (text, free-running)</td>" in page
+    assert evil not in page
+    assert page.count(escape(evil)) == 5
 
 
 def test_json_has_everything_and_no_number_that_is_not_finite(tmp_path: Path) -> None:
@@ -187,13 +213,13 @@ def test_the_documented_schema_is_the_written_one() -> None:
     [
         (
             {"schema_version": 1, "candidates": []},
-            "has schema_version 1, but .* run the check again",
+            "schema_version is 1, but .* run the check again",
         ),
         (
             {"schema_version": 99, "candidates": []},
-            "has schema_version 99, but .* update fwl-export",
+            "schema_version is 99, but .* update fwl-export",
         ),
-        ({"a": 1}, "is no report of"),
+        ({"a": 1}, "is not a report of"),
     ],
 )
 def test_reports_of_another_schema_are_refused(

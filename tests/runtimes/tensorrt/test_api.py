@@ -82,10 +82,10 @@ def test_a_real_runtime_without_a_gpu_loads_nothing(own_bundle: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     from collections import deque
 
-    from fwl_export.runtimes import tensorrt_engine
+    from fwl_export.runtimes.tensorrt import engine as tensorrt_engine
 
     log: deque[str] = deque()
-    runtime = trt.Runtime(tensorrt_engine._logger(trt, log))
+    runtime = trt.Runtime(tensorrt_engine.error_logger(trt, log))
     assert runtime.deserialize_cuda_engine(b"no plan") is None
     assert log
     assert all(isinstance(message, str) for message in log)

@@ -357,11 +357,11 @@ def edit_facts(bundle: Path, facts: EngineMetadata, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sha256": "0" * 64}, "is not the engine that its facts describe"),
+        ({"sha256": "0" * 64}, "is not the engine that its metadata describes"),
         ({"schema_version": 9}, "schema_version is 9, but this fwl-export reads 1"),
         ({"inputs": [{"name": "x"}]}, "is malformed (TypeError"),
-        ({"inputs": []}, "does not fit its facts or this fwl-export, beginning with"),
-        ({"outputs": []}, "does not fit its facts or this fwl-export, beginning with 'logits'"),
+        ({"inputs": []}, "does not fit its metadata or this version of fwl-export: '"),
+        ({"outputs": []}, "does not fit its metadata or this version of fwl-export: 'logits' diff"),
     ],
 )
 def test_facts_that_are_wrong(
@@ -387,7 +387,7 @@ def test_an_engine_that_is_changed_or_no_engine(machine: Machine, own_bundle: Pa
 
 def test_an_input_that_must_lie_on_the_host_is_refused(machine: Machine, own_bundle: Path) -> None:
     machine.build(own_bundle, locations={"lengths": "HOST"})
-    assert "beginning with 'lengths'; build it again" in refusal(own_bundle)
+    assert "'lengths' differs; build it again" in refusal(own_bundle)
 
 
 def test_the_plugin_library(machine: Machine, own_bundle: Path, tmp_path: Path) -> None:
@@ -398,9 +398,7 @@ def test_the_plugin_library(machine: Machine, own_bundle: Path, tmp_path: Path) 
     assert "does not exist" in refusal(own_bundle, plugin=tmp_path / "none.so")
     wrong = tmp_path / "other.so"
     wrong.touch()
-    assert "cannot load the plugin fwl::LinearAttentionUpdate of version 1 from" in refusal(
-        own_bundle, plugin=wrong
-    )
+    assert "TensorRT-RTX 1.2.3 cannot load plugin" in refusal(own_bundle, plugin=wrong)
     for _ in range(2):  # the second time it is loaded already
         opened(machine, own_bundle).feed(ids(3))
     machine.build(own_bundle)
@@ -447,10 +445,12 @@ def test_arguments(machine: Machine, own_bundle: Path, monkeypatch: pytest.Monke
     build(machine, own_bundle)
     assert "runs on a GPU, but device is 'cpu'" in refusal(own_bundle, device="cpu")
     assert "device is 'tpu'; expected cpu, cuda" in refusal(own_bundle, device="tpu")
-    assert "device 'cuda:1' is not here; the driver finds 1" in refusal(own_bundle, device="cuda:1")
+    assert "device 'cuda:1' does not exist; the driver finds 1" in refusal(
+        own_bundle, device="cuda:1"
+    )
     assert "precision can be chosen" in refusal(own_bundle, precision="fp32")
     assert "threads can be chosen" in refusal(own_bundle, threads=1)
-    with pytest.raises(ConfigError, match="a variant can be chosen for runtime 'tensorrt' only"):
+    with pytest.raises(ConfigError, match="variant can be chosen for runtime 'tensorrt' only"):
         open_session(own_bundle, variant="rtx")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert "cuda-bindings to run, which is not installed; pip install" in refusal(own_bundle)

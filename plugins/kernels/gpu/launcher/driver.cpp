@@ -58,7 +58,7 @@ void Driver::check(Result result, const char* call) const {
 }
 
 const Driver& driver() {
-  static const Driver opened = open(); // an exception leaves it to the next call
+  static const Driver opened = open(); // after an exception, the next call tries again
   return opened;
 }
 

@@ -1,5 +1,5 @@
-// The functions of the CUDA driver that launches need. The library is opened at the first use, so
-// that what links this loads on machines without a driver.
+// The functions of the CUDA driver that launches need. The driver's library is opened at the first
+// use, so that libraries that link this code load on machines without a driver.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ using Library = void*;
 using DriverKernel = void*;
 using Stream = void*;
 
-// A driver is missing, too old, or a call of it failed.
+// The driver is missing or too old, or one of its functions failed.
 struct DriverError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -37,17 +37,17 @@ struct Driver {
   Result (*cuMemAllocAsync)(DevicePointer*, size_t bytes, Stream);
   Result (*cuMemFreeAsync)(DevicePointer, Stream);
 
-  // Throws DriverError with the call's name and the driver's word for what went wrong.
+  // Throws DriverError if `result` is an error, with the names of the function and of the error.
   void check(Result result, const char* call) const;
 };
 
-// The driver of this machine. Throws DriverError; tries again at the next call.
+// Returns the driver of this machine, or throws DriverError; the next call then tries again.
 const Driver& driver();
 
-// The GPU of the calling thread's context. Throws DriverError.
+// Returns the GPU of the calling thread's context. Throws DriverError.
 Device current_device(const Driver& driver);
 
-// The compute capability of a GPU, e.g. 89. Throws DriverError.
+// Returns the compute capability of a GPU without the dot, such as 89. Throws DriverError.
 int compute_capability(const Driver& driver, Device device);
 
 } // namespace fwl::gpu

@@ -9,24 +9,26 @@
 namespace fwl::gpu {
 namespace {
 
-// From cuda.h: CUfunction_attribute. What a kernel may use without asking is 48 KiB.
+// From cuda.h: CUfunction_attribute. Kernels that use more than 48 KiB of shared memory must set
+// it.
 constexpr int kMaxDynamicSharedBytes = 8;
-constexpr unsigned kSharedBytesWithoutAsking = 48 << 10;
+constexpr unsigned kDefaultSharedBytes = 48 << 10;
 
 constexpr size_t kParameters = static_cast<size_t>(Parameter::kCount);
 
-// Kernels that were loaded, for the life of the process: like this library they serve every
-// context, and unloading them while the driver shuts down is an error.
+// The kernels that were loaded. They stay loaded until the process ends: they serve every context,
+// and unloading them while the driver shuts down is an error.
 class Kernels {
 public:
-  // Returns a kernel, loaded and with its shared memory granted on the device.
+  // Returns a kernel, after loading it and raising its limit of shared memory on the device if
+  // needed.
   DriverKernel get(const Driver& driver, const Variant& variant, bool ptx, Device device) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto place = kernels_.find({&variant, ptx});
     if (place == kernels_.end()) {
       place = kernels_.emplace(Key{&variant, ptx}, load(driver, variant, ptx)).first;
     }
-    if (variant.shared_bytes > kSharedBytesWithoutAsking) {
+    if (variant.shared_bytes > kDefaultSharedBytes) {
       bool& granted = granted_[{place->second, device}];
       if (!granted) {
         driver.check(driver.cuKernelSetAttribute(kMaxDynamicSharedBytes,
@@ -63,11 +65,11 @@ private:
 };
 
 Kernels& kernels() {
-  static Kernels& all = *new Kernels; // not destroyed: threads may still launch at exit
+  static Kernels& all = *new Kernels; // never destroyed: threads may still launch at exit
   return all;
 }
 
-// The GPU that a call runs on and whose kernels it takes.
+// The GPU that a call runs on, and the kernels that it uses.
 struct Place {
   const Driver& driver;
   Device device;
@@ -134,7 +136,7 @@ void prepare(const Sizes& sizes) {
   const Place place = current_place();
   for (const bool aligned : {true, false}) {
     for (const Launch& each : make_plan(sizes, place.target.sm, aligned).launches) {
-      void* function = nullptr; // asking for it loads the code into the current context
+      void* function = nullptr; // getting it loads the code into the current context
       DriverKernel kernel =
           kernels().get(place.driver, *each.variant, place.target.ptx, place.device);
       place.driver.check(place.driver.cuKernelGetFunction(&function, kernel),
@@ -157,16 +159,16 @@ void launch(const Sizes& sizes, const Tensors& tensors, Stream stream) {
     place.driver.check(place.driver.cuMemAllocAsync(&workspace, plan.workspace_bytes, stream),
                        "cuMemAllocAsync");
   }
-  const auto give_back = [&] {
+  const auto free_workspace = [&] {
     return workspace == 0 ? 0 : place.driver.cuMemFreeAsync(workspace, stream);
   };
   try {
     launch_plan(place, plan, tensors, reinterpret_cast<void*>(workspace), stream);
   } catch (...) {
-    give_back();
+    free_workspace();
     throw;
   }
-  place.driver.check(give_back(), "cuMemFreeAsync");
+  place.driver.check(free_workspace(), "cuMemFreeAsync");
 }
 
 } // namespace fwl::gpu

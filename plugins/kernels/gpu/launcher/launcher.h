@@ -1,5 +1,6 @@
 // Runs the op on the GPU of the calling thread's context. All functions throw DriverError if the
-// driver is missing or refuses, and std::invalid_argument for sizes that no kernel takes.
+// driver is missing or reports an error, and std::invalid_argument for sizes that no kernel
+// supports.
 #pragma once
 
 #include "kernels/gpu/launcher/driver.h"
@@ -7,7 +8,8 @@
 
 namespace fwl::gpu {
 
-// Contiguous, in the GPU's memory; shapes are those of op_spec.h. past and present may be one.
+// Contiguous tensors in GPU memory, with the shapes of op_spec.h. `past` and `present` may be
+// equal.
 struct Tensors {
   const void* query;
   const void* key;
@@ -18,13 +20,14 @@ struct Tensors {
   void* present;
 };
 
-// Loads the kernels of these sizes, so that no launch has to: it would break a stream's capture.
+// Loads the kernels for these sizes. Without it the first launch loads them, which would break the
+// capture of a stream.
 void prepare(const Sizes& sizes);
 
-// Launches on a stream and returns. `workspace` is of workspace_bound bytes or more.
+// Launches the op on a stream and returns. `workspace` has workspace_bound(sizes) bytes or more.
 void launch(const Sizes& sizes, const Tensors& tensors, void* workspace, Stream stream);
 
-// The same with a workspace that is taken and given back in the stream's order.
+// The same, with a workspace that is allocated and freed in the stream's order.
 void launch(const Sizes& sizes, const Tensors& tensors, Stream stream);
 
 } // namespace fwl::gpu

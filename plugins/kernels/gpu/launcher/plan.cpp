@@ -130,7 +130,7 @@ Plan make_plan(const Sizes& sizes, int sm, bool aligned) {
 size_t workspace_bound(const Sizes& largest) {
   check(largest);
   size_t bound = 0;
-  // A decode of fewer rows is split into more parts; a prefill of fewer rows has longer segments.
+  // With fewer rows, decode splits a state into more parts, and prefill has longer segments.
   for (const Multiprocessors& each : multiprocessors) {
     for (int64_t rows = 1; rows <= largest.rows; ++rows) {
       Sizes sizes = largest;

@@ -1,4 +1,4 @@
-// The compiled kernels, as embed.py found them.
+// The table of compiled kernels that write_table.py generates.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,7 @@ namespace fwl::gpu {
 
 enum class Activation { kFloat32, kFloat16, kBFloat16 };
 
+// The number of multiprocessors that grids are sized for, by compute capability.
 struct Multiprocessors {
   int sm;
   int64_t count;
@@ -16,25 +17,26 @@ struct Multiprocessors {
 
 enum class Kernel;
 
-// Bytes of the embedded file; none if `bytes` is 0.
+// A part of fwl_gpu_images; empty if `bytes` is 0.
 struct Image {
   size_t offset;
   size_t bytes;
 };
 
+// One compiled form of a kernel; see plan.py.
 struct Variant {
   Kernel kernel;
   Activation activation;
   int sm;
   bool aligned;
   bool split;
-  bool this_sm_only;
+  bool this_sm_only; // no other GPU runs this code, not even of the same generation
   unsigned threads;
   unsigned shared_bytes;
   int64_t chunk;
   int64_t block_k;
   int64_t block_v;
-  size_t null_parameters; // scratch pointers that follow the parameters
+  size_t null_parameters; // unused pointers to scratch memory that follow the parameters
   const char* symbol;
   Image cubin;
   Image ptx;
@@ -42,7 +44,7 @@ struct Variant {
 
 #include "kernels.inc"
 
-// The bytes that images lie in.
+// The code of all variants.
 extern "C" const unsigned char fwl_gpu_images[];
 
 } // namespace fwl::gpu

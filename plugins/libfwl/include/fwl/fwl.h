@@ -1,19 +1,28 @@
-/* libfwl: run bundles of fwl-export in any program. Token ids in, logits out, state kept.
+/**
+ * @file
+ * libfwl runs the bundles of fwl-export in any program: token ids in, logits out, state kept.
  *
- *   fwl_model *model;
- *   fwl_session *session;
- *   fwl_error error;
- *   if (fwl_model_open("bundle", NULL, &model, &error) != FWL_OK ||
- *       fwl_session_open(model, 1, &session, &error) != FWL_OK) {
- *     fprintf(stderr, "%s\n", error.message);
- *   }
- *   fwl_session_feed(session, ids, count, NULL, NULL, FWL_LOGITS_LAST, logits, vocab_size, &error);
+ *     fwl_model *model;
+ *     fwl_session *session;
+ *     fwl_error error;
+ *     if (fwl_model_open("bundle", NULL, &model, &error) != FWL_OK ||
+ *         fwl_session_open(model, 1, &session, &error) != FWL_OK ||
+ *         fwl_session_feed(session, ids, count, NULL, NULL, FWL_LOGITS_LAST, logits, vocab_size,
+ *                          &error) != FWL_OK) {
+ *       fprintf(stderr, "%s\n", error.message);
+ *     }
  *
- * A session holds rows of text, each independent of the others. A call either succeeds and moves
- * its rows on, or returns an error and leaves all rows as they were.
+ * A session holds `rows` independent texts, one per row. A call either succeeds and moves its rows
+ * on, or returns an error and leaves every row and every output argument as it was.
+ *
+ * Conventions: arrays are contiguous, in row-major order, and stay the caller's; the library copies
+ * what it needs before a call returns. V is the size of the vocabulary. Functions that can fail
+ * return a status; `error` may be NULL, else it receives the status and a message. Any of these
+ * functions may also return FWL_ERROR_MEMORY or FWL_ERROR_INTERNAL; the comments name the others.
  *
  * Threads: every function may be called from any thread. Calls on one session wait for each other;
- * sessions of one model run at the same time. Nothing is global. No exception leaves the library.
+ * sessions of one model run at the same time. The library has no global state, and no C++ exception
+ * leaves it.
  */
 #ifndef FWL_FWL_H
 #define FWL_FWL_H
@@ -31,126 +40,280 @@
 extern "C" {
 #endif
 
-/* Of this header; a program checks it against fwl_abi_version() of the library it runs with. */
+/** Version of the binary interface in this header. Compare it with fwl_abi_version(). */
 #define FWL_ABI_VERSION 1
 
+/** What a function returns. */
 typedef enum fwl_status {
   FWL_OK = 0,
-  FWL_ERROR_ARGUMENT = 1, /* a null pointer, a row that does not exist, a size that does not fit */
-  FWL_ERROR_BUNDLE = 2,   /* missing, changed, of another schema, or the runtime refuses it */
-  FWL_ERROR_TOKEN = 3,    /* an id, weight or length is out of range, or the output not finite */
-  FWL_ERROR_STATE = 4,    /* a state file that is damaged or of another model */
-  FWL_ERROR_RUNTIME = 5,  /* the backend's library is missing, or a call of it failed */
-  FWL_ERROR_IO = 6,       /* a file cannot be read or written */
+  /** A pointer is NULL, a row does not exist, or a size or option does not fit. */
+  FWL_ERROR_ARGUMENT = 1,
+  /** The bundle is missing, was changed, has another schema, or the runtime refuses it. */
+  FWL_ERROR_BUNDLE = 2,
+  /** A token id, weight or length is out of range, or the model's output is not finite. */
+  FWL_ERROR_TOKEN = 3,
+  /** A state or state file is damaged, holds NaN, or belongs to another model. */
+  FWL_ERROR_STATE = 4,
+  /** A library that the runtime needs is missing, or a call of it failed. */
+  FWL_ERROR_RUNTIME = 5,
+  /** A file cannot be read or written. */
+  FWL_ERROR_IO = 6,
+  /** There is not enough memory, in the host or on the GPU. */
   FWL_ERROR_MEMORY = 7,
+  /** A bug in libfwl. */
   FWL_ERROR_INTERNAL = 8
 } fwl_status;
 
-/* What went wrong, in one sentence. Every `error` below may be NULL. */
+/** What went wrong. After a call that succeeds: FWL_OK and an empty message. */
 typedef struct fwl_error {
   fwl_status status;
-  char message[1020];
+  char message[1020]; /**< One or two sentences in UTF-8, ending with a zero byte. */
 } fwl_error;
 
-/* Fill it with fwl_options_init first, so that programs go on to work when it grows. */
+/**
+ * How to open a model. Call fwl_options_init before setting fields: later versions of the library
+ * add fields at the end, and programs built with this header keep working. Strings must stay valid
+ * until fwl_model_open returns.
+ */
 typedef struct fwl_options {
+  /** sizeof(fwl_options) of the program; set by fwl_options_init. */
   size_t size;
-  const char* backend; /* "onnxruntime"; "tensorrt"; "auto": TensorRT where its library, a GPU
-                          and an engine for both are there, else ONNX Runtime */
-  const char* runtime_library;  /* path of libonnxruntime.so; NULL: by name, as dlopen finds it */
-  const char* plugin;           /* path of libfwl_ort.so, our kernel; NULL: standard operators */
-  int32_t threads;              /* of ONNX Runtime inside one operator; 0: it chooses */
-  int32_t device;               /* the GPU's number, from 0 */
-  const char* tensorrt_library; /* path of libnvinfer.so; NULL: by name, as dlopen finds it */
-  const char*
-      tensorrt_plugin; /* path of libfwl_trt.so; NULL: beside libfwl, if an engine needs it */
-  int32_t allow_embedded_plugin; /* 1: an engine may bring code for this process; 0: it may not */
+  /**
+   * Name of the runtime, which runs the model: "onnxruntime" (the default) on the CPU, "tensorrt"
+   * on an NVIDIA GPU, or "auto": TensorRT if its library, a GPU and an engine for both are there,
+   * else ONNX Runtime.
+   */
+  const char* backend;
+  /** Path of libonnxruntime.so. NULL: search for it by name, as dlopen does. */
+  const char* runtime_library;
+  /** Path of libfwl_ort.so, fwl's kernel for ONNX Runtime. NULL: use standard operators only. */
+  const char* plugin;
+  /** Threads that ONNX Runtime uses inside an operator. 0: ONNX Runtime chooses. */
+  int32_t threads;
+  /** Number of the GPU, from 0. */
+  int32_t device;
+  /** Path of libnvinfer.so. NULL: search for it by name, as dlopen does. */
+  const char* tensorrt_library;
+  /** Path of libfwl_trt.so, fwl's TensorRT plugin. NULL: the one beside libfwl, if needed. */
+  const char* tensorrt_plugin;
+  /**
+   * 1: load the plugin that an engine may carry, which is code of the bundle that runs in this
+   * process; set it only for bundles that you trust. 0 (the default): refuse such engines.
+   */
+  int32_t allow_embedded_plugin;
 } fwl_options;
 
+/** What a loaded model is. */
 typedef struct fwl_info {
-  size_t size; /* of this structure, to be set by the caller */
-  int64_t vocab_size;
-  int64_t max_tokens;      /* largest call of the model; longer reads are split */
-  int64_t anchor_interval; /* 0: none */
-  size_t state_bytes;      /* of one row */
-  char model_id[65];
-  char precision[8]; /* "fp32" or "fp16", of the activations */
-  char backend[16];  /* that runs the model */
-  char engine[128];  /* of TensorRT: its name in the bundle; else "" */
+  size_t size;             /**< sizeof(fwl_info); set it before the call. */
+  int64_t vocab_size;      /**< V. */
+  int64_t max_tokens;      /**< The most tokens in one call of the model; longer feeds are split. */
+  int64_t anchor_interval; /**< Tokens between two anchors of the fast weights; 0: no anchors. */
+  size_t state_bytes;      /**< Bytes of one row's state. */
+  char model_id[65];       /**< Identifies weights and precision; state fits models of equal id. */
+  char precision[8];       /**< Type of the activations, "fp32" or "fp16". */
+  char backend[16];        /**< Name of the runtime: "onnxruntime" or "tensorrt". */
+  char engine[128];        /**< TensorRT: name of the engine in the bundle. Else "". */
 } fwl_info;
 
+/** Which logits a feed returns. */
 typedef enum fwl_logits {
-  FWL_LOGITS_NONE = 0, /* read only */
-  FWL_LOGITS_LAST = 1, /* [rows, V]: after each row's last token; zeros where it brought none */
-  FWL_LOGITS_ALL = 2   /* [rows, tokens, V]; zeros at padding */
+  FWL_LOGITS_NONE = 0, /**< None: the model reads and learns. */
+  FWL_LOGITS_LAST = 1, /**< [rows, V]: after the last token of each row; zeros for empty rows. */
+  FWL_LOGITS_ALL = 2   /**< [rows, count, V]: after every token; zeros at padding. */
 } fwl_logits;
 
+/** A loaded bundle. */
 typedef struct fwl_model fwl_model;
+/** Rows of text on a model. */
 typedef struct fwl_session fwl_session;
 
+/** Returns the FWL_ABI_VERSION of the library; a program should check it against its header's. */
 FWL_API uint32_t fwl_abi_version(void);
+
+/** Returns the version of the library, such as "0.1.0". The string is static. */
 FWL_API const char* fwl_version(void);
 
-/* Sets what a program does not; `size` is the program's sizeof(fwl_options). */
+/**
+ * Sets all options to their defaults.
+ *
+ * @param options  Structure to initialize. If NULL, nothing happens.
+ * @param size     sizeof(fwl_options) of the calling program.
+ */
 FWL_API void fwl_options_init(fwl_options* options, size_t size);
 
-/* Checks and loads a bundle. `options` may be NULL. */
+/**
+ * Checks and loads a bundle.
+ *
+ * @param bundle   Path of the bundle's folder.
+ * @param options  Options after fwl_options_init; NULL: the defaults.
+ * @param model    Receives the model, or NULL if the call fails. Close it with fwl_model_close.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for options that are not valid, FWL_ERROR_BUNDLE, or
+ * FWL_ERROR_RUNTIME.
+ */
 FWL_API fwl_status fwl_model_open(const char* bundle, const fwl_options* options, fwl_model** model,
                                   fwl_error* error);
-/* Fills as much of `info` as its size says. */
+
+/**
+ * Describes a model.
+ *
+ * @param model  The model.
+ * @param info   Structure whose `size` the caller has set; only that many bytes are written.
+ * @param error  Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT if `size` is smaller than any version of fwl_info.
+ */
 FWL_API fwl_status fwl_model_info(const fwl_model* model, fwl_info* info, fwl_error* error);
-/* Its sessions may outlive it. NULL is no error, here and in fwl_session_close. */
+
+/** Closes a model. Its sessions may still be used after that. NULL is allowed. */
 FWL_API void fwl_model_close(fwl_model* model);
 
-/* Opens a session of fresh rows. */
+/**
+ * Opens a session, whose rows have read nothing yet.
+ *
+ * @param model    The model. The session keeps it loaded.
+ * @param rows     Number of rows, 1 to 1048576; a TensorRT engine may set a lower limit.
+ * @param session  Receives the session, or NULL if the call fails. Close it with fwl_session_close.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for `rows` out of range, or FWL_ERROR_RUNTIME.
+ */
 FWL_API fwl_status fwl_session_open(fwl_model* model, size_t rows, fwl_session** session,
                                     fwl_error* error);
+
+/** Closes a session. NULL is allowed. */
 FWL_API void fwl_session_close(fwl_session* session);
 
-/* Reads the next tokens of every row.
+/**
+ * Reads the next tokens of every row, learns from them, and predicts the tokens that follow.
  *
- *   tokens         [rows, count]; ids from 0 to V - 1
- *   count          1 or more
- *   label_weights  [rows, count], how much to learn from each token, 0 = read only; NULL: 1
- *   lengths        [rows], real tokens of each row, 0 to count, the rest is padding; NULL: count
- *   which          logits that are wanted
- *   logits         room for them, in float32; may be NULL for FWL_LOGITS_NONE
- *   logits_size    floats that there is room for
+ * @param session        The session.
+ * @param tokens         [rows, count] token ids, 0 to V - 1. Padding may hold any value.
+ * @param count          Tokens per row in the arrays, 1 or more. Any number: long feeds are split.
+ * @param label_weights  [rows, count] how much to learn from each token, finite and 0 or more; 0
+ *                       reads the token without learning. NULL: 1 everywhere.
+ * @param lengths        [rows] number of real tokens in each row, 0 to `count`; the rest of the row
+ *                       is padding. A row of length 0 stays as it is. NULL: `count` everywhere.
+ * @param which          Which logits to return.
+ * @param logits         Receives the logits as float32, in the shape that `which` says. May be NULL
+ *                       with FWL_LOGITS_NONE.
+ * @param logits_size    Number of floats that `logits` has room for.
+ * @param error          Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for a missing array or too little room, FWL_ERROR_TOKEN for values out
+ *         of range, a row beyond the model's last position or an output that is not finite, or
+ *         FWL_ERROR_RUNTIME.
  */
 FWL_API fwl_status fwl_session_feed(fwl_session* session, const int64_t* tokens, size_t count,
                                     const float* label_weights, const int64_t* lengths,
                                     fwl_logits which, float* logits, size_t logits_size,
                                     fwl_error* error);
 
-/* How many tokens each row has read: [rows]. */
+/**
+ * Tells how many tokens each row has read.
+ *
+ * @param session    The session.
+ * @param positions  Receives [rows] numbers.
+ * @param error      Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT if a pointer is NULL.
+ */
 FWL_API fwl_status fwl_session_positions(fwl_session* session, int64_t* positions,
                                          fwl_error* error);
 
-/* What the model's step sizes are multiplied by, [rows], 1 at first. It counts for what is read
- * from then on: what was learned before stays, and forgetting does not change. A reset leaves it.
+/**
+ * Sets the factors by which the model's learning rates are multiplied. They apply to what is read
+ * from now on: what a row has learned stays, and how fast it forgets does not change. Factors
+ * belong to the rows of the session, not to the texts in them: reset, fork and load leave them
+ * alone.
+ *
+ * @param session  The session.
+ * @param scale    [rows] factors, finite and 0 or more; 1 in a new session, 0 to stop learning.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for NULL or values out of range.
  */
 FWL_API fwl_status fwl_session_set_learning_rate_scale(fwl_session* session, const float* scale,
                                                        fwl_error* error);
 
-/* Makes rows fresh. `rows` NULL and `count` 0: all, here and below; no rows, where `rows` is not
- * NULL, are refused. */
+/**
+ * Makes rows fresh, as if they had read nothing.
+ *
+ * @param session  The session.
+ * @param rows     [count] distinct numbers of rows, from 0. NULL with a `count` of 0: all rows.
+ * @param count    How many rows are named. 0 is an error if `rows` is not NULL.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for rows that do not exist or are named twice, or FWL_ERROR_RUNTIME.
+ */
 FWL_API fwl_status fwl_session_reset(fwl_session* session, const size_t* rows, size_t count,
                                      fwl_error* error);
 
-/* Copies a row's state to other rows: one document read once, many continuations. */
+/**
+ * Copies one row's state to other rows: read a document once, then continue it in many ways.
+ *
+ * @param session  The session.
+ * @param source   Row to copy from.
+ * @param targets  [count] distinct numbers of the rows to copy to.
+ * @param count    How many rows are named, 1 or more.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for rows that do not exist or are named twice, or FWL_ERROR_RUNTIME.
+ */
 FWL_API fwl_status fwl_session_fork(fwl_session* session, size_t source, const size_t* targets,
                                     size_t count, fwl_error* error);
 
-/* Copies a row's state out and in; `size` is fwl_info.state_bytes. Only for this model. */
+/**
+ * Copies a row's state out. It can be written to any row of any session whose model has the same
+ * `model_id`, on a machine of the same byte order.
+ *
+ * @param session  The session.
+ * @param row      Row to read.
+ * @param state    Receives the state.
+ * @param size     Bytes at `state`; must be fwl_info.state_bytes.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for a row that does not exist or another size, or FWL_ERROR_RUNTIME.
+ */
 FWL_API fwl_status fwl_session_read_row(fwl_session* session, size_t row, void* state, size_t size,
                                         fwl_error* error);
+
+/**
+ * Replaces a row's state by one that fwl_session_read_row has returned.
+ *
+ * @param session  The session.
+ * @param row      Row to write.
+ * @param state    The state.
+ * @param size     Bytes at `state`; must be fwl_info.state_bytes.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for a row that does not exist or another size, FWL_ERROR_STATE for
+ *         values that are not finite, or FWL_ERROR_RUNTIME.
+ */
 FWL_API fwl_status fwl_session_write_row(fwl_session* session, size_t row, const void* state,
                                          size_t size, fwl_error* error);
 
-/* State files are those of Python: read a document there, go on here. Compressed ones are read,
- * plain ones written. The file holds as many rows as are given. */
+/**
+ * Saves the state of rows to a file, which Python can load too. An existing file is replaced only
+ * once the new one is complete. State is saved without compression.
+ *
+ * @param session  The session.
+ * @param path     Path of the file to write.
+ * @param rows     [count] distinct numbers of rows, in the file's order. NULL with a `count` of 0:
+ *                 all rows.
+ * @param count    How many rows are named. 0 is an error if `rows` is not NULL.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for rows that do not exist or are named twice, FWL_ERROR_STATE for a
+ *         state that is not finite, FWL_ERROR_IO, or FWL_ERROR_RUNTIME.
+ */
 FWL_API fwl_status fwl_session_save_state(fwl_session* session, const char* path,
                                           const size_t* rows, size_t count, fwl_error* error);
+
+/**
+ * Loads the state of rows from a file that this library or Python saved, compressed or not.
+ *
+ * @param session  The session.
+ * @param path     Path of the file to read.
+ * @param rows     [count] distinct numbers of rows; the file's first row goes to rows[0], and so
+ * on. NULL with a `count` of 0: all rows.
+ * @param count    How many rows are named, exactly as many as the file holds.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT for rows that do not exist, are named twice or are not as many as the
+ *         file holds, FWL_ERROR_STATE for a file that is damaged or of another model, FWL_ERROR_IO,
+ *         or FWL_ERROR_RUNTIME.
+ */
 FWL_API fwl_status fwl_session_load_state(fwl_session* session, const char* path,
                                           const size_t* rows, size_t count, fwl_error* error);
 

@@ -1,4 +1,16 @@
-// libfwl in C++17: RAII, vectors and exceptions over fwl.h, which says what each call does.
+/**
+ * @file
+ * libfwl for C++17: fwl.h with RAII, vectors and exceptions.
+ *
+ *     const fwl::Model model("bundle");
+ *     fwl::Session session = model.session();
+ *     const std::vector<float> logits = session.feed(ids); // [V], after the last id
+ *
+ * Every function does what the function of the same name in fwl.h does, which documents arguments,
+ * shapes and statuses. Functions throw fwl::Error for a status other than FWL_OK, and
+ * std::invalid_argument for vectors whose sizes do not fit the session. If a function throws, no
+ * row has moved.
+ */
 #pragma once
 
 #include <cstdint>
@@ -11,6 +23,7 @@
 
 namespace fwl {
 
+/** A status other than FWL_OK; what() is the message. */
 class Error : public std::runtime_error {
 public:
   explicit Error(const fwl_error& error)
@@ -21,15 +34,16 @@ private:
   fwl_status status_;
 };
 
+/** How to open a model; the fields of fwl_options. Empty strings stand for NULL. */
 struct Options {
-  std::string runtime_library; // empty: libonnxruntime as the loader finds it
-  std::string plugin;          // empty: standard operators
-  int threads = 0;
-  std::string backend = "onnxruntime"; // or "tensorrt", or "auto"
-  int device = 0;
-  std::string tensorrt_library; // empty: libnvinfer as the loader finds it
-  std::string tensorrt_plugin;  // empty: beside libfwl
-  bool allow_embedded_plugin = false;
+  std::string runtime_library; /**< Path of libonnxruntime.so. Empty: search for it by name. */
+  std::string plugin;          /**< Path of libfwl_ort.so. Empty: use standard operators only. */
+  int threads = 0;             /**< Threads inside an operator. 0: ONNX Runtime chooses. */
+  std::string backend = "onnxruntime"; /**< The runtime: "onnxruntime", "tensorrt" or "auto". */
+  int device = 0;                      /**< Number of the GPU, from 0. */
+  std::string tensorrt_library;        /**< Path of libnvinfer.so. Empty: search for it by name. */
+  std::string tensorrt_plugin;         /**< Path of libfwl_trt.so. Empty: the one beside libfwl. */
+  bool allow_embedded_plugin = false;  /**< Run code that an engine carries; see fwl_options. */
 };
 
 namespace detail {
@@ -42,7 +56,7 @@ void call(Function* function, Arguments... arguments) {
   }
 }
 
-// Never NULL, which stands for all rows.
+// Returns a pointer that is not NULL even for an empty vector, since NULL stands for all rows.
 inline const size_t* some(const std::vector<size_t>& rows) {
   static const size_t none = 0;
   return rows.empty() ? &none : rows.data();
@@ -50,7 +64,7 @@ inline const size_t* some(const std::vector<size_t>& rows) {
 
 } // namespace detail
 
-// Rows of text, each independent. Movable, not copyable.
+/** Rows of independent texts on a model. Movable, not copyable; open one with Model::session. */
 class Session {
 public:
   Session(Session&& other) noexcept { *this = std::move(other); }
@@ -63,7 +77,15 @@ public:
   }
   ~Session() { fwl_session_close(handle_); }
 
-  // Reads ids of every row, [rows, count], and returns the logits that are wanted.
+  /**
+   * Reads the next tokens of every row.
+   *
+   * @param ids            [rows, count] token ids; count is ids.size() / rows.
+   * @param which          Which logits to return.
+   * @param label_weights  [rows, count] how much to learn from each token. Empty: 1 everywhere.
+   * @param lengths        [rows] number of real tokens in each row. Empty: count everywhere.
+   * @return [rows, V] logits with FWL_LOGITS_LAST, [rows, count, V] with FWL_LOGITS_ALL, else none.
+   */
   std::vector<float> feed(const std::vector<int64_t>& ids, fwl_logits which = FWL_LOGITS_LAST,
                           const std::vector<float>& label_weights = {},
                           const std::vector<int64_t>& lengths = {}) {
@@ -71,7 +93,8 @@ public:
     if (ids.empty() || count * rows_ != ids.size() ||
         (!label_weights.empty() && label_weights.size() != ids.size()) ||
         (!lengths.empty() && lengths.size() != rows_)) {
-      throw std::invalid_argument("ids, label_weights and lengths do not fit the session's rows");
+      throw std::invalid_argument("ids, label_weights and lengths must have as many rows as the "
+                                  "session, and one token or more");
     }
     const size_t predictions = which == FWL_LOGITS_NONE   ? 0
                                : which == FWL_LOGITS_LAST ? rows_
@@ -83,46 +106,56 @@ public:
     return logits;
   }
 
+  /** Returns how many tokens each row has read, [rows]. */
   std::vector<int64_t> positions() const {
     std::vector<int64_t> found(rows_);
     detail::call(fwl_session_positions, handle_, found.data());
     return found;
   }
 
+  /** Sets the factors, [rows], by which the learning rates are multiplied from now on. */
   void set_learning_rate_scale(const std::vector<float>& scale) {
     if (scale.size() != rows_) {
-      throw std::invalid_argument("learning_rate_scale has not one number for each row");
+      throw std::invalid_argument("learning_rate_scale must have one number for each row");
     }
     detail::call(fwl_session_set_learning_rate_scale, handle_, scale.data());
   }
 
-  // These are of all rows without `rows`; an empty vector of them is refused.
+  /** Makes all rows fresh. */
   void reset() { detail::call(fwl_session_reset, handle_, nullptr, size_t{0}); }
+  /** Makes the given rows fresh; at least one. */
   void reset(const std::vector<size_t>& rows) {
     detail::call(fwl_session_reset, handle_, detail::some(rows), rows.size());
   }
+  /** Saves the state of all rows to a file. */
   void save_state(const std::string& path) const {
     detail::call(fwl_session_save_state, handle_, path.c_str(), nullptr, size_t{0});
   }
+  /** Saves the state of the given rows, at least one, to a file. */
   void save_state(const std::string& path, const std::vector<size_t>& rows) const {
     detail::call(fwl_session_save_state, handle_, path.c_str(), detail::some(rows), rows.size());
   }
+  /** Loads a file with as many rows as the session has. */
   void load_state(const std::string& path) {
     detail::call(fwl_session_load_state, handle_, path.c_str(), nullptr, size_t{0});
   }
+  /** Loads a file with as many rows as are given; its first row goes to rows[0], and so on. */
   void load_state(const std::string& path, const std::vector<size_t>& rows) {
     detail::call(fwl_session_load_state, handle_, path.c_str(), detail::some(rows), rows.size());
   }
 
+  /** Copies the state of a row to other rows, at least one. */
   void fork(size_t source, const std::vector<size_t>& targets) {
     detail::call(fwl_session_fork, handle_, source, targets.data(), targets.size());
   }
+  /** Returns a copy of a row's state, which write_row puts into any row of the same model. */
   std::vector<char> read_row(size_t row) const {
     std::vector<char> state(state_bytes_);
     detail::call(fwl_session_read_row, handle_, row, static_cast<void*>(state.data()),
                  state.size());
     return state;
   }
+  /** Replaces a row's state by one that read_row has returned. */
   void write_row(size_t row, const std::vector<char>& state) {
     detail::call(fwl_session_write_row, handle_, row, static_cast<const void*>(state.data()),
                  state.size());
@@ -143,12 +176,16 @@ private:
   size_t state_bytes_ = 0;
 };
 
-// A loaded bundle. Movable, not copyable; its sessions may outlive it.
+/** A loaded bundle. Movable, not copyable. Its sessions may outlive it. */
 class Model {
 public:
+  /** Checks and loads the bundle in a folder. Also throws std::runtime_error if the library that
+   * runs has another ABI version than fwl.h. */
   explicit Model(const std::string& bundle, const Options& options = {}) {
     if (fwl_abi_version() != FWL_ABI_VERSION) {
-      throw std::runtime_error("libfwl has another ABI version than fwl.h; install both anew");
+      throw std::runtime_error("libfwl has the ABI version " + std::to_string(fwl_abi_version()) +
+                               ", but fwl.h has " + std::to_string(FWL_ABI_VERSION) +
+                               "; install a library and a header of one release");
     }
     fwl_options raw;
     fwl_options_init(&raw, sizeof(raw));
@@ -172,6 +209,7 @@ public:
   }
   ~Model() { fwl_model_close(handle_); }
 
+  /** Describes the model. */
   fwl_info info() const {
     fwl_info found;
     found.size = sizeof(found);
@@ -179,6 +217,7 @@ public:
     return found;
   }
 
+  /** Opens a session of fresh rows, 1 or more. */
   Session session(size_t rows = 1) const {
     fwl_session* opened = nullptr;
     detail::call(fwl_session_open, handle_, rows, &opened);

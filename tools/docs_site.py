@@ -56,6 +56,7 @@ PUBLIC = {
     "Checks": ("check_bundle", "Report", "bisect_bundle"),
 }
 
+_COMMENT = r"(?:/\*(?:(?!\*/)[\s\S])*\*/\n|(?://[^\n]*\n)+)"  # of C++, before a declaration
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -288,33 +289,38 @@ def _declarations(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _prose(comment: str) -> list[str]:
-    """Return a comment as Markdown; what is indented in it is a block of code."""
-    lines = [re.sub(r"^\s*(?:\*|//) ?", "", line).rstrip() for line in comment.strip().split("\n")]
+    """Return a comment as Markdown: what is indented is code, `@param` and `@return` are a list."""
+    lines = [
+        re.sub(r"^\s*(?:/?\*+|//) ?", "", line).rstrip() for line in comment.strip().split("\n")
+    ]
+    text = "\n".join(line for line in lines if line != "@file")
+    text, *tags = re.split(r"^@(?=param |return )", text, flags=re.MULTILINE)
     result: list[str] = []
-    inside = False
-    for line in lines:
-        indented = line.startswith("  ")
-        if indented and not inside:
-            result += ["", "```text"]
-        elif inside and line and not indented:
-            result += ["```", ""]
-        inside = indented or (inside and not line)
-        result.append(line)
-    return [*result, "```"] if inside else result
+    for paragraph in text.strip("\n").split("\n\n"):
+        indented = all(line.startswith("  ") for line in paragraph.split("\n"))
+        code = ["```text", textwrap.dedent(paragraph), "```"]
+        result += [*(code if indented else [paragraph]), ""]
+    for tag in tags:
+        kind, _, rest = tag.partition(" ")
+        name, _, words = rest.partition(" ") if kind == "param" else ("", "", rest)
+        result.append(f"- {f'`{name}`' if name else '**Returns**'} {' '.join(words.split())}")
+    return result
 
 
 def cpp_page(header: str) -> str:
     """Return the reference of the C++ interface: its public declarations, without their bodies."""
-    overview = re.match(r"(?://[^\n]*\n)+", header)
-    lines = ["# C++ API", "", *(_prose(overview[0]) if overview else []), ""]
+    overview = re.match(rf"{_COMMENT}", header)
+    lines = ["# C++ API", "", "Generated from `fwl/fwl.hpp`.", ""]
+    lines += [*(_prose(overview[0].removesuffix("*/\n")) if overview else []), ""]
     body = re.sub(r"namespace detail \{.*?\n\} // namespace detail", "", header, flags=re.DOTALL)
     pattern = re.compile(
-        r"(?P<comment>(?://[^\n]*\n)*)"
+        rf"(?P<comment>{_COMMENT})?"
         r"(?P<head>(?:class|struct) (?P<name>\w+)[^{;]*)\{(?P<body>.*?)\n\};",
         re.DOTALL,
     )
     for match in pattern.finditer(body):
-        lines += [f"## `fwl::{match['name']}`", "", *_prose(match["comment"]), "", "```cpp"]
+        comment = _prose((match["comment"] or "").removesuffix("*/\n"))
+        lines += [f"## `fwl::{match['name']}`", "", *comment, "", "```cpp"]
         lines += [f"{match['head'].strip()} {{", *_public(match["body"]), "};", "```", ""]
     return "\n".join(lines) + "\n"
 

@@ -100,9 +100,13 @@ typedef enum fwl_kind {
   FWL_A = 0 /* first */
 } fwl_kind;
 
-/* Opens.
+/** Opens.
  *
- *   name  of it
+ *   code();
+ *
+ * @param name   Name of it,
+ *               which goes on.
+ * @return The kind.
  */
 FWL_API fwl_kind fwl_open(const char* name,
                                   int flags);
@@ -122,7 +126,8 @@ def test_a_comment_belongs_to_what_follows_it_without_a_gap() -> None:
         "`fwl_other`",
     ]
     assert "Opens.\n" in page
-    assert "```text\n  name  of it\n```" in page
+    assert "```text\ncode();\n```" in page
+    assert "- `name` Name of it, which goes on.\n- **Returns** The kind.\n" in page
     assert "fwl_kind fwl_open(const char* name,\n        int flags);" in page
     assert "FWL_API" not in page
 
@@ -142,7 +147,8 @@ def test_the_reference_of_cpp_has_the_public_declarations_without_bodies() -> No
         assert f"## `fwl::{name}`" in page
     assert "std::vector<int64_t> positions() const;" in page
     assert "explicit Error(const fwl_error& error);" in page
-    assert "return" not in re.sub(r"//.*", "", page.partition("```cpp")[2])
+    code = re.sub(r"/\*.*?\*/", "", page.partition("```cpp")[2], flags=re.DOTALL)
+    assert "return" not in re.sub(r"//.*", "", code)
     assert "handle_" not in page
 
 

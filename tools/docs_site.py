@@ -28,10 +28,13 @@ HEADERS = REPOSITORY / "plugins" / "libfwl" / "include" / "fwl"
 COPIED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "attacks/README.md": "reference/attacks.md",
     "fwl_export/demo/checkpoint/README.md": "demo-model.md",
     "fwl_export/model/README.md": "concepts/maths.md",
     "fwl_export/parity/FAULTS.md": "reference/faults.md",
     "fwl_export/parity/README.md": "reference/parity.md",
+    "plugins/kernels/gpu/README.md": "reference/gpu-kernels.md",
     "plugins/libfwl/README.md": "reference/libfwl.md",
 }
 

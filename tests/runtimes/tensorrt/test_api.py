@@ -92,33 +92,33 @@ def test_a_real_runtime_without_a_gpu_loads_nothing(own_bundle: Path) -> None:
 
 
 def feed(machine: Machine, bundle: Path, steps: int = 1) -> tuple[Any, Any, Any]:
-    """Return runner, its lane for one token and its context, after some steps."""
+    """Return runner, its profile for one token and its context, after some steps."""
     machine.build(bundle)
     session = open_session(bundle, "tensorrt")
     for _ in range(steps):
         session.feed([1])
     runner = session._runner
-    (lane,) = runner._lanes.values()  # type: ignore[attr-defined]
-    return session, lane, lane._context
+    (profile,) = runner._contexts.values()  # type: ignore[attr-defined]
+    return session, profile, profile._context
 
 
 def stream_of(session: Any) -> Any:
     return session._runner._stream
 
 
-def _other_profile(session: Any, lane: Any, context: Any) -> None:
+def _other_profile(session: Any, profile: Any, context: Any) -> None:
     with stream_of(session).captured():
         context.set_optimization_profile_async(1, stream_of(session).handle)
 
 
-def _shape_in_a_graph(session: Any, lane: Any, context: Any) -> None:
+def _shape_in_a_graph(session: Any, profile: Any, context: Any) -> None:
     session.feed([1])
     context.set_optimization_profile_async(1, stream_of(session).handle)
     session.feed([1])
     session.feed([1])
 
 
-def _cold_capture(session: Any, lane: Any, context: Any) -> None:
+def _cold_capture(session: Any, profile: Any, context: Any) -> None:
     shapes = dict(context._shapes)
     addresses = dict(context._addresses)
     context.set_optimization_profile_async(0, stream_of(session).handle)
@@ -130,33 +130,33 @@ def _cold_capture(session: Any, lane: Any, context: Any) -> None:
         context.execute_async_v3(stream_of(session).handle)
 
 
-def _one_buffer(session: Any, lane: Any, context: Any) -> None:
+def _one_buffer(session: Any, profile: Any, context: Any) -> None:
     context.set_tensor_address("past.position", context._addresses["present.position"])
     context.execute_async_v3(stream_of(session).handle)
 
 
-def _freed(session: Any, lane: Any, context: Any) -> None:
+def _freed(session: Any, profile: Any, context: Any) -> None:
     context.execute_async_v3(stream_of(session).handle)
     machine_cuda = session._runner.model.cuda
-    machine_cuda.call("cudaFree", lane._mirrors["logits"].address)
+    machine_cuda.call("cudaFree", profile._mirrors["logits"].address)
     stream_of(session).synchronize()
 
 
-def _synchronised_capture(session: Any, lane: Any, context: Any) -> None:
+def _synchronised_capture(session: Any, profile: Any, context: Any) -> None:
     with stream_of(session).captured():
         stream_of(session).synchronize()
 
 
-def _default_stream(session: Any, lane: Any, context: Any) -> None:
+def _default_stream(session: Any, profile: Any, context: Any) -> None:
     context.execute_async_v3(0)
 
 
-def _engine_gone(session: Any, lane: Any, context: Any) -> None:
+def _engine_gone(session: Any, profile: Any, context: Any) -> None:
     context._owner = lambda: None
     session.feed([1])
 
 
-def _unaligned(session: Any, lane: Any, context: Any) -> None:
+def _unaligned(session: Any, profile: Any, context: Any) -> None:
     context.set_tensor_address("lengths", 12345)
 
 
@@ -180,9 +180,9 @@ def test_a_misuse_is_found(own_bundle: Path, tmp_path: Path, said: str) -> None:
         pytest.raises(AssertionError, match=said),  # again at the end, in the list of all
         tensorrt_fake.fake_machine(tmp_path) as machine,
     ):
-        session, lane, context = feed(machine, own_bundle, steps=3)
+        session, profile, context = feed(machine, own_bundle, steps=3)
         with pytest.raises(MisuseError, match=said):
-            MISUSES[said](session, lane, context)
+            MISUSES[said](session, profile, context)
 
 
 def test_what_is_refused_politely(machine: Machine, own_bundle: Path) -> None:
@@ -198,11 +198,11 @@ def test_what_is_refused_politely(machine: Machine, own_bundle: Path) -> None:
 
 
 def test_a_host_that_does_not_wait_reads_poison(machine: Machine, own_bundle: Path) -> None:
-    session, lane, _ = feed(machine, own_bundle)
+    session, profile, _ = feed(machine, own_bundle)
     runner = session._runner
-    logits = lane._mirrors["logits"].host((1, 1, 64), np.float32)
+    logits = profile._mirrors["logits"].host((1, 1, 64), np.float32)
     logits.fill(np.nan)
-    lane._enqueue(session._current, session._spare[0])
+    profile._enqueue(session._current, session._spare[0])
     assert np.isnan(logits).all()
     runner._stream.synchronize()
     assert np.isfinite(logits).all()

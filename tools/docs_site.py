@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import click
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).parents[1]
 HEADERS = REPOSITORY / "plugins" / "libfwl" / "include" / "fwl"
@@ -89,14 +90,35 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Let pages below docs/ link to files of the repository, as they do where they are stored."""
+    source = f"docs/{page.file.src_uri}"
+    if not (REPOSITORY / source).is_file():
+        return markdown
+    return with_links_of_the_site(markdown, source, page.file.src_uri)[0]
+
+
 def copied_page(source: str, page: str) -> tuple[str, set[str]]:
     """Return a Markdown file of the repository as a page, and the pictures to copy for it.
 
-    Links to files that are pages lead to these pages; links to other files become plain text.
+    Args:
+      source: Path of the file inside the repository.
+      page: Path of the page inside the site.
+    """
+    text = (REPOSITORY / source).read_text(encoding="utf-8")
+    return with_links_of_the_site(text, source, page)
+
+
+def with_links_of_the_site(text: str, source: str, page: str) -> tuple[str, set[str]]:
+    """Return Markdown whose links lead to places of the site, and the pictures it shows.
+
+    Links to files that are pages lead to these pages; links to files that the site does not have
+    become plain text.
 
     Args:
-      source: path of the file inside the repository.
-      page: path of the page inside the site.
+      text: Markdown with links that are right in the repository.
+      source: Path of its file inside the repository.
+      page: Path of its page inside the site.
     """
     pictures: set[str] = set()
 
@@ -110,14 +132,13 @@ def copied_page(source: str, page: str) -> tuple[str, set[str]]:
         path = os.path.normpath(PurePosixPath(source).parent / target)
         if path in COPIED:
             return f"{mark}[{text}]({relative(COPIED[path])}{anchor or ''})"
-        if path.startswith("docs/") and (mark or path.endswith(".md")):
+        if path.startswith("docs/"):
             return f"{mark}[{text}]({relative(path.removeprefix('docs/'))}{anchor or ''})"
         if mark:
             pictures.add(path)
             return f"![{text}]({relative(picture_place(path))})"
         return text
 
-    text = (REPOSITORY / source).read_text(encoding="utf-8")
     return _LINK.sub(link, text), pictures
 
 

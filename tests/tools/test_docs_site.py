@@ -158,6 +158,7 @@ def test_the_reference_of_cpp_has_the_public_declarations_without_bodies() -> No
         ("[a](CONTRIBUTING.md#b)", "[a](contributing.md#b)"),
         ("[a](docs/tutorial.md)", "[a](tutorial.md)"),
         ("[a](https://arxiv.org/abs/1)", "[a](https://arxiv.org/abs/1)"),
+        ("[a](docs/train.toml)", "[a](train.toml)"),
         ("[a `b`](fwl_export/op/spec.py)", "a `b`"),
         ("![a](docs/parity-light.png)", "![a](parity-light.png)"),
         ("![a](x/y.png)", "![a](assets/y.png)"),

@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, adapt: 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
     train(fresh_model(), repeated_text(), SETTINGS, tmp_path / "a.pt", lambda row: None)
     other = TrainingConfig(steps=13, sequence_length=24, batch_size=2, warmup=3)
-    with pytest.raises(CheckpointError, match="is of a run with other settings"):
+    with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
         train(fresh_model(), repeated_text(), other, tmp_path / "a.pt", lambda row: None)
 
 
@@ -152,7 +152,7 @@ def test_a_run_killed_while_it_writes_goes_on_and_its_log_has_every_update_once(
 def test_a_resume_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     train(fresh_model(), repeated_text(), SETTINGS, tmp_path / "a", lambda row: None)
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match=r"cannot be read .* remove it to start again"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .* remove it to start the training"):
         train(fresh_model(), repeated_text(), SETTINGS, tmp_path / "a", lambda row: None)
 
 
@@ -204,14 +204,14 @@ def test_every_row_says_the_memory(tmp_path: Path) -> None:
 
 def test_what_cannot_be_trained_is_said(tmp_path: Path) -> None:
     with pytest.raises(
-        TrainingError, match="have 24 tokens; expected more than sequence_length, 24"
+        TrainingError, match=r"have 24 tokens; expected more than training\.sequence_length, 24"
     ):
         train(fresh_model(), torch.zeros(24).long(), SETTINGS, tmp_path / "a", lambda row: None)
     model = fresh_model()
     with torch.no_grad():
         model.fast_weights.unembed_bias[0] = torch.inf
     with pytest.raises(
-        TrainingError, match=r"the loss of step 0 is (nan|inf); lower learning_rate"
+        TrainingError, match=r"the loss of step 0 is (nan|inf): .* lower learning_rate"
     ):
         train(model, repeated_text(), SETTINGS, tmp_path / "a", lambda row: None)
     with pytest.raises(ConfigError, match=r"training\.steps is 0; expected more than 0"):
@@ -240,7 +240,7 @@ def test_the_log_drops_what_is_written_anew_and_lines_that_were_cut_off(tmp_path
         ["0", "1.5"],
         ["1", "9"],
     ]
-    with pytest.raises(CheckpointError, match="this training writes step, other, time: move it"):
+    with pytest.raises(CheckpointError, match="this training writes step, other, time; move"):
         TrainingLog(path).add({"step": 0, "other": 1.0})
 
 

@@ -1,4 +1,4 @@
-"""Backbones of transformers: streamed in ragged parts they are the model's own forward pass."""
+"""Backbones of transformers, read in ragged parts, equal the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MAX_TOKENS = 7
 
 
 def ragged(rows: int, length: int) -> list[list[int]]:
-    """Return calls that bring `length` tokens to each row, at most MAX_TOKENS at a time."""
+    """Return calls that give each row `length` tokens, at most MAX_TOKENS at a time."""
     rng = np.random.default_rng(0)
     left, calls = np.full(rows, length), []
     while left.any():
@@ -51,7 +51,7 @@ def ragged(rows: int, length: int) -> list[list[int]]:
 
 
 def streamed(backbone: Any, ids: Tensor) -> Tensor:
-    """Read ids [B, T] in ragged parts, padded with garbage; returns hidden states."""
+    """Read ids [B, T] in ragged parts, padded with garbage; return the hidden states."""
     capacity = backbone.config.window + MAX_TOKENS - 1
     kind = backbone.body.dtype
     caches = [torch.zeros(len(ids), *s, dtype=kind) for _, s in backbone.cache_specs(capacity)]

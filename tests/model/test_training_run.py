@@ -59,7 +59,12 @@ def test_texts_and_a_tokenizer_in_a_checkpoint_out(folder: Path) -> None:
 def test_the_example_has_every_key_and_trains(tmp_path: Path) -> None:
     data = tomllib.loads(EXAMPLE.read_text(encoding="utf-8"))
     tables = data.pop("model")
-    without = {"type", "checkpoint", "backbone", "fast_weights"}  # of no choice, or told otherwise
+    without = {
+        "type",
+        "checkpoint",
+        "backbone",
+        "fast_weights",
+    }  # no choice, or described elsewhere
     for kind, table in (
         (RunConfig, data),
         (TrainingConfig, data["training"]),

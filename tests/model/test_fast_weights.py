@@ -114,9 +114,9 @@ def test_chunks_do_not_change_the_result(variant: str) -> None:
 
 
 def test_an_anchor_is_a_literal_gradient_step_at_the_weights_of_then() -> None:
-    """With two intervals: gradients of the second are those at the weights after the first.
+    """The gradients of a second interval are taken at the weights after the first interval.
 
-    The last position of the first interval is left out: its label comes with the second.
+    Those weights lack the last position of the first interval, whose label comes with the second.
     """
     interval, length = 6, 12
     anchored = small_model("jax").fast_weights

@@ -77,7 +77,7 @@ def test_a_run_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
 def test_orthogonalize_levels_the_singular_values(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape) @ torch.diag(torch.logspace(-1, 1, shape[1]))
     values = torch.linalg.svdvals(orthogonalize(matrix, 5))
-    # The quintic iteration does not converge; it keeps singular values in this range (Jordan et al.).
+    # The iteration does not converge; it keeps singular values in this range (Jordan et al.).
     assert values.max() < 1.3
     assert values.min() > 0.3
 
@@ -276,7 +276,7 @@ def test_tensorboard_shows_each_update_of_a_resumed_training_once(tmp_path: Path
     for first, loss in (
         (0, 0.5),
         (2, 0.25),
-    ):  # killed after update 3; the last save was after update 1
+    ):  # killed after update 3, saved after update 1
         log = TrainingLog(tmp_path / "log.csv", tmp_path / "board")
         for step in range(first, 4):
             log.add({"step": step, "loss": loss})

@@ -64,7 +64,7 @@ def test_the_example_has_every_key_and_trains(tmp_path: Path) -> None:
         "checkpoint",
         "backbone",
         "fast_weights",
-    }  # no choice, or described elsewhere
+    }  # fixed, or described elsewhere
     for kind, table in (
         (RunConfig, data),
         (TrainingConfig, data["training"]),

@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test gpu-test gpu-acceptance plugins lint format clean
+.PHONY: help install demo test gpu-test gpu-acceptance plugins docs docs-serve lint format wheel sbom docker clean
 
 # Any of these can be given on the command line, e.g. make test WORKERS=8.
 PYTHON  ?= python3
@@ -17,52 +17,65 @@ INSTALLED := $(VENV)/.installed
 CXX_FILES := $(wildcard $(foreach kind,h hpp c cpp inl,$(foreach depth,* */* */*/* */*/*/*,plugins/$(depth).$(kind))))
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-install: $(INSTALLED) ## create .venv with everything in it
+install: $(INSTALLED) ## create .venv and install everything into it
+	@echo "$(VENV) is up to date"
 
-demo: $(INSTALLED) ## export the demo model, build engines, check them, score a play
+demo: $(INSTALLED) ## export the demo model, build engines, check, score a play
 	@$(BIN)/fwl-export demo
 
-# One thread per worker: the workers share the cores, and sums keep one order.
+# One thread per worker: the workers share the cores, and sums keep their order.
 test: $(INSTALLED) ## run the tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(PYTEST_ARGS)
 
 gpu-test: $(INSTALLED) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-gpu-acceptance: $(INSTALLED) ## on an NVIDIA machine: build, check, bench, test; writes one report
+gpu-acceptance: $(INSTALLED) ## on an NVIDIA machine: build, check, bench, test, report
 	$(BIN)/python -m tools.gpu_acceptance -o gpu-acceptance.json
 
-# The folder is where fwl_export/plugins.py looks.
-plugins: $(INSTALLED) ## build the compiled libraries into the package; needs CMake and a compiler
+# fwl_export/plugins.py looks for the libraries in this folder.
+plugins: $(INSTALLED) ## compile the C++ libraries; needs CMake and a compiler
 	cmake -S plugins -B build/plugins -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_LIBDIR=plugins_lib \
 	  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/plugins --parallel
 	cmake --install build/plugins --prefix fwl_export --component runtime
 
-lint: $(INSTALLED) ## check format, lint and types
+docs: $(INSTALLED) ## build the documentation site into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(INSTALLED) ## show the documentation on this machine, and build it anew on every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --livereload
+
+lint: $(INSTALLED) ## check format, lint, docstrings and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python -m tools.lint_docstrings fwl_export plugins tools attacks
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
-format: $(INSTALLED) ## format the code and repair what the linter can
+format: $(INSTALLED) ## format the code and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-clean: ## remove what builds, tests and the demo left behind; .venv stays
+wheel: $(INSTALLED) ## build the sdist and a manylinux wheel into dist/
+	$(BIN)/python -m tools.build_wheel -o dist
+
+sbom: $(INSTALLED) ## list installed packages and licences in build/sbom.json
+	$(BIN)/python -m tools.write_sbom -o build/sbom.json
+
+docker: ## print the commands that build and run the images
+	@echo 'docker build -f docker/cpu.Dockerfile -t fwl-export:cpu .'
+	@echo 'docker run --rm -v "$$PWD:/work" fwl-export:cpu export demo -o demo-bundle'
+	@echo 'docker build -f docker/nvidia.Dockerfile -t fwl-export:nvidia .'
+	@echo 'docker run --rm --gpus all -v "$$PWD:/work" fwl-export:nvidia build demo-bundle'
+
+clean: ## remove what builds, tests and the demo wrote; .venv stays
 	rm -rf build dist demo-bundle .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	find fwl_export tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fwl_export tests tools attacks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
-	  f"constraints.txt pins releases for Python 3.11 or newer; this is {v[0]}.{v[1]}. " \
-	  "Choose another: make PYTHON=python3.11")'
-	@echo "Installing fwl-export[$(EXTRAS)] into $(VENV): about 400 MB to download and 1.6 GB on"
-	@echo "disk, more where pip takes a torch build with CUDA. Usually 1 to 3 minutes."
-	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
-	  $(PIP_ARGS) -e ".[$(EXTRAS)]"
+	@$(PYTHON) tools/install.py --venv $(VENV) --extras "$(EXTRAS)" -- $(PIP_ARGS)
 	@touch $@

@@ -1,4 +1,4 @@
-"""Names that moved in 0.2 and still work, with a DeprecationWarning, until 0.3."""
+"""Old names of modules and arguments, which changed in 0.2 and work with a warning until 0.3."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODULES = {
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports a module by its old name: the same module object as by its new one."""
+    """Imports moved modules by their old names; a module's content is that of the new one."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,30 +45,35 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         new = MODULES[spec.name]
         warnings.warn(
-            f"{spec.name} is now {new}; the old name goes away in 0.3",
+            f"{spec.name} is now {new}; the old name stops working in 0.3",
             DeprecationWarning,
             stacklevel=2,
         )
-        # A copy: the import system writes the old name's spec into what it gets.
+        # A copy, because the import system writes the old name's spec into the module it gets.
         moved = ModuleType(spec.name)
         moved.__dict__.update(vars(importlib.import_module(new)))
         return moved
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is nothing left to run."""
+        """Do nothing: `create_module` has filled the module."""
 
 
 def install() -> None:
-    """Let the old names of `MODULES` be imported."""
+    """Make the old names in `MODULES` importable."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Let a function take keyword arguments by their old names too.
+    """Let a function also take keyword arguments by their old names, with a warning.
+
+    The signature and help text of the decorated function show the new names only.
 
     Args:
-      **names: the new name by the old one.
+      **names: New name of each argument, by its old name.
+
+    Raises:
+      TypeError: A call gives an argument by both of its names.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -77,10 +82,12 @@ def renamed_arguments(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P,
             for old in names.keys() & kwargs.keys():
                 new = names[old]
                 if new in kwargs:
-                    raise TypeError(f"{function.__name__}: '{old}' is the old name of '{new}'")
+                    raise TypeError(
+                        f"{function.__name__}: '{old}' is the old name of '{new}'; pass one"
+                    )
                 warnings.warn(
-                    f"{function.__name__}: argument '{old}' is now '{new}'; the old name goes "
-                    "away in 0.3",
+                    f"{function.__name__}: argument '{old}' is now '{new}'; the old name stops "
+                    "working in 0.3",
                     DeprecationWarning,
                     stacklevel=2,
                 )

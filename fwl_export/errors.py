@@ -1,76 +1,82 @@
-"""Errors a user can cause. The CLI prints their message and exits with 1, without a traceback.
+"""Errors that users can cause, as opposed to bugs.
 
-A message says which thing is wrong, what was received, what was expected, and what to do next.
+The command line prints their message without a traceback, and exits with 1, or with 2 for a
+`CheckError`. A message says which thing is wrong, what was received, what was expected, and what to
+do next.
 """
 
 
 class FwlError(Exception):
-    """Base class of every error that a user, not a bug, caused."""
+    """Base class of all errors that a user, rather than a bug, caused.
+
+    Attributes:
+      exit_code: What the command line exits with.
+    """
 
     exit_code = 1
 
 
 class ConfigError(FwlError):
-    """A configuration has an unknown key or a value out of range."""
+    """A configuration, argument or option is unknown or out of range."""
 
 
 class CheckpointError(FwlError):
-    """A checkpoint folder is incomplete, truncated or does not fit its config."""
+    """A checkpoint is incomplete, damaged, or does not fit its configuration."""
 
 
 class TrainingError(FwlError):
-    """A training cannot begin or go on: too little text, or a loss that is no number."""
+    """Training cannot start or continue: too little text, or a loss that is not finite."""
 
 
 class BundleError(FwlError):
-    """A bundle is missing, incomplete, changed on disk, or of another schema."""
+    """A bundle is missing, incomplete, changed on disk, or has another schema version."""
 
 
 class ShapeError(FwlError):
-    """A tensor argument has the wrong rank, size or type."""
+    """An array has the wrong shape or dtype, or a row or slot does not exist."""
 
 
 class StateError(FwlError):
-    """A recurrent state does not belong to this model."""
+    """A recurrent state, or a state file, is damaged or does not belong to this model."""
 
 
 class TokenError(FwlError):
-    """Token ids, label weights or lengths are unusable."""
+    """Token ids, label weights or lengths are out of range, or a text has too many or no tokens."""
 
 
 class NotFiniteError(TokenError):
-    """The model's output is NaN or infinite."""
+    """The model's output has NaN or infinite values."""
 
 
 class ReportError(FwlError):
-    """A report cannot be read, is of another schema, or of another model."""
+    """A parity report cannot be read, has another schema version, or is of another model."""
 
 
 class CheckError(FwlError):
-    """A check could not run; what it would have found is not known."""
+    """A check could not run, so that its result is unknown. The exit code is 2."""
 
     exit_code = 2
 
 
 class ExportError(FwlError):
-    """The exported ONNX file did not pass its own checks."""
+    """An exported ONNX file failed the exporter's own checks."""
 
 
 class EngineError(FwlError):
-    """An engine could not be built or read."""
+    """A TensorRT engine is missing, or could not be built, loaded or run."""
 
 
 class DeviceError(FwlError):
-    """A GPU is missing, or it or its driver refused a call."""
+    """A GPU is missing, or the GPU or its driver refused a call."""
 
 
 class PluginError(FwlError):
-    """A plugin library is missing, or cannot be loaded."""
+    """A plugin library is missing or cannot be loaded, or an engine was built without it."""
 
 
 class MissingDependencyError(FwlError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed but not installed; the message says how to install it."""
 
 
 class OutputExistsError(FwlError):
-    """The output path exists and must not be overwritten."""
+    """The output path exists, and was not overwritten."""

@@ -1,9 +1,10 @@
-"""Writing so that nothing is ever half-written: beside the target, then renamed over it."""
+"""Atomic output: files and folders are written beside their target, then renamed over it."""
 
 from __future__ import annotations
 
 import errno
 import glob
+import logging
 import os
 import secrets
 import shutil
@@ -13,12 +14,17 @@ from pathlib import Path
 
 from fwl_export.errors import OutputExistsError
 
+_log = logging.getLogger(__name__)
+
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its place if the block succeeds.
 
-    On an error, an interrupt too, the folder beside is removed and `target` is as before.
+    On an error or interrupt the new folder is removed, and `target` stays as it was.
+
+    Args:
+      target: Path of the folder to write; replaced if it exists, with all it contains.
     """
     target, beside = _names(target)
     try:
@@ -32,15 +38,17 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.rename(beside, target)
+        _log.info("wrote folder '%s'", target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def _names(target: Path) -> tuple[Path, Path]:
-    """Return the absolute target and the name of a folder beside it.
+    """Return the absolute target, and a name for a temporary folder beside it.
 
-    The caller makes the folder where it also removes it, so that no interrupt falls between the
-    two. Its name holds this process's id: what a killed process left there is removed here.
+    The caller makes the folder inside the `try` that removes it, so that an interrupt cannot leave
+    it behind. Its name contains this process's id; folders of processes that were killed are
+    removed here.
     """
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +71,7 @@ def _is_running(process: int) -> bool:
 
 
 def _share(folder: Path) -> None:
-    """Give files the permissions of ordinary new files; some writers make theirs private."""
+    """Give files the permissions of ordinary new files; some libraries make theirs private."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*"):
@@ -75,10 +83,14 @@ def _share(folder: Path) -> None:
 def replaced_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target`; the file written there replaces it if the block succeeds.
 
-    Of a link, the file it leads to is replaced.
+    On an error or interrupt `target` stays as it was.
+
+    Args:
+      target: Path of the file to write. If it is a symbolic link, the link stays and the file that
+        it points to is replaced.
 
     Raises:
-      FileExistsError: `target` is a folder, a device or the like.
+      FileExistsError: The target exists and is not a regular file, but e.g. a folder or device.
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_file():
@@ -88,6 +100,7 @@ def replaced_file(target: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder / target.name
         os.replace(folder / target.name, target)
+        _log.info("wrote '%s'", target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -99,18 +112,18 @@ def check_output(
     force: bool,
     over_anything: bool = False,
 ) -> None:
-    """Refuse to write a folder over something that the user may want to keep.
+    """Check that writing an output folder would not destroy something that the user wants to keep.
 
     Args:
-      folder: Where the output is to go.
-      kind: What is written there, with its article, e.g. "a bundle".
-      is_one: Whether a folder holds one of these.
-      force: Replace one of these.
-      over_anything: `force` replaces any other file or folder too, except one that holds the
-        current or the home folder.
+      folder: Path of the output.
+      kind: What will be written, with its article, e.g. "a bundle".
+      is_one: Function that tells whether a folder already holds such an output.
+      force: Whether the user allows an existing output of this kind to be replaced.
+      over_anything: Whether `force` also allows any other file or folder to be replaced, except one
+        that contains the current folder or the home folder.
 
     Raises:
-      OutputExistsError: There is something that must not be replaced.
+      OutputExistsError: There is something at the path that must not be replaced.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return

@@ -1,4 +1,4 @@
-"""JSON files with a schema version: read with a sentence for what is wrong, written without NaN."""
+"""JSON files with a schema version: clear errors when reading, and no NaN when writing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def read_json(path: Path, error: type[FwlError], hint: str = "was it cut off?") 
     """Return the data of a JSON file.
 
     Args:
-      path: File to read.
+      path: File to read, in UTF-8.
       error: Class of the exception to raise.
-      hint: What to do if the file is not JSON; ends the message.
+      hint: What may be wrong or what to do; ends the error message.
 
     Raises:
       FwlError: The file is not JSON; raised as `error`.
@@ -32,17 +32,17 @@ def read_json(path: Path, error: type[FwlError], hint: str = "was it cut off?") 
 def check_schema(
     data: Any, expected: int, source: str, error: type[FwlError], remedy: str
 ) -> dict[str, Any]:
-    """Return the data if it is a JSON object of the schema that this version reads.
+    """Return the data if it is a JSON object with the schema version that fwl-export reads.
 
     Args:
       data: Parsed JSON.
       expected: The `schema_version` that this version of fwl-export reads.
-      source: Names the file in the message.
+      source: Name of the data's origin in the error message, e.g. the file's path.
       error: Class of the exception to raise.
-      remedy: What to do about a file of an older or unknown schema; ends the message.
+      remedy: What to do about an older or unknown version; ends the error message.
 
     Raises:
-      FwlError: The schema is missing, older or newer; raised as `error`.
+      FwlError: The version is missing, older or newer; raised as `error`.
     """
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != expected:
@@ -56,10 +56,10 @@ def check_schema(
 
 
 def without_non_finite(data: Any, digits: int | None = None) -> Any:
-    """Return a copy of the data with null for NaN and infinities, which JSON cannot hold.
+    """Return a copy of the data with None for NaN and infinite numbers, which JSON cannot express.
 
     Args:
-      data: Numbers, text, mappings and sequences, nested.
+      data: Numbers, strings, mappings and sequences, nested in any way.
       digits: Significant digits to round floating-point numbers to; None keeps all.
     """
     if isinstance(data, Mapping):

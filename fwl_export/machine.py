@@ -1,4 +1,4 @@
-"""What a program runs on, for reports."""
+"""Facts about this machine, for reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from typing import Any
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what figures were measured on; versions of what is not installed are None."""
+    """Return facts about the machine that measurements depend on, as data for JSON.
+
+    Keys are "processor", "cores", "load" (one-minute average), "system", and the versions of
+    "onnxruntime" and "torch", which are None if not installed.
+    """
     versions = installed_versions(("torch", "onnxruntime", "onnxruntime-gpu"))
     return {
         "processor": processor_name(),
@@ -24,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Return what the processor calls itself."""
+    """Return the processor's own name for itself, e.g. "AMD EPYC 7763 64-Core Processor"."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -34,7 +38,11 @@ def processor_name() -> str:
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of those packages that are installed, by name."""
+    """Return the versions of those distributions that are installed, by name.
+
+    Args:
+      packages: Names of distributions, as pip knows them.
+    """
     versions = {}
     for package in packages:
         try:

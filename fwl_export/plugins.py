@@ -1,4 +1,4 @@
-"""Where the package's compiled libraries are."""
+"""The compiled plugin libraries with this project's kernels, and the choice of one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fwl_export.errors import PluginError
 
-# Filled when the package is built, or by `make plugins`.
+# Building the package, or `make plugins`, puts the libraries here.
 FOLDER = Path(__file__).parent / "plugins_lib"
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -19,18 +19,18 @@ CHOICES = ("auto", "none", "required")
 
 
 def find_plugin(library: str, choice: str | Path = "auto") -> Path | None:
-    """Return the library to load, or None to run without it.
+    """Return the path of the plugin library to load, or None to run without one.
 
-    A library is code that runs in this process, so it comes from the package or from the caller's
-    own path: never from an environment variable, a search path, or a bundle.
+    A library is code that runs in this process. So it comes from this package, or from a path that
+    the caller gives, and never from an environment variable, a search path or a bundle.
 
     Args:
-      library: file name of one of ours, such as `ONNXRUNTIME`.
-      choice: "auto", the package's own if it is there; "required", the same or an error; "none";
-        or the path of a library.
+      library: File name of a library of this package, `ONNXRUNTIME` or `TENSORRT`.
+      choice: "auto" for the package's own library if it exists, otherwise None; "required" for the
+        package's own or an error; "none" for None; or the path of another library.
 
     Raises:
-      PluginError: it is required, or was given by its path, and is not there.
+      PluginError: The library is required, or was given by its path, and does not exist.
     """
     if choice == "none":
         return None
@@ -42,7 +42,7 @@ def find_plugin(library: str, choice: str | Path = "auto") -> Path | None:
             return None
         raise PluginError(
             f"plugin '{library}' is required and not in '{FOLDER}'; build it with `make plugins`, "
-            "or give its path"
+            "or give the path of one"
         )
     path = Path(choice)
     if not path.is_file():

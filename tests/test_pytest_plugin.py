@@ -1,4 +1,4 @@
-"""The fixture `fwl_parity` in somebody else's test suite."""
+"""The fixture `fwl_parity` in a test suite outside this project."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_it_fails_where_a_bundle_is_outside_and_shows_the_summary(
         check=False,
     )
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
-    assert "is outside its budget first in 'cache.0.key'" in done.stdout
+    assert "is outside its budget, first in 'cache.0.key'" in done.stdout
     assert "fwl_parity" in done.stdout
-    assert "drift of the logits at token" in done.stdout
+    assert "drift: rel RMS of logits at token" in done.stdout
     assert 'value="within budget: ' in (tmp_path / "j.xml").read_text()
 
 

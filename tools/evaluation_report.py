@@ -13,30 +13,30 @@ import numpy.typing as npt
 
 from fwl_export.adaptation.plots import label_curves
 
-# The claim is about this many tokens; a shorter stream proves nothing either way.
+# The claim is about this many tokens; a shorter stream can neither support nor refute it.
 ENOUGH_TOKENS = 40_000
 END_TOKENS = 10_000
 
-# Of the plot's height: room for a label of three lines.
+# Share of the plot's height that a label of three lines needs.
 LABEL_HEIGHT = 0.16
 
-# Okabe and Ito's colours: told apart by colour-blind readers.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = {"a": "#555555", "c": "#0072B2", "c0": "#CC79A7", "c'": "#D55E00", "d": "#009E73"}
 
 
 def growth(difference: npt.NDArray[Any], bin_tokens: int) -> dict[str, Any]:
-    """Tell whether a difference of losses grows along the stream.
+    """Return whether a difference between losses grows along the stream.
 
     Args:
-      difference: [N] nats per token.
-      bin_tokens: tokens per point of the fitted line.
+      difference: [N] differences in nats per token.
+      bin_tokens: Tokens per point of the fitted line.
 
     Returns:
-      The slope per 10 000 tokens of a least-squares line through the means of the bins, its
-      standard error (bins taken as independent), and the same without the first 10 000
-      tokens, over which the model first has to learn; `grows`: the slope of either is more
-      than two standard errors above 0; `end_gap`: mean of the last 10 000 tokens less that of
-      the first.
+      The slope per 10 000 tokens of a least-squares line through the means of the bins and its
+      standard error, with bins taken as independent; the same without the first 10 000 tokens,
+      in which the model first has to learn. `grows` is whether either slope is more than two
+      standard errors above 0, `end_gap` the mean of the last 10 000 tokens minus that of the
+      first.
     """
     whole = fit_line(difference, bin_tokens)
     later = fit_line(difference[END_TOKENS:], bin_tokens)
@@ -47,7 +47,7 @@ def growth(difference: npt.NDArray[Any], bin_tokens: int) -> dict[str, Any]:
         "enough_tokens": len(difference) >= ENOUGH_TOKENS,
         "whole_stream": whole,
         "after_first_10k": later,
-        # "not <=" is also true of a NaN, the loss of a model that blew up.
+        # "not <=" is true for NaN too, the loss of a model that diverged.
         "grows": any(not f["slope_per_10k"] <= 2 * f["standard_error"] for f in fits),
         "end_gap": float(difference[-end:].mean() - difference[:end].mean()),
         "end_gap_tokens": end,
@@ -55,7 +55,7 @@ def growth(difference: npt.NDArray[Any], bin_tokens: int) -> dict[str, Any]:
 
 
 def fit_line(values: npt.NDArray[Any], bin_tokens: int) -> dict[str, Any]:
-    """Fit a line to the means of whole bins; without at least three bins all is None."""
+    """Fit a line to the means of whole bins. With fewer than three bins the results are None."""
     bins = len(values) // bin_tokens
     if bins < 3:
         return {"bins": bins, "slope_per_10k": None, "standard_error": None}
@@ -70,14 +70,14 @@ def fit_line(values: npt.NDArray[Any], bin_tokens: int) -> dict[str, Any]:
 
 
 def mean_difference(bins: npt.NDArray[np.float64]) -> dict[str, float | None]:
-    """Return the mean of a paired difference in nats and its standard error over bins."""
+    """Return the mean of a paired difference, in nats, and its standard error over bins."""
     several = len(bins) > 1
     error = float(bins.std(ddof=1) / math.sqrt(len(bins))) if several else None
     return {"nats": float(bins.mean()) if len(bins) else None, "standard_error": error}
 
 
 def row_names(results: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the rows are called in the table and in the plot."""
+    """Return the names of the rows in the table and the plot."""
     reset = results["tuning"]["reset"]["chosen"]
     dynamic = results["tuning"]["dynamic"]
     return {
@@ -91,7 +91,7 @@ def row_names(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def results_markdown(results: Mapping[str, Any]) -> str:
-    """Return the table and what one has to know to read it, in lines of at most 90 columns."""
+    """Return the table and notes on how to read it, in lines of at most 90 columns."""
     sections = (_table(results), _notes(results), _tuning_tables(results))
     return "\n\n".join("\n".join(section) for section in sections) + "\n"
 
@@ -104,7 +104,7 @@ def _table(results: Mapping[str, Any]) -> list[str]:
         "|---" * (6 + len(plays) - 1) + "|",
     ]
     for row, result in results["rows"].items():
-        # The paper's form does the same work as (c0).
+        # The paper's form costs the same as (c0).
         cost = "c0" if row == "c'" else row
         chunk = results["cost"]["chunk"]["rows"][cost]
         decode = results["cost"]["decode"]["rows"].get(cost)
@@ -210,7 +210,7 @@ def _number(value: float | None) -> str:
 
 
 def plot_perplexity(results: Mapping[str, Any], folder: Path) -> None:
-    """Write perplexity.png (800 pixels wide) and perplexity.svg: the rows against position."""
+    """Plot perplexity against position: perplexity.png, 800 pixels wide, and perplexity.svg."""
     from matplotlib.figure import Figure
 
     position = results["position"]

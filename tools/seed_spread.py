@@ -1,6 +1,6 @@
-"""How much the gain of adaptation varies: short trainings from several seeds, read alike.
+"""Measure how much the gain from adaptation varies between seeds, with short trainings.
 
-python tools/seed_spread.py -o runs/seeds
+python -m tools.seed_spread -o runs/seeds
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from tools.train_demo import main as train_demo
 
 
 def main(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of runs and results.")],
-    data: Annotated[Path, typer.Option(help="Where the plays are kept.")] = Path("runs/data"),
-    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "1,2,3",
-    steps: Annotated[int, typer.Option(help="Updates of each training.")] = 200,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for runs and results.")],
+    data: Annotated[Path, typer.Option(help="Folder for the plays; downloaded if missing.")] = Path(
+        "runs/data"
+    ),
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "1,2,3",
+    steps: Annotated[int, typer.Option(help="Number of updates per training.")] = 200,
 ) -> None:
     """Train both models from each seed and write OUTPUT/results.json."""
     torch.set_num_threads(1)

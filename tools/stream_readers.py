@@ -1,4 +1,4 @@
-"""Other readings of the trained weights: the rows (c) and (c') of evaluate_demo.py."""
+"""Other ways to read with the trained weights: rows (c) and (c') of evaluate_demo.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from fwl_export.model.language_model import FWLModel
 
 
 def paper_form(model: FWLModel) -> FWLModel:
-    """Return a model with the same weights and step sizes whose sums only grow (decay 1), with
-    gradients at the slow weights.
+    """Return the model in the paper's form: sums that only grow, gradients at the slow weights.
+
+    Args:
+      model: Trained model, whose weights and step sizes are kept.
     """
     layer = dataclasses.replace(model.config.fast_weights, decay="none", anchor_interval=0)
     pure = FWLModel(dataclasses.replace(model.config, fast_weights=layer))
@@ -23,8 +25,14 @@ def paper_form(model: FWLModel) -> FWLModel:
 def anchored(model: FWLModel, interval: int, step_factor: float, horizon_factor: float) -> FWLModel:
     """Return a model with the same weights that takes its gradients at an anchor.
 
-    What was learned is then not learned again, so it can be kept for longer: `horizon_factor`
-    and `step_factor` multiply the learned horizon and all step sizes.
+    The gradient of something already learned is then small, so it is not learned again and can be
+    kept for longer.
+
+    Args:
+      model: Trained model, which is left unchanged.
+      interval: Tokens between anchors.
+      step_factor: Factor on all step sizes.
+      horizon_factor: Factor on the learned horizon.
     """
     layer = dataclasses.replace(model.config.fast_weights, anchor_interval=interval)
     read = FWLModel(dataclasses.replace(model.config, fast_weights=layer))

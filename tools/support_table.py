@@ -1,10 +1,10 @@
-"""The README's table of Hugging Face architectures: each one exported, checked, and built.
+"""Write the table of Hugging Face architectures: export, check and build each of them.
 
-python -m tools.support_table            all architectures, about 40 s each; writes README.md
+python -m tools.support_table            all architectures, about 40 s each; writes the page
 python -m tools.support_table Llama OPT  some of them; prints their rows
 
-Tiny random models stand for the architectures (tests/backbones.py), so nothing is downloaded. An
-architecture that fails says "no" in its row, with the reason on standard error.
+Tiny random models (tests/backbones.py) stand for the architectures, so nothing is downloaded. What
+fails becomes "no" in the table, with the reason on standard error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fwl_export.parity import check_bundle
 from tests.backbones import ARCHITECTURES, LIMIT, VOCABULARY, tiny_pretrained
 from tests.bundles import tiny_tokenizer
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "howto" / "bring-your-model.md"
 BEGIN = "<!-- written by python -m tools.support_table -->"
 END = "<!-- end of the support table -->"
 HEADER = ("architecture", "attention", "reads", "exported", "checked", "RTX SM 89")
@@ -40,20 +40,22 @@ _MAX_TOKENS = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="see tests/backbones.py")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="an architecture of tests/backbones.py"
+    )
     names = parser.parse_args().names
     rows = []
     for name in names or ARCHITECTURES:
         rows.append(row(name))
         print(line(rows[-1]), flush=True)
     if not names:
-        text = replaced_table(README.read_text(encoding="utf-8"), rows)
-        with replaced_file(README) as path:
+        text = replaced_table(PAGE.read_text(encoding="utf-8"), rows)
+        with replaced_file(PAGE) as path:
             path.write_text(text, encoding="utf-8")
 
 
 def row(name: str) -> tuple[str, ...]:
-    """Return the cells of an architecture, after doing what they say."""
+    """Export, check and build an architecture; return the cells of its row."""
     model = tiny_pretrained(name)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
@@ -73,7 +75,7 @@ def row(name: str) -> tuple[str, ...]:
 
 
 def described(model: FWLModel) -> tuple[str, str]:
-    """Return what layers see, and how far a session reads."""
+    """Return which attention the layers have, and how far a session can read."""
     config = model.config.backbone
     assert isinstance(config, HuggingFaceConfig)
     kinds = sorted({kind.removesuffix("_attention") for kind in model.backbone.layer_types})
@@ -86,7 +88,7 @@ def described(model: FWLModel) -> tuple[str, str]:
 
 
 def _copy(model: FWLModel) -> object:
-    """Return the language model of transformers of the same architecture."""
+    """Return a language model of transformers with the same architecture."""
     from fwl_export.model.backbones.huggingface import causal_model
 
     assert isinstance(model.config.backbone, HuggingFaceConfig)
@@ -94,7 +96,7 @@ def _copy(model: FWLModel) -> object:
 
 
 def replaced_table(text: str, rows: Iterable[tuple[str, ...]]) -> str:
-    """Return a document with the table between its marks replaced."""
+    """Return the document with the table between `BEGIN` and `END` replaced."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     lines = [line(HEADER), "|---" * len(HEADER) + "|", *map(line, rows)]
@@ -102,7 +104,7 @@ def replaced_table(text: str, rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def line(cells: tuple[str, ...]) -> str:
-    """Return a row of the table."""
+    """Return a row of the table in Markdown."""
     return "| " + " | ".join(cells) + " |"
 
 

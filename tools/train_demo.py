@@ -1,9 +1,10 @@
-"""Train the demo model, or its plain twin, on Shakespeare's plays. Resumable; CPU; one thread.
+"""Train the demo model, or its plain counterpart, on Shakespeare's plays, on one CPU thread.
 
     python tools/train_demo.py --objective fwl   --run runs/fwl
     python tools/train_demo.py --objective plain --run runs/plain
 
-Both runs see the same texts in the same order from the same initial weights.
+Both runs see the same texts in the same order from the same initial weights. An interrupted run
+resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ MODEL = ModelConfig(
 
 
 def main(
-    objective: Annotated[str, typer.Option(help="fwl: adapting; plain: the same network without.")],
-    run: Annotated[Path, typer.Option(help="Folder of the run: resume file, log, checkpoint.")],
-    data: Annotated[Path, typer.Option(help="Where the plays are kept.")] = Path("runs/data"),
-    steps: Annotated[int, typer.Option(help="Updates.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of texts.")] = 0,
+    objective: Annotated[str, typer.Option(help="fwl: adapt while training; plain: do not.")],
+    run: Annotated[Path, typer.Option(help="Folder for the resume file, log and checkpoint.")],
+    data: Annotated[Path, typer.Option(help="Folder for the plays; downloaded if missing.")] = Path(
+        "runs/data"
+    ),
+    steps: Annotated[int, typer.Option(help="Number of updates.")] = 2000,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the initial weights and the order of texts.")
+    ] = 0,
 ) -> None:
     """Train one model and write its checkpoint to RUN/checkpoint."""
     if objective not in ("fwl", "plain"):
@@ -61,7 +66,7 @@ def main(
 
 
 def load_or_train_tokenizer(data: Path, texts: list[str]) -> Tokenizer:
-    """Return the tokenizer of the training plays, from the data folder if it is there."""
+    """Return the tokenizer of the training plays; train it if the data folder has none."""
     path = data / f"tokenizer-{MODEL.vocab_size}.json"
     if not path.exists():
         train_tokenizer(texts, MODEL.vocab_size).save(str(path))
@@ -69,7 +74,7 @@ def load_or_train_tokenizer(data: Path, texts: list[str]) -> Tokenizer:
 
 
 class _Log:
-    """A CSV line per update, and a progress bar."""
+    """Writes a CSV line per update and moves a progress bar."""
 
     def __init__(self, path: Path, steps: int, title: str) -> None:
         self._log = TrainingLog(path)

@@ -1,9 +1,9 @@
-"""What each way to train costs and gives: seconds and memory per update, loss; each in a process.
+"""Compare ways to train: seconds per update, peak memory and loss.
 
-    python tools/training_report.py --updates 40
+    python -m tools.training_report --updates 40
 
-Every way sees the same texts in the same order from the same weights. Memory is the highest of the
-process, so that of an idle process with torch is part of it. The last line is JSON.
+Every way runs in its own process and sees the same texts in the same order from the same weights.
+Peak memory includes what an idle process with torch takes. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def main(
-    updates: Annotated[int, typer.Option(help="Updates of each way.")] = 40,
+    updates: Annotated[int, typer.Option(help="Number of updates per way.")] = 40,
     length: Annotated[int, typer.Option(help="Tokens per text.")] = 1024,
-    width: Annotated[int, typer.Option(help="Of backbone and layer, a multiple of 64.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of weights and texts.")] = 0,
-    way: Annotated[str, typer.Option(help="Run this one here, print JSON.")] = "",
+    width: Annotated[
+        int, typer.Option(help="Width of backbone and layer, a multiple of 64.")
+    ] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the order of texts.")] = 0,
+    way: Annotated[str, typer.Option(help="Run only this way, in this process; print JSON.")] = "",
 ) -> None:
-    """Train the ways one after the other and print a table."""
+    """Train each way in turn and print a table."""
     if way:
         print(json.dumps(measure(way, updates, length, width, seed)))
         return
@@ -67,7 +69,19 @@ def main(
 
 
 def measure(way: str, updates: int, length: int, width: int, seed: int) -> dict[str, float]:
-    """Train one way; returns median seconds, highest memory, and the mean of the last losses."""
+    """Train one way and return its figures.
+
+    Args:
+      way: Key of `WAYS`.
+      updates: Number of updates.
+      length: Tokens per text.
+      width: Width of backbone and layer.
+      seed: Seed of the weights and the order of texts.
+
+    Returns:
+      Median seconds per update, peak memory in MB, and the mean loss over the last quarter of the
+      updates, with adaptation and without.
+    """
     torch.set_num_threads(1)
     folder = checkpoint_folder("demo")
     ids = read_ids(HELD_OUT_PLAY, load_tokenizer(folder / "tokenizer.json"))

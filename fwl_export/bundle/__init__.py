@@ -1,6 +1,12 @@
-"""The contract that every part shares: configuration, manifest, state, tokenizer, ONNX file.
+"""The bundle on disk, which all parts share: configuration, manifest, state, tokenizer, ONNX file.
 
-Nothing here needs PyTorch or onnx.
+Nothing here needs PyTorch or the package onnx.
+
+    from fwl_export.bundle import read_bundle
+
+    bundle = read_bundle("demo-bundle")
+    bundle.verify()
+    print(bundle.manifest.config.vocab_size)
 """
 
 from __future__ import annotations

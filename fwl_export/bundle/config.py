@@ -1,8 +1,8 @@
 """Configuration of a Fast Weight Layer language model, as stored in a checkpoint's config.json.
 
-Both published variants can be written down: the TensorFlow code (dense biases are updated,
-six step sizes, no epsilon in the norm) and the JAX code (dense biases left alone, one step
-size per layer, the framework's epsilon).
+It can express both published variants: the TensorFlow code (updates the biases of dense layers, has
+six step sizes and no epsilon in the norm) and the JAX code (does not update these biases, has one
+step size per layer, and uses the framework's epsilon).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fwl_export.json_files import check_schema
 SCHEMA_VERSION = 1
 OLD_SCHEMA = "write the file again or update fwl-export"
 
-# Keys that older files of this schema lack; their defaults mean what those files meant.
+# Keys that were added to this schema later; without them a file means their defaults.
 _ADDED_LATER = ("anchor_interval", "logit_softcap")
 
 _Dataclass = typing.TypeVar("_Dataclass")
@@ -30,15 +30,15 @@ class BackboneConfig:
     """A small decoder-only transformer with rotary positions and a sliding attention window.
 
     Attributes:
-      type: which backbone class builds it (see `fwl_export.model.backbones`).
-      width: size of the hidden state.
-      layers: number of transformer blocks.
-      heads: attention heads; `width / heads` must be even (rotary pairs).
-      window: a token attends to itself and the `window - 1` tokens before it.
-      mlp_ratio: size of a block's MLP relative to `width`.
-      norm: "rms" or "layer"; the norm before each sublayer and after the last block.
-      norm_epsilon: added to the mean square (or variance) inside that norm.
-      rotary_base: base of the geometric series of rotary frequencies.
+      type: Name of the backbone class that builds it, see `fwl_export.model.backbones`.
+      width: Size of the hidden state.
+      layers: Number of transformer blocks.
+      heads: Number of attention heads; `width / heads` must be even, for rotary pairs.
+      window: Attention window in tokens: a token attends to itself and `window - 1` before it.
+      mlp_ratio: Size of a block's MLP relative to `width`.
+      norm: Kind of norm before each sublayer and after the last block: "rms" or "layer".
+      norm_epsilon: Number added to the mean square, or the variance, inside that norm.
+      rotary_base: Base of the geometric series of rotary frequencies.
     """
 
     type: Literal["decoder"] = "decoder"
@@ -61,22 +61,22 @@ class BackboneConfig:
 
     @property
     def max_positions(self) -> int:
-        """See `HuggingFaceConfig`: a decoder reads without end."""
+        """Tokens that a session may read in all: 0, since this backbone has no limit."""
         return 0
 
 
 @dataclass(frozen=True)
 class HuggingFaceConfig:
-    """A decoder-only language model of Hugging Face's transformers, without its head.
+    """A decoder-only language model from Hugging Face's transformers, without its head.
 
     Attributes:
-      type: see `BackboneConfig`.
-      width: size of the hidden state that goes into the head.
-      window: tokens that layers with full attention see: a token and the `window - 1` before it;
-        the largest sliding window in a model without such layers.
-      max_positions: tokens a session may read; 0: without end.
-      tied: whether the head's weights are those of the token embedding.
-      model: the configuration of transformers (`PretrainedConfig.to_dict`).
+      type: Name of the backbone class, see `BackboneConfig`.
+      width: Size of the hidden state that goes into the head.
+      window: Attention window, in tokens, of layers with full attention: a token sees itself and
+        `window - 1` before it. In a model without such layers, the largest sliding window.
+      max_positions: Tokens that a session may read in all; 0 means no limit.
+      tied: Whether the head shares the weights of the token embedding.
+      model: Configuration of the model in transformers, as from `PretrainedConfig.to_dict`.
     """
 
     type: Literal["huggingface"]
@@ -91,7 +91,9 @@ class HuggingFaceConfig:
         if self.max_positions < 0:
             raise ConfigError(f"backbone.max_positions is {self.max_positions}; expected 0 or more")
         if not isinstance(self.model.get("model_type"), str):
-            raise ConfigError("backbone.model has no model_type; expected a config of transformers")
+            raise ConfigError(
+                "backbone.model has no model_type; expected a configuration of transformers"
+            )
 
 
 AnyBackboneConfig = BackboneConfig | HuggingFaceConfig
@@ -102,22 +104,24 @@ class FastWeightsConfig:
     """The Fast Weight Layer (Clark et al., EMNLP 2022, section 3).
 
     Attributes:
-      input_size: size of the backbone's hidden state h.
-      hidden_size: columns of W1, rows of W2.
-      output_size: size of z, the input of the unembedding.
-      update_dense_bias: whether b1 and b2 have a fast part (TensorFlow: yes, JAX: no).
-      step_sizes: "per_tensor" (six) or "per_layer" (three: up, down, norm).
-      step_size_shape: "scalar", or "input": the kernels' step sizes have one value per
-        input feature (an extension of the paper; it scales the query and costs nothing).
-      norm_epsilon: epsilon inside the layer norm's square root (TensorFlow: 0, JAX: 1e-6).
-      loss_normalizer: the constant N of the loss; step sizes are divided by it.
-      decay: "learned": sums decay by exp(-weight / horizon) per token, with the learned
-        horizon in the checkpoint; "none": sums only grow, as in the paper.
-      anchor_interval: gradients are taken at the weights as they had become at the last
-        position divisible by this (the *anchor*), so that what was learned is not learned
-        again (an extension, as in mini-batch test-time training, arXiv 2407.04620);
-        0: at the slow weights, as in the paper.
-      logit_softcap: logits are softcap * tanh((z U + c) / softcap), as in Gemma 2; 0: z U + c.
+      input_size: Size of the backbone's hidden state h.
+      hidden_size: Number of columns of W1 and rows of W2.
+      output_size: Size of z, the input of the unembedding.
+      update_dense_bias: Whether the biases b1 and b2 learn too (TensorFlow: yes, JAX: no).
+      step_sizes: Which step sizes there are: "per_tensor" (six) or "per_layer" (three: up, down,
+        norm).
+      step_size_shape: Shape of the kernels' step sizes: "scalar", or "input" for one value per
+        input feature. The latter extends the paper; it only scales the query, which is free.
+      norm_epsilon: Epsilon inside the layer norm's square root (TensorFlow: 0, JAX: 1e-6).
+      loss_normalizer: The constant N of the loss, by which step sizes are divided.
+      decay: How the sums of updates fade. "learned": by exp(-weight / horizon) per token, where
+        the checkpoint holds the horizon, in tokens. "none": never, as in the paper.
+      anchor_interval: Tokens between two anchors; 0 means none. With anchors, gradients are taken
+        at the weights as of the last position divisible by this number, so that the model does not
+        learn again what it has learned already. This extends the paper, as in mini-batch test-time
+        training (arXiv 2407.04620). Without, gradients are taken at the slow weights, as in it.
+      logit_softcap: Soft limit of the logits, softcap * tanh((z U + c) / softcap), as in Gemma 2;
+        0 means none: z U + c.
     """
 
     input_size: int = 192
@@ -155,7 +159,13 @@ class FastWeightsConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A backbone, a Fast Weight Layer on top of it, and the size of the vocabulary."""
+    """A language model: a backbone and, on top of it, a Fast Weight Layer.
+
+    Attributes:
+      vocab_size: Number of token ids, V.
+      backbone: Configuration of the network below the Fast Weight Layer.
+      fast_weights: Configuration of the Fast Weight Layer.
+    """
 
     vocab_size: int = 2048
     backbone: AnyBackboneConfig = field(default_factory=BackboneConfig)
@@ -171,11 +181,11 @@ class ModelConfig:
 
     @property
     def padded_vocabulary(self) -> bool:
-        """Whether the tokenizer may have fewer entries than the model."""
+        """Whether the vocabulary may be larger than the tokenizer's, as in published models."""
         return isinstance(self.backbone, HuggingFaceConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as JSON-ready data, with its schema version."""
+        """Return the configuration as data for JSON, with its schema version."""
         return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
@@ -183,12 +193,12 @@ class ModelConfig:
         """Read what `to_dict` wrote.
 
         Args:
-          data: parsed JSON.
-          source: named in error messages, e.g. the file's name.
+          data: Parsed JSON.
+          source: Name of its origin in error messages, e.g. the file's path.
 
         Raises:
-          ConfigError: a key is unknown or missing, a value has the wrong type or is out of
-            range, or the schema is newer than this version of fwl-export.
+          ConfigError: A key is unknown or missing, a value has the wrong type or is out of range,
+            or the schema version is not the one that this version of fwl-export reads.
         """
         if not isinstance(data, dict):
             raise ConfigError(f"{source}: expected a JSON object, got {type(data).__name__}")
@@ -200,17 +210,17 @@ class ModelConfig:
 def config_from_dict(
     cls: type[_Dataclass], data: Any, source: str, prefix: str, partial: bool = False
 ) -> _Dataclass:
-    """Build a part of a config, e.g. `FastWeightsConfig`, from parsed JSON or TOML.
+    """Build a part of a configuration, e.g. `FastWeightsConfig`, from parsed JSON or TOML.
 
     Args:
-      cls: the part's dataclass.
-      data: an object with the part's keys.
-      source: named in error messages, e.g. the file's name.
-      prefix: of the part's keys in error messages, e.g. "fast_weights.".
-      partial: keys that are missing take their defaults.
+      cls: Dataclass of the part.
+      data: Mapping with the part's keys.
+      source: Name of its origin in error messages, e.g. the file's path.
+      prefix: Prefix of the part's keys in error messages, e.g. "fast_weights.".
+      partial: Whether missing keys take their defaults, instead of being an error.
 
     Raises:
-      ConfigError: see `ModelConfig.from_dict`.
+      ConfigError: See `ModelConfig.from_dict`.
     """
     return _build(cls, data, source, prefix, partial)
 
@@ -218,7 +228,7 @@ def config_from_dict(
 def _build(
     cls: type[_Dataclass], data: Any, source: str, prefix: str, partial: bool = False
 ) -> _Dataclass:
-    """Build a config dataclass from JSON data, checking every key and type."""
+    """Build a configuration dataclass from parsed JSON, checking every key and type."""
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: '{prefix.rstrip('.')}' must be an object, got {data!r}")
     hints = typing.get_type_hints(cls)
@@ -261,7 +271,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    hint = typing.get_origin(hint) or hint  # dict[str, Any] is a dict
+    hint = typing.get_origin(hint) or hint  # dict[str, Any] -> dict
     if type(value) is not hint:
         raise ConfigError(f"{where} is {value!r}; expected {hint.__name__}")
     return value

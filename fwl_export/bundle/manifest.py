@@ -1,15 +1,15 @@
-"""The bundle: a folder that `export` writes and everything else reads and adds to.
+"""The bundle: a folder that `export` writes, and that all other commands read and add to.
 
-    manifest.json                   what is in it, with the sha256 of every file
-    model.onnx, model.onnx.data     the streaming model
-    model.graph.json                what was traced from PyTorch, by the same names, for `bisect`
-    tokenizer.json
-    precision.json                  only with a precision policy: which products are lowered
-    checkpoint/                     the PyTorch weights, for runtime 'torch' and `check`
+    manifest.json                   what the bundle contains, with the sha256 of every file
+    model.onnx, model.onnx.data     the streaming model, and its weights
+    model.graph.json                the graph traced from PyTorch, same tensor names, for `bisect`
+    tokenizer.json                  the tokenizer, in the format of Hugging Face's tokenizers
+    precision.json                  with a precision policy only: which parts are quantized
+    checkpoint/                     the PyTorch checkpoint, for runtime "torch" and `check`
     engines/                        <variant>-<version>-sm<NN>-<precision>.engine and .json
-    reports/                        parity reports (not hashed: they are results)
+    reports/                        parity reports, which the manifest does not list
 
-The manifest is the only contract between exporter, runtimes, parity tool and server.
+The manifest is the only contract between the exporter and what runs or checks a bundle.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from fwl_export.bundle.state import TensorSpec
 from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import replaced_file
 from fwl_export.json_files import check_schema, read_json
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
@@ -44,19 +47,21 @@ REPORTS_FOLDER = "reports"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle holds.
+    """The content of manifest.json.
 
     Attributes:
-      config: of the model.
-      precision: "fp32" or "fp16", the type of the activations; "mix16" or "int8w" with a
-        policy in `PRECISION_FILE`, where they are float32 and some products or weights are not.
-      max_tokens: largest T of a call.
-      opset: of the ONNX file.
-      op: domain, name, version and number of the fast-weight update's nodes.
-      state: the recurrent state, in the order of the model's inputs and outputs.
-      model_id: sha256 over config, weights, precision and policy; tells whose state a file is.
-      versions: of the tools that wrote it.
-      files: sha256 and size in bytes of every file, by its path inside the bundle.
+      config: Configuration of the model.
+      precision: Precision of the model: "fp32" or "fp16", the dtype of its activations; or "mix16"
+        or "int8w", where activations are float32 and the policy in `PRECISION_FILE` says which
+        products or weights are not.
+      max_tokens: Largest T of one call.
+      opset: Version of ONNX's standard operators in the ONNX file.
+      op: Domain, name and version of the fast-weight update, and the number of its nodes.
+      state: Specs of the recurrent state, in the order of the model's inputs and outputs.
+      model_id: Identity of the model, a sha256 over configuration, weights, precision and policy.
+        State files carry it.
+      versions: Versions of the tools that wrote the bundle, by name.
+      files: "sha256" and size in "bytes" of every file, by its path inside the bundle.
     """
 
     config: ModelConfig
@@ -70,7 +75,7 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready data."""
+        """Return the manifest as data for JSON."""
         return {
             "schema_version": SCHEMA_VERSION,
             "model_id": self.model_id,
@@ -88,8 +93,13 @@ class Manifest:
     def from_dict(cls, data: Any, source: str) -> Manifest:
         """Read what `to_dict` wrote.
 
+        Args:
+          data: Parsed JSON.
+          source: Name of its origin in error messages, e.g. the file's path.
+
         Raises:
-          BundleError: the schema is another one, or a part is missing or malformed.
+          BundleError: The schema version is not the one that this version of fwl-export reads, or a
+            part is missing or malformed.
         """
         check_schema(data, SCHEMA_VERSION, source, BundleError, "export the model again")
         try:
@@ -114,9 +124,23 @@ class Manifest:
 
 
 class Bundle:
-    """A bundle folder that was read and whose manifest was checked."""
+    """A bundle folder whose manifest was read; `read_bundle` makes one.
+
+    Files are checked against the manifest when they are used. That finds damage and mix-ups. It
+    does not make a bundle from an untrusted source safe: who writes the files writes the hashes.
+
+    Attributes:
+      folder: Path of the folder.
+      manifest: What the bundle contains.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Describe a folder; use `read_bundle` to read one.
+
+        Args:
+          folder: Path of the bundle's folder.
+          manifest: Content of its manifest.json.
+        """
         self.folder = folder
         self.manifest = manifest
 
@@ -125,7 +149,7 @@ class Bundle:
         return f"<Bundle {str(self.folder)!r}: {facts}>"
 
     def _repr_html_(self) -> str:
-        """Return a table for notebooks; what the manifest says is escaped."""
+        """Return an HTML table for notebooks, with all text from the manifest escaped."""
         facts = {"Folder": str(self.folder), **self._summary(), "Model id": self.manifest.model_id}
         facts |= {
             name: _size(entry["bytes"]) for name, entry in sorted(self.manifest.files.items())
@@ -151,10 +175,13 @@ class Bundle:
         }
 
     def file(self, name: str) -> Path:
-        """Return the path of one of the bundle's files, after checking its hash.
+        """Return the path of one of the bundle's files, after checking size and hash.
+
+        Args:
+          name: Path inside the bundle, with slashes, e.g. "checkpoint/config.json".
 
         Raises:
-          BundleError: it is not in the manifest, missing, or not what the manifest says.
+          BundleError: The file is not in the manifest, is missing, or differs from the manifest.
         """
         path = inside(self.folder, name)
         entry = self.manifest.files.get(name)
@@ -174,30 +201,34 @@ class Bundle:
         return path
 
     def model_files(self) -> Path:
-        """Return the path of the ONNX file, after checking it and its external data."""
+        """Return the path of the ONNX file, after checking it and its external data.
+
+        Raises:
+          BundleError: See `file`.
+        """
         path = self.file(MODEL_FILE)
         for location in external_data_locations(path):
             self.file(location)
         return path
 
     def verify(self) -> None:
-        """Check the hash of every file.
+        """Check size and hash of every file.
 
         Raises:
-          BundleError: see `file`.
+          BundleError: A file is missing or differs from the manifest.
         """
         for name in self.manifest.files:
             self.file(name)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Load files in this block: it fails if the bundle is replaced or changed meanwhile.
+        """Guard a block that loads files: it fails if the bundle is replaced or changed meanwhile.
 
-        `file` checks a hash and the runtime reads the file later, so without this a session could
-        run one bundle's model under another's manifest.
+        `file` checks a file before a runtime reads it. Without this guard, a session could run one
+        bundle's model with the manifest of another that replaced it in between.
 
         Raises:
-          BundleError: it was.
+          BundleError: The bundle was replaced or changed.
         """
         before = self._identity()
         try:
@@ -210,10 +241,10 @@ class Bundle:
             raise self._changed()
 
     def _identity(self) -> list[tuple[int, int, int]]:
-        """Say which folder and manifest are there. A rename, there and back too, sets the ctime."""
+        """Identify folder and manifest on disk; renaming one, even back again, sets its ctime."""
         try:
             found = [self.folder.lstat(), self.folder.stat(), (self.folder / MANIFEST_FILE).stat()]
-        except OSError:  # between two bundles there is none
+        except OSError:  # while one bundle replaces another, there may be none
             return []
         return [(entry.st_dev, entry.st_ino, entry.st_ctime_ns) for entry in found]
 
@@ -223,9 +254,19 @@ class Bundle:
         )
 
     def add_files(self, names: Sequence[str]) -> Bundle:
-        """Record files that were written into the folder; returns the bundle as it is now.
+        """Add files that were written into the folder to the manifest.
 
-        The manifest on disk is read again first, so that what others added meanwhile stays.
+        The manifest on disk is read again first, to keep what other processes added meanwhile.
+
+        Args:
+          names: Paths inside the bundle, with slashes.
+
+        Returns:
+          The bundle with its new manifest; this object keeps the old one.
+
+        Raises:
+          BundleError: A path leads out of the folder, or the manifest cannot be read.
+          OSError: A file cannot be read, or the manifest cannot be written.
         """
         latest = read_bundle(self.folder).manifest
         entries = {name: describe_file(inside(self.folder, name)) for name in names}
@@ -235,16 +276,19 @@ class Bundle:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Return whether a folder looks like a bundle."""
+    """Return whether a folder looks like a bundle: it has a manifest, valid or not."""
     return (folder / MANIFEST_FILE).is_file()
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Read a bundle's manifest; its files are checked when they are used.
+    """Read a bundle's manifest; the other files are checked when they are used.
+
+    Args:
+      folder: Path of the bundle's folder.
 
     Raises:
-      BundleError: no bundle is there, or its manifest is malformed, of another schema, or
-        names a path outside the folder.
+      BundleError: The folder is not a bundle, or its manifest is malformed, has another schema
+        version, or names a path outside the folder.
     """
     folder = Path(folder)
     path = folder / MANIFEST_FILE
@@ -257,20 +301,30 @@ def read_bundle(folder: Path) -> Bundle:
     manifest = Manifest.from_dict(data, str(path))
     for name in manifest.files:
         inside(folder, name)
+    _log.debug("read bundle '%s', model %s", folder, manifest.model_id[:12])
     return Bundle(folder, manifest)
 
 
 def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
-    """Write manifest.json, beside and then renamed."""
+    """Write manifest.json; an existing one is replaced once the new one is complete.
+
+    Args:
+      folder: Path of the bundle's folder.
+      data: Content, as from `Manifest.to_dict`.
+    """
     with replaced_file(folder / MANIFEST_FILE) as path:
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of `name` in the folder.
+    """Return the path of a file in a folder, after checking that it stays inside.
+
+    Args:
+      folder: Path of the bundle's folder.
+      name: Path inside the folder, with slashes.
 
     Raises:
-      BundleError: the name is absolute, climbs out, or leads out through a link.
+      BundleError: The name is empty or absolute, contains "..", or leads out through a link.
     """
     parts = PurePosixPath(name)
     path = folder / parts
@@ -284,7 +338,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return a manifest entry: sha256 and size in bytes."""
+    """Return a file's entry for the manifest: "sha256", and size in "bytes"."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
         if digest is None:  # Python 3.10

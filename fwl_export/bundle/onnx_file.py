@@ -1,6 +1,6 @@
-"""What is read from an ONNX file without the package `onnx`, which running a model does not need.
+"""Reads a few facts from ONNX files without the package onnx, which running a model does not need.
 
-An ONNX file is a protobuf message; the few fields that matter here are read from its bytes.
+An ONNX file is a protobuf message; this module decodes only the fields that it wants.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ _ATTRIBUTE_TENSOR = 5
 _TENSOR_EXTERNAL_DATA = 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
-# Wire types of protobuf, and the sizes of those whose size is fixed.
+# Protobuf's wire types, and the sizes in bytes of those with a fixed size.
 _VARINT, _BYTES = 0, 2
 _FIXED_SIZES = {1: 8, 5: 4}
 
 
 def external_data_locations(path: Path) -> set[str]:
-    """Return the file names that an ONNX file's tensors point to.
+    """Return the files that an ONNX file's tensors keep their data in, relative to its folder.
+
+    Args:
+      path: Path of the ONNX file.
 
     Raises:
-      BundleError: the file is no ONNX model.
+      BundleError: The file is not an ONNX model.
     """
     try:
         model = path.read_bytes()
@@ -52,10 +55,15 @@ def external_data_locations(path: Path) -> set[str]:
 
 
 def count_ops(path: Path) -> dict[str, int]:
-    """Return how often each operator occurs in the graph, most frequent first; ours leads.
+    """Return how often each operator occurs in the graph, the most frequent first.
+
+    Operators outside ONNX's standard come before all others, as "domain::name".
+
+    Args:
+      path: Path of the ONNX file.
 
     Raises:
-      BundleError: the file is no ONNX model.
+      BundleError: The file is not an ONNX model.
     """
     counts: Counter[str] = Counter()
     try:
@@ -70,10 +78,15 @@ def count_ops(path: Path) -> dict[str, int]:
 
 
 def op_inputs(path: Path, domain: str, name: str) -> list[list[str]]:
-    """Return the names of the inputs of every node of an operator.
+    """Return the names of the inputs of each node of one operator, in the graph's order.
+
+    Args:
+      path: Path of the ONNX file.
+      domain: Domain of the operator; "" is ONNX's standard.
+      name: Name of the operator.
 
     Raises:
-      BundleError: the file is no ONNX model.
+      BundleError: The file is not an ONNX model.
     """
     try:
         graphs = _fields(path.read_bytes(), _MODEL_GRAPH)
@@ -92,10 +105,10 @@ def _text(message: bytes, field: int) -> str:
 
 
 def _fields(message: bytes, number: int) -> Iterator[bytes]:
-    """Yield the content of a message's fields of that number, which hold bytes.
+    """Yield the content of those fields of a message that have this number and hold bytes.
 
     Raises:
-      IndexError, ValueError: it is no protobuf message.
+      IndexError, ValueError: The bytes are not a protobuf message.
     """
     at = 0
     while at < len(message):

@@ -1,7 +1,7 @@
-"""Recurrent state as named arrays of fixed size: one row of the batch is one session.
+"""Recurrent state: named arrays of fixed size, with one row of the batch per text.
 
-A row of zeros is a fresh session. The same names, in the same order, are the inputs
-`past.<name>` and the outputs `present.<name>` of every exported model.
+A row of zeros is the fresh state, in which nothing was read yet. Every exported model has the
+state's tensors, in the same order, as inputs `past.<name>` and outputs `present.<name>`.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ INPUTS = (
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the state.
+    """Name, shape and dtype of one tensor of the state.
 
     Attributes:
-      name: without `past.` or `present.`.
-      shape: of one row.
-      dtype: numpy's name, e.g. "float32".
+      name: Name without `past.` or `present.`, e.g. "fast.up.kernel".
+      shape: Shape of one row, without the batch axis.
+      dtype: NumPy's name of the dtype, e.g. "float32".
     """
 
     name: str
@@ -65,11 +65,11 @@ class TensorSpec:
 
     @property
     def bytes_per_row(self) -> int:
-        """Memory of one session's share."""
+        """Size of one row of this tensor, in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready data."""
+        """Return the spec as data for JSON."""
         return asdict(self)
 
     @classmethod
@@ -79,15 +79,20 @@ class TensorSpec:
 
 
 def zeros(specs: Sequence[TensorSpec], batch: int) -> State:
-    """Return `batch` fresh rows."""
+    """Return `batch` rows in the fresh state: arrays [batch, ...] of zeros by name."""
     return {s.name: np.zeros((batch, *s.shape), s.dtype) for s in specs}
 
 
 def check(specs: Sequence[TensorSpec], state: Mapping[str, Array], batch: int) -> None:
-    """Check that a state fits the model it is given to.
+    """Check that a state fits a model.
+
+    Args:
+      specs: Specs of the model's state.
+      state: Arrays by name, which should be [batch, ...].
+      batch: Expected number of rows.
 
     Raises:
-      StateError: a tensor is missing, unknown, or of another shape or type.
+      StateError: A tensor is missing or unknown, or has another shape or dtype.
     """
     expected = {spec.name: spec for spec in specs}
     for name in state:
@@ -112,10 +117,10 @@ def check(specs: Sequence[TensorSpec], state: Mapping[str, Array], batch: int) -
 
 
 def check_finite(state: Mapping[str, Array]) -> None:
-    """Check that a state can be gone on from.
+    """Check that a state has finite values only, so that a session can continue from it.
 
     Raises:
-      StateError: a tensor holds NaN or infinite values.
+      StateError: A tensor has NaN or infinite values.
     """
     for name, array in state.items():
         if not np.isfinite(array).all():

@@ -1,15 +1,15 @@
-"""State as a file: rows of sessions in one safetensors file that every runtime reads and writes.
+"""State files: the state of R rows in one safetensors file, which every runtime reads and writes.
 
-Tensors carry the model's names and shapes, with the saved rows as first axis. Metadata, all text:
-`format` ("fwl-state"), `version`, `model_id` (of the bundle), `rows`, `tokens` (the position of
-each row, with commas between) and `compress`. A compressed file has other tensors in the place of
-some:
+Tensors have the names and shapes of the model's state, [R, ...]. The metadata, all text, are
+`format` ("fwl-state"), `version`, `model_id` (the model's identity from the bundle), `rows`,
+`tokens` (positions of the rows, separated by commas) and `compress`. In a compressed file, other
+tensors stand for some of the state's:
 
-- "fp16": `<name>.half` [R, ...] float16 and `<name>.scale` [R] float32, whose product it is; of
-  float32 tensors of `COMPRESS_FROM` elements or more per row.
-- "lowrank": `<name>.left` [R, Dk, r] and `<name>.right` [R, r, Dv], whose matrix product it is; of
-  the fast weights' matrices, whose rank is at most the number of tokens that were read. And
-  `<name>.used` [R, H, n, Dh], the slots of a ring buffer before the first that no row has filled.
+- "fp16": `<name>.half` [R, ...] float16 times `<name>.scale` [R] float32, for float32 tensors with
+  `COMPRESS_FROM` or more elements per row.
+- "lowrank": `<name>.left` [R, Dk, r] times `<name>.right` [R, r, Dv], a matrix product, for the
+  fast weights' matrices, whose rank is at most the number of tokens read; and `<name>.used`
+  [R, H, n, Dh], the first n slots of an attention cache of which no row has filled the others.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ VERSION = 1
 COMPRESSIONS = ("none", "fp16", "lowrank")
 COMPRESS_FROM = 1024
 
-# What factors may lose, relative to the matrix (Frobenius norm): about what float32 sums lose.
+# Largest error of the factors relative to the matrix (Frobenius norm): like that of float32 sums.
 _LOWRANK_TOLERANCE = 2.0**-20
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """What was written.
+    """Facts about a state file that was written.
 
     Attributes:
-      file_bytes: size of the file.
-      state_bytes: size of the rows in memory.
-      tokens: position of each row.
-      error: the largest difference of a tensor from what is read back, relative to the largest
-        absolute value of that tensor; 0 without compression.
+      file_bytes: Size of the file.
+      state_bytes: Size of the saved rows in memory.
+      tokens: Position of each row: how many tokens it has read.
+      error: Largest error of the compression: the difference between a tensor and what is read
+        back, relative to the tensor's largest absolute value; 0 without compression.
     """
 
     file_bytes: int
@@ -56,19 +56,19 @@ class SavedState:
 def save_state(
     path: Path, specs: Sequence[TensorSpec], state: State, model_id: str, compress: str = "none"
 ) -> SavedState:
-    """Write rows to a file, all of it or nothing.
+    """Write the state of some rows to a file. On an error, what was at the path is as before.
 
     Args:
-      path: of the file; replaced if it exists.
-      specs: of the model's state.
-      state: [R, ...] by name.
-      model_id: of the bundle's manifest.
-      compress: one of `COMPRESSIONS`.
+      path: File to write; replaced if it exists.
+      specs: Specs of the model's state.
+      state: Arrays [R, ...] by name.
+      model_id: Identity of the model, from the bundle's manifest.
+      compress: Kind of compression: "none", "fp16" or "lowrank".
 
     Raises:
-      StateError: the state does not fit the model, or is not finite.
-      ConfigError: there is no such compression.
-      OSError: the file cannot be written.
+      StateError: The state does not fit the model, or has NaN or infinite values.
+      ConfigError: There is no such compression.
+      OSError: The file cannot be written.
     """
     from safetensors.numpy import save
 
@@ -101,11 +101,20 @@ def save_state(
 
 
 def load_state(path: Path, specs: Sequence[TensorSpec], model_id: str) -> State:
-    """Read what `save_state` wrote: [R, ...] by name.
+    """Read what `save_state` wrote.
+
+    Args:
+      path: File to read.
+      specs: Specs of the model's state.
+      model_id: Identity of the model, which must be that of the file.
+
+    Returns:
+      Arrays [R, ...] by name.
 
     Raises:
-      StateError: it is no state file, was cut off, is of another model, or is not finite.
-      OSError: the file cannot be read.
+      StateError: The file is not a state file, is damaged, comes from another model, or has NaN or
+        infinite values.
+      OSError: The file cannot be read.
     """
     content = Path(path).read_bytes()
     tensors, metadata = _parsed(content, path)
@@ -152,7 +161,14 @@ def _parsed(content: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str
 def _compressed(
     spec: TensorSpec, array: Array, tokens: Sequence[int], compress: str
 ) -> dict[str, Array]:
-    """Return the tensors that stand for one of the state."""
+    """Return the tensors that stand for one tensor of the state in a file.
+
+    Args:
+      spec: Spec of the tensor.
+      array: The tensor, [R, ...].
+      tokens: Positions of the R rows.
+      compress: Kind of compression.
+    """
     whole = {spec.name: array}
     small = array[0].size < COMPRESS_FROM
     if compress == "fp16" and array.dtype == np.float32 and not small:
@@ -177,13 +193,13 @@ def _is_matrix(spec: TensorSpec) -> bool:
 
 
 def _factors(name: str, array: Array, tokens: int) -> dict[str, Array] | None:
-    """Return factors of a matrix per row, or None where they would not be smaller."""
+    """Return factors of the matrices [R, Dk, Dv], or None if they would not be smaller."""
     _, size_k, size_v = array.shape
     most = (size_k * size_v - 1) // (size_k + size_v)
-    if tokens > 4 * most:  # then decay alone will hardly have brought the rank down
+    if tokens > 4 * most:  # only decay could have kept the rank low enough: skip the SVD
         return None
     left, values, right = np.linalg.svd(array.astype(np.float64), full_matrices=False)
-    left_out = np.sqrt(np.cumsum((values**2)[:, ::-1], 1)[:, ::-1])  # by keeping the first r
+    left_out = np.sqrt(np.cumsum((values**2)[:, ::-1], 1)[:, ::-1])  # error of keeping the first r
     allowed = _LOWRANK_TOLERANCE * left_out[:, :1]
     rank = max(int((left_out > allowed).sum(1).max()), 1)
     if rank > most:
@@ -196,10 +212,10 @@ def _factors(name: str, array: Array, tokens: int) -> dict[str, Array] | None:
 
 
 def _restored(spec: TensorSpec, tensors: Mapping[str, Array], rows: int) -> Array:
-    """Return a tensor of the state from what stands for it.
+    """Return a tensor of the state [R, ...] from the tensors that stand for it in a file.
 
     Raises:
-      KeyError, ValueError: a part is missing, or parts do not fit each other.
+      KeyError, ValueError: A part is missing, or the parts do not fit each other.
     """
     if spec.name in tensors:
         return tensors[spec.name]

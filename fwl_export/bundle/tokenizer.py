@@ -1,4 +1,4 @@
-"""Text to token ids: the tokenizer file of a checkpoint or bundle."""
+"""The tokenizer file of a checkpoint or bundle: from text to token ids."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def load_tokenizer(path: Path, vocab_size: int | None = None, padded: bool = Fal
     """Read a tokenizer.json.
 
     Args:
-      path: of the file.
-      vocab_size: of the model: entries that it must have; None = any number.
-      padded: the model may have more entries than the tokenizer, as published models do.
+      path: File to read.
+      vocab_size: Number of entries that the tokenizer must have, the model's; None allows any.
+      padded: Whether the tokenizer may have fewer entries than the model, as in published models.
 
     Raises:
-      CheckpointError: it cannot be read, or has another number of entries than the model.
+      CheckpointError: The file cannot be read, or its number of entries does not fit the model.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -36,10 +36,14 @@ def load_tokenizer(path: Path, vocab_size: int | None = None, padded: bool = Fal
 
 
 def read_ids(path: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
-    """Return the token ids [N] of a text file.
+    """Return the token ids of a text file, [N] int64.
+
+    Args:
+      path: Text file in UTF-8.
+      tokenizer: Tokenizer of the model.
 
     Raises:
-      TokenError: the file is not UTF-8 text, or has fewer than 2 tokens.
+      TokenError: The file is not UTF-8 text, or has fewer than 2 tokens.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`fwl-export bench`: implementations against each other and against the machine."""
+"""`fwl-export bench`: compare implementations with each other and with the machine's limits."""
 
 from __future__ import annotations
 
@@ -8,104 +8,100 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fwl_export.cli.terminal import BundleArgument, JsonOption, spinner, table
+from fwl_export.cli.commands import add_verb, new_application
+from fwl_export.cli.options import BundleArgument, JsonOption, PluginOption
+from fwl_export.cli.terminal import note, spinner, table
 
 if TYPE_CHECKING:
     from fwl_export.bench.op import OpSize, OpTimes
-    from fwl_export.bench.session import SessionTimes
+    from fwl_export.bench.session import SessionMemory, SessionTimes
 
-bench = typer.Typer(
-    name="bench",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+bench = new_application(name="bench", help="Measure the op, or whole sessions, on this CPU.")
 
 
-@bench.callback()
-def _group() -> None:
-    """Measure implementations against each other and against the machine."""
-
-
-@bench.command("op")
 def bench_op_command(
-    sizes: Annotated[str, typer.Option(help="State sizes, DkxDv.")] = "768x3072,1024x4096",
-    tokens: Annotated[str, typer.Option(help="Tokens per call.")] = "1,64,256,1024",
-    batch: Annotated[str, typer.Option(help="Rows per call.")] = "1",
-    threads: Annotated[str, typer.Option(help="Threads of each implementation.")] = "2",
-    rounds: Annotated[int, typer.Option(help="Most rounds of a size.", min=1)] = 30,
-    budget: Annotated[float, typer.Option(help="Seconds for a size, about.", min=0)] = 20.0,
-    cold: Annotated[bool, typer.Option("--cold", help="Flush caches before every run.")] = False,
-    compiled: Annotated[bool, typer.Option(help="Include torch.compile: slow to start.")] = True,
-    plugin: Annotated[
-        str, typer.Option(help="Our kernel: auto, none, required, or the library's path.")
-    ] = "auto",
+    sizes: Annotated[
+        str, typer.Option(metavar="LIST", help="State sizes, DkxDv.")
+    ] = "768x3072,1024x4096",
+    tokens: Annotated[str, typer.Option(metavar="LIST", help="Tokens per call.")] = "1,64,256,1024",
+    batch: Annotated[str, typer.Option(metavar="LIST", help="Rows per call.")] = "1",
+    threads: Annotated[
+        str, typer.Option(metavar="LIST", help="Threads of each implementation.")
+    ] = "2",
+    rounds: Annotated[int, typer.Option(help="Largest number of rounds per size.", min=1)] = 30,
+    budget: Annotated[
+        float, typer.Option(help="Approximate time per size, in seconds.", min=0)
+    ] = 20.0,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Flush the CPU's caches before every run.")
+    ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compiled/--no-compiled", help="Measure torch.compile too, which is slow to start."
+        ),
+    ] = True,
+    plugin: PluginOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Compare the fast-weight update's implementations, interleaved, on this CPU.
+    """Compare implementations of the fast-weight update.
 
-    Ours, ONNX Runtime's LinearAttention, the standard's, the function body,
-    PyTorch, numpy, and the machine's limit: memory bandwidth in decode, a
-    matrix product in prefill. Options take lists, separated by commas. The last
-    line is JSON.
+    Runs in turns our kernel, the LinearAttention operators of ONNX Runtime and of the ONNX
+    standard, the op's function body, PyTorch and NumPy; and what limits this machine, memory
+    bandwidth in decode and a matrix product in prefill. Lists are separated by commas; every
+    combination of their values is measured. The last line printed is JSON.
 
-    Example: fwl-export bench op --sizes 1024x4096 --tokens 1,256 --threads 2
+    Example:
+      fwl-export bench op --sizes 1024x4096 --tokens 1,256 --threads 2
     """
     from dataclasses import asdict
 
-    from fwl_export.bench.op import OpSize, bench_op
+    from fwl_export.bench.op import bench_op
     from fwl_export.machine import describe_machine
     from fwl_export.plugins import ONNXRUNTIME, find_plugin
 
     library = find_plugin(ONNXRUNTIME, plugin)
-    calls = [
-        OpSize(rows, length, key_size, value_size, count)
-        for count in _numbers("--threads", threads)
-        for key_size, value_size in _sizes(sizes)
-        for rows in _numbers("--batch", batch)
-        for length in _numbers("--tokens", tokens)
-    ]
+    calls = _calls(sizes, tokens, batch, threads)
     results = []
     with spinner("bench") as say:
         for number, call in enumerate(calls):
             say(f"size {number + 1} of {len(calls)}: {_title(call)}")
             result = bench_op(call, library, rounds, budget, cold, compiled)
-            results.append(result)
+            results.append(asdict(result))
             if not json:
                 print(_report(result), flush=True)
     if library is None and not json:
-        print("Without our kernel: `fwl-export doctor` says how to build it.\n")
-    print(
-        json_module.dumps(
-            {
-                "machine": describe_machine(),
-                "rounds": rounds,
-                "results": [asdict(result) for result in results],
-            }
-        )
-    )
+        note("Measured without our kernel: `fwl-export doctor` says how to build it.")
+    found = {"machine": describe_machine(), "rounds": rounds, "results": results}
+    print(json_module.dumps(found))
 
 
-@bench.command("session")
 def bench_session_command(
     bundle: BundleArgument,
-    tokens: Annotated[str, typer.Option(help="Tokens per call.")] = "1,64,256",
-    batch: Annotated[str, typer.Option(help="Rows.")] = "1,8",
-    threads: Annotated[int, typer.Option(help="Inside one operator.", min=1)] = 2,
-    rounds: Annotated[int, typer.Option(help="Rounds of each size.", min=2)] = 40,
-    plugin: Annotated[
-        str, typer.Option(help="Our kernel: auto, none, required, or the library's path.")
-    ] = "auto",
+    tokens: Annotated[
+        str, typer.Option(metavar="LIST", help="Tokens per call, separated by commas.")
+    ] = "1,64,256",
+    batch: Annotated[
+        str, typer.Option(metavar="LIST", help="Rows per call, separated by commas.")
+    ] = "1,8",
+    threads: Annotated[int, typer.Option(help="Threads inside one operator.", min=1)] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds per size.", min=2)] = 40,
+    plugin: PluginOption = "auto",
     libfwl: Annotated[
-        Path | None, typer.Option(help="Measure the C library too: path of libfwl.so.")
+        Path | None,
+        typer.Option(
+            help="Path of libfwl.so, to measure the C library too.", show_default="not measured"
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare sessions with ONNX Runtime alone, on this CPU.
+    """Compare sessions with bare ONNX Runtime.
 
-    Latency of a call, its 99th percentile, tokens per second, and memory per
-    session against the size of its state. The last line is JSON.
+    Prints the median latency of a call, its 99th percentile, tokens per second, and the memory of
+    a session relative to the size of its state. The last line is JSON.
 
-    Example: fwl-export bench session demo-bundle --tokens 1 --batch 1
+    Example:
+      fwl-export bench session demo-bundle --tokens 1 --batch 1
     """
     from dataclasses import asdict
 
@@ -114,39 +110,54 @@ def bench_session_command(
     from fwl_export.machine import describe_machine
 
     opened = read_bundle(bundle)
-    rows_and_tokens = [
-        (rows, size) for rows in _numbers("--batch", batch) for size in _numbers("--tokens", tokens)
-    ]
-    largest = opened.manifest.max_tokens
-    if any(size > largest or largest % size for _, size in rows_and_tokens):
-        raise typer.BadParameter(
-            f"--tokens is '{tokens}'; expected divisors of {largest}, the bundle's largest call"
-        )
+    rows_and_tokens = _rows_and_tokens(batch, tokens, opened.manifest.max_tokens)
     results = []
     with spinner("bench") as say:
         say("memory of a session")
         memory = session_memory(opened, plugin)
         if not json:
-            print(
-                f"memory of a session: {memory.measured / 1e6:.2f} MB, "
-                f"{memory.measured / memory.state:.3f} times the {memory.state / 1e6:.2f} MB of\n"
-                "the two copies of its state that a call reads and writes\n"
-            )
+            print(_memory(memory))
         for rows, size in rows_and_tokens:
             title = f"rows {rows}, tokens per call {size}, threads {threads}"
             say(title)
             result = bench_session(opened, size, rows, threads, plugin, rounds, libfwl)
-            results.append(result)
+            results.append(asdict(result))
             if not json:
                 print(f"{title}\n{_session_table(result)}\n", flush=True)
-    print(
-        json_module.dumps(
-            {
-                "machine": describe_machine(),
-                "results": [asdict(result) for result in results],
-                "memory": asdict(memory),
-            }
+    found = {"machine": describe_machine(), "results": results, "memory": asdict(memory)}
+    print(json_module.dumps(found))
+
+
+add_verb(bench, bench_op_command, "op")
+add_verb(bench, bench_session_command, "session")
+
+
+def _calls(sizes: str, tokens: str, batch: str, threads: str) -> list[OpSize]:
+    from fwl_export.bench.op import OpSize
+
+    return [
+        OpSize(rows, length, key_size, value_size, count)
+        for count in _numbers("--threads", threads)
+        for key_size, value_size in _sizes(sizes)
+        for rows in _numbers("--batch", batch)
+        for length in _numbers("--tokens", tokens)
+    ]
+
+
+def _rows_and_tokens(batch: str, tokens: str, largest: int) -> list[tuple[int, int]]:
+    sizes = _numbers("--tokens", tokens)
+    if any(size > largest or largest % size for size in sizes):
+        raise typer.BadParameter(
+            f"--tokens is '{tokens}'; expected divisors of {largest}, the bundle's largest call"
         )
+    return [(rows, size) for rows in _numbers("--batch", batch) for size in sizes]
+
+
+def _memory(memory: SessionMemory) -> str:
+    return (
+        f"memory of a session: {memory.measured / 1e6:.2f} MB, "
+        f"{memory.measured / memory.state:.3f} times the {memory.state / 1e6:.2f} MB of\n"
+        "the two copies of its state that a call reads and writes\n"
     )
 
 
@@ -186,7 +197,7 @@ def _title(size: OpSize) -> str:
 
 
 def _report(result: OpTimes) -> str:
-    """Return the table of a size: times, and how many times as long as ours each takes."""
+    """Return the table of one size: times, and their ratios to those of our kernel."""
     header = ["implementation", "median ms", "fastest ms"]
     header += [f"/ {name}" for name in result.ratios]
     rows = []
@@ -194,5 +205,5 @@ def _report(result: OpTimes) -> str:
         ratios = [f"{of[name]:.2f}" for of in result.ratios.values()]
         rows.append([name, f"{milliseconds:.3f}", f"{result.fastest[name]:.3f}", *ratios])
     lines = [_title(result.size) + (", cold" if result.cold else ""), table(header, rows)]
-    lines += [f"{name}: cannot be run here: {why[:50]}" for name, why in result.missing.items()]
+    lines += [f"{name}: cannot run here: {why[:50]}" for name, why in result.missing.items()]
     return "\n".join(lines) + "\n"

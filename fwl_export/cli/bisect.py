@@ -1,100 +1,147 @@
-"""`fwl-export bisect`: which tensor is the first that is not what PyTorch computes?"""
+"""`fwl-export bisect`: which tensor is the first that differs from what PyTorch computes?"""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, progress_bar
+from fwl_export.cli.options import (
+    CASES,
+    OUTPUT,
+    BundleArgument,
+    JsonOption,
+    SeedOption,
+    TextOption,
+    completion,
+    list_completion,
+)
+from fwl_export.cli.terminal import print_json, progress_bar
+from fwl_export.runtimes.registry import RUNTIMES
 
-# parity.bisect has these too; --help imports nothing heavy.
+if TYPE_CHECKING:
+    from fwl_export.bisect import Bisection
+    from fwl_export.parity import Candidate
+
+# Typed again because `fwl_export.bisect` loads NumPy; a test compares them.
 DEFAULT_TOKENS = 500
 DEFAULT_CASES = "text,mixed"
+
+_GRAPH_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if runtime.runs_graph)
 
 
 def bisect(
     bundle: BundleArgument,
     candidate: Annotated[
-        str, typer.Option(help="onnxruntime, onnxruntime:no-plugin or onnx-reference.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Runtime to search, with its options after colons: onnxruntime, "
+            "onnxruntime:no-plugin or onnx-reference.",
+            autocompletion=completion(*_GRAPH_RUNTIMES, "onnxruntime:no-plugin"),
+        ),
     ] = "onnxruntime",
     plugin: Annotated[
         Path | None,
-        typer.Option(help="Custom-op library to run in place of the package's own."),
+        typer.Option(
+            help="Plugin library to run in place of the package's own.",
+            show_default="the package's own",
+        ),
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Text file to read; default: the held-out play of the package."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="How far to read the text.", min=1)] = DEFAULT_TOKENS,
+    text: TextOption = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to read.", min=1)] = (
+        DEFAULT_TOKENS
+    ),
     cases: Annotated[
-        str, typer.Option(help="Cases of `check` to read, in turn, until one goes wrong.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Cases of `check`, separated by commas, read in turn until a call goes wrong.",
+            autocompletion=list_completion(CASES),
+        ),
     ] = DEFAULT_CASES,
-    seed: Annotated[int, typer.Option(help="Of the sizes and rows of the calls.", min=0)] = 0,
+    seed: SeedOption = 0,
     reproducer: Annotated[
         Path | None,
-        typer.Option(help="Folder to write; default: reports/bisect in the bundle."),
+        typer.Option(
+            help="Folder to write the reproducer to.",
+            show_default="reports/bisect in the bundle",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the cause of what `check` found: the call, the tensor, the module, the ONNX node.
+    """Find the tensor in which a failed check began.
 
-    Reads case after case until a call goes wrong, runs that call with every tensor of the ONNX
-    graph as an output, compares them with PyTorch's in float64 by name, and writes the nodes that
-    compute the first wrong one as a program of their own. Exit code 0: nothing is wrong; 1: found;
-    2: could not run.
+    Reads case after case until a call goes wrong, then repeats that call with every tensor of the
+    ONNX graph as an output and compares each with PyTorch in float64. The nodes that compute the
+    first wrong tensor are written as a program of their own, the reproducer.
 
-    Example: fwl-export bisect demo-bundle --candidate onnxruntime:no-plugin
+    Exit code 0: nothing is wrong; 1: a fault was found; 2: the search could not run.
+
+    Example:
+      fwl-export bisect demo-bundle --candidate onnxruntime:no-plugin
     """
-    from fwl_export.errors import FwlError
+    from fwl_export.errors import CheckError, FwlError
 
     target = reproducer or bundle / "reports" / "bisect"
     try:
-        found = _bisect(bundle, candidate, plugin, text, tokens, cases, seed, target, json)
+        chosen = _candidate(candidate, plugin)
+        _check_folder(target)
+        found = _search(bundle, chosen, text, tokens, cases, seed, target)
     except FwlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    if found:
+        raise CheckError(str(error)) from None
+    if json:
+        print_json(found.to_dict())
+    else:
+        print(found.to_text())
+        print(f"{found.seconds:.0f} s")
+    if found.finding is not None:
         raise typer.Exit(1)
 
 
-def _bisect(
+def _candidate(name: str, plugin: Path | None) -> Candidate:
+    from fwl_export.errors import ConfigError
+    from fwl_export.parity.candidates import parse_candidate
+
+    chosen = parse_candidate(name)
+    if plugin is None:
+        return chosen
+    if chosen.runtime != "onnxruntime" or "plugin" in chosen.arguments:
+        raise ConfigError(f"--plugin is for candidate onnxruntime; received '{name}'")
+    return replace(chosen, arguments={**chosen.arguments, "plugin": plugin})
+
+
+def _check_folder(reproducer: Path) -> None:
+    """Refuse to replace a folder that is not an earlier reproducer."""
+    from fwl_export.errors import ConfigError
+
+    is_filled = reproducer.exists() and any(reproducer.iterdir())
+    if is_filled and not (reproducer / "repro.onnx").is_file():
+        raise ConfigError(
+            f"'{reproducer}' holds something else than a reproducer; name another folder with "
+            "--reproducer"
+        )
+
+
+def _search(
     bundle: Path,
-    candidate: str,
-    plugin: Path | None,
+    candidate: Candidate,
     text: Path | None,
     tokens: int,
     cases: str,
     seed: int,
     reproducer: Path,
-    json: bool,
-) -> bool:
+) -> Bisection:
     from fwl_export.bisect import bisect_bundle
     from fwl_export.bundle.manifest import read_bundle
     from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
-    from fwl_export.errors import ConfigError
-    from fwl_export.parity.candidates import parse_candidate
     from fwl_export.parity.cases import choose_cases
     from fwl_export.runtimes.text import bundle_tokenizer
 
-    chosen = parse_candidate(candidate)
-    if plugin is not None:
-        if chosen.runtime != "onnxruntime" or "plugin" in chosen.arguments:
-            raise ConfigError(f"--plugin is for candidate onnxruntime; received '{candidate}'")
-        chosen = replace(chosen, arguments={**chosen.arguments, "plugin": plugin})
-    if (
-        reproducer.exists()
-        and any(reproducer.iterdir())
-        and not (reproducer / "repro.onnx").is_file()
-    ):
-        raise ConfigError(
-            f"'{reproducer}' holds something else than a reproducer; name another folder with "
-            "--reproducer"
-        )
     opened = read_bundle(bundle)
     source = text or HELD_OUT_PLAY
     ids = read_ids(source, bundle_tokenizer(opened))
@@ -102,13 +149,7 @@ def _bisect(
     limit = manifest.config.backbone.max_positions
     planned = choose_cases(cases, tokens, manifest.max_tokens, limit)
     with progress_bar("bisect", sum(case.tokens for case in planned)) as advance:
-        result = bisect_bundle(
-            opened, ids, chosen, tokens, seed, reproducer, source.name, planned, advance=advance
+        found = bisect_bundle(
+            opened, ids, candidate, tokens, seed, reproducer, source.name, planned, advance=advance
         )
-    result = replace(result, cases=cases)
-    if json:
-        print_json(result.to_dict())
-    else:
-        print(result.to_text())
-        print(f"{result.seconds:.0f} s")
-    return result.finding is not None
+    return replace(found, cases=cases)

@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fwl_export.cli.terminal import (
+from fwl_export.bundle.defaults import DEFAULT_MAX_BATCH, DEFAULT_SMS
+from fwl_export.cli.options import (
     BundleArgument,
     JsonOption,
-    print_json,
-    size,
-    spinner,
-    table,
+    PluginOption,
+    completion,
+    list_completion,
 )
+from fwl_export.cli.terminal import print_json, size, spinner, table
 
 if TYPE_CHECKING:
     from fwl_export.engines import EngineMetadata
 
 # Seconds between lines where progress cannot be drawn in place.
 _LINE_EVERY = 10
+
+SMS = ",".join(map(str, DEFAULT_SMS))
+
+_ENGINE = "Engine options"
 
 
 def build(
@@ -31,52 +36,63 @@ def build(
         str,
         typer.Option(
             "--variant",
-            "--flavour",
-            help="rtx (needs no GPU) or tensorrt (for the GPU that is present).",
+            metavar="NAME",
+            help="rtx: TensorRT-RTX, builds without a GPU; tensorrt: builds for the GPU that is "
+            "present.",
+            autocompletion=completion("rtx", "tensorrt"),
         ),
     ] = "rtx",
     sm: Annotated[
         str | None,
         typer.Option(
-            help="GPU architectures, e.g. 80,89. Default: 80,86,89,120 for rtx; the GPU that is "
-            "present for tensorrt.",
-            show_default=False,
+            metavar="LIST",
+            help="GPU architectures (compute capabilities) to build for, separated by commas.",
+            show_default=f"{SMS} for rtx, the GPU that is present for tensorrt",
+            autocompletion=list_completion(map(str, DEFAULT_SMS)),
         ),
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32 or fp16; must be the bundle's.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="fp32 or fp16. The bundle's precision decides; another one is an error.",
+            show_default="the bundle's",
+            autocompletion=completion("fp32", "fp16"),
+        ),
     ] = None,
     chunk: Annotated[
         int | None,
-        typer.Option(
-            help="Largest number of tokens per call. Default: as exported.", show_default=False
-        ),
+        typer.Option(help="Largest number of tokens per call.", show_default="as exported"),
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Largest number of rows per call.")] = 8,
-    plugin: Annotated[
-        str,
-        typer.Option(
-            help="The fast-weight updates' plugin library: auto (if it is there), none, required, "
-            "or a path."
-        ),
-    ] = "auto",
+    max_batch: Annotated[
+        int, typer.Option(help="Largest number of rows (independent texts) per call.")
+    ] = DEFAULT_MAX_BATCH,
+    plugin: PluginOption = "auto",
     in_place_state: Annotated[
         bool,
         typer.Option(
             "--in-place-state",
-            help="Updates write over their state. Not for Triton Inference Server.",
+            help="Let updates overwrite their state, which saves memory. Triton Inference Server "
+            "cannot run such engines.",
+            rich_help_panel=_ENGINE,
         ),
     ] = False,
     embed_plugin: Annotated[
         bool,
-        typer.Option("--embed-plugin", help="Put the plugin library into the engines."),
+        typer.Option(
+            "--embed-plugin",
+            help="Store the plugin library inside the engines.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Build one TensorRT engine per GPU architecture into a bundle.
+    """Build TensorRT engines into a bundle.
 
-    Example: fwl-export build demo-bundle --sm 86,89
+    Builds one engine per GPU architecture. It runs on GPUs of that architecture only.
+
+    Example:
+      fwl-export build demo-bundle --sm 86,89
     """
     from fwl_export.bundle.manifest import read_bundle
     from fwl_export.engines import build_engines
@@ -96,7 +112,7 @@ def build(
             _paced(say),
         )
     if json:
-        print_json([facts.to_dict() for facts in built])
+        print_json([engine.to_dict() for engine in built])
     else:
         print(_report(built))
 
@@ -105,10 +121,10 @@ def parse_sms(text: str) -> list[int]:
     """Read a list of GPU architectures.
 
     Args:
-      text: such as "80,86" or "sm80, 8.6".
+      text: List such as "80,86" or "sm80, 8.6".
 
     Raises:
-      EngineError: a part of it is none.
+      EngineError: A part of the list is not an architecture.
     """
     from fwl_export.errors import EngineError
 
@@ -125,15 +141,15 @@ def parse_sms(text: str) -> list[int]:
 
 
 def _paced(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Thin out the messages of every second where each one would become a line."""
+    """Thin out the messages that come every second, where each one would be a line."""
     if sys.stderr.isatty():
         return say
     shown = 0.0
 
     def paced(message: str) -> None:
         nonlocal shown
-        goes_on = ", " in message
-        if not goes_on or time.monotonic() - shown >= _LINE_EVERY:
+        is_repeated = ", " in message
+        if not is_repeated or time.monotonic() - shown >= _LINE_EVERY:
             say(message)
             shown = time.monotonic()
 
@@ -145,23 +161,23 @@ def _report(built: Sequence[EngineMetadata]) -> str:
 
     rows = [
         (
-            facts.name,
-            facts.update_path,
-            size(facts.engine_bytes),
-            str(facts.layers),
-            str(facts.plugin_layers),
-            f"{facts.build_seconds:.1f} s",
+            engine.name,
+            engine.update_path,
+            size(engine.engine_bytes),
+            str(engine.layers),
+            str(engine.plugin_layers),
+            f"{engine.build_seconds:.1f} s",
         )
-        for facts in built
+        for engine in built
     ]
     text = table(("engine", "path built", "size", "layers", "plugins", "build"), rows)
     prefill = built[0].profiles[-1].inputs["input_ids"]["max"]
     text += f"\n\nProfiles: decode, 1 token; prefill, 1 to {prefill[1]}; 1 to {prefill[0]} rows."
-    if any(facts.update_path == "function body" for facts in built):
+    if any(engine.update_path == "function body" for engine in built):
         text += (
             "\nThe fast-weight updates run in standard operators, the op's function body."
-            "\nTheir plugin is built by `make plugins`; --plugin required insists on it."
+            "\n`make plugins` builds their plugin; --plugin required insists on it."
         )
     elif not built[0].plugin_embedded:
-        text += f"\nThese engines run where the plugin library {TENSORRT} is loaded."
+        text += f"\nTo run these engines, the plugin library {TENSORRT} must be loaded."
     return text

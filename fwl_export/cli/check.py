@@ -1,4 +1,4 @@
-"""`fwl-export check`: does the bundle compute what PyTorch does?"""
+"""`fwl-export check`: does the bundle compute what PyTorch computes?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, progress_bar
+from fwl_export.cli.options import (
+    CANDIDATES,
+    CASES,
+    OUTPUT,
+    BundleArgument,
+    JsonOption,
+    TextOption,
+    list_completion,
+)
+from fwl_export.cli.terminal import note, print_json, progress_bar
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,91 +30,147 @@ if TYPE_CHECKING:
     from fwl_export.bundle.manifest import Bundle
     from fwl_export.parity import Report
 
+DEFAULT_TOKENS = 2000
+
+_JUDGING = "Options of the verdict"
+
 
 def check(
     bundle: BundleArgument,
     reference: Annotated[
-        str | None, typer.Option(help="Runtime that counts as right; default: torch:float64.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Runtime that counts as right.",
+            show_default="torch:float64",
+            autocompletion=list_completion(CANDIDATES),
+        ),
     ] = None,
     candidates: Annotated[
         str | None,
         typer.Option(
-            help="Runtimes to check, with commas: onnxruntime, onnxruntime:no-plugin, "
-            "onnx-reference@200, torch:float32, tensorrt ...; default: onnxruntime."
+            metavar="LIST",
+            help="Runtimes to check, separated by commas, with their options after colons: "
+            "onnxruntime:no-plugin, torch:float32, tensorrt:rtx. onnx-reference@200 reads 200 "
+            "tokens only.",
+            show_default="onnxruntime",
+            autocompletion=list_completion(CANDIDATES),
         ),
     ] = None,
     cases: Annotated[
         str | None,
         typer.Option(
-            help="With commas; default: text,mixed,repeat,long,decode. Thousands of steps of one "
-            "token: decode@5000."
+            metavar="LIST",
+            help="Kinds of calls to make, separated by commas. decode@5000 decodes 5000 tokens one "
+            "by one.",
+            show_default=",".join(CASES),
+            autocompletion=list_completion(CASES),
         ),
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Text file to read; default: the held-out play of the package."),
-    ] = None,
+    text: TextOption = None,
     tokens: Annotated[
-        int | None, typer.Option(help="How far to read the text; default: 2000.", min=1)
+        int | None,
+        typer.Option(help="Tokens of the text to read.", show_default=str(DEFAULT_TOKENS), min=1),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the sizes and rows of the calls; default: 0.", min=0)
+        int | None,
+        typer.Option(
+            help="Seed of the random sizes and rows of the calls.", show_default="0", min=0
+        ),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Of each runtime; 1 is repeatable.", min=1)] = 1,
-    strict: Annotated[bool, typer.Option("--strict", help="Halve every budget.")] = False,
+    threads: Annotated[
+        int,
+        typer.Option(help="Threads per runtime. With 1, results are reproducible.", min=1),
+    ] = 1,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Repeat the calls of this report, on the same text."),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Allow only half of every error budget.", rich_help_panel=_JUDGING
+        ),
+    ] = False,
     tolerances: Annotated[
         Path | None,
-        typer.Option(help="JSON file: by prefix of tensors' names, other factors or limits."),
+        typer.Option(
+            help="JSON file with other factors or limits, keyed by the beginning of the tensors' "
+            "names.",
+            rich_help_panel=_JUDGING,
+        ),
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(help="Report of before: an error that grew more than twofold is a failure."),
-    ] = None,
-    replay: Annotated[
-        Path | None, typer.Option(help="Report whose calls are to be made again.")
+        typer.Option(
+            help="Compare errors with an earlier report: one that more than doubled is a failure.",
+            rich_help_panel=_JUDGING,
+        ),
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(help="JSON file to write; default: reports/parity.json in the bundle."),
-    ] = None,
-    junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write, for CI.")] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="Markdown file to write, for pull requests.")
+        typer.Option(
+            help="JSON report to write.",
+            show_default="reports/parity.json in the bundle",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="HTML file to write; default: parity.html beside the report."),
+        typer.Option(
+            help="HTML page to write.",
+            show_default="beside the report, with suffix .html",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option(help="JUnit XML file to write, for CI.", rich_help_panel=OUTPUT),
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(help="Markdown file to write, for pull requests.", rich_help_panel=OUTPUT),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Check runtimes against PyTorch in float64, over text and over what streams go wrong with.
+    """Compare runtimes with PyTorch in float64.
 
-    Every runtime reads with its own state, and again from the reference's state before each
-    call; logits and every tensor of the state are compared. Exit code 0: all within budget; 1:
-    something is outside; 2: something could not run.
+    Every candidate reads a text, and calls that streaming models tend to get wrong, twice: with
+    its own state (free-running), and from the reference's state before each call
+    (teacher-forced). Logits and every state tensor must stay within their error budget.
 
-    Example: fwl-export check demo-bundle --candidates onnxruntime,onnx-reference@200
+    Exit code 0: all are within budget; 1: something is outside; 2: something could not run.
+
+    Example:
+      fwl-export check demo-bundle --candidates onnxruntime,torch:float32
     """
     given = {"reference": reference, "candidates": candidates, "cases": cases, "seed": seed}
-    with _what_cannot_run():
-        wish = _wish(bundle, {**given, "tokens": tokens}, text, replay)
-        wish.options |= {"strict": strict, "threads": threads}
-        wish.options["tolerances"] = _read_tolerances(tolerances)
-        wish.options["baseline"] = _read_baseline(baseline)
+    with _errors_of_a_check():
+        request = _request(bundle, {**given, "tokens": tokens}, text, replay)
+        request.options |= {"strict": strict, "threads": threads}
+        request.options["tolerances"] = _read_tolerances(tolerances)
+        request.options["baseline"] = _read_baseline(baseline)
         files = {"--tolerances": tolerances, "--baseline": baseline}
-        command = _command(bundle, wish, text, files, replay)
-        result, target = _checked(wish, command, report)
-        _write(result, target, junit, markdown)
+        command = _command(bundle, request, text, files, replay)
+        result, target = _run(request, command, report)
         page = html or target.with_suffix(".html")
-        _write_html(result, page)
+        _write(result, {"json": target, "junit": junit, "markdown": markdown, "html": page})
     _print(result, target, page, json)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
 
 @dataclass
-class _Wish:
-    """What is to be checked: the bundle, the ids of the text and its name, and all options."""
+class _Request:
+    """What to check.
+
+    Attributes:
+      bundle: Bundle under check.
+      tokenizer: The bundle's tokenizer.
+      ids: Token ids of the text, [N] int64.
+      text: Name of the text, for the report.
+      options: Further arguments of `check_bundle`.
+    """
 
     bundle: Bundle
     tokenizer: Tokenizer
@@ -114,23 +179,38 @@ class _Wish:
     options: dict[str, Any]
 
 
-def _wish(folder: Path, given: Mapping[str, Any], text: Path | None, replay: Path | None) -> _Wish:
-    import numpy as np
-
+def _request(
+    folder: Path, given: Mapping[str, Any], text: Path | None, replay: Path | None
+) -> _Request:
+    """Return what to check: a text, or what a report says was checked."""
     from fwl_export.bundle.manifest import read_bundle
     from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
-    from fwl_export.errors import ConfigError, ReportError
-    from fwl_export.parity import read_report
     from fwl_export.runtimes.text import bundle_tokenizer
 
     bundle = read_bundle(folder)
     tokenizer = bundle_tokenizer(bundle)
     options = {key: value for key, value in given.items() if value is not None}
-    if replay is None:
-        source = text or HELD_OUT_PLAY
-        ids = read_ids(source, tokenizer)
-        return _Wish(bundle, tokenizer, ids, source.name, {"tokens": 2000, "seed": 0} | options)
+    if replay is not None:
+        return _replayed(bundle, tokenizer, options, text, replay)
+    source = text or HELD_OUT_PLAY
+    ids = read_ids(source, tokenizer)
+    options = {"tokens": DEFAULT_TOKENS, "seed": 0} | options
+    return _Request(bundle, tokenizer, ids, source.name, options)
+
+
+def _replayed(
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    options: Mapping[str, Any],
+    text: Path | None,
+    replay: Path,
+) -> _Request:
+    import numpy as np
+
+    from fwl_export.errors import ConfigError, ReportError
+    from fwl_export.parity import read_report
+
     if text is not None or options.keys() & {"cases", "tokens", "seed"}:
         raise ConfigError(
             "--replay takes text, cases, tokens and seed from its report; leave out "
@@ -142,58 +222,57 @@ def _wish(folder: Path, given: Mapping[str, Any], text: Path | None, replay: Pat
             f"report '{replay}' is of the model {data['bundle']['model_id'][:12]}…, but the "
             f"bundle's is {bundle.manifest.model_id[:12]}…; give the bundle it was made of"
         )
-    settings = data["settings"]
     keys = ("reference", "candidates", "cases", "tokens", "seed")
-    replayed = {key: settings[key] for key in keys}
+    settings = {key: data["settings"][key] for key in keys}
     ids = np.array(data["text"]["ids"], np.int64)
-    return _Wish(bundle, tokenizer, ids, data["text"]["name"], replayed | options)
+    return _Request(bundle, tokenizer, ids, data["text"]["name"], {**settings, **options})
 
 
-def _checked(wish: _Wish, command: str, report: Path | None) -> tuple[Report, Path]:
-    """Return the report, and where it is to be written."""
+def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, Path]:
+    """Check; returns the report and the path to write it to."""
     from fwl_export.bundle.manifest import REPORTS_FOLDER, inside
     from fwl_export.parity import check_bundle
     from fwl_export.parity.cases import choose_cases
     from fwl_export.parity.check import DEFAULT_CASES
 
+    manifest = request.bundle.manifest
     chosen = choose_cases(
-        wish.options.get("cases", DEFAULT_CASES),
-        wish.options["tokens"],
-        wish.bundle.manifest.max_tokens,
-        wish.bundle.manifest.config.backbone.max_positions,
+        request.options.get("cases", DEFAULT_CASES),
+        request.options["tokens"],
+        manifest.max_tokens,
+        manifest.config.backbone.max_positions,
     )
-    target = report or inside(wish.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
+    # Before the work, not after it: the path must lie inside the bundle.
+    target = report or inside(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
     with progress_bar("check", sum(case.tokens for case in chosen)) as advance:
         result = check_bundle(
-            wish.bundle,
-            wish.ids,
-            **(wish.options | {"cases": chosen}),
-            text=wish.text,
-            decode=lambda token: wish.tokenizer.decode([token]),
+            request.bundle,
+            request.ids,
+            **(request.options | {"cases": chosen}),
+            text=request.text,
+            decode=lambda token: request.tokenizer.decode([token]),
             command=command,
             advance=advance,
         )
     return result, target
 
 
-def _write(result: Report, target: Path, junit: Path | None, markdown: Path | None) -> None:
+def _write(result: Report, paths: Mapping[str, Path | None]) -> None:
+    """Write the report in each format that has a path."""
     from fwl_export.files import replaced_file
     from fwl_export.parity import to_markdown, write_junit
-
-    result.write(target)
-    if junit:
-        write_junit(result, junit)
-    if markdown:
-        with replaced_file(markdown) as path:
-            path.write_text(to_markdown(result), encoding="utf-8")
-
-
-def _write_html(result: Report, path: Path) -> None:
-    from fwl_export.files import replaced_file
     from fwl_export.parity.report.html import to_html
 
-    with replaced_file(path) as beside:
-        beside.write_text(to_html(result.to_dict()), encoding="utf-8")
+    if target := paths["json"]:
+        result.write(target)
+    if target := paths["junit"]:
+        write_junit(result, target)
+    if target := paths["markdown"]:
+        with replaced_file(target) as beside:
+            beside.write_text(to_markdown(result), encoding="utf-8")
+    if target := paths["html"]:
+        with replaced_file(target) as beside:
+            beside.write_text(to_html(result.to_dict()), encoding="utf-8")
 
 
 def _print(result: Report, target: Path, page: Path, json: bool) -> None:
@@ -208,10 +287,9 @@ def _print(result: Report, target: Path, page: Path, json: bool) -> None:
     for problem in result.problems():
         print(f"error: {problem}", file=sys.stderr)
     if result.exit_code == 1:
-        print(
-            "Export the bundle again and repeat the check; if it fails again, the exporter or the "
-            f"runtime is at fault: the numbers to report are in {target}",
-            file=sys.stderr,
+        note(
+            "Export the bundle again and repeat the check. If it fails again, the exporter or the "
+            f"runtime is at fault; please report it with the numbers in {target}"
         )
 
 
@@ -224,7 +302,8 @@ def _read_tolerances(path: Path | None) -> Any:
         return json_module.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(
-            f"'{path}' is not JSON ({error}); expected tolerances by prefix"
+            f"--tolerances '{path}' is not JSON ({error}); expected an object whose keys are the "
+            "beginnings of tensors' names"
         ) from None
 
 
@@ -236,7 +315,7 @@ def _read_baseline(path: Path | None) -> Any:
 
 def _command(
     bundle: Path,
-    wish: _Wish,
+    request: _Request,
     text: Path | None,
     files: Mapping[str, Path | None],
     replay: Path | None,
@@ -244,23 +323,19 @@ def _command(
     """Return what to type to repeat the check."""
     words = ["fwl-export", "check", str(bundle)]
     for key in ("reference", "candidates", "cases", "tokens", "seed", "threads"):
-        value = wish.options.get(key)
-        replayed = replay is not None and key in ("cases", "tokens", "seed")
-        if value is not None and not replayed:
-            words += [f"--{key}", value if isinstance(value, str) else _joined(value)]
+        value = request.options.get(key)
+        is_in_report = replay is not None and key in ("cases", "tokens", "seed")
+        if value is not None and not is_in_report:
+            words += [f"--{key}", ",".join(value) if isinstance(value, list) else str(value)]
     options = {"--text": text, "--replay": replay, **files}
     for name, path in options.items():
         words += [name, str(path)] if path is not None else []
-    return shlex.join([*words, *(["--strict"] if wish.options["strict"] else [])])
-
-
-def _joined(value: Any) -> str:
-    return ",".join(value) if isinstance(value, list) else str(value)
+    return shlex.join([*words, *(["--strict"] if request.options["strict"] else [])])
 
 
 @contextmanager
-def _what_cannot_run() -> Iterator[None]:
-    """Make errors of a user or a machine end with the exit code of a check that could not run."""
+def _errors_of_a_check() -> Iterator[None]:
+    """Turn every error that a user or a machine caused into "the check could not run", exit 2."""
     from fwl_export.errors import CheckError, FwlError
 
     try:

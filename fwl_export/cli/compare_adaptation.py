@@ -1,4 +1,4 @@
-"""`fwl-export compare-adaptation`: what adapting is worth and costs, beside dynamic evaluation."""
+"""`fwl-export compare-adaptation`: what adapting gains and costs, beside dynamic evaluation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwl_export.cli.terminal import JsonOption, print_json, progress_bar, table
+from fwl_export.cli.options import (
+    OUTPUT,
+    ForceOption,
+    JsonOption,
+    complete_checkpoint,
+    completion,
+)
+from fwl_export.cli.terminal import print_json, progress_bar, table
 
 if TYPE_CHECKING:
     from fwl_export.adaptation.compare import Comparison, ComparisonPlan
 
 
+_TUNING = "Tuning of dynamic evaluation"
+
+_WIDTH = 80
+
+
 def compare_adaptation(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(help="Folder of the checkpoint, or demo.", show_default=False),
+        typer.Argument(
+            help="Checkpoint folder, or 'demo'.",
+            show_default=False,
+            autocompletion=complete_checkpoint,
+        ),
     ] = None,
     texts: Annotated[
         list[Path] | None,
@@ -25,36 +41,62 @@ def compare_adaptation(
     ] = None,
     plain: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint of the same network trained without adaptation."),
+        typer.Option(help="Checkpoint of the same network, trained without adaptation."),
     ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Largest number of tokens to read; 0 means all.", min=0)
+    ] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch.", min=1)] = 1,
     validation: Annotated[
         Path | None,
-        typer.Option(help="Text to tune dynamic evaluation on; default: the texts' beginning."),
+        typer.Option(
+            help="Text file to tune on.",
+            show_default="the beginning of TEXTS",
+            rich_help_panel=_TUNING,
+        ),
+    ] = None,
+    tuning_tokens: Annotated[
+        int,
+        typer.Option(help="Largest number of tokens to tune on.", min=1, rich_help_panel=_TUNING),
+    ] = 6000,
+    segments: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Segment lengths to try, in tokens, separated by commas.",
+            rich_help_panel=_TUNING,
+        ),
+    ] = "128,32,16",
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Only count the FLOPs of a model of this shape: gpt2-small, or the path of a "
+            "config.json. Takes no CHECKPOINT.",
+            autocompletion=completion("gpt2-small"),
+        ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder for results.json, results.md and plots."),
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder to write: results.json, results.md and plots.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Read at most this many; 0 = all.", min=0)] = 0,
-    tuning_tokens: Annotated[int, typer.Option(help="Tune on at most this many.", min=1)] = 6000,
-    segments: Annotated[
-        str, typer.Option(help="Segments tried for dynamic evaluation.")
-    ] = "128,32,16",
-    threads: Annotated[int, typer.Option(help="Of PyTorch.", min=1)] = 1,
-    shape: Annotated[
-        str | None,
-        typer.Option(help="Only count FLOPs of this shape: gpt2-small, or a config.json."),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at OUTPUT.")] = False,
+    force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Compare standard inference, dynamic evaluation, and fast weights off and on.
+    """Compare adaptation with dynamic evaluation.
 
-    Perplexity and cost (seconds, counted FLOPs by part, peak memory), relative to standard
-    inference of the same backbone, on the same blocks of text in turns, in PyTorch. Dynamic
-    evaluation is that of Krause et al. (2018), with the SGD and the RMS rule, tuned.
+    Reads the same blocks of text in turns, in PyTorch: without adaptation, with dynamic
+    evaluation (Krause et al., 2018, with the SGD and the RMS rule, tuned), and with fast weights
+    off and on. Prints perplexity, seconds, counted FLOPs by part, and peak memory, relative to
+    standard inference of the same backbone.
 
-    Example: fwl-export compare-adaptation demo play.txt --validation other.txt -o comparison
+    Example:
+      fwl-export compare-adaptation demo play.txt --validation other.txt -o out
     """
     if shape is not None:
         _count(shape, json)
@@ -67,10 +109,7 @@ def compare_adaptation(
         from fwl_export.files import check_output
 
         check_output(output, "a comparison", _is_comparison, force)
-    numbers = [part.strip() for part in segments.split(",")]
-    if not all(part.isdecimal() for part in numbers):
-        raise typer.BadParameter(f"--segments is '{segments}'; expected numbers such as 128,32,16")
-    plan = ComparisonPlan(tuple(map(int, numbers)), tuning_tokens, max_tokens)
+    plan = ComparisonPlan(_read_segments(segments), tuning_tokens, max_tokens)
     found = _compare(checkpoint, plain, texts, validation, plan, threads, output)
     if json:
         print_json(found.to_dict())
@@ -78,6 +117,13 @@ def compare_adaptation(
     _print(found)
     if output is not None:
         print(f"wrote {output}: results.json, results.md, adaptation.png, adaptation.svg")
+
+
+def _read_segments(text: str) -> tuple[int, ...]:
+    numbers = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in numbers):
+        raise typer.BadParameter(f"--segments is '{text}'; expected numbers such as 128,32,16")
+    return tuple(map(int, numbers))
 
 
 def _is_comparison(folder: Path) -> bool:
@@ -138,10 +184,10 @@ def _print(found: Comparison) -> None:
     main, parts, *classes = tables(found)
     print(table(*main))
     for note in notes(found):
-        print("\n" + textwrap.fill(note, 90))
+        print("\n" + textwrap.fill(note, _WIDTH))
     for part in (parts, *classes):
         print("\n" + table(*part))
-    print("\n" + textwrap.fill(CLASS_NOTES, 90))
+    print("\n" + textwrap.fill(CLASS_NOTES, _WIDTH))
 
 
 def _count(shape: str, json: bool) -> None:

@@ -1,4 +1,4 @@
-"""`fwl-export doctor`: what is installed here, and what each missing piece costs."""
+"""`fwl-export doctor`: what is installed, and what cannot be done without what is missing."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from dataclasses import asdict, dataclass
 
 import typer
 
-from fwl_export.cli.terminal import JsonOption, print_json
+from fwl_export.cli.options import JsonOption
+from fwl_export.cli.terminal import print_json
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Something that fwl-export uses.
+    """A package, driver or library that fwl-export uses.
 
     Attributes:
-      name: of the piece.
-      found: whether it is here.
-      version: of it, or "".
-      note: what it brings, or what its absence costs and how to get it.
-      needed: whether running a model needs it.
+      name: Name as users know it.
+      found: Whether it is installed and loads.
+      version: Its version, or "" if it has none or is missing.
+      note: What it provides; if it is missing, what cannot be done and how to install it.
+      needed: Whether running a model needs it.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Piece:
     needed: bool = False
 
 
-# What exporting needs beside what running needs, and what cannot be done without it.
+# What exporting needs in addition to _RUN, and what cannot be done without it.
 _EXPORT = {
     "torch": "no export, no check",
     "onnx": "no export",
@@ -43,7 +44,7 @@ _RUN = {
     "tokenizers": "no text, only token ids",
 }
 
-_FLAVOUR_COSTS = {
+_VARIANT_COSTS = {
     "rtx": "no engines from a machine without a GPU",
     "tensorrt": "no engines for data-centre GPUs such as SM90",
 }
@@ -52,11 +53,14 @@ _WIDTH = 80
 
 
 def doctor(json: JsonOption = False) -> None:
-    """Show what is installed, and what each missing piece costs.
+    """Show what is installed and what is missing.
 
-    Exit code 0 if everything that running a model needs is here, else 1.
+    Says of each missing package what cannot be done without it, and how to install it.
 
-    Example: fwl-export doctor
+    Exit code 0: everything that running a model needs is installed; 1: something is missing.
+
+    Example:
+      fwl-export doctor
     """
     pieces = examine()
     can_run = all(piece.found for piece in pieces if piece.needed)
@@ -71,7 +75,7 @@ def doctor(json: JsonOption = False) -> None:
 
 
 def examine() -> list[Piece]:
-    """Return what is here and what is not, without importing anything large."""
+    """Return what is installed and what is not, without importing anything large."""
     from fwl_export.plugins import ONNXRUNTIME, TENSORRT
 
     packages = [_package(name, cost, "[export]", False) for name, cost in _EXPORT.items()]
@@ -80,7 +84,7 @@ def examine() -> list[Piece]:
         _plugin(ONNXRUNTIME, "ONNX Runtime"),
         _plugin(TENSORRT, "TensorRT"),
     ]
-    variants = [_variant(name, cost) for name, cost in _FLAVOUR_COSTS.items()]
+    variants = [_variant(name, cost) for name, cost in _VARIANT_COSTS.items()]
     return [*packages, _onnxruntime(), *variants, _driver(), *plugins]
 
 
@@ -149,8 +153,8 @@ def _plugin(library: str, runtime: str) -> Piece:
 
 
 def _version(name: str) -> str:
-    """Return the version of an installed package whose module can be found, or ""."""
-    # Here: it takes a tenth of the time that --help may take.
+    """Return the version of a package, "" if its module is not found, or "unknown"."""
+    # Imported here because it takes a tenth of the time that --help may take.
     from importlib.metadata import PackageNotFoundError, version
 
     if importlib.util.find_spec(name) is None:

@@ -1,81 +1,113 @@
-"""`fwl-export export`: checkpoint to bundle."""
+"""`fwl-export export`: from a checkpoint to a bundle."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwl_export.cli.terminal import size, spinner
+from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
+from fwl_export.cli.options import ForceOption, JsonOption, complete_checkpoint, completion
+from fwl_export.cli.terminal import print_json, size, spinner
+
+if TYPE_CHECKING:
+    from fwl_export.bundle import Bundle
+
+_BACKBONE = "Options for a backbone of Hugging Face, in place of CHECKPOINT"
 
 
 def export(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Bundle folder to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Bundle folder to write.", show_default=False)
+    ],
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            help="Checkpoint folder, or 'demo' for the one that ships.", show_default=False
+            help="Checkpoint folder, or 'demo' for the model that ships.",
+            show_default=False,
+            autocompletion=complete_checkpoint,
         ),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Type that the model computes in: fp32 or fp16.",
+            autocompletion=completion("fp32", "fp16"),
+        ),
+    ] = "fp32",
+    precision_policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="Policy file of `fwl-export precision`: quantize only the parts that it lists.",
+        ),
+    ] = None,
+    opset: Annotated[int, typer.Option(help="Opset of the ONNX file.")] = DEFAULT_OPSET,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Largest number of tokens per call; longer reads are split. At most the model's "
+            "anchor interval.",
+        ),
+    ] = DEFAULT_MAX_TOKENS,
+    no_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--no-checkpoint",
+            help="Leave out the PyTorch weights. The bundle is smaller, but cannot be checked.",
+        ),
+    ] = False,
     backbone: Annotated[
         Path | None,
         typer.Option(
-            help="In place of CHECKPOINT: folder of a Hugging Face language model, with --fwl.",
-            show_default=False,
+            help="Folder of a Hugging Face language model; needs --fwl.",
+            rich_help_panel=_BACKBONE,
         ),
     ] = None,
     fwl: Annotated[
         Path | None,
-        typer.Option(help="Folder of the Fast Weight Layer for --backbone.", show_default=False),
+        typer.Option(
+            help="Folder of the Fast Weight Layer to put on the backbone.",
+            rich_help_panel=_BACKBONE,
+        ),
     ] = None,
     context: Annotated[
         int | None,
         typer.Option(
-            help="With --backbone: tokens that full attention sees. Default: what the model was "
-            "made for, at most 2048 where positions are relative.",
-            show_default=False,
+            help="Number of tokens that full attention sees.",
+            show_default="what the backbone was made for; at most 2048 if positions are relative",
+            rich_help_panel=_BACKBONE,
         ),
     ] = None,
     slide: Annotated[
         bool,
         typer.Option(
-            "--slide", help="With --backbone: let the context slide on instead of ending there."
+            "--slide",
+            help="Read on past the context, which slides along, instead of ending there.",
+            rich_help_panel=_BACKBONE,
         ),
     ] = False,
-    precision: Annotated[str, typer.Option(help="Type of the activations: fp32 or fp16.")] = "fp32",
-    opset: Annotated[int, typer.Option(help="Opset of the ONNX file.")] = 20,
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            help="Largest number of tokens per call, and no more than the model's anchor "
-            "interval; longer reads are split."
-        ),
-    ] = 256,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at OUTPUT.")] = False,
-    precision_policy: Annotated[
-        Path | None,
-        typer.Option(help="Lower some parts only, as `fwl-export precision` chose them."),
-    ] = None,
-    no_checkpoint: Annotated[
-        bool,
-        typer.Option(
-            "--no-checkpoint",
-            help="Leave the PyTorch weights out: a smaller bundle, without `check`.",
-        ),
-    ] = False,
+    force: ForceOption = False,
+    json: JsonOption = False,
 ) -> None:
-    """Export a checkpoint to a bundle: ONNX file, tokenizer, manifest.
+    """Export a checkpoint to a bundle.
 
-    Example: fwl-export export demo -o demo-bundle
+    The bundle is a folder with the ONNX file, its tokenizer and a manifest: all that an
+    application needs.
 
-    Example: fwl-export export --backbone gpt2 --fwl layer -o gpt2-bundle
+    Examples:
+      fwl-export export demo -o demo-bundle
+      fwl-export export --backbone gpt2 --fwl layer -o gpt2-bundle
     """
+    source = _Source(checkpoint, backbone, fwl, context, slide)
+    source.check()
     with spinner("export") as say, contextlib.ExitStack() as stack:
-        folder = _checkpoint(checkpoint, backbone, fwl, context, slide, output, force, stack, say)
+        folder = source.folder(output, force, stack, say)
         from fwl_export.export import export_bundle
         from fwl_export.precision.policy import read_policy
 
@@ -90,44 +122,69 @@ def export(
             progress=say,
             policy=read_policy(precision_policy) if precision_policy else None,
         )
-    manifest = bundle.manifest
-    total = sum(entry["bytes"] for entry in manifest.files.values())
-    state = sum(spec.bytes_per_row for spec in manifest.state)
-    print(
+    if json:
+        print_json({"bundle": str(output), **_sizes(bundle), "manifest": bundle.manifest.to_dict()})
+    else:
+        print(_report(bundle, output))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What to export: a checkpoint, or a backbone and a Fast Weight Layer for it."""
+
+    checkpoint: str | None
+    backbone: Path | None
+    fwl: Path | None
+    context: int | None
+    slide: bool
+
+    def check(self) -> None:
+        """Refuse options that do not go together."""
+        if self.backbone is None:
+            if self.checkpoint is None:
+                raise typer.BadParameter("give a CHECKPOINT, or --backbone and --fwl")
+            if self.fwl is not None or self.context is not None or self.slide:
+                raise typer.BadParameter("--fwl, --context and --slide go with --backbone")
+        elif self.checkpoint is not None or self.fwl is None:
+            raise typer.BadParameter("--backbone takes --fwl, and no CHECKPOINT")
+
+    def folder(
+        self,
+        output: Path,
+        force: bool,
+        stack: contextlib.ExitStack,
+        say: Callable[[str], None],
+    ) -> Path:
+        """Return the checkpoint's folder; one joined from two parts lasts as long as `stack`."""
+        from fwl_export.demo import checkpoint_folder
+
+        if self.checkpoint is not None:
+            return checkpoint_folder(self.checkpoint)
+        from fwl_export.export.write_bundle import check_bundle_output
+        from fwl_export.model.pretrained import join_checkpoint
+
+        assert self.backbone is not None
+        assert self.fwl is not None
+        check_bundle_output(output, force)
+        say("reading the backbone")
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"
+        join_checkpoint(self.backbone, self.fwl, folder, self.context, self.slide)
+        return folder
+
+
+def _sizes(bundle: Bundle) -> dict[str, Any]:
+    return {
+        "bytes": sum(entry["bytes"] for entry in bundle.manifest.files.values()),
+        "state_bytes_per_session": sum(spec.bytes_per_row for spec in bundle.manifest.state),
+    }
+
+
+def _report(bundle: Bundle, output: Path) -> str:
+    manifest, sizes = bundle.manifest, _sizes(bundle)
+    text = (
         f"wrote {output}: {manifest.precision}, opset {manifest.opset}, {manifest.op['nodes']} "
-        f"fast-weight updates,\n{size(total)}; state {size(state)} per session"
+        f"fast-weight updates,\n{size(sizes['bytes'])}; state "
+        f"{size(sizes['state_bytes_per_session'])} per session"
     )
-    if limit := manifest.config.backbone.max_positions:
-        print(f"a session ends after {limit} tokens")
-
-
-def _checkpoint(
-    checkpoint: str | None,
-    backbone: Path | None,
-    fwl: Path | None,
-    context: int | None,
-    slide: bool,
-    output: Path,
-    force: bool,
-    stack: contextlib.ExitStack,
-    say: Callable[[str], None],
-) -> Path:
-    """Return the checkpoint's folder; one made of backbone and layer lasts as long as `stack`."""
-    from fwl_export.demo import checkpoint_folder
-
-    if backbone is None:
-        if checkpoint is None:
-            raise typer.BadParameter("give a CHECKPOINT, or --backbone and --fwl")
-        if fwl is not None or context is not None or slide:
-            raise typer.BadParameter("--fwl, --context and --slide go with --backbone")
-        return checkpoint_folder(checkpoint)
-    if checkpoint is not None or fwl is None:
-        raise typer.BadParameter("--backbone takes --fwl, and no CHECKPOINT")
-    from fwl_export.export.write_bundle import check_bundle_output
-    from fwl_export.model.pretrained import join_checkpoint
-
-    check_bundle_output(output, force)
-    say("reading the backbone")
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"
-    join_checkpoint(backbone, fwl, folder, context, slide)
-    return folder
+    limit = manifest.config.backbone.max_positions
+    return f"{text}\na session ends after {limit} tokens" if limit else text

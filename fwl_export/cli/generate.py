@@ -3,44 +3,83 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fwl_export.cli.read import StateOption, read_tokens
-from fwl_export.cli.terminal import (
+from fwl_export.cli.options import (
     BundleArgument,
+    JsonOption,
     LearningRateScaleOption,
     NoPluginOption,
     RuntimeOption,
+    StateOption,
 )
+from fwl_export.cli.read import read_tokens
+from fwl_export.cli.terminal import print_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_SAMPLING = "Sampling options"
 
 
 def generate(
     bundle: BundleArgument,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     read: Annotated[
         Path | None, typer.Option(help="Text file to read, and learn from, before the prompt.")
     ] = None,
     state: StateOption = None,
-    max_new: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 = always the likeliest.", min=0)] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Only the likeliest; 0 = all.", min=0)] = 0,
+    max_new: Annotated[int, typer.Option(help="Number of tokens to generate.", min=1)] = 100,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="Sampling temperature; 0 always takes the most likely token.",
+            min=0,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0.8,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            help="Sample from the k most likely tokens; 0 means all.",
+            min=0,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0,
     top_p: Annotated[
-        float, typer.Option(help="Only the likeliest with this probability together.")
+        float,
+        typer.Option(
+            help="Sample from the fewest tokens whose probabilities add up to p; 1 means all.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the random choice.", min=0)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed of the random choice; the same seed gives the same text.",
+            min=0,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0,
     no_learn: Annotated[
-        bool, typer.Option("--no-learn", help="Do not learn from prompt and own output.")
+        bool,
+        typer.Option(
+            "--no-learn", help="Do not learn from the prompt and from the generated text."
+        ),
     ] = False,
     learning_rate_scale: LearningRateScaleOption = 1.0,
     runtime: RuntimeOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Continue a prompt, token by token.
 
-    Example: fwl-export generate demo-bundle --prompt "LEONTES." --seed 1
+    Example:
+      fwl-export generate demo-bundle --prompt "LEONTES." --seed 1
     """
     from fwl_export.bundle.manifest import read_bundle
     from fwl_export.bundle.tokenizer import read_ids
@@ -57,14 +96,25 @@ def generate(
         read_tokens(session, read_ids(read, tokenizer))
     ids = prompt_ids(prompt, tokenizer)
     sampler = Sampler(temperature, top_k, top_p, seed)
+    tokens = session.generate(ids, max_new, sampler, learn=not no_learn)
+    if json:
+        generated = [int(token) for token in tokens]
+        print_json({"prompt": prompt, "text": tokenizer.decode(generated), "tokens": generated})
+        return
+    sys.stdout.write(prompt)
+    for text in _texts(tokens, tokenizer):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    print()
+
+
+def _texts(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield what each token adds to the text, once its characters are complete."""
     written: list[int] = []
     shown = ""
-    sys.stdout.write(prompt)
-    for token in session.generate(ids, max_new, sampler, learn=not no_learn):
+    for token in tokens:
         written.append(token)
         text = tokenizer.decode(written)
-        if not text.endswith("\ufffd"):  # in the middle of a character
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
+        if not text.endswith("\ufffd"):  # the token ends inside a character
+            yield text[len(shown) :]
             shown = text
-    print()

@@ -4,90 +4,126 @@ from __future__ import annotations
 
 import json as json_module
 import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fwl_export.cli.terminal import BundleArgument, JsonOption, print_json, size, table
+from fwl_export.cli.options import BundleArgument, JsonOption
+from fwl_export.cli.terminal import print_json, size, table
 
 if TYPE_CHECKING:
-    from fwl_export.bundle.config import AnyBackboneConfig
+    from fwl_export.bundle.config import AnyBackboneConfig, FastWeightsConfig
+    from fwl_export.bundle.manifest import Bundle, Manifest
+
+_WIDTH = 80
 
 
 def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
-    """Print what is in a bundle, after checking every file.
+    """Show what is in a bundle, after checking every file.
 
-    That is its config, the state with its size per session, operators, files with
-    their hashes, and engines.
+    Prints the model's configuration, the state and its size per session, the operators of the
+    ONNX file, all files with their hashes, and the engines.
 
-    Example: fwl-export inspect demo-bundle
+    Example:
+      fwl-export inspect demo-bundle
     """
-    from fwl_export.bundle.manifest import ENGINES_FOLDER, MODEL_FILE, read_bundle
+    from fwl_export.bundle.manifest import MODEL_FILE, read_bundle
     from fwl_export.bundle.onnx_file import count_ops
 
     opened = read_bundle(bundle)
     opened.verify()
-    manifest = opened.manifest
-    ops = count_ops(opened.file(MODEL_FILE))
-    engines = [
+    operators = count_ops(opened.file(MODEL_FILE))
+    engines = _read_engines(opened)
+    if json:
+        print_json({**opened.manifest.to_dict(), "ops": operators, "engines": engines})
+    else:
+        print("\n\n".join(_sections(bundle, opened.manifest, operators, engines)))
+
+
+def _read_engines(opened: Bundle) -> list[dict[str, Any]]:
+    from fwl_export.bundle.manifest import ENGINES_FOLDER
+
+    return [
         json_module.loads(opened.file(name).read_text(encoding="utf-8"))
-        for name in manifest.files
+        for name in opened.manifest.files
         if name.startswith(ENGINES_FOLDER + "/") and name.endswith(".json")
     ]
-    if json:
-        print_json({**manifest.to_dict(), "ops": ops, "engines": engines})
-        return
-    config = manifest.config
-    print(
-        f"bundle    {bundle}\n"
-        f"model     {manifest.model_id[:12]}, {manifest.precision}, opset {manifest.opset}, up to "
-        f"{manifest.max_tokens} tokens per call"
-    )
-    f = config.fast_weights
-    print(f"backbone  {_backbone(config.backbone)}, vocabulary {config.vocab_size}")
-    print(
-        f"FWL       {f.input_size} -> {f.hidden_size} -> {f.output_size}, dense biases "
-        f"{'learn' if f.update_dense_bias else 'fixed'},\n"
-        f"          steps {f.step_sizes}, decay {f.decay}, N = {f.loss_normalizer:g}, "
-        f"{f'anchor every {f.anchor_interval} tokens' if f.anchor_interval else 'no anchor'}"
-    )
-    print("\nState of one session\n")
-    rows = [
-        (s.name, s.dtype, "x".join(map(str, s.shape)) or "1", size(s.bytes_per_row))
-        for s in manifest.state
-    ]
-    total = sum(s.bytes_per_row for s in manifest.state)
-    print(table(("tensor", "type", "shape", "size"), [*rows, ("total", "", "", size(total))]))
-    text = "Operators: " + ", ".join(f"{name}\u00a0{count}" for name, count in ops.items())
-    print("\n" + textwrap.fill(text, 80).replace("\u00a0", " "))
-    print("\nFiles (all hashes match)\n")
+
+
+def _sections(
+    folder: Path,
+    manifest: Manifest,
+    operators: Mapping[str, int],
+    engines: Sequence[Mapping[str, Any]],
+) -> Iterator[str]:
+    """Yield the paragraphs of the report."""
+    yield "\n".join(_model_lines(folder, manifest))
+    yield "State of one session"
+    yield _state_table(manifest)
+    text = "Operators: " + ", ".join(f"{name}\u00a0{count}" for name, count in operators.items())
+    yield textwrap.fill(text, _WIDTH).replace("\u00a0", " ")
+    yield "Files (all hashes match)"
     files = [(name, size(e["bytes"]), e["sha256"][:12]) for name, e in manifest.files.items()]
-    print(table(("file", "size", "sha256"), files))
+    yield table(("file", "size", "sha256"), files)
     if engines:
-        print("\nEngines\n")
-        print(
-            table(
-                ("engine", "path built", "layers", "plugins", "build"),
-                [
-                    (
-                        e["name"],
-                        e["update_path"],
-                        str(e["layers"]),
-                        str(e["plugin_layers"]),
-                        f"{e['build_seconds']:.1f} s",
-                    )
-                    for e in engines
-                ],
-            )
-        )
+        yield "Engines"
+        yield _engine_table(engines)
+
+
+def _model_lines(folder: Path, manifest: Manifest) -> list[str]:
+    config = manifest.config
+    return [
+        f"bundle    {folder}",
+        f"model     {manifest.model_id[:12]}, {manifest.precision}, opset {manifest.opset}, up to "
+        f"{manifest.max_tokens} tokens per call",
+        f"backbone  {_backbone(config.backbone)}, vocabulary {config.vocab_size}",
+        *_fast_weights(config.fast_weights),
+    ]
 
 
 def _backbone(backbone: AnyBackboneConfig) -> str:
     from fwl_export.bundle.config import HuggingFaceConfig
 
     if isinstance(backbone, HuggingFaceConfig):
-        end = f"ends at {backbone.max_positions}" if backbone.max_positions else "reads without end"
-        kind, parts = backbone.model["model_type"], f"window {backbone.window} ({end})"
-        return f"{kind} (Hugging Face), width {backbone.width}, {parts}"
+        end = f"ends at {backbone.max_positions}" if backbone.max_positions else "no end"
+        kind = backbone.model["model_type"]
+        return f"{kind} (Hugging Face), width {backbone.width}, window {backbone.window} ({end})"
     return (
         f"{backbone.type}, width {backbone.width}, {backbone.layers} layers, {backbone.heads} "
         f"heads, window {backbone.window}"
     )
+
+
+def _fast_weights(config: FastWeightsConfig) -> list[str]:
+    biases = "learn" if config.update_dense_bias else "fixed"
+    anchors = f"anchor every {config.anchor_interval} tokens"
+    return [
+        f"FWL       {config.input_size} -> {config.hidden_size} -> {config.output_size}, dense "
+        f"biases {biases},",
+        f"          step sizes {config.step_sizes}, decay {config.decay}, loss normalizer "
+        f"{config.loss_normalizer:g},",
+        f"          {anchors if config.anchor_interval else 'no anchors'}",
+    ]
+
+
+def _state_table(manifest: Manifest) -> str:
+    rows = [
+        (spec.name, spec.dtype, "x".join(map(str, spec.shape)) or "1", size(spec.bytes_per_row))
+        for spec in manifest.state
+    ]
+    total = sum(spec.bytes_per_row for spec in manifest.state)
+    return table(("tensor", "type", "shape", "size"), [*rows, ("total", "", "", size(total))])
+
+
+def _engine_table(engines: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            engine["name"],
+            engine["update_path"],
+            str(engine["layers"]),
+            str(engine["plugin_layers"]),
+            f"{engine['build_seconds']:.1f} s",
+        )
+        for engine in engines
+    ]
+    return table(("engine", "path built", "layers", "plugins", "build"), rows)

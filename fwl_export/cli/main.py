@@ -1,15 +1,16 @@
-"""Entry point of `fwl-export`: verbs, and how errors end.
+"""Entry point of `fwl-export`: its verbs, and what happens to errors.
 
-Exit codes: 0 done; 1 the user's input cannot be used, or a check failed; 2 the command line
-itself is wrong, or a check could not run; 130 interrupted; 143 terminated. A bug shows its
-traceback.
+`commands.EXIT_CODES` lists the exit codes. A user's mistake ends with one sentence on standard
+error; a bug shows its traceback.
 """
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
-from collections.abc import Callable
+import time
+from typing import Annotated
 
 import typer
 
@@ -17,6 +18,7 @@ from fwl_export.cli.bench import bench
 from fwl_export.cli.bisect import bisect
 from fwl_export.cli.build import build
 from fwl_export.cli.check import check
+from fwl_export.cli.commands import Verb, add_verb, new_application, start_logging
 from fwl_export.cli.compare_adaptation import compare_adaptation
 from fwl_export.cli.demo import demo
 from fwl_export.cli.doctor import doctor
@@ -24,26 +26,24 @@ from fwl_export.cli.export import export
 from fwl_export.cli.generate import generate
 from fwl_export.cli.import_block import import_block_group
 from fwl_export.cli.inspect import inspect
+from fwl_export.cli.logs import logging_for_one_command
+from fwl_export.cli.options import GENERAL, LogFileOption, QuietOption, VerboseOption
 from fwl_export.cli.precision import precision
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
 from fwl_export.cli.train import train
 from fwl_export.errors import FwlError
 
-VERBS: tuple[Callable[..., None], ...] = (
-    export,
-    build,
-    check,
-    bisect,
-    precision,
-    score,
-    compare_adaptation,
-    read,
-    generate,
-    inspect,
-    train,
-    doctor,
-    demo,
+# Headings of `fwl-export --help`, and what stands below each.
+SECTIONS: dict[str, tuple[Verb | typer.Typer, ...]] = {
+    "Start here": (demo, doctor),
+    "Make a bundle": (train, import_block_group, export, build),
+    "Check it": (check, bisect, precision),
+    "Use it": (score, read, generate, inspect),
+    "Measure it": (bench, compare_adaptation),
+}
+VERBS: tuple[Verb, ...] = tuple(
+    verb for verbs in SECTIONS.values() for verb in verbs if not isinstance(verb, typer.Typer)
 )
 
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript")
@@ -51,53 +51,91 @@ _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript")
 
 def app() -> typer.Typer:
     """Return the command-line application."""
-    application = typer.Typer(
+    application = new_application(
         name="fwl-export",
-        help="Take Fast Weight Layer models, which learn while they read, to production: "
-        "ONNX, TensorRT engines, sessions, and proof that they compute what PyTorch does.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Take Fast Weight Layer language models, which learn while they read, from PyTorch "
+        "to ONNX and TensorRT, run them, and prove that they compute what PyTorch computes.\n\n"
+        "`fwl-export VERB --help` describes a verb.",
     )
-    application.callback(invoke_without_command=True)(_options)
-    for verb in VERBS:
-        application.command(name=verb.__name__.replace("_", "-"))(verb)
-    application.add_typer(bench)
-    application.add_typer(import_block_group)
+    application.callback()(_options)
+    for section, verbs in SECTIONS.items():
+        for verb in verbs:
+            if isinstance(verb, typer.Typer):
+                application.add_typer(verb, rich_help_panel=section)
+            else:
+                add_verb(application, verb, section=section)
     return application
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends with its message and exit code 1."""
-    # Like Ctrl-C, so that what is half-written is removed.
+    """Run the command line; a user's mistake ends with its message and an exit code."""
+    # Like Ctrl-C, so that half-written files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with logging_for_one_command() as logger:
+        try:
+            _run(logger)
+        except FwlError as error:
+            _fail(logger, str(error), error.exit_code)
+        except ModuleNotFoundError as error:
+            name = (error.name or "").partition(".")[0]
+            if name not in _EXPORT_PACKAGES:
+                raise
+            extra = "pip install 'fwl-export[export]'"
+            _fail(logger, f"this needs '{name}', which is not installed; {extra}")
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise
+            named = f"{error.strerror or error}: '{error.filename}'"
+            _fail(logger, named if error.filename else f"{error}")
+
+
+def _run(logger: logging.Logger) -> None:
+    """Run the command line; the log gets how it ended, whatever happens."""
+    began = time.perf_counter()
+    code: object = 0
     try:
-        app()()
+        app()(prog_name="fwl-export")
+    except SystemExit as end:
+        code = end.code
+        raise
     except FwlError as error:
-        _fail(str(error), error.exit_code)
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if name not in _EXPORT_PACKAGES:
-            raise
-        _fail(f"this needs '{name}', which is not installed; pip install 'fwl-export[export]'")
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        _fail(f"{error.strerror or error}: '{error.filename}'" if error.filename else f"{error}")
+        code = error.exit_code
+        raise
+    except Exception:
+        code = 1
+        logger.debug("the command failed", exc_info=True)
+        raise
+    finally:
+        logger.debug("exit code %s after %.1f s", code or 0, time.perf_counter() - began)
 
 
-def _fail(message: str, code: int = 1) -> None:
+def _fail(logger: logging.Logger, message: str, code: int = 1) -> None:
+    logger.error(message)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from fwl_export import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+            rich_help_panel=GENERAL,
+        ),
+    ] = False,
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+    log_file: LogFileOption = None,
+) -> None:
+    start_logging(verbose, quiet, log_file)

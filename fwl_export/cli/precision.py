@@ -1,16 +1,19 @@
-"""`fwl-export precision`: which parts of a model can be lowered?"""
+"""`fwl-export precision`: which parts of a model can be quantized?"""
 
 from __future__ import annotations
 
 import math
 import tempfile
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fwl_export.cli.terminal import JsonOption, print_json, spinner, table
+from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
+from fwl_export.cli.options import JsonOption, TextOption, complete_checkpoint, completion
+from fwl_export.cli.terminal import print_json, spinner, table
 
 if TYPE_CHECKING:
     from fwl_export.parity.precision_search import Distance, Exploration, Limits
@@ -18,70 +21,80 @@ if TYPE_CHECKING:
     from fwl_export.runtimes import Session
 
 
+# Typed again because `precision.policy` loads PyTorch; a test compares them.
+TARGETS = ("fp16", "bf16", "int8w")
+
+_WIDTH = 80
+
+_LIMITS = "Limits of the error"
+
+
 def precision(
     source: Annotated[
-        str, typer.Argument(help="Bundle or checkpoint folder, or 'demo'.", show_default=False)
+        str,
+        typer.Argument(
+            help="Bundle or checkpoint folder, or 'demo'.",
+            show_default=False,
+            autocompletion=complete_checkpoint,
+        ),
     ],
     target: Annotated[
         str,
-        typer.Option(help="fp16; bf16, in PyTorch only; int8w: int8 weights, float32 arithmetic."),
+        typer.Option(
+            metavar="NAME",
+            help="fp16; int8w, int8 weights with float32 arithmetic; or bf16, which can be "
+            "measured in PyTorch but not exported.",
+            autocompletion=completion(*TARGETS),
+        ),
     ] = "fp16",
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Policy to write, for export.")
+        Path, typer.Option("--output", "-o", help="Policy file to write, for `export`.")
     ] = Path("policy.json"),
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Text file to read; default: the held-out play of the package."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Read in each run of the search.", min=1)] = 300,
-    confirm_tokens: Annotated[int, typer.Option(help="Read in the last run.", min=1)] = 2000,
+    text: TextOption = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to read in each run of the search.", min=1)
+    ] = 300,
+    confirm_tokens: Annotated[
+        int, typer.Option(help="Tokens to read in the final run, which confirms the policy.", min=1)
+    ] = 2000,
     max_kl: Annotated[
-        float, typer.Option(help="Mean KL divergence from float64, in nats per token.")
+        float,
+        typer.Option(
+            help="Mean KL divergence from float64, in nats per token.", rich_help_panel=_LIMITS
+        ),
     ] = 1e-4,
     max_perplexity_increase: Annotated[
-        float, typer.Option(help="Over float64's perplexity, relative.")
+        float,
+        typer.Option(
+            help="Increase over float64's perplexity; 0.001 means 0.1 %.", rich_help_panel=_LIMITS
+        ),
     ] = 1e-3,
     max_state_error: Annotated[
-        float, typer.Option(help="Relative RMS of the furthest tensor of the state.")
+        float,
+        typer.Option(
+            help="Relative RMS error of the state tensor that is furthest off.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 0.02,
     json: JsonOption = False,
 ) -> None:
-    """Find the fewest parts of a model that must stay in float32, and write a policy.
+    """Find the parts that must stay in float32.
 
-    Lowers every part alone, keeps those that matter most until the others together are within the
-    limits, and confirms that over a longer text; fp16 and int8w in ONNX Runtime too.
+    Quantizes each part of the model alone, then excludes the most sensitive parts until the
+    others together stay within the limits, and confirms that over a longer text, for fp16 and
+    int8w in ONNX Runtime too. The result is a policy file for `fwl-export export`.
 
-    Example: fwl-export precision demo --target int8w -o policy.json
+    Example:
+      fwl-export precision demo --target int8w -o policy.json
     """
-    from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
-    from fwl_export.bundle.tokenizer import read_ids
-    from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.errors import ConfigError
-    from fwl_export.model.checkpoint import load_checkpoint
-    from fwl_export.parity.precision_search import Explorer, Limits
-    from fwl_export.precision.policy import TARGETS, write_policy
+    from fwl_export.parity.precision_search import Limits
+    from fwl_export.precision.policy import write_policy
 
     if target not in TARGETS:
         raise ConfigError(f"target is '{target}'; expected {' or '.join(TARGETS)}")
     limits = Limits(max_kl, max_perplexity_increase, max_state_error)
-    folder = _checkpoint_of(source)
-    checkpoint = load_checkpoint(folder)
-    interval = checkpoint.config.fast_weights.anchor_interval
-    ids = read_ids(text or HELD_OUT_PLAY, checkpoint.tokenizer)
-    with spinner("precision") as say, tempfile.TemporaryDirectory() as scratch:
-
-        def in_onnx_runtime(policy: PrecisionPolicy) -> Mapping[str, Session]:
-            return {} if target == "bf16" else _onnx_runtime(folder, Path(scratch), policy)
-
-        explorer = Explorer(
-            checkpoint,
-            ids,
-            target,
-            limits,
-            min(DEFAULT_MAX_TOKENS, interval or DEFAULT_MAX_TOKENS),
-            say,
-        )
-        found = explorer.search(tokens, confirm_tokens, in_onnx_runtime)
+    found = _search(_checkpoint_of(source), target, text, tokens, confirm_tokens, limits)
     write_policy(output, found.policy)
     if json:
         print_json(found.policy.to_dict())
@@ -95,8 +108,29 @@ def precision(
         print(f"next: fwl-export export {source} -o BUNDLE --precision-policy {output}")
 
 
+def _search(
+    folder: Path, target: str, text: Path | None, tokens: int, confirm_tokens: int, limits: Limits
+) -> Exploration:
+    from fwl_export.bundle.tokenizer import read_ids
+    from fwl_export.demo import HELD_OUT_PLAY
+    from fwl_export.model.checkpoint import load_checkpoint
+    from fwl_export.parity.precision_search import Explorer
+
+    checkpoint = load_checkpoint(folder)
+    interval = checkpoint.config.fast_weights.anchor_interval
+    max_tokens = min(DEFAULT_MAX_TOKENS, interval or DEFAULT_MAX_TOKENS)
+    ids = read_ids(text or HELD_OUT_PLAY, checkpoint.tokenizer)
+    with spinner("precision") as say, tempfile.TemporaryDirectory() as scratch:
+
+        def in_onnx_runtime(policy: PrecisionPolicy) -> Mapping[str, Session]:
+            return {} if target == "bf16" else _onnx_runtime(folder, Path(scratch), policy)
+
+        explorer = Explorer(checkpoint, ids, target, limits, max_tokens, say)
+        return explorer.search(tokens, confirm_tokens, in_onnx_runtime)
+
+
 def _checkpoint_of(source: str) -> Path:
-    """Return the checkpoint's folder of a bundle, or of a checkpoint."""
+    """Return the checkpoint folder: a bundle's, or the source itself."""
     from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, is_bundle, read_bundle
     from fwl_export.demo import checkpoint_folder
     from fwl_export.errors import BundleError
@@ -115,7 +149,7 @@ def _checkpoint_of(source: str) -> Path:
 
 
 def _onnx_runtime(folder: Path, scratch: Path, policy: PrecisionPolicy) -> Mapping[str, Session]:
-    """Export the model under a policy and open it for the last run."""
+    """Export the model under a policy and open it for the final run."""
     from fwl_export.export import export_bundle
     from fwl_export.parity.schedule import ROWS
     from fwl_export.runtimes import open_session
@@ -133,19 +167,21 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
         [name, *_cells(found.alone[name]), "float32" if name in policy.excluded else policy.target]
         for name in ranked
     ]
-    rows.append(["all lowered", *_cells(found.everything), ""])
+    rows.append(["all quantized", *_cells(found.everything), ""])
     rows += [
-        [f"the policy, {tokens} tokens, {name}", *_cells(distance), ""]
+        [f"policy, {tokens} tokens, {name}", *_cells(distance), ""]
         for name, distance in found.confirmed.items()
     ]
     limit = (limits.max_kl, limits.max_perplexity_increase, limits.max_state_error)
     rows.append(["limit", *(f"{value:.1e}" for value in limit), ""])
-    header = ("lowered alone", "KL, nats", "perplexity", "state", "policy")
-    kept = ", ".join(policy.excluded) or "nothing"
-    return (
-        f"{table(header, rows)}\n\n"
-        f"{len(policy.quantized)} of {len(ranked)} parts in {policy.target}; float32 stays: {kept}"
+    header = ("quantized alone", "KL, nats", "perplexity", "state", "policy")
+    excluded = textwrap.fill(
+        f"{len(policy.quantized)} of {len(ranked)} parts in {policy.target}; float32 stays: "
+        f"{', '.join(policy.excluded) or 'nothing'}",
+        _WIDTH,
+        break_on_hyphens=False,
     )
+    return f"{table(header, rows)}\n\n{excluded}"
 
 
 def _cells(distance: Distance) -> tuple[str, str, str]:

@@ -8,58 +8,62 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwl_export.cli.terminal import (
+from fwl_export.cli.options import (
     BundleArgument,
     JsonOption,
     LearningRateScaleOption,
     NoPluginOption,
     RuntimeOption,
-    print_json,
-    progress_bar,
-    size,
+    StateOption,
+    completion,
 )
+from fwl_export.cli.terminal import print_json, progress_bar, size
 
 if TYPE_CHECKING:
     from fwl_export.runtimes import Session
 
-StateOption = Annotated[
-    Path | None, typer.Option(help="Go on from this file, which `fwl-export read` wrote.")
-]
+# Typed again because `bundle.state_file` loads NumPy; a test compares them.
+COMPRESSIONS = ("none", "fp16", "lowrank")
 
 
 def read(
     bundle: BundleArgument,
-    file: Annotated[Path, typer.Argument(help="Text file to read.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Text file to read.", show_default=False)
+    ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="File to write.", show_default=False)
+        Path, typer.Option("-o", "--output", help="State file to write.", show_default=False)
     ],
     state: StateOption = None,
     compress: Annotated[
-        str, typer.Option(help="none, fp16 (half the size), or lowrank (small after short texts).")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="none; fp16, half the size; or lowrank, small after short texts.",
+            autocompletion=completion(*COMPRESSIONS),
+        ),
     ] = "none",
     learning_rate_scale: LearningRateScaleOption = 1.0,
     runtime: RuntimeOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Read a text and write the session's state to a file.
+    """Read a text and save what was learned from it.
 
-    Read a manual once; then `fwl-export generate --state` answers from it, in
-    any process and with any runtime of the same bundle.
+    Read a manual once; then `fwl-export generate --state` answers from it, in any process and
+    with any runtime of the same bundle.
 
-    Example: fwl-export read demo-bundle manual.txt -o manual.state
+    Example:
+      fwl-export read demo-bundle manual.txt -o manual.state
     """
     from dataclasses import asdict
 
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.state_file import COMPRESSIONS
     from fwl_export.bundle.tokenizer import read_ids
-    from fwl_export.errors import ConfigError
     from fwl_export.runtimes import open_session
     from fwl_export.runtimes.text import bundle_tokenizer
 
-    if compress not in COMPRESSIONS:  # before the work, not after it
-        raise ConfigError(f"--compress is '{compress}'; expected {', '.join(COMPRESSIONS)}")
+    _check_compression(compress)  # before the work, not after it
     opened = read_bundle(bundle)
     ids = read_ids(file, bundle_tokenizer(opened))
     session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
@@ -81,8 +85,16 @@ def read(
     )
 
 
+def _check_compression(compress: str) -> None:
+    from fwl_export.bundle.state_file import COMPRESSIONS as KNOWN
+    from fwl_export.errors import ConfigError
+
+    if compress not in KNOWN:
+        raise ConfigError(f"--compress is '{compress}'; expected {', '.join(KNOWN)}")
+
+
 def read_tokens(session: Session, ids: Any) -> None:
-    """Read ids [N] into a session of one row, and show how far it is."""
+    """Read token ids [N] into a session of one row, and show a progress bar."""
     with progress_bar("reading", len(ids)) as advance:
         for start in range(0, len(ids), session.max_tokens):
             part = ids[start : start + session.max_tokens]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwl_export.cli.read import StateOption
-from fwl_export.cli.terminal import (
+from fwl_export.cli.options import (
     BundleArgument,
     JsonOption,
     LearningRateScaleOption,
     NoPluginOption,
     RuntimeOption,
-    print_json,
-    progress_bar,
+    StateOption,
 )
+from fwl_export.cli.terminal import print_json, progress_bar
 
 if TYPE_CHECKING:
     from fwl_export.runtimes.text import Score
@@ -26,33 +25,30 @@ ADAPTING, OFF = "adapting", "adaptation off"
 
 def score(
     bundle: BundleArgument,
-    file: Annotated[Path, typer.Argument(help="Text file to read.", show_default=False)],
-    runtime: RuntimeOption = "onnxruntime",
-    no_plugin: NoPluginOption = False,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Text file to score.", show_default=False)
+    ],
+    tokens: Annotated[
+        int, typer.Option(help="Largest number of tokens to read; 0 means all.", min=0)
+    ] = 0,
     state: StateOption = None,
     learning_rate_scale: LearningRateScaleOption = 1.0,
-    tokens: Annotated[int, typer.Option(help="Read at most this many; 0 = all.", min=0)] = 0,
+    runtime: RuntimeOption = "onnxruntime",
+    no_plugin: NoPluginOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Print a text's perplexity, with and without adapting.
+    """Measure a text's perplexity, adapting and not.
 
-    Example: fwl-export score demo-bundle play.txt
+    Reads the text twice: once while the fast weights learn from it, once while they stay as they
+    are.
+
+    Example:
+      fwl-export score demo-bundle play.txt
     """
     plugin = "none" if no_plugin else "auto"
     on, off = score_both(bundle, file, runtime, tokens, plugin, state, learning_rate_scale)
     if json:
-        print_json(
-            {
-                "file": str(file),
-                "backend": runtime,  # the name that the format has had from the start
-                "tokens": on.tokens,
-                "perplexity": {"adapting": on.perplexity, "adaptation_off": off.perplexity},
-                "tokens_per_second": {
-                    "adapting": on.tokens_per_second,
-                    "adaptation_off": off.tokens_per_second,
-                },
-            }
-        )
+        print_json({"file": str(file), **to_dict(runtime, on, off)})
         return
     print(f"{file.name}: {on.tokens} tokens scored, {runtime}")
     for name, result in ((ADAPTING, on), (OFF, off)):
@@ -73,7 +69,7 @@ def score_both(
     state: Path | None = None,
     learning_rate_scale: float = 1.0,
 ) -> tuple[Score, Score]:
-    """Score a text with adaptation and without, see `score`."""
+    """Score a text with adaptation and without; see `score` for the arguments."""
     from fwl_export.bundle.manifest import read_bundle
     from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.runtimes import open_session
@@ -91,3 +87,16 @@ def score_both(
         with progress_bar(name, len(ids) - 1) as advance:
             results.append(score_ids(session, ids, weight, advance))
     return results[0], results[1]
+
+
+def to_dict(runtime: str, on: Score, off: Score) -> dict[str, Any]:
+    """Return both results for programs."""
+    return {
+        "backend": runtime,  # the key's name since the first release
+        "tokens": on.tokens,
+        "perplexity": {"adapting": on.perplexity, "adaptation_off": off.perplexity},
+        "tokens_per_second": {
+            "adapting": on.tokens_per_second,
+            "adaptation_off": off.tokens_per_second,
+        },
+    }

@@ -1,33 +1,18 @@
-"""What verbs share: progress, tables, and output for programs."""
+"""What verbs print: progress and notes on standard error, tables and JSON on standard output."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from fwl_export.cli import logs
 
-from fwl_export.runtimes.registry import RUNTIMES
-
-BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-NoPluginOption = Annotated[
-    bool,
-    typer.Option("--no-plugin", help="Run the update in standard operators, without our kernel."),
-]
-LearningRateScaleOption = Annotated[
-    float,
-    typer.Option(
-        "--learning-rate-scale", help="Times the model's step sizes; 0 = learn nothing.", min=0
-    ),
-]
-RuntimeOption = Annotated[
-    str, typer.Option("--runtime", "--backend", help=f"One of {', '.join(RUNTIMES)}.")
-]
+_log = logging.getLogger(logs.PROGRESS)
 
 
 def print_json(data: Any) -> None:
@@ -35,27 +20,34 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
 
 
+def note(message: str) -> None:
+    """Print a hint on standard error, unless the user asked for quiet."""
+    _log.info(message)
+    if not logs.is_quiet():
+        print(message, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def spinner(title: str) -> Iterator[Callable[[str], None]]:
-    """Show what is being done, on standard error; yields a function that says it."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    """Show the current step on standard error; yields the function that names it."""
+    console = _console()
+    began = time.perf_counter()
     with console.status(title) as status:
 
         def say(message: str) -> None:
+            _log.info("%s: %s", title, message)
             if console.is_terminal:
                 status.update(f"{title}: {message}")
-            else:
+            elif not logs.is_quiet():
                 print(f"{title}: {message}", file=sys.stderr, flush=True)
 
         yield say
+    _log.info("%s: done in %.1f s", title, time.perf_counter() - began)
 
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error; yields a function that advances it."""
-    from rich.console import Console
+    """Show a bar on standard error; yields the function that advances it."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -65,16 +57,25 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    console = _console()
+    began = time.perf_counter()
+    _log.info("%s: begins, %d steps", title, total)
+    if not console.is_terminal and not logs.is_quiet():
         print(f"{title} …", file=sys.stderr, flush=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda advance: progress.update(task, advance=advance)
+    _log.info("%s: done in %.1f s", title, time.perf_counter() - began)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=logs.is_quiet())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a plain text table: first column to the left, the others to the right."""
+    """Return a plain text table: the first column aligned left, the others right."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = []

@@ -1,4 +1,4 @@
-"""The demo model that ships with the package, and a play it never saw."""
+"""The demo model that comes with the package, and a play that it was not trained on."""
 
 from __future__ import annotations
 
@@ -10,5 +10,9 @@ HELD_OUT_PLAY = _FOLDER / "the_winters_tale.txt"
 
 
 def checkpoint_folder(name: str) -> Path:
-    """Return the folder of a checkpoint: 'demo' is the one that ships, all else is a path."""
+    """Return the folder of a checkpoint by name.
+
+    Args:
+      name: Path of a folder, or "demo" for the model that comes with this package.
+    """
     return CHECKPOINT if name == "demo" else Path(name)

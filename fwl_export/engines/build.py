@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from fwl_export.engines.worker import Probe, build_in_worker, describe_variant
 from fwl_export.errors import EngineError
 from fwl_export.files import replaced_file
 from fwl_export.plugins import TENSORRT, find_plugin
+
+_log = logging.getLogger(__name__)
 
 
 @renamed_arguments(flavour="variant")
@@ -81,6 +84,7 @@ def build_engines(
     """
     ranges = _ranges(bundle, precision, chunk, max_batch)
     use = _plugin_use(plugin, in_place_state, embed_plugin)
+    _log.info("building with plugin %s", use.path if use else "none, from standard operators")
     progress(f"loading {find_variant(variant).title}")
     probe = describe_variant(variant)
     sms = _targets(variant, sms, probe)
@@ -195,6 +199,7 @@ def _build(
         beside.write_text(json.dumps(metadata.to_dict(), indent=2) + "\n", encoding="utf-8")
         _forget(bundle, names)
     bundle.add_files(names)
+    _log.info("built '%s' in %.1f s: %s", names[1], metadata.build_seconds, metadata.update_path)
     return metadata
 
 

@@ -113,7 +113,7 @@ class EngineMetadata:
       model_id: Identity of the model, as in the bundle's manifest.
       versions: Versions of the tools that built the engine, by package.
       in_place_tensors: Names of the state tensors whose `present` overwrites `past`. None in files
-        of earlier versions, for which `op_state_tensors` finds the names.
+        of earlier versions; `op_state_tensors` then finds them in the ONNX file.
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from fwl_export.model.streaming import INPUTS
 from fwl_export.op.spec import DOMAIN, NAME, VERSION
 from fwl_export.ort import import_onnxruntime
 from fwl_export.precision.policy import EXPORTED, PrecisionPolicy, write_policy
+
+_log = logging.getLogger(__name__)
 
 _TOOLS = ("fwl-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -73,6 +76,7 @@ def export_bundle(
     check_bundle_output(output, force)
     progress("reading the checkpoint")
     loaded = load_checkpoint(checkpoint)
+    _log.info("read checkpoint '%s', %s", checkpoint, loaded.config.backbone.type)
     if interval := loaded.config.fast_weights.anchor_interval:
         max_tokens = min(max_tokens, interval)  # a call must not cross an anchor
     if limit := loaded.config.backbone.max_positions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +24,6 @@ from fwl_export.model.checkpoint import check_checkpoint_output, load_checkpoint
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
 from fwl_export.model.training_files import TrainingLog
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RESUME_FILE, LOG_FILE, CHECKPOINT_FOLDER = "resume.safetensors", "log.csv", "checkpoint"
 

@@ -1,1 +1,1 @@
-"""The op `fwl::LinearAttentionUpdate`: its one definition, and what is derived from it."""
+"""The op `fwl::LinearAttentionUpdate`: its definition, and what follows from it."""

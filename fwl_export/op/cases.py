@@ -1,4 +1,4 @@
-"""Named, seeded inputs of the op that every implementation is tested on."""
+"""Named, seeded inputs of the op, on which every implementation is tested."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one test of the op, and what is special about its decay and state.
+    """Sizes of one test input, and the kind of its decay and state.
 
     Attributes:
-      name: for test ids.
-      sizes: B, T, Dk, Dv.
-      decay: "one", "constant" (0.97), "mixed" (uniform in [0, 1]), "reset" (one 0 in the
-        middle among ones) or "tiny" (1e-30 for the first half, then 0.9).
-      fresh: start from a state of zeros; "rows" makes every other row fresh.
-      silent: share of tokens that write nothing (value 0, decay 1), as tokens of weight 0 do.
+      name: Name of the case, for test ids.
+      sizes: The sizes B, T, Dk and Dv.
+      decay: Kind of decay: "one", "constant" (0.97), "mixed" (uniform in [0, 1]), "reset" (0 at the
+        middle token, else 1) or "tiny" (1e-30 for the first half, then 0.9).
+      fresh: Whether the past state is zero; "rows" means in every other row.
+      silent: Share of tokens that write nothing (value 0, decay 1), like tokens with weight 0.
+      seed: Seed of the random numbers, beside the name.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Case:
     seed: int = 0
 
     def arrays(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Return the op's inputs by name, float32."""
+        """Return the op's inputs as float32 arrays by name."""
         rng = np.random.default_rng([self.seed, *self.name.encode()])
         batch, length, size_k, size_v = self.sizes
         arrays = {

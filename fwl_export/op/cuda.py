@@ -1,4 +1,4 @@
-"""The GPU kernels of `plugins/kernels/gpu` behind the PyTorch op, where they can run."""
+"""Runs the GPU kernels of `plugins/kernels/gpu` as the PyTorch op, where they are available."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In an installed package the kernels are part of it; in fwl-export's source they lie beside it.
-# Imported from nowhere else: a folder of that name in somebody's working directory is not ours.
+# An installed package contains the kernels; in the source tree they are beside the package. They
+# are imported from nowhere else: the working directory may have a folder `plugins` of its own.
 _INSTALLED = Path(__file__).parents[1] / "plugins_lib" / "gpu"
 _PLUGINS = Path(__file__).parents[2] / "plugins"
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Return whether the kernels run on a CUDA device; warns, once, if they do not."""
+    """Return whether the kernels can run on a CUDA device; warns once if they cannot."""
     capability = torch.cuda.get_device_capability(device)
     return _launcher() is not None and _planned(capability) is not None
 
@@ -27,17 +27,17 @@ def has_kernels(device: torch.device) -> bool:
 def linear_attention_update(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernels on the current stream. Arguments are those of the op, checked.
+    """Launch the kernels on the current stream. The caller has checked the arguments.
 
     Args:
-      query: [B, T, Dk] float32, float16 or bfloat16.
-      key: [B, T, Dk] of query's type.
-      value: [B, T, Dv] of query's type.
-      decay: [B, T] float32.
+      query: [B, T, Dk] read vectors; float32, float16 or bfloat16.
+      key: [B, T, Dk] write keys, with query's dtype.
+      value: [B, T, Dv] write values, with query's dtype.
+      decay: [B, T] float32, in [0, 1].
       past_state: [B, Dk, Dv] float32.
 
     Returns:
-      output [B, T, Dv] of query's type and present_state [B, Dk, Dv] float32.
+      Output [B, T, Dv] with query's dtype, and present state [B, Dk, Dv] float32.
     """
     tensors = {
         "query": query.contiguous(),
@@ -62,10 +62,10 @@ def linear_attention_update(
 
 
 def _kernel_module(name: str) -> Any:
-    """Import a module of plugins/kernels/gpu.
+    """Import a module of plugins/kernels/gpu by its name there.
 
     Raises:
-      ImportError: the folder is not there, or what Python finds by that name is another one.
+      ImportError: The folder is missing, or Python finds another folder of that name.
     """
     if (_INSTALLED / f"{name}.py").is_file():
         return importlib.import_module(f"fwl_export.plugins_lib.gpu.{name}")
@@ -77,14 +77,14 @@ def _kernel_module(name: str) -> Any:
 
 @functools.cache
 def _launcher() -> Any:
-    """Return the module that launches kernels, or None after a warning that says why not."""
+    """Return the module that launches the kernels, or None after a warning that says why."""
     try:
         return _kernel_module("launch")
     except ImportError as error:
         warnings.warn(
-            "fwl::LinearAttentionUpdate runs in plain PyTorch on CUDA, slower than by its own "
+            "fwl::LinearAttentionUpdate runs in plain PyTorch on CUDA, slower than with its own "
             f"kernels: {error}. They need the package 'triton' (`pip install triton`), and "
-            "fwl-export installed as a package or run from its source.",
+            "fwl-export either installed as a package or run from its source tree.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -93,7 +93,10 @@ def _launcher() -> Any:
 
 @functools.cache
 def _planned(capability: tuple[int, int]) -> int | None:
-    """Return the compute capability whose plan fits a device: its own, or the one below."""
+    """Return the compute capability whose plan to use: the device's own, or the next below.
+
+    Returns None, after a warning, if the device is too old for the kernels.
+    """
     known = _kernel_module("plan").MULTIPROCESSORS
     own = 10 * capability[0] + capability[1]
     if own >= min(known):

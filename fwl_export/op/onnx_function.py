@@ -1,4 +1,4 @@
-"""The op's body in standard ONNX operators, for runtimes that have no kernel of ours."""
+"""The op's body in standard ONNX operators, for runtimes without our kernel."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _ONNX_TYPES = {
 def function_body(activation_type: str, opset: int) -> onnx.FunctionProto:
     """Return the model-local function that computes the op.
 
-    Everything inside is float32, with explicit casts: strongly typed engines insert none, and
-    half precision would lose thousands of small updates of the state.
+    The body computes in float32 with explicit casts: strongly typed TensorRT networks insert none,
+    and in half precision thousands of small updates of the state would round to nothing.
 
     Args:
-      activation_type: "float32", "float16" or "bfloat16", of query, key, value and output.
-      opset: of the standard operators; must equal the model's.
+      activation_type: Type of query, key, value and output: "float32", "float16" or "bfloat16".
+      opset: Version of ONNX's standard operators; must equal the model's.
     """
     body = _Body()
     query = body("Cast", "query", to=TensorProto.FLOAT)
@@ -58,11 +58,11 @@ def function_body(activation_type: str, opset: int) -> onnx.FunctionProto:
 
 
 def append_function(model: onnx.ModelProto, activation_type: str) -> None:
-    """Add the op's body to a model that contains its nodes.
+    """Add the op's body to a model that has nodes of the op.
 
     Args:
-      model: changed in place.
-      activation_type: of the model's nodes, see `function_body`.
+      model: ONNX model, changed in place.
+      activation_type: Type of the activations of those nodes, see `function_body`.
     """
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     model.functions.append(function_body(activation_type, opset))
@@ -72,7 +72,7 @@ _END = np.iinfo(np.int64).max
 
 
 def _decay_products(body: _Body) -> str:
-    """Emit what `torch_op.decay_products` computes: decay [B, T] -> [B, T, T + 1]."""
+    """Add nodes that compute what `torch_op.decay_products` does: decay [B, T] -> [B, T, T + 1]."""
     length = body("Squeeze", body("Shape", "decay", start=1, end=2))
     one = body.constant(np.array(1, np.int64))
     zero = body.constant(np.array(0, np.int64))
@@ -88,7 +88,7 @@ def _decay_products(body: _Body) -> str:
 
 
 class _Body:
-    """Collects nodes; calling it adds one and returns the name of its output."""
+    """Collects nodes. A call adds a node and returns the name of its output."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []

@@ -1,4 +1,4 @@
-"""The op as a loop in float64: slow, plain, and what every implementation answers to."""
+"""The op as a plain float64 loop over tokens: slow, and the reference of every implementation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def linear_attention_update(
       query: [B, T, Dk] read vectors.
       key: [B, T, Dk] write keys.
       value: [B, T, Dv] write values.
-      decay: [B, T] in [0, 1], applied before the token's own write.
-      past_state: [B, Dk, Dv].
+      decay: [B, T] factors in [0, 1] of the state, applied before the token's own write.
+      past_state: [B, Dk, Dv] state before the first token.
 
     Returns:
-      output [B, T, Dv] and present_state [B, Dk, Dv], both float64.
+      Output [B, T, Dv], and present state [B, Dk, Dv] after the last token; both float64.
 
     Raises:
-      ShapeError: the shapes disagree, or B or T is 0.
+      ShapeError: The shapes disagree, or B or T is 0.
     """
     arrays = (query, key, value, decay, past_state)
     names = ("query", "key", "value", "decay", "past_state")

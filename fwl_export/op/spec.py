@@ -4,8 +4,9 @@ Update, then read, token by token:
 
     S_i = d_i S_{i-1} + k_i (outer) v_i        o_i = q_i^T S_i        i = 1 ... T
 
-PyTorch op, ONNX function body, kernels and plugins take names, order, types and attributes
-from here.
+where q_i, k_i and v_i are the rows of query, key and value, d_i the decay, S_0 the past state, S_T
+the present state, and o_i the output. The PyTorch op, the ONNX function body, kernels and plugins
+take names, order, types and attributes from here.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ DOMAIN = "fwl"
 NAME = "LinearAttentionUpdate"
 VERSION = 1
 
-# Attributes of the ONNX node. TensorRT's parser looks a plugin up under this namespace and
-# version; without them it never finds ours.
+# Attributes of the ONNX node. TensorRT's parser looks for a plugin in this namespace and version,
+# and does not find ours without them.
 NODE_ATTRIBUTES = {"plugin_namespace": "fwl", "plugin_version": "1"}
 
-# Stands for log 0 where decays are multiplied as sums of logs: finite, so that 0 * log 0 is no
-# NaN, and exp of it is exactly 0.
+# Stands for log 0 where products of decays are sums of logs: finite, so that 0 * log 0 is not NaN,
+# and small enough for its exp to be exactly 0.
 LOG_ZERO = -1e4
 
 ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
@@ -34,10 +35,10 @@ class Argument:
     """One input or output of the op.
 
     Attributes:
-      name: the name in every implementation.
-      shape: one symbol per axis; equal symbols are equal sizes.
-      dtype: "T" (one of ACTIVATION_TYPES, the same for all) or "float32".
-      doc: what it is.
+      name: Name in every implementation.
+      shape: One symbol per axis; equal symbols mean equal sizes.
+      dtype: Either "float32", or "T" for one of ACTIVATION_TYPES, the same for all of these.
+      doc: Description for generated documentation.
     """
 
     name: str
@@ -60,16 +61,16 @@ OUTPUTS = (
 
 
 def check_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Check the inputs' shapes against the spec.
+    """Check the inputs' shapes against the definition.
 
     Args:
-      shapes: shape of every input by name.
+      shapes: Shape of every input, by name.
 
     Returns:
-      The size of each symbol: B, T, Dk, Dv.
+      Sizes by symbol: "B", "T", "Dk" and "Dv".
 
     Raises:
-      ShapeError: a rank or a size does not fit, or B or T is 0.
+      ShapeError: The number of axes or a size does not fit, or B or T is 0.
     """
     sizes: dict[str, int] = {}
     for argument in INPUTS:

@@ -1,4 +1,4 @@
-"""The op in PyTorch: `torch.ops.fwl.linear_attention_update`, usable under torch.export."""
+"""The op in PyTorch: `torch.ops.fwl.linear_attention_update`, which torch.export can trace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fwl_export.errors import ShapeError
 from fwl_export.op import cuda
 from fwl_export.op.spec import ACTIVATION_TYPES, DOMAIN, INPUTS, LOG_ZERO, NAME, check_shapes
 
-# A chunk's masked product is quadratic in its length; 128 keeps it small beside the update.
+# Tokens per chunk. The masked product within a chunk grows with the square of its length; at 128
+# it is still small compared with the update of the state.
 _CHUNK = 128
 
 
@@ -19,18 +20,18 @@ def linear_attention_update(
     """Update the state token by token with `key (outer) value`, then read it with `query`.
 
     Args:
-      query: [B, T, Dk] read vectors; float32, float16 or bfloat16 (float64 for checking).
-      key: [B, T, Dk] write keys, of query's type.
-      value: [B, T, Dv] write values, unnormalised, of query's type.
-      decay: [B, T] in [0, 1], float32, applied before the token's own write.
-      past_state: [B, Dk, Dv] float32.
+      query: [B, T, Dk] read vectors; float32, float16 or bfloat16 (float64 for checks).
+      key: [B, T, Dk] write keys, with query's dtype.
+      value: [B, T, Dv] write values, unnormalized, with query's dtype.
+      decay: [B, T] float32 factors in [0, 1] of the state, applied before the token's own write.
+      past_state: [B, Dk, Dv] float32 state before the first token.
 
     Returns:
-      output [B, T, Dv] of query's type, accumulated in the state's type, and present_state
-      [B, Dk, Dv] float32. With float64 inputs everything is float64.
+      Output [B, T, Dv] with query's dtype, accumulated in the state's dtype, and present state
+      [B, Dk, Dv] float32 after the last token. With float64 inputs everything is float64.
 
     Raises:
-      ShapeError: shapes or types disagree, or B or T is 0.
+      ShapeError: Shapes or dtypes disagree, or B or T is 0.
     """
     _check(query, key, value, decay, past_state)
     return torch.ops.fwl.linear_attention_update(query, key, value, decay, past_state)
@@ -57,7 +58,10 @@ def _(
 def run_chunked(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run the op in PyTorch's own operators, on any device; arguments are not checked."""
+    """Run the op in PyTorch's own operators, on any device, without checks.
+
+    For arguments and results see `linear_attention_update`.
+    """
     state = past_state.clone()
     wide = state.dtype
     outputs = []
@@ -82,16 +86,17 @@ def _(
 def decay_products(decay: Tensor) -> Tensor:
     """Return how much of each earlier write is left at each token.
 
-    Summed in log space along each column, never as a difference of two sums, so it is exact
-    where the decay is 0 or 1 and precise everywhere else.
+    The logs of the decays are summed along each column. Taking differences of one running sum
+    would be cheaper but lose precision. This way is exact where the decay is 0 or 1, and precise
+    everywhere else.
 
     Args:
-      decay: [B, T].
+      decay: [B, T] factors d_1 ... d_T in [0, 1].
 
     Returns:
-      [B, T, T + 1]: entry (i, 0) is the product of d_1 ... d_i, what is left of the past
-      state at token i; entry (i, j) that of d_{j+1} ... d_i, what is left of write j at
-      token i; 0 where j > i.
+      [B, T, T + 1]. Entry (i, 0) is the product of d_1 ... d_i: what is left of the past state at
+      token i. Entry (i, j) is the product of d_{j+1} ... d_i: what is left of write j at token i;
+      0 where j > i.
     """
     length = decay.shape[1]
     log = torch.log(decay).clamp_min(LOG_ZERO)
@@ -102,7 +107,7 @@ def decay_products(decay: Tensor) -> Tensor:
     return torch.where(token[:, None] >= write, torch.exp(total), 0.0)
 
 
-# float64 is for checking only; no exported model has it.
+# float64 is for checks only; no exported model uses it.
 _TYPES = (*(getattr(torch, name) for name in ACTIVATION_TYPES), torch.float64)
 
 

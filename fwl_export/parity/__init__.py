@@ -3,17 +3,26 @@
     report = check_bundle(read_bundle(Path("bundle")), ids, candidates="onnxruntime,torch:float32")
     print(to_text(report))
 
-`candidates` opens runtimes by name, `cases` and `schedule` make the calls, `drift` drives sessions
-over them, `compare` measures, `tolerances` says what is allowed and why, `verdict` decides,
-`report` holds it as data, `summary` and `junit` tell it. README.md beside this file has it all.
+`candidates` opens runtimes by name, `cases` and `schedule` plan the calls, `drift` drives sessions
+through them, `compare` measures, `tolerances` says what is allowed and why, `verdict` decides, and
+`report` presents the result. README.md in this folder describes the method.
 """
 
+import warnings
+from typing import Any
+
 from fwl_export.parity.candidates import Candidate, parse_candidate, parse_candidates
-from fwl_export.parity.cases import CASES, Case
+from fwl_export.parity.cases import CASES, Case, choose_cases
 from fwl_export.parity.check import check_bundle
-from fwl_export.parity.report.data import Report, read_report
-from fwl_export.parity.report.junit import write_junit
-from fwl_export.parity.report.text import to_markdown, to_text
+from fwl_export.parity.report import (
+    Report,
+    read_report,
+    to_html,
+    to_markdown,
+    to_text,
+    verdict_line,
+    write_junit,
+)
 from fwl_export.parity.schedule import ROWS
 from fwl_export.parity.tolerances import TABLE, Tolerance
 
@@ -26,10 +35,32 @@ __all__ = [
     "Report",
     "Tolerance",
     "check_bundle",
+    "choose_cases",
     "parse_candidate",
     "parse_candidates",
     "read_report",
+    "to_html",
     "to_markdown",
     "to_text",
+    "verdict_line",
     "write_junit",
 ]
+
+_RENAMED = {
+    "Backend": "Candidate",
+    "parse_backend": "parse_candidate",
+    "parse_backends": "parse_candidates",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Return what an old name stands for, with a DeprecationWarning."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(
+        f"{__name__}.{name} is now {__name__}.{new}; the old name goes away in 0.3",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return globals()[new]

@@ -1,11 +1,13 @@
-"""Runtimes by name: `runtime[:option[:option]]`, as `check` and `bisect` take them.
+"""Candidates: runtimes under check, named `runtime[:option...][@tokens]` in `check` and `bisect`.
 
-onnxruntime                 ONNX Runtime, with our kernel where its library is there
-onnxruntime:no-plugin       ... in standard operators; `plugin` insists on the kernel
-onnxruntime:cuda            ... on the first CUDA device
-onnx-reference@200          ONNX's reference evaluator, slow: for the first 200 tokens only
-torch:float64               PyTorch in float64, float32 or float16; `torch` is the bundle's own
-tensorrt:rtx                an engine; variants rtx and tensorrt
+    onnxruntime               ONNX Runtime, with the plugin's kernel if the library is there
+    onnxruntime:no-plugin     ... in standard operators; `:plugin` requires the kernel
+    onnxruntime:cuda          ... on the first CUDA device
+    onnx-reference@200        ONNX's reference evaluator, which is slow: the first 200 tokens only
+    torch:float64             PyTorch in float64, float32 or float16; `torch` alone is the bundle's
+    tensorrt:rtx              an engine of the variant rtx (TensorRT-RTX) or tensorrt
+
+The options of each runtime come from the table in `fwl_export.runtimes.registry`.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ REFERENCE = "torch:float64"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A runtime that was named.
+    """A runtime under check, with its options.
 
     Attributes:
-      name: as the user wrote it.
-      runtime: see `open_session`.
-      arguments: for `open_session`, from the options.
-      tokens: after how many it need not go on; None: never.
+      name: Name as the user wrote it.
+      runtime: Name of the runtime, see `open_session`.
+      arguments: Further arguments of `open_session` that the options stand for.
+      tokens: Number of tokens after which it may stop; None means that it reads everything.
     """
 
     name: str
@@ -41,20 +43,24 @@ class Candidate:
     tokens: int | None = None
 
     def precision(self, bundle: Bundle) -> str:
-        """Return "fp16", "fp32" or "fp64": what it computes in."""
+        """Return the precision in which it computes, e.g. "fp32"; by default the bundle's own.
+
+        Args:
+          bundle: Bundle to be checked.
+        """
         return str(self.arguments.get("precision", bundle.manifest.precision))
 
     def open(self, bundle: Bundle, batch: int, threads: int | None = None) -> Session:
-        """Open the bundle in it.
+        """Open a session in this runtime.
 
         Args:
-          bundle: that was read.
-          batch: number of rows.
-          threads: inside one operator, where the runtime has such a number; PyTorch's is one of
-            the process, see `torch.set_num_threads`.
+          bundle: Bundle to be checked.
+          batch: Number of rows.
+          threads: Threads inside one operator, for runtimes that take such a number. PyTorch's
+            number belongs to the process, see `torch.set_num_threads`.
 
         Raises:
-          FwlError: see `open_session`.
+          FwlError: The session cannot be opened; see `open_session` for the classes.
         """
         arguments = dict(self.arguments)
         if threads is not None and "threads" in RUNTIMES[self.runtime].takes:
@@ -62,10 +68,9 @@ class Candidate:
         return open_session(bundle, self.runtime, batch, **arguments)
 
     def describe(self) -> str:
-        """Return in words what runs."""
-        versions = [
-            f"{p} {v}" for p, v in installed_versions(RUNTIMES[self.runtime].packages).items()
-        ]
+        """Return what runs, in words, e.g. "onnxruntime 1.22.0, plugin libfwl_ort.so"."""
+        installed = installed_versions(RUNTIMES[self.runtime].packages)
+        versions = [f"{package} {version}" for package, version in installed.items()]
         words = [versions[0] if versions else self.runtime]
         if self.runtime == "onnxruntime":
             library = find_plugin(ONNXRUNTIME, self.arguments.get("plugin", "auto"))
@@ -79,16 +84,16 @@ class Candidate:
 
 
 def parse_candidate(text: str) -> Candidate:
-    """Return the runtime of a name such as "onnxruntime:no-plugin" or "onnx-reference@200".
+    """Return the candidate with a name such as "onnxruntime:no-plugin" or "onnx-reference@200".
 
     Raises:
-      ConfigError: there is no such runtime or option, or two options exclude each other.
+      ConfigError: There is no such runtime or option, or two options contradict each other.
     """
     found = re.fullmatch(r"([^@]*)(?:@(\d+))?", text.strip())
     name, *options = (found[1] if found else text).split(":")
     if found is None or name not in RUNTIMES:
         raise ConfigError(
-            f"'{text}' is no runtime; expected {', '.join(RUNTIMES)}, then options after colons "
+            f"'{text}' is not a runtime; expected {', '.join(RUNTIMES)}, then options after colons "
             "and, to stop it early, a number of tokens, say onnx-reference@200"
         )
     known = RUNTIMES[name].candidate_options
@@ -99,19 +104,23 @@ def parse_candidate(text: str) -> Candidate:
             choices = ", ".join(known) or "none"
             raise ConfigError(f"'{text}': {name} has no option '{option}'; it has: {choices}")
         if arguments.keys() & added.keys():
-            raise ConfigError(f"'{text}': two of its options say the same thing; give one")
+            raise ConfigError(f"'{text}': two of its options set the same thing; give one of them")
         arguments |= added
     tokens = int(found[2]) if found[2] else None
     if tokens == 0:
-        raise ConfigError(f"'{text}': 0 tokens; expected 1 or more after the @")
+        raise ConfigError(f"'{text}': the number of tokens is 0; expected 1 or more after the @")
     return Candidate(text.strip(), name, arguments, tokens)
 
 
 def parse_candidates(text: str | Sequence[str]) -> list[Candidate]:
-    """Return the runtimes of a list of names, or of one text with commas between them.
+    """Return the candidates of a list of names.
+
+    Args:
+      text: Names, as a list or as one string that separates them by commas.
 
     Raises:
-      ConfigError: the list is empty, names one twice, or see `parse_candidate`.
+      ConfigError: There are no names, a name occurs twice, or a name is wrong, see
+        `parse_candidate`.
     """
     names = text.split(",") if isinstance(text, str) else list(text)
     candidates = [parse_candidate(name) for name in names if name.strip()]
@@ -120,6 +129,6 @@ def parse_candidates(text: str | Sequence[str]) -> list[Candidate]:
     seen: set[str] = set()
     for candidate in candidates:
         if candidate.name in seen:
-            raise ConfigError(f"'{candidate.name}' is named twice; name every runtime once")
+            raise ConfigError(f"'{candidate.name}' is named twice; name every candidate once")
         seen.add(candidate.name)
     return candidates

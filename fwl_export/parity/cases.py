@@ -1,6 +1,6 @@
-"""The kinds of calls a check makes: real text, and what streaming models go wrong with.
+"""The kinds of calls that a check makes: real text, and patterns that break streaming models.
 
-All are seeded, and need nothing but the text's token ids to be made again.
+All are seeded, so that the text's token ids and the seed are enough to repeat them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ class Case:
     """One kind of calls.
 
     Attributes:
-      name: of it.
-      about: what it is for.
-      rows: of the batch.
-      tokens: how many the first row reads.
+      name: Name of the case, as `--cases` takes it.
+      about: What the calls are like, in words.
+      rows: Number of rows in the batch.
+      tokens: Number of tokens that the first row reads. In `CASES`, 0 means two calls of the
+        largest size.
     """
 
     name: str
@@ -39,16 +40,16 @@ class Case:
     def calls(
         self, ids: Array, max_tokens: int, seed: int, limit: int = 0
     ) -> Iterable[ScheduledCall]:
-        """Return the calls, the same ones every time.
+        """Return the calls, the same ones each time they are iterated.
 
         Args:
-          ids: [N] int64, the text.
-          max_tokens: largest T.
-          seed: of everything random.
-          limit: tokens that a row may read; 0: without end.
+          ids: Token ids of the text, [N] int64.
+          max_tokens: Largest T of a call.
+          seed: Seed of all random choices.
+          limit: Largest number of tokens that a row may read; 0 means no limit.
 
         Raises:
-          TokenError: the text is too short.
+          TokenError: The text is too short.
         """
         if self.name == TEXT:
             return Schedule(ids, self.tokens, max_tokens, seed, limit)
@@ -67,17 +68,16 @@ class _SeededCalls:
         return _MAKERS[self.case.name](rng, self.ids, self.case.tokens, self.max_tokens)
 
 
-# `tokens` of 0: two of the model's largest calls.
 CASES = (
-    Case(TEXT, "real text in uneven calls, with ragged rows, weights of 0 and a reset", ROWS, 2000),
+    Case(TEXT, "real text in uneven calls: ragged rows, label weights of 0, a reset", ROWS, 2000),
     Case(
         MIXED,
-        "rows reset again and again beside one that grows old; step sizes that change by row",
+        "rows that are reset often beside one that never is; step sizes that change by row",
         4,
         96,
     ),
-    Case("repeat", "repeated tokens, which drive the fast weights far", 3, 128),
-    Case("long", "every call as long as the model takes", 1, 0),
+    Case("repeat", "repeated tokens, which make the fast weights large", 3, 128),
+    Case("long", "calls of the largest size that the model takes", 1, 0),
     Case("decode", "one row, one token per call", 1, 48),
 )
 
@@ -122,17 +122,17 @@ def _named_case(name: str, tokens: int, max_tokens: int, limit: int) -> Case:
     return replace(case, tokens=min(wanted, limit) if limit else wanted)
 
 
-# What rows of the mixed case multiply step sizes by: among them nothing learned, and more than 1.
+# Factors on step sizes in the mixed case: 0 means that a row learns nothing.
 _SCALES = np.array([0, 0.5, 1, 1.5], np.float32)
 
 
 class _CasePlan(NamedTuple):
-    """What a call of a case brings.
+    """What the rows do in the next call of a case.
 
     Attributes:
-      lengths: [B], tokens of each row.
-      reset: rows that start afresh before.
-      scale: [B], times the model's step sizes; None: 1.
+      lengths: Number of tokens that each row reads, [B].
+      reset: Rows to reset before the call.
+      scale: Factor on the model's step sizes in each row, [B]; None means 1.
     """
 
     lengths: Array
@@ -195,7 +195,7 @@ _MAKERS: dict[str, Callable[[np.random.Generator, Array, int, int], Iterator[Sch
 def _stream(
     texts: Sequence[Array], tokens: int, plan: Callable[[int], _CasePlan]
 ) -> Iterator[ScheduledCall]:
-    """Yield calls until the first row has read `tokens`, and no row more."""
+    """Yield calls until the first row has read `tokens`; no row reads more."""
     positions = np.zeros(len(texts), np.int64)
     marks = comparison_points(tokens)
     step = 0

@@ -1,7 +1,8 @@
-"""Check a bundle: the same calls in all runtimes, judged against a reference."""
+"""Check a bundle: make the same calls in all candidates and judge them against a reference."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
@@ -26,6 +27,8 @@ from fwl_export.parity.schedule import ROWS, ScheduledCall
 from fwl_export.parity.tolerances import Tolerance, changed_table
 from fwl_export.parity.verdict import CandidateVerdict, judge
 from fwl_export.runtimes import Session, open_session
+
+_log = logging.getLogger(__name__)
 
 CANDIDATES = "onnxruntime"
 DEFAULT_CASES = ",".join(case.name for case in CASES)
@@ -60,31 +63,32 @@ def check_bundle(
     command: str = "",
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Report:
-    """Make the same calls in every runtime and judge how far they are from the reference.
+    """Make the same calls in every candidate and judge how far each is from the reference.
 
     Args:
-      bundle: must hold its checkpoint.
-      ids: [N] int64, the text; N of `tokens + 1` or more.
-      tokens: how many the first row reads of the text; no more than the model can take.
-      seed: of the calls.
-      candidates: names, see `candidates`, with commas or as a list; or sessions by name, in the
-        bundle's precision, from which others are opened.
-      reference: name of the runtime that counts as right.
+      bundle: Bundle that holds its checkpoint.
+      ids: Token ids of the text, [N] int64, with N of at least `tokens + 1`.
+      tokens: Tokens of the text that the first row reads, capped at what the model can read.
+      seed: Seed of the calls.
+      candidates: Names of runtimes, see `parity.candidates`, as a list or separated by commas. Or
+        sessions by name, in the bundle's precision; the check opens others like them.
+      reference: Name of the runtime whose results count as correct.
       cases: Names of cases, or what `choose_cases` returned for this bundle.
-      strict: halve every budget.
-      tolerances: see `changed_table`.
-      baseline: data of a report, see `read_report`; what has grown since is outside.
-      text: name of the text, for the report.
-      threads: of each runtime. With more than 1 the runtimes' pools wait for work by spinning
-        and take the cores from one another, and sums have another order on every machine.
-      decode: text of a token id, for the report.
-      command: that repeats the check, for the report.
-      advance: called with the number of tokens the first row has moved, of all cases.
+      strict: Whether to halve every budget.
+      tolerances: Changes to the table of tolerances, see `changed_table`.
+      baseline: Data of an earlier report, see `read_report`. Errors that have grown since then
+        count as outside their budgets.
+      text: Name of the text, for the report.
+      threads: Threads per runtime. With 1, results are reproducible. With more, the order of sums
+        depends on the machine, and idle threads of one runtime spin on the cores of another.
+      decode: Function that returns the text of a token id, for the report.
+      command: Shell command that repeats the check, for the report.
+      advance: Called with the number of tokens that the first row has moved on, in each case.
 
     Raises:
-      BundleError: the bundle is incomplete or changed, or has no checkpoint.
-      TokenError: the text is too short.
-      ConfigError: a name or a tolerance is unknown.
+      BundleError: The bundle is incomplete or changed, or has no checkpoint.
+      TokenError: The text is too short.
+      ConfigError: A name or a tolerance is unknown.
     """
     began = time.perf_counter()
     manifest = bundle.manifest
@@ -96,6 +100,7 @@ def check_bundle(
     bundle.model_files()
     with torch_threads(threads):
         lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
+        _log.info("comparing with %s: %s", reference, ", ".join(c.name for c in lineup.candidates))
         measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
     horizon_tokens = model_horizon(bundle)
     verdicts = [_verdict(c, lineup, measured, horizon_tokens, table) for c in lineup.candidates]
@@ -121,14 +126,23 @@ def check_bundle(
         baseline=None if baseline is None else str(baseline.get("bundle", {}).get("name", "")),
         environment=_environment(threads),
         command=command,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - began,
     )
 
 
 @dataclass(frozen=True)
 class _OpenedCandidate:
-    """A candidate: its session, or why there is none."""
+    """A candidate with its session, or with the reason why it could not be opened.
+
+    Attributes:
+      name: Name of the candidate.
+      precision: Precision that it computes in.
+      runtime: Runtime, version and options in words.
+      tokens: Tokens after which it stops, or None for all.
+      session: Session of the candidate, or None if it could not be opened.
+      reason: Why it could not be opened, or None.
+    """
 
     name: str
     precision: str
@@ -140,13 +154,14 @@ class _OpenedCandidate:
 
 @dataclass
 class _Lineup:
-    """All that takes part.
+    """All sessions that take part in a check.
 
     Attributes:
-      candidates: the candidates.
-      reference: name and session of what counts as right.
-      yardstick: the same of PyTorch in float64, which budgets are measured against.
-      own: name and session of PyTorch by precision; may be a candidate too.
+      candidates: Candidates, opened or not.
+      reference: Name and session of the reference.
+      yardstick: Name and session of PyTorch in float64, from which budgets are measured. It is the
+        reference itself unless the user named another.
+      own: Name and session of PyTorch by precision. They may be candidates too.
     """
 
     candidates: list[_OpenedCandidate]
@@ -187,13 +202,13 @@ def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _OpenedCandidat
     try:
         session = candidate.open(bundle, 1, threads)
         return _OpenedCandidate(*known, candidate.describe(), candidate.tokens, session)
-    except Exception as error:  # a runtime may raise anything; the others are checked without it
+    except Exception as error:  # runtimes raise exceptions of any type; the others go on
         reason = str(error) or type(error).__name__
         return _OpenedCandidate(*known, tokens=candidate.tokens, reason=reason)
 
 
 class _Measured(NamedTuple):
-    """The drift from the reference in a case, and that of PyTorch from float64."""
+    """Measurements of a case: of the candidates, and of PyTorch against float64."""
 
     case: Case
     drift: Drift
@@ -212,6 +227,7 @@ def _measure(
         candidate.name: candidate.tokens for candidate in lineup.candidates if candidate.tokens
     }
     together = lineup.reference is lineup.yardstick
+    _log.info("case %s: %d tokens, %d rows", case.name, case.tokens, case.rows)
     drift = measure_drift(
         fresh(*lineup.reference),
         {**candidates, **own} if together else candidates,
@@ -263,7 +279,7 @@ def _environment(threads: int) -> dict[str, Any]:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let PyTorch use so many threads while the block runs."""
+    """Set PyTorch's number of threads while the block runs."""
     import torch
 
     before = torch.get_num_threads()
@@ -275,7 +291,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def model_horizon(bundle: Bundle) -> float:
-    """Return the horizon of the bundle's model in tokens; 0 if it forgets nothing."""
+    """Return the horizon of the bundle's model in tokens; 0 means that it never forgets."""
     from safetensors import safe_open
 
     if bundle.manifest.config.fast_weights.decay == "none":

@@ -1,4 +1,4 @@
-"""How far two results lie apart: statistics that are added up and never keep a tensor."""
+"""How far two results are apart: running statistics, which keep no tensor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy.typing as npt
 from fwl_export.bundle.state import Array
 from fwl_export.runtimes.sampling import log_softmax
 
-# Of a histogram in ULP: less than half a ULP, less than 1, 2, 4 ... 2^23, and all that is more.
+# Bins of the ULP histogram: less than half a ULP, less than 1, 2, 4 ... 2^23, and the rest.
 ULP_BINS = 26
 _EXPONENT_BIAS = 1023
-_BLOCK = 1 << 13  # elements compared at a time: they stay in the cache, and malloc reuses them
-_PREDICTIONS = 1 << 18  # logits whose distributions are compared at a time, in float64
-_LIKELY = 5  # tokens whose agreement is measured beside that of the likeliest
+_BLOCK = 1 << 13  # elements compared at a time: few enough to stay in the cache
+_PREDICTIONS = 1 << 18  # logits compared at a time as float64 distributions
+_LIKELY = 5  # number of likeliest tokens whose overlap is measured
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Place:
     """One element that was compared.
 
     Attributes:
-      step: number of the call.
-      tokens_read: tokens the first row had read after that call.
-      index: of the element: its row, then its place in the tensor; of a logit its row, its
-        position in the row's text, and its token.
-      candidate: its value there.
-      reference: its value there.
+      step: Number of the call.
+      tokens_read: Tokens the first row had read after that call.
+      index: Index of the element: its row, then its index in the row's tensor. For a logit: its
+        row, its position in the row's text, and its token id.
+      candidate: Value in the candidate.
+      reference: Value in the reference.
     """
 
     step: int
@@ -46,11 +46,11 @@ class Error:
     """The distance of a tensor from its reference.
 
     Attributes:
-      max_abs: largest absolute difference.
-      relative_rms: root of the mean square of the difference over that of the reference, of the
-        row in which it is largest: a row that has just begun is not hidden behind old ones.
-      scale: largest absolute value of the reference.
-      worst: where `max_abs` is; None where nothing was compared.
+      max_abs: Largest absolute difference.
+      relative_rms: RMS of the difference divided by the RMS of the reference, in the row where this
+        is largest. Taken by row, so that large rows do not hide the error of a small one.
+      scale: Largest absolute value of the reference.
+      worst: Element with the largest difference, or None if nothing was compared.
     """
 
     max_abs: float
@@ -64,13 +64,13 @@ class Prediction:
     """The distance of predictions from those of the reference.
 
     Attributes:
-      tokens: predictions compared.
-      kl: mean of KL(reference || candidate), in nats.
-      kl_max: its largest value.
-      top1: share of predictions whose likeliest token is the same.
-      top5: of the reference's five likeliest tokens, the share that the candidate has in its five.
-      loss: mean negative log probability of the next token, of the candidate, in nats.
-      reference_loss: the same of the reference.
+      tokens: Number of predictions that were compared.
+      kl: Mean KL(reference || candidate) per prediction, in nats.
+      kl_max: Largest KL(reference || candidate) of a prediction, in nats.
+      top1: Share of predictions in which both have the same likeliest token.
+      top5: Mean share of the reference's five likeliest tokens that are among the candidate's five.
+      loss: Mean negative log probability of the next token in the candidate, in nats.
+      reference_loss: Mean negative log probability of the next token in the reference, in nats.
     """
 
     tokens: int
@@ -83,23 +83,27 @@ class Prediction:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Perplexity of the candidate, exp(loss)."""
         return _exp(self.loss)
 
     @property
     def reference_perplexity(self) -> float:
-        """exp(reference_loss)."""
+        """Perplexity of the reference, exp(reference_loss)."""
         return _exp(self.reference_loss)
 
     @property
     def perplexity_change(self) -> float:
-        """How much larger the perplexity is than the reference's, relative to that."""
+        """Relative change of the perplexity: candidate / reference - 1."""
         with np.errstate(over="ignore", invalid="ignore"):
             return float(np.expm1(np.float64(self.loss) - self.reference_loss))
 
 
 class TensorSum:
-    """Adds up the differences of one tensor, row by row."""
+    """Accumulates the differences of one tensor, row by row.
+
+    Attributes:
+      ulp: Histogram of the differences, see `ulp_histogram`; None for integers or before any `add`.
+    """
 
     def __init__(self, rows: int) -> None:
         self._squares = np.zeros(rows)
@@ -107,7 +111,7 @@ class TensorSum:
         self._scale = 0.0
         self._max_abs = 0.0
         self._worst: Place | None = None
-        self.ulp: npt.NDArray[np.int64] | None = None  # histogram; None: whole numbers, or nothing
+        self.ulp: npt.NDArray[np.int64] | None = None
 
     def add(
         self,
@@ -121,12 +125,12 @@ class TensorSum:
         """Compare some elements of one row.
 
         Args:
-          row: which one.
-          candidate: any shape and type.
-          reference: of the same shape.
-          step: number of the call.
-          tokens_read: tokens the first row has read.
-          offset: added to the first index in `Place.index`; None: there is none.
+          row: Index of the row.
+          candidate: Values of the candidate, of any shape and dtype.
+          reference: Values of the reference, of the same shape.
+          step: Number of the call.
+          tokens_read: Tokens the first row has read.
+          offset: Offset that is added to the first index in `Place.index`, or None to add nothing.
         """
         found, right = candidate.reshape(-1), reference.reshape(-1)
         for start in range(0, found.size, _BLOCK):
@@ -140,7 +144,7 @@ class TensorSum:
                 self._worst = Place(step, tokens_read, (row, *index), *values)
 
     def _add_block(self, row: int, candidate: Array, reference: Array) -> int | None:
-        """Return the index of the largest difference, if none before was as large."""
+        """Return the index of the largest difference, or None if an earlier one is as large."""
         expected = reference.astype(np.float64, copy=False)
         difference = candidate.astype(np.float64)
         difference -= expected
@@ -151,7 +155,7 @@ class TensorSum:
         if candidate.dtype.kind == "f":
             counts = ulp_histogram(difference, expected, candidate.dtype)
             self.ulp = counts if self.ulp is None else self.ulp + counts
-        place = int(np.argmax(difference))  # of NaN if there is one
+        place = int(np.argmax(difference))  # NaN wins if there is one
         largest = _finite_or_inf(float(difference[place]))
         if self._worst is not None and largest <= self._max_abs:
             return None
@@ -159,17 +163,17 @@ class TensorSum:
         return place
 
     def result(self) -> Error:
-        """Return what was added up; a value that is not finite counts as infinitely far."""
+        """Return the error so far; values that are not finite count as infinitely far."""
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.sqrt(self._squares / self._reference_squares)
-        ratios[self._squares == 0] = 0.0  # also where the reference is 0 everywhere
+        ratios[self._squares == 0] = 0.0  # even if the reference is 0 everywhere
         largest = float(ratios.max())
         return Error(self._max_abs, _finite_or_inf(largest), self._scale, self._worst)
 
 
 @dataclass
 class PredictionSum:
-    """Adds up how predictions differ."""
+    """Accumulates how predictions differ."""
 
     _tokens: int = field(default=0, init=False)
     _kl: float = field(default=0.0, init=False)
@@ -183,9 +187,9 @@ class PredictionSum:
         """Compare some predictions.
 
         Args:
-          candidate: [T, V] logits.
-          reference: [T, V] logits.
-          labels: [T] the tokens that followed.
+          candidate: Logits of the candidate, [T, V].
+          reference: Logits of the reference, [T, V].
+          labels: Token ids that followed in the text, [T].
         """
         size = max(_PREDICTIONS // candidate.shape[-1], 1)
         for start in range(0, len(labels), size):
@@ -195,8 +199,8 @@ class PredictionSum:
     def _add_block(self, candidate: Array, reference: Array, labels: Array) -> None:
         found, expected = log_softmax(candidate), log_softmax(reference)
         ratio = found - expected
-        # Both sum to 1, so this equals the sum of p log(p / q); but it has no terms that cancel
-        # between tokens, and stays exact where the two are equal but for roundings.
+        # Equal to the sum of p log(p / q), because both distributions sum to 1. But no terms cancel
+        # between tokens, so it stays accurate when the two differ by roundings only.
         divergence = (np.exp(expected) * (np.expm1(ratio) - ratio)).sum(-1)
         token = np.arange(len(labels))
         self._tokens += len(labels)
@@ -208,7 +212,7 @@ class PredictionSum:
         self._reference_loss -= float(expected[token, labels].sum())
 
     def result(self) -> Prediction:
-        """Return what was added up."""
+        """Return the distance so far."""
         count = max(self._tokens, 1)
         return Prediction(
             self._tokens,
@@ -222,36 +226,37 @@ class PredictionSum:
 
 
 def ulp_histogram(difference: Array, reference: Array, dtype: Any) -> npt.NDArray[np.int64]:
-    """Count differences by their size in units in the last place of the reference.
+    """Count differences by their size in ULP (units in the last place) of the reference.
 
     Args:
-      difference: float64, 0 or more, any shape.
-      reference: float64, of the same shape.
-      dtype: float type whose units are meant.
+      difference: Absolute differences, float64, of any shape.
+      reference: Values of the reference, float64, of the same shape.
+      dtype: Float dtype whose ULP is meant.
 
     Returns:
-      [ULP_BINS] counts: the first of less than half a unit, entry k of less than 2^(k-1), the
-      last of more, or not finite.
+      Counts [ULP_BINS]: entry 0 of differences below half a ULP, entry k of those below 2^(k-1)
+      ULP that no earlier entry counts, and the last entry of all others and those not finite.
     """
     info = np.finfo(dtype)
     bins = _exponent_bits(difference)
     bins -= np.maximum(_exponent_bits(reference), int(info.minexp) + _EXPONENT_BIAS)
     bins += int(info.nmant) + 2
     np.clip(bins, 0, ULP_BINS - 1, out=bins)
-    bins[difference == 0] = 0  # whose exponent is not far below a unit of float64's smallest
+    # The exponent of 0 is not below that of a ULP of the smallest references.
+    bins[difference == 0] = 0
     counts: npt.NDArray[np.int64] = np.bincount(bins.reshape(-1), minlength=ULP_BINS)
     return counts
 
 
 def _exponent_bits(values: Array) -> Array:
-    """Return the binary exponents of float64 values, plus the bias, in memory of their own."""
+    """Return the biased binary exponents of float64 values as a new array."""
     bits: Array = np.ascontiguousarray(values).view(np.int64) >> 52
     bits &= 0x7FF
     return bits
 
 
 def _shared_likely(found: Array, expected: Array) -> float:
-    """Return the sum over rows of the share of the likeliest tokens that two have in common."""
+    """Return, summed over predictions, the share of likeliest tokens that both have."""
     count = min(_LIKELY, found.shape[-1])
     best, right = (
         np.argpartition(values, -count, axis=-1)[:, -count:] for values in (found, expected)
@@ -260,7 +265,7 @@ def _shared_likely(found: Array, expected: Array) -> float:
 
 
 def pooled(parts: Sequence[Prediction]) -> Prediction:
-    """Return one prediction over all parts."""
+    """Return the statistics of all parts together, weighted by their tokens."""
     tokens = max(sum(part.tokens for part in parts), 1)
 
     def mean(name: str) -> float:

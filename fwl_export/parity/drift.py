@@ -1,9 +1,9 @@
 """Drive sessions side by side over calls and measure how far they are from a reference.
 
-In mode "free" every session carries its own state from the first call to the last, so what a
-runtime gets wrong once goes on to act on everything after it. In mode "forced" a second session
-of the same runtime gets the reference's state before every call, so only the error of one step is
-left. Both are measured in one pass, and nothing is kept but sums.
+Free-running (mode "free"), a session carries its own state from the first call to the last, so an
+error in one call affects everything after it. Teacher-forced (mode "forced"), a second session of
+the same runtime is given the reference's state before every call, so only the error of a single
+step remains. Both are measured in one pass, and only running statistics are kept.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ LOGITS = "logits"
 
 FREE_RUNNING, TEACHER_FORCED = "free", "forced"
 MODES = (FREE_RUNNING, TEACHER_FORCED)
+MODE_NAMES = {FREE_RUNNING: "free-running", TEACHER_FORCED: "teacher-forced"}
 
-# Every call writes these anew: what is wrong after one call may be gone after the next, so they
-# are compared after each. Caches and sums remember; they are compared at the comparison points.
+# Every call writes these tensors anew, so an error may be gone after the next call: they are
+# compared after each. Caches and fast weights persist; they are compared at the comparison points.
 _COMPARED_EVERY_CALL = ("position", "pending.")
 
 
 class RunKey(NamedTuple):
-    """A runtime in one of the modes."""
+    """Name of a session, and the mode it runs in."""
 
     name: str
     mode: str
@@ -43,15 +44,15 @@ class RunKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """A runtime that could not go on.
+    """Why a session could not go on.
 
     Attributes:
-      runtime: its name.
-      step: number of the call.
-      tokens_read: tokens the first row would have read after that call.
-      message: what happened.
-      kind: "not finite", "shape" of an output, or another "error".
-      tensor: "logits" or the name in the state, where it is one tensor's fault.
+      runtime: Name of the session.
+      step: Number of the call that failed.
+      tokens_read: Tokens the first row would have read after that call.
+      message: Description of what happened.
+      kind: Kind of failure: "not finite", wrong "shape" of an output, or any other "error".
+      tensor: Name of the tensor at fault ("logits" or a state tensor), or None.
     """
 
     runtime: str
@@ -64,18 +65,18 @@ class Failure:
 
 @dataclass
 class RunDrift:
-    """How far a runtime is from the reference, at one comparison point after the other.
+    """How far a session is from the reference, at each comparison point.
 
     Attributes:
-      tokens_read: tokens the first row had read where the state was compared.
-      errors: by tensor, "logits" first, one entry per point. Logits, position and pending tensors
-        are compared after every call, and an entry is over all since the point before; the rest
-        of the state is compared at the point.
-      ulp: histogram of all differences by tensor; none for whole numbers.
-      dtypes: of the runtime's tensors.
-      predictions: of all calls since the point before.
-      failure: why it did not get to the end; None if it did, or stopped by wish.
-      stopped: whether it stopped by wish.
+      tokens_read: Tokens the first row had read at each point.
+      errors: Errors by tensor, "logits" first, one per point. Logits, position and pending tensors
+        are compared after every call, and an error covers all calls since the previous point. The
+        rest of the state is compared at the point only.
+      ulp: Histogram of all differences by tensor, see `ulp_histogram`. Integers have none.
+      dtypes: Dtypes of the session's tensors by name.
+      predictions: Distance of the predictions since the previous point, one per point.
+      failure: Why it did not get to the end; None if it did, or stopped at its limit.
+      stopped: Whether it stopped at the limit the user set.
     """
 
     tokens_read: list[int] = field(default_factory=list)
@@ -89,13 +90,13 @@ class RunDrift:
 
 @dataclass
 class Drift:
-    """What a run over calls measured.
+    """Measurements of all sessions over the same calls.
 
     Attributes:
-      runs: the measurements by runtime and mode.
-      failure: of the reference, which ends the run.
-      calls: number of calls that the reference made.
-      largest_call: the largest T among them.
+      runs: Measurements by session and mode.
+      failure: Failure of the reference, which ends the measurement, or None.
+      calls: Number of calls that the reference made.
+      largest_call: Largest T of those calls.
     """
 
     runs: dict[RunKey, RunDrift]
@@ -106,63 +107,55 @@ class Drift:
 
 def measure_drift(
     reference: tuple[str, Session],
-    runtimes: Mapping[str, Session],
+    sessions: Mapping[str, Session],
     calls: Iterable[ScheduledCall],
     limits: Mapping[str, int] | None = None,
     needed: Collection[str] | None = None,
     modes: Collection[str] = MODES,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Drift:
-    """Feed every session the same calls and compare logits and states with the reference's.
+    """Feed every session the same calls and compare its logits and states with the reference's.
 
-    A session that raises, or whose output or state has another shape or is not finite, is left
-    behind with a `Failure`; the others go on.
+    A session that raises, or whose output has the wrong shape or is not finite, drops out with a
+    `Failure`; the others go on.
 
     Args:
-      reference: name and session of what counts as right.
-      runtimes: fresh sessions by name, of as many rows as the calls.
-      calls: e.g. those of a `Case`.
-      limits: tokens after which a runtime is not asked to go on, by name.
-      needed: names of the runtimes without which the run ends; default: all.
-      modes: "free", "forced" or both.
-      advance: called with the number of tokens the first row has moved, for a progress bar.
+      reference: Name and session of the reference, whose results count as correct.
+      sessions: Fresh sessions by name, with as many rows as the calls.
+      calls: Calls to make, for example those of a `Case`.
+      limits: Tokens after which a session stops, by its name.
+      needed: Names of the sessions of which one at least must be running; default: all.
+      modes: Modes to measure: "free", "forced" or both.
+      advance: Called with the number of tokens that the first row has moved on.
     """
-    name, session = reference
     runs = [
-        _CandidateRun(
-            runtime, mode, given if mode == FREE_RUNNING else given.another(given.batch), session
-        )
-        for runtime, given in runtimes.items()
+        _CandidateRun(RunKey(name, mode), session, reference[1])
+        for name, session in sessions.items()
         for mode in modes
     ]
-    drift = Drift({RunKey(run.runtime, run.mode): run.drift for run in runs})
-    wanted = set(runtimes if needed is None else needed)
+    drift = Drift({run.key: run.drift for run in runs})
+    wanted = set(sessions if needed is None else needed)
     tokens_read = 0
-    # The reference is one call ahead of the runs: they share the cores, and not its state.
-    steps = _reference_steps(name, session, calls)
+    # The reference computes one call ahead: it shares the cores with the runs, but no state.
+    steps = _reference_steps(*reference, calls)
     workers = min(os.cpu_count() or 1, max(len(runs), 1))
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(workers) as pool:
         upcoming = ahead.submit(next, steps, None)
         while (step := upcoming.result()) is not None:
             call, before, right = step
             going = [run for run in runs if run.going]
-            if not wanted & {run.runtime for run in going}:
+            if not wanted & {run.key.name for run in going}:
                 break
             if isinstance(right, Failure):
                 drift.failure = right
                 break
             upcoming = ahead.submit(next, steps, None)
-            # Runtimes leave Python's lock while they compute, and no run knows of another.
-            list(
-                pool.map(
-                    partial(_CandidateRun.step, call=call, before=_Casts(before), right=right),
-                    going,
-                )
-            )
+            # Runtimes release the GIL while they compute, and the runs share nothing.
+            step_of = partial(_CandidateRun.step, call=call, before=_Casts(before), right=right)
+            list(pool.map(step_of, going))
             for run in going:
-                if call.compare_state and call.tokens_read >= (limits or {}).get(
-                    run.runtime, np.inf
-                ):
+                limit = (limits or {}).get(run.key.name, np.inf)
+                if call.compare_state and call.tokens_read >= limit:
                     run.stop()
             drift.calls += 1
             drift.largest_call = max(drift.largest_call, call.ids.shape[1])
@@ -174,7 +167,7 @@ def measure_drift(
 def _reference_steps(
     name: str, session: Session, calls: Iterable[ScheduledCall]
 ) -> Iterator[tuple[ScheduledCall, State, _Output | Failure]]:
-    """Yield each call, the state before it, and what the reference makes of it."""
+    """Yield each call, the state before it, and the reference's output or failure."""
     before = session.state
     for call in calls:
         if call.reset:
@@ -188,43 +181,53 @@ def _reference_steps(
 
 
 class _Output(NamedTuple):
-    """What one call of one session returned: logits [B, T, V] and the state after it."""
+    """Logits [B, T, V] that a call returned, and the state after it."""
 
     logits: Array
     state: State
 
 
 class _Casts:
-    """A state in other types, each computed once."""
+    """A state in the dtypes of several sessions; each cast is computed once."""
 
     def __init__(self, state: State) -> None:
         self._state = state
         self._done: dict[tuple[str, str], Array] = {}
 
     def to(self, session: Session) -> State:
+        """Return the state in the dtypes of a session."""
         return {spec.name: self._cast(spec.name, spec.dtype) for spec in session.specs}
 
     def _cast(self, name: str, dtype: str) -> Array:
         if (name, dtype) not in self._done:
-            with np.errstate(over="ignore"):  # float16's infinity is told as a failure
+            with np.errstate(over="ignore"):  # an infinity in float16 is reported as a failure
                 self._done[name, dtype] = self._state[name].astype(dtype, copy=False)
         return self._done[name, dtype]
 
 
 class _CandidateRun:
-    """One runtime in one mode, and what its differences add up to since the last point."""
+    """One session in one mode, driven through the calls, and its measurements."""
 
-    def __init__(self, runtime: str, mode: str, session: Session, reference: Session) -> None:
-        self.runtime, self.mode = runtime, mode
+    def __init__(self, key: RunKey, session: Session, reference: Session) -> None:
+        self.key = key
+        if key.mode == TEACHER_FORCED:  # both modes run side by side, each with its own state
+            session = session.another(session.batch)
         self.session = session
         self.drift = RunDrift()
         self.going = True
         self._sums: _Sums | None = None
         if wrong := _other_state(session, reference):
-            self._fail(Failure(runtime, 0, 0, wrong, "shape"))
+            self._fail(Failure(key.name, 0, 0, wrong, "shape"))
         self.drift.dtypes = {spec.name: spec.dtype for spec in session.specs}
 
     def step(self, call: ScheduledCall, before: _Casts, right: _Output) -> None:
+        """Make a call and compare its output.
+
+        Args:
+          call: Call to make.
+          before: Reference's state before the call.
+          right: Reference's output of the call.
+        """
         found = self._feed(call, before)
         if isinstance(found, Failure):
             self._fail(found)
@@ -238,24 +241,27 @@ class _CandidateRun:
             self._sums = None
 
     def stop(self) -> None:
+        """Stop at the limit the user set."""
         self.drift.stopped = self.going
         self.going = False
 
     def _feed(self, call: ScheduledCall, before: _Casts) -> _Output | Failure:
-        if self.mode == FREE_RUNNING:
+        if self.key.mode == FREE_RUNNING:
             if call.reset:
                 self.session.reset(call.reset)
-            return _feed(self.runtime, self.session, call)
+            return _feed(self.key.name, self.session, call)
         state = before.to(self.session)
         if wrong := _not_finite(state):
             tensor, message = wrong
-            message = f"{message}: the reference's value is beyond {state[tensor].dtype}"
-            return Failure(self.runtime, call.step, call.tokens_read, message, "not finite", tensor)
+            message = f"{message}: the reference's value is too large for {state[tensor].dtype}"
+            return Failure(
+                self.key.name, call.step, call.tokens_read, message, "not finite", tensor
+            )
         try:
             self.session.write_rows(range(self.session.batch), state)
-        except Exception as error:  # a runtime may raise anything; the others go on without it
-            return Failure(self.runtime, call.step, call.tokens_read, _text(error))
-        return _feed(self.runtime, self.session, call)
+        except Exception as error:  # runtimes raise exceptions of any type; the others go on
+            return Failure(self.key.name, call.step, call.tokens_read, _text(error))
+        return _feed(self.key.name, self.session, call)
 
     def _fail(self, failure: Failure) -> None:
         self.drift.failure = failure
@@ -263,12 +269,15 @@ class _CandidateRun:
 
 
 class _Sums:
+    """The statistics of one run since the previous comparison point."""
+
     def __init__(self, session: Session) -> None:
         names = [LOGITS, *(spec.name for spec in session.specs)]
         self._tensors = {name: TensorSum(session.batch) for name in names}
         self._predictions = PredictionSum()
 
     def add(self, candidate: _Output, reference: _Output, call: ScheduledCall) -> None:
+        """Add the differences of one call."""
         at = (call.step, call.tokens_read)
         for row, length in enumerate(call.lengths):
             real = (row, slice(0, int(length)))
@@ -281,6 +290,7 @@ class _Sums:
                     self._tensors[name].add(row, candidate.state[name][row], tensor[row], *at)
 
     def finish(self, drift: RunDrift) -> None:
+        """Append the statistics to the drift of the run."""
         for name, total in self._tensors.items():
             drift.errors.setdefault(name, []).append(total.result())
             if total.ulp is not None:
@@ -289,7 +299,7 @@ class _Sums:
 
 
 def _other_state(session: Session, reference: Session) -> str:
-    """Return in what the state of a session differs from the reference's, or ""."""
+    """Return how the state tensors of a session differ from the reference's, or ""."""
     found, expected = (
         {spec.name: (s.batch, *spec.shape) for spec in s.specs} for s in (session, reference)
     )
@@ -297,21 +307,21 @@ def _other_state(session: Session, reference: Session) -> str:
         return ""
     name = next(n for n in {**expected, **found} if found.get(n) != expected.get(n))
     return (
-        f"state '{name}' is {found.get(name)}, but {expected.get(name)} in the reference; "
-        "compare runtimes of one bundle"
+        f"state '{name}' has shape {found.get(name)}, but {expected.get(name)} in the reference; "
+        "compare runtimes of the same bundle"
     )
 
 
 def _feed(
     name: str, session: Session, call: ScheduledCall, keep: bool = False
 ) -> _Output | Failure:
-    """Return what a session made of a call, or what went wrong.
+    """Return the output of a session for a call, or its failure.
 
     Args:
-      name: of the runtime.
-      session: which reads it.
-      call: what it reads.
-      keep: the state outlives the session's next call.
+      name: Name of the session.
+      session: Session that makes the call.
+      call: Call to make.
+      keep: Whether to copy the state, so that it outlives the session's next call.
     """
     at = (name, call.step, call.tokens_read)
     try:
@@ -320,7 +330,7 @@ def _feed(
         output = _Output(logits, session.state if keep else session.peek())
     except NotFiniteError as error:
         return Failure(*at, str(error), "not finite", LOGITS)
-    except Exception as error:  # a runtime may raise anything; the others go on without it
+    except Exception as error:  # runtimes raise exceptions of any type; the others go on
         return Failure(*at, _text(error))
     shapes = {LOGITS: (*call.ids.shape, session.vocab_size)}
     shapes |= {spec.name: (session.batch, *spec.shape) for spec in session.specs}
@@ -339,7 +349,7 @@ def _text(error: Exception) -> str:
 
 
 def _not_finite(state: State) -> tuple[str, str] | None:
-    """Return the first tensor of a state that is not finite, and a sentence about it."""
+    """Return the name of the first state tensor that is not finite, and a message about it."""
     for name, array in state.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row, *index = np.argwhere(~np.isfinite(array))[0].tolist()

@@ -1,21 +1,22 @@
-"""Search which parts of a model can be lowered: the smallest set that must stay in float32.
+"""Search which parts of a model can be quantized: the smallest set that must stay in float32.
 
-Distances are those of the model under a policy from the same model in float64, over held-out text,
-every model with its own state. The KL divergences of single parts nearly add up, so the order in
-which parts matter is found by lowering each alone; then the fewest of that order are kept with
-which all others lowered are within the limits, and each of those is tried once more without.
+Distances are measured between the model under a policy and the same model in float64, free-running
+over held-out text. The KL divergences of single parts nearly add up, so quantizing each part alone
+ranks the parts by how much they matter. Then as few parts as possible are excluded from the top of
+that ranking, such that the model with all others quantized is within the limits. Last, each
+excluded part is tried once more: it is quantized if the model stays within the limits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ConfigError
 from fwl_export.model.checkpoint import Checkpoint
+from fwl_export.parity.check import torch_threads
 from fwl_export.parity.compare import pooled
 from fwl_export.parity.drift import FREE_RUNNING, LOGITS, RunDrift, measure_drift
 from fwl_export.parity.schedule import ROWS, Schedule
@@ -23,7 +24,7 @@ from fwl_export.precision.policy import PrecisionPolicy, parts, streaming_model
 from fwl_export.runtimes.session import Session, SessionSpec
 from fwl_export.runtimes.torch import TorchRunner
 
-# Models that read side by side: each needs memory for its state.
+# Models that read side by side; each needs memory for its state.
 _AT_ONCE = 8
 
 _REFERENCE = "float64"
@@ -31,14 +32,14 @@ _REFERENCE = "float64"
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a lowered model may be from float64.
+    """How far a quantized model may be from float64.
 
     Attributes:
-      max_kl: mean of KL(float64 || lowered) per token, in nats. 1e-4: on average the probabilities
-        of two predictions differ by less than 1 % in total (Pinsker's inequality).
-      max_perplexity_increase: relative; a lower perplexity is always allowed.
-      max_state_error: relative RMS of the furthest tensor of the state: what was learned, too,
-        is as it would have been.
+      max_kl: Largest mean KL(float64 || quantized) per token, in nats. With 1e-4 the probabilities
+        of a token differ by less than 1 % in total on average (Pinsker's inequality).
+      max_perplexity_increase: Largest relative increase of the perplexity. A decrease is allowed.
+      max_state_error: Largest relative RMS error of a state tensor. It limits how far what was
+        learned from the text may differ.
     """
 
     max_kl: float = 1e-4
@@ -51,11 +52,11 @@ class Distance:
     """How far a model is from float64.
 
     Attributes:
-      kl: mean KL(float64 || model) per token, in nats.
-      perplexity_increase: relative; negative: the perplexity is lower.
-      state_error: relative RMS of the furthest tensor of the state, at its worst depth.
-      furthest: name of that tensor.
-      failure: why it could not go on, or "".
+      kl: Mean KL(float64 || model) per token, in nats.
+      perplexity_increase: Relative increase of the perplexity, negative if it decreased.
+      state_error: Largest relative RMS error of a state tensor, over all comparison points.
+      furthest: Name of that state tensor.
+      failure: Why the model could not go on, or "".
     """
 
     kl: float
@@ -65,7 +66,7 @@ class Distance:
     failure: str = ""
 
     def use(self, limits: Limits) -> float:
-        """Return the share of the limits that is used; more than 1 is outside."""
+        """Return the largest of the distances divided by their limits; more than 1 is outside."""
         if self.failure:
             return math.inf
         return max(
@@ -77,14 +78,14 @@ class Distance:
 
 @dataclass(frozen=True)
 class Exploration:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-      policy: with the measurements that it rests on.
-      alone: distance with one part lowered, by its name.
-      everything: distance with all parts lowered.
-      confirmed: distance under the policy over the longer text, by runtime.
-      runs: models that were measured.
+      policy: Precision policy, with the measurements that led to it.
+      alone: Distance with only one part quantized, by the part's name.
+      everything: Distance with all parts quantized.
+      confirmed: Distance under the policy over the longer text, by runtime.
+      runs: Number of models that were measured.
     """
 
     policy: PrecisionPolicy
@@ -94,7 +95,7 @@ class Exploration:
     runs: int
 
 
-# Opens other runtimes of the model under a policy, by name, to be measured beside PyTorch.
+# Opens sessions of the model under a policy in other runtimes, by name, to measure beside PyTorch.
 OpenOthers = Callable[[PrecisionPolicy], Mapping[str, Session]]
 
 
@@ -113,12 +114,12 @@ class Explorer:
         """Prepare a search.
 
         Args:
-          checkpoint: of the model.
-          ids: [N] int64, the text.
-          target: "fp16", "bf16" or "int8w".
-          limits: what the lowered model must keep.
-          max_tokens: largest T of a call, no more than the model's anchor interval.
-          say: called with what is being done.
+          checkpoint: Checkpoint of the model.
+          ids: Token ids of the text, [N] int64.
+          target: Precision of quantized parts: "fp16", "bf16" or "int8w".
+          limits: Limits that the quantized model must keep.
+          max_tokens: Largest T of a call, at most the model's anchor interval.
+          say: Called with a message about each step of the search.
         """
         self._checkpoint, self._ids, self._target = checkpoint, ids, target
         self._limits, self._max_tokens, self._say = limits, max_tokens, say
@@ -134,22 +135,22 @@ class Explorer:
         """Find the policy that keeps the fewest parts in float32.
 
         Args:
-          tokens: read in every run of the search.
-          confirm_tokens: read in the last run, under the policy.
-          open_others: see `OpenOthers`; for the last run.
+          tokens: Tokens to read in each run of the search.
+          confirm_tokens: Tokens to read in the last run, which confirms the policy.
+          open_others: Opens sessions in other runtimes for the last run, see `OpenOthers`.
 
         Raises:
-          ConfigError: float32 itself is outside the limits.
-          TokenError: the text is too short.
+          ConfigError: The model in float32 is itself outside the limits.
+          TokenError: The text is too short.
         """
-        for length in (tokens, confirm_tokens):  # a text that is too short is told at once
+        for length in (tokens, confirm_tokens):  # fails at once if the text is too short
             Schedule(self._ids, length, self._max_tokens)
-        with _one_thread():
+        with torch_threads(1):  # sums have the same order on every machine
             everything, alone = self._sensitivities(tokens)
             ranked = sorted(self._names, key=lambda n: alone[n].kl, reverse=True)
-            kept = self._fewest(ranked, everything, tokens)
-            kept = self._without_needless(kept, tokens)
-            policy, confirmed = self._confirm(kept, ranked, confirm_tokens, open_others)
+            excluded = self._fewest(ranked, everything, tokens)
+            excluded = self._without_needless(excluded, tokens)
+            policy, confirmed = self._confirm(excluded, ranked, confirm_tokens, open_others)
         measured = {
             "limits": asdict(self._limits),
             "tokens": tokens,
@@ -158,11 +159,11 @@ class Explorer:
             "all_lowered": asdict(everything),
             "lowered_alone": {name: asdict(alone[name]) for name in ranked},
         }
-        policy = PrecisionPolicy(policy.target, policy.quantized, policy.excluded, measured)
+        policy = replace(policy, measured=measured)
         return Exploration(policy, alone, everything, confirmed, self._runs)
 
     def _sensitivities(self, tokens: int) -> tuple[Distance, dict[str, Distance]]:
-        """Return the distance with all parts lowered, and by name with one alone."""
+        """Return the distance with all parts quantized, and those with one part, by its name."""
         policies = {"": self._policy([])}
         for name in self._names:
             policies[name] = self._policy([other for other in self._names if other != name])
@@ -170,62 +171,65 @@ class Explorer:
         names = list(policies)
         for start in range(0, len(names), _AT_ONCE):
             group = names[start : start + _AT_ONCE]
-            self._say(f"all parts lowered, and each alone: {start} of {len(names)} measured")
+            self._say(f"quantizing all parts, then each alone: {start} of {len(names)} measured")
             found |= self._measure({name: policies[name] for name in group}, tokens)
         return found.pop(""), found
 
     def _fewest(self, ranked: Sequence[str], everything: Distance, tokens: int) -> list[str]:
-        """Return the shortest beginning of `ranked` that is enough to keep, by bisection."""
+        """Return the shortest prefix of `ranked` whose exclusion is enough, by bisection."""
         if everything.use(self._limits) <= 1:
             return []
         outside, within = 0, len(ranked)
         while within - outside > 1:
             middle = (outside + within) // 2
-            self._say(f"keeping {middle} of {len(ranked)} parts")
+            self._say(f"excluding {middle} of {len(ranked)} parts")
             if self._is_within(ranked[:middle], tokens):
                 within = middle
             else:
                 outside = middle
         if within == len(ranked) and not self._is_within(ranked, tokens):
             raise ConfigError(
-                "even float32 is outside the limits: they are smaller than its own roundings; "
-                "give larger ones"
+                "even float32 is outside the limits, which are smaller than float32's own "
+                "roundings; give larger limits"
             )
         return list(ranked[:within])
 
-    def _without_needless(self, kept: list[str], tokens: int) -> list[str]:
-        """Return `kept` without what can be lowered after all; the last is needed for sure."""
-        for name in kept[-2::-1]:
-            self._say(f"trying once more without {name}")
-            fewer = [other for other in kept if other != name]
+    def _without_needless(self, excluded: list[str], tokens: int) -> list[str]:
+        """Return `excluded` without the parts that can be quantized after all.
+
+        The last one is not tried, because the bisection has shown that it is needed.
+        """
+        for name in excluded[-2::-1]:
+            self._say(f"trying to quantize {name} after all")
+            fewer = [other for other in excluded if other != name]
             if self._is_within(fewer, tokens):
-                kept = fewer
-        return kept
+                excluded = fewer
+        return excluded
 
     def _confirm(
-        self, kept: list[str], ranked: Sequence[str], tokens: int, open_others: OpenOthers
+        self, excluded: list[str], ranked: Sequence[str], tokens: int, open_others: OpenOthers
     ) -> tuple[PrecisionPolicy, dict[str, Distance]]:
-        """Return the policy, with as many more parts kept as the longer text asks for."""
+        """Return the policy, with as many more parts excluded as the longer text needs."""
         while True:
-            policy = self._policy(kept)
-            self._say(f"confirming over {tokens} tokens, {len(kept)} parts kept")
+            policy = self._policy(excluded)
+            self._say(f"confirming over {tokens} tokens with {len(excluded)} parts excluded")
             others = open_others(policy)
             found = self._measure({"PyTorch": policy}, tokens, others)
-            left = [name for name in ranked if name not in kept]
+            left = [name for name in ranked if name not in excluded]
             if all(d.use(self._limits) <= 1 for d in found.values()):
                 return policy, found
             if not left:
                 raise ConfigError(
-                    f"even float32 is outside the limits over {tokens} tokens; give larger ones"
+                    f"even float32 is outside the limits over {tokens} tokens; give larger limits"
                 )
-            kept = [*kept, left[0]]
+            excluded = [*excluded, left[0]]
 
-    def _policy(self, kept: Sequence[str]) -> PrecisionPolicy:
-        lowered = [name for name in self._names if name not in kept]
-        return PrecisionPolicy(self._target, lowered, [n for n in self._names if n in kept])
+    def _policy(self, excluded: Sequence[str]) -> PrecisionPolicy:
+        quantized = [name for name in self._names if name not in excluded]
+        return PrecisionPolicy(self._target, quantized, [n for n in self._names if n in excluded])
 
-    def _is_within(self, kept: Sequence[str], tokens: int) -> bool:
-        (distance,) = self._measure({"": self._policy(kept)}, tokens).values()
+    def _is_within(self, excluded: Sequence[str], tokens: int) -> bool:
+        (distance,) = self._measure({"": self._policy(excluded)}, tokens).values()
         return distance.use(self._limits) <= 1
 
     def _measure(
@@ -263,16 +267,3 @@ def _distance(drift: RunDrift) -> Distance:
     furthest = max(worst, key=worst.__getitem__)
     increase = total.perplexity / total.reference_perplexity - 1
     return Distance(total.kl, increase, worst[furthest], furthest)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """More threads would change the order of sums, hence the figures, from machine to machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,10 +1,10 @@
-"""The calls of a parity check over text: in uneven chunks, the same for every runtime.
+"""The calls of a parity check over text: uneven chunks, the same for every runtime.
 
-Other kinds of calls are in `cases`. A schedule is replayable from its seed. Its calls together
-hold what goes wrong in streaming models: T of 1 and the largest T; odd sizes that leave the ring
-buffers at every offset; rows at different positions, a row that starts late, rows that bring fewer
-tokens than others or none;
-tokens that are read without learning, one by one and whole calls of them; a reset in mid-stream.
+`cases` has the other kinds of calls. A schedule can be replayed from its seed. Its calls cover what
+tends to go wrong in streaming models: T of 1 and the largest T; odd sizes, which leave the ring
+buffers at every offset; rows at different positions, a row that starts late, and rows with fewer
+tokens than others or none; tokens that are read without learning, singly and in whole calls; and a
+reset in mid-stream.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ import numpy as np
 from fwl_export.bundle.state import Array
 from fwl_export.errors import TokenError
 
-# Row 0 reads all the time, row 1 starts late, row 2 is reset in mid-stream.
+# Row 0 reads from start to end, row 1 starts late, row 2 is reset in mid-stream.
 ROWS = 3
-_STARTS = (0.0, 0.25, 0.0)  # of the first row's way
+_STARTS = (0.0, 0.25, 0.0)  # as shares of the tokens that the first row reads
 _RESET_AT = 0.55
 _RESET_ROW = 2
 
-_FIRST_POINT = 16  # tokens; with fewer, errors are too few to say how large they usually are
+_FIRST_POINT = 16  # tokens; fewer give too few errors to tell how large they usually are
 _POINTS_PER_DOUBLING = 2
 
-_RAGGED = 0.5  # share of calls in which rows bring different numbers of tokens
+_RAGGED = 0.5  # share of calls in which rows have different lengths
 _WEIGHTED = 0.4  # share of calls in which some tokens have weight 0 or 0.5
 _SILENT = 0.06  # share of calls in which all tokens have weight 0
-_DECODE_RUN = 16  # calls of one token come in runs, as they do when text is generated
+_DECODE_RUN = 16  # consecutive calls of one token, as when text is generated
 
 
 @dataclass(frozen=True)
 class ScheduledCall:
-    """One call of the model on all rows.
+    """One planned call of every session, on all rows.
 
     Attributes:
-      step: number of the call, from 0.
-      ids: [B, T] int64, padding 0.
-      weights: [B, T] float32, how much to learn from each token.
-      lengths: [B] int64, real tokens of each row.
-      scale: [B] float32, times the model's step sizes.
-      labels: [B, T] int64, the token after each; padding 0.
-      positions: [B] int64, tokens that each row has read before (not set back by a reset).
-      reset: rows that start afresh before this call.
-      tokens_read: tokens the first row has read after this call.
-      compare_state: whether the state is compared after this call.
+      step: Number of the call, from 0.
+      ids: Token ids, [B, T] int64, 0 at padding.
+      weights: Label weights, [B, T] float32: how much to learn from each token.
+      lengths: Number of real tokens in each row, [B] int64.
+      scale: Factor on the model's step sizes in each row, [B] float32.
+      labels: Token that follows each token in the text, [B, T] int64, 0 at padding.
+      positions: Tokens that each row has read before this call, [B] int64. Resets do not lower it.
+      reset: Rows to reset before this call.
+      tokens_read: Tokens the first row has read after this call.
+      compare_state: Whether the whole state is compared after this call.
     """
 
     step: int
@@ -64,14 +64,14 @@ class ScheduledCall:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Seeded calls over a text; iterate it for the calls, as often as needed.
+    """Seeded calls over a text. Iterating yields the calls, the same ones each time.
 
     Attributes:
-      ids: [N] int64, the text; rows start at different places and go round at its end.
-      tokens: how many the first row reads.
-      max_tokens: largest T.
-      seed: of everything random.
-      limit: tokens that a row may read; 0: without end.
+      ids: Token ids of the text, [N] int64. Rows start at different places and wrap around.
+      tokens: Number of tokens that the first row reads.
+      max_tokens: Largest T of a call.
+      seed: Seed of all random choices.
+      limit: Largest number of tokens that a row may read; 0 means no limit.
     """
 
     ids: Array
@@ -86,8 +86,8 @@ class Schedule:
         if len(self.ids) < self.tokens + 1:
             raise TokenError(
                 f"the text has {len(self.ids)} tokens; reading {self.tokens} and predicting the "
-                f"next takes {self.tokens + 1}: give a longer text, or read "
-                f"{max(len(self.ids) - 1, 1)} (--tokens)"
+                f"next one takes {self.tokens + 1}. Give a longer text, or read fewer tokens: "
+                f"--tokens {max(len(self.ids) - 1, 1)}"
             )
 
     def __iter__(self) -> Iterator[ScheduledCall]:
@@ -113,7 +113,7 @@ class Schedule:
     def _lengths(
         self, rng: np.random.Generator, size: int, positions: Array, force_ragged: bool
     ) -> Array:
-        """Return how many tokens each row brings; at least one row brings `size`."""
+        """Return the length of each row [B]; at least one row has `size` tokens."""
         lengths: Array = np.full(ROWS, size, np.int64)
         if rng.random() < _RAGGED or force_ragged:
             fewer = rng.integers(0, size + 1, ROWS)
@@ -130,7 +130,10 @@ class Schedule:
 
 
 def comparison_points(tokens: int) -> list[int]:
-    """Return the depths at which states are compared: dense where drift starts, `tokens` last."""
+    """Return the comparison points: tokens read by the first row at which states are compared.
+
+    Their spacing grows with the tokens read; the last point is `tokens`.
+    """
     steps = range(64 * _POINTS_PER_DOUBLING)
     marks = (round(_FIRST_POINT * 2 ** (step / _POINTS_PER_DOUBLING)) for step in steps)
     return [*takewhile(lambda mark: mark < tokens, marks), tokens]
@@ -149,14 +152,14 @@ def make_call(
     """Return the call in which each row reads on in its text.
 
     Args:
-      step: number of the call.
-      texts: [N] int64 for each row, which goes round at its end.
-      positions: [B] where the rows stand in them.
-      lengths: [B] how many tokens they bring.
-      weights: [B, T].
-      reset: rows that start afresh before.
-      marks: depths at which states are still to be compared; those reached are taken out.
-      scale: [B] times the model's step sizes; default: 1.
+      step: Number of the call.
+      texts: Token ids of each row's text, [N] int64. Reading wraps around at its end.
+      positions: Position of each row in its text, [B].
+      lengths: Number of tokens that each row reads, [B].
+      weights: Label weights, [B, T].
+      reset: Rows to reset before the call.
+      marks: Comparison points that are still ahead. Those that the call reaches are removed.
+      scale: Factor on the model's step sizes in each row, [B]; None means 1.
     """
     size = int(lengths.max())
     real = np.arange(size) < lengths[:, None]
@@ -194,9 +197,9 @@ def _weights(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
 
 
 def _sizes(rng: np.random.Generator, max_tokens: int) -> Iterator[int]:
-    """Yield T of one call after the other: all kinds in every round, in a new order.
+    """Yield T of each call. Every round has all sizes, in a new random order.
 
-    The first round begins with its smaller half, so that early depths are seen.
+    The first round begins with the smaller half, so that it reaches early comparison points.
     """
     odd = {2, 3, 5, 7, 13, 17, 31, 61, max_tokens // 2 + 1, max_tokens - 1, max_tokens}
     blocks = [[size] for size in sorted(odd) if 1 <= size <= max_tokens]

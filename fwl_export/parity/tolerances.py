@@ -1,22 +1,23 @@
-"""How far a runtime may be from float64, and why: the one table of every verdict.
+"""How far a runtime may be from float64, and why: the table behind every verdict.
 
-A runtime computes in some precision, so it cannot agree with float64; how far it must be off
-depends on the model and on the text. The measure is PyTorch in the same precision, on the same
-text in the same calls: what it is off by is what the precision costs. The budget of a tensor is
-a factor times that distance, for the largest difference and for the relative root mean square
-(RMS) each; both must be kept. The distance is the largest up to the depth in question, or, where
-the state is set right before each step and errors cannot grow, of the whole run, because what it
-is at one depth of a small tensor is chance.
+A runtime in a lower precision cannot agree with float64 exactly, and how far it is off depends on
+the model and the text. So PyTorch in the same precision, on the same text in the same calls, is the
+yardstick: its distance from float64 is what the precision costs. The budget of a tensor, that is
+its largest allowed error, is a factor times that distance. There is one budget for the largest
+absolute difference and one for the relative root mean square (RMS); both must be kept. When a
+session runs free, the distance is the largest up to the comparison point. When the state is set to
+the reference's before each call, errors cannot grow, and the distance is the largest of the whole
+run, because at a single point of a small tensor it depends on chance.
 
-PyTorch can be right by chance, so a budget never falls below a floor, which counts roundings:
-`floor` times what a value of the precision is off by after a sum of some hundred terms, plus
-`per_token` float32 roundings for every token that the sums remember. The second part is the
-decay: it is a float32 number close to 1 that is applied once per token, so its rounding, 2^-25
-at most, adds up over the tokens of the horizon. Floors are relative: to the RMS of the tensor,
-and, three times as wide because the largest of many roundings is, to its largest value.
+PyTorch can also be right by chance, so a budget never falls below a floor, which counts roundings:
+`floor` times the rounding error of a sum of some hundred terms in the precision, plus `per_token`
+float32 roundings for every token that the fast weights remember. The second part is that of the
+decay, a float32 number close to 1 that is applied once per token: its rounding error, at most
+2^-25, adds up over the tokens of the horizon. Floors are relative to the RMS of the tensor. For
+the largest difference they are three times as wide, because the largest of many roundings is.
 
-KL divergence, top-1 agreement and perplexity follow from the logits; they are reported for
-people and have no budget of their own.
+KL divergence, top-1 agreement and perplexity follow from the logits. They are reported for the
+reader and have no budgets of their own.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from typing import Any
 from fwl_export.errors import ConfigError
 from fwl_export.parity.compare import Error
 
-# Relative error of a sum of some hundred terms. In float32 every addition rounds: about four
-# times the machine epsilon was measured. A float16 model sums in float32 and rounds once; its
-# float32 sums inherit that.
+# Relative error of a sum of some hundred terms. In float32 every addition rounds; about four times
+# the machine epsilon was measured. A float16 model sums in float32 and rounds the result once, and
+# float32 tensors computed from it inherit that error.
 ROUNDING = {"fp64": 4 * 2.0**-52, "fp32": 4 * 2.0**-23, "fp16": 2.0**-10}
-# Under a precision policy: some products in float16, or weights whose rounding the reference has.
+# Under a precision policy: mix16 computes some products in float16; int8w computes in float32 with
+# rounded weights, which the reference has too.
 ROUNDING |= {"mix16": ROUNDING["fp16"], "int8w": ROUNDING["fp32"]}
 
-_MAX_OVER_RMS = 3  # the largest of thousands of normal deviations is three to four
-_DECAY_ROUNDING = 2.0**-25  # of a float32 number between 1/2 and 1
+_MAX_OVER_RMS = 3  # the largest of thousands of normal deviates is at 3 to 4 standard deviations
+_DECAY_ROUNDING = 2.0**-25  # largest rounding error of a float32 number between 1/2 and 1
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ class Tolerance:
     """How far the tensors of one kind may be from float64.
 
     Attributes:
-      prefix: of the names of the tensors it is for; the first fitting row of the table counts.
-      rms_factor: times PyTorch's own relative RMS distance.
-      max_factor: times PyTorch's own largest difference; more than `rms_factor`, because the
-        largest of many roundings scatters more than their mean.
-      floor: times the rounding of a sum that are always allowed.
-      per_token: float32 roundings that are always allowed for every token remembered.
-      reason: why this size.
-      max_abs: takes the place of the whole budget for the largest difference; None: does not.
-      relative_rms: the same for the relative RMS.
+      prefix: Prefix of the tensors' names. The first row of the table that matches applies.
+      rms_factor: Budget of the relative RMS, as a multiple of PyTorch's own.
+      max_factor: Budget of the largest difference, as a multiple of PyTorch's own. It is larger
+        than `rms_factor`, because the largest of many roundings varies more than their mean.
+      floor: Smallest budget, as a multiple of `ROUNDING`.
+      per_token: Addition to the floor for each token remembered, in float32 roundings.
+      reason: Reason for these numbers.
+      max_abs: Fixed budget of the largest difference, or None to use factor and floor.
+      relative_rms: Fixed budget of the relative RMS, or None to use factor and floor.
     """
 
     prefix: str
@@ -67,18 +69,16 @@ class Tolerance:
 
 
 TABLE = (
-    Tolerance(
-        "position", 0, 0, 0, 0, "whole numbers: a difference is a wrong count, not a rounding"
-    ),
-    Tolerance("pending.valid", 0, 0, 0, 0, "0 or 1, copied: nothing is rounded"),
+    Tolerance("position", 0, 0, 0, 0, "integers: a difference is a wrong count, not a rounding"),
+    Tolerance("pending.valid", 0, 0, 0, 0, "copies of 0 or 1: nothing is rounded"),
     Tolerance(
         "logits",
         5,
         6,
         1,
         1,
-        "the same roundings in another order: ONNX Runtime was 0.1 to 2.1 times as far off as "
-        "PyTorch; 5 leaves room for small models and other instruction sets",
+        "the same roundings in another order: ONNX Runtime's error was 0.1 to 2.1 times PyTorch's; "
+        "5 leaves room for small models and other instruction sets",
     ),
     Tolerance(
         "cache.",
@@ -86,8 +86,8 @@ TABLE = (
         6,
         1,
         0,
-        "one layer after the other, thousands of elements, no drift: 0.3 to 1.9 times as far off "
-        "as PyTorch, more only in the first calls of a small model",
+        "thousands of elements, computed layer by layer without drift: ONNX Runtime's error was "
+        "0.3 to 1.9 times PyTorch's, and more only in the first calls of a small model",
     ),
     Tolerance(
         "fast.",
@@ -95,19 +95,20 @@ TABLE = (
         6,
         2,
         2,
-        "sums over all tokens, in which systematic errors add up, those of the decay above all, "
-        "where PyTorch can be lucky; 0.2 to 1.4 times as far off, 3.4 after eight tokens",
+        "sums over all tokens, in which systematic errors add up, most of all that of the decay, "
+        "which can be small in PyTorch by chance; ONNX Runtime's error was 0.2 to 1.4 times "
+        "PyTorch's, and 3.4 times after eight tokens",
     ),
-    Tolerance("anchor.", 5, 6, 2, 2, "copies of those sums: no rounding of their own"),
+    Tolerance("anchor.", 5, 6, 2, 2, "copies of the fast sums, without roundings of their own"),
     Tolerance(
         "pending.inv_std",
         5,
         6,
         5,
         0,
-        "one number per row: too few to measure by, ONNX Runtime was 6 times as far off as PyTorch "
-        "at single calls and over the few of a row that is reset again and again; so the floor "
-        "counts: two sums, the first of which is squared, and a difference from the mean",
+        "one number per row, too few to measure by: ONNX Runtime's error was 6 times PyTorch's in "
+        "single calls and in rows that are reset often; so the floor decides, with the roundings "
+        "of two sums, the first of which is squared, and of a difference from the mean",
     ),
     Tolerance(
         "pending.",
@@ -115,20 +116,20 @@ TABLE = (
         6,
         1,
         0,
-        "of one token per row and call, whose elements share their errors: 0.1 to 2.2 times as "
-        "far off as PyTorch",
+        "values of one token per row, whose elements share their errors: ONNX Runtime's error was "
+        "0.1 to 2.2 times PyTorch's",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How far a tensor may be from the reference at one depth.
+    """Largest allowed error of a tensor at one comparison point.
 
     Attributes:
-      max_abs: largest absolute difference.
-      relative_rms: of the difference, in the unit of the reference's RMS.
-      floor: relative error that roundings alone explain.
+      max_abs: Largest allowed absolute difference.
+      relative_rms: Largest allowed RMS of the difference, divided by the RMS of the reference.
+      floor: Relative error that roundings alone explain.
     """
 
     max_abs: float
@@ -136,14 +137,22 @@ class Budget:
     floor: float = 0.0
 
     def use(self, error: Error) -> float:
-        """Return the share of the budget that an error uses; more than 1 is outside."""
+        """Return the error divided by the budget; more than 1 is outside."""
         return max(
             _share(error.max_abs, self.max_abs), _share(error.relative_rms, self.relative_rms)
         )
 
 
 def tolerance_for(name: str, table: Sequence[Tolerance] = TABLE) -> Tolerance:
-    """Return the row of the table for a tensor: "logits" or the name of a state tensor."""
+    """Return the row of the table that applies to a tensor.
+
+    Args:
+      name: Name of a state tensor, or "logits".
+      table: Rows to search, in order.
+
+    Raises:
+      KeyError: No row of the table matches.
+    """
     for row in table:
         if name.startswith(row.prefix):
             return row
@@ -151,24 +160,28 @@ def tolerance_for(name: str, table: Sequence[Tolerance] = TABLE) -> Tolerance:
 
 
 def changed_table(changes: Mapping[str, Any], strict: bool = False) -> tuple[Tolerance, ...]:
-    """Return the table with a user's rows in it; the longest prefix that fits a tensor counts.
+    """Return the table with a user's rows added; the longest matching prefix applies.
 
     Args:
-      changes: by prefix of the names of tensors, which keys of a `Tolerance` are other.
-      strict: halve every budget of the table, before the changes.
+      changes: Changed keys of a `Tolerance`, by prefix of the tensors' names.
+      strict: Whether to halve every budget of the table before the changes.
 
     Raises:
-      ConfigError: a prefix fits no row, or a key or value is none of a tolerance.
+      ConfigError: A prefix matches no row, or a key or value does not belong to a tolerance.
     """
     table = tuple(_half(row) for row in TABLE) if strict else TABLE
     if not isinstance(changes, Mapping):
-        raise ConfigError(f"tolerances are {type(changes).__name__}; expected an object by prefix")
+        raise ConfigError(
+            f"tolerances are a {type(changes).__name__}; expected an object with prefixes as keys"
+        )
     rows = []
     for prefix, change in changes.items():
         base = next((r for r in table if prefix.startswith(r.prefix)), None)
         if base is None:
             known = ", ".join(row.prefix for row in TABLE)
-            raise ConfigError(f"tolerances: no tensor begins with '{prefix}'; expected {known}")
+            raise ConfigError(
+                f"tolerances: no tensor begins with '{prefix}'; expected one of {known}"
+            )
         rows.append(_changed(base, prefix, change))
     return tuple(sorted((*rows, *table), key=lambda row: -len(row.prefix)))
 
@@ -179,13 +192,15 @@ _NUMBERS = ("rms_factor", "max_factor", "floor", "per_token", "max_abs", "relati
 def _changed(base: Tolerance, prefix: str, change: Any) -> Tolerance:
     if not isinstance(change, Mapping) or not change.keys() <= {*_NUMBERS, "reason"}:
         raise ConfigError(
-            f"tolerances: '{prefix}' is {change!r}; expected an object with "
-            f"{', '.join(_NUMBERS)} or reason"
+            f"tolerances: '{prefix}' is {change!r}; expected an object with keys among "
+            f"{', '.join(_NUMBERS)} and reason"
         )
     for key, value in change.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key in _NUMBERS and not (number and 0 <= value < math.inf):
-            raise ConfigError(f"tolerances: '{prefix}': {key} is {value!r}; expected 0 or more")
+            raise ConfigError(
+                f"tolerances: '{prefix}': {key} is {value!r}; expected a number of 0 or more"
+            )
     reason = str(change.get("reason", "given by the user"))
     return replace(base, **{**change, "prefix": prefix, "reason": reason})
 
@@ -202,13 +217,13 @@ def budgets(
     precision: str,
     horizon_tokens: float,
 ) -> list[Budget]:
-    """Return the budget of a tensor at every depth.
+    """Return the budget of a tensor at each comparison point.
 
     Args:
-      tolerance: its row of the table.
-      own: PyTorch's own distance from float64, in the precision of the candidate.
-      tokens_read: tokens read there by the first row.
-      precision: "fp16", "fp32" or "fp64".
+      tolerance: Row of the table that applies to the tensor.
+      own: Distance of PyTorch in the candidate's precision from float64, at each point.
+      tokens_read: Tokens the first row had read, at each point.
+      precision: Precision of the candidate, a key of `ROUNDING`.
       horizon_tokens: Tokens over which the fast weights remember (the horizon); 0 if they never
         forget, because their decay is then exactly 1.
     """

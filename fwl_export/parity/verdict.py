@@ -1,4 +1,4 @@
-"""What was measured against what is allowed."""
+"""Judge what was measured against what is allowed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WITHIN, OUTSIDE, COULD_NOT_RUN = "within", "outside", "could not run"
 
 @dataclass(frozen=True)
 class Measured:
-    """A tensor at one depth.
+    """A tensor at one comparison point.
 
     Attributes:
-      tokens_read: tokens the first row had read.
-      error: distance of the candidate from the reference.
-      own: distance of PyTorch in the candidate's precision from float64.
-      budget: what `error` may be.
+      tokens_read: Tokens the first row had read.
+      error: Distance of the candidate from the reference.
+      own: Distance of PyTorch in the candidate's precision from float64.
+      budget: Largest allowed `error`.
     """
 
     tokens_read: int
@@ -31,20 +31,20 @@ class Measured:
 
     @property
     def use(self) -> float:
-        """Share of the budget that is used; more than 1 is outside."""
+        """Error divided by the budget; more than 1 is outside."""
         return self.budget.use(self.error)
 
 
 @dataclass(frozen=True)
 class TensorVerdict:
-    """The logits or one tensor of the state.
+    """Verdict on one tensor: the logits or a tensor of the state.
 
     Attributes:
-      name: "logits" or the name in the state.
-      dtype: in the candidate.
-      tolerance: the row of the table that applied.
-      points: one entry per comparison point.
-      ulp: histogram of all differences, see `compare.ulp_histogram`; None for whole numbers.
+      name: Name of the state tensor, or "logits".
+      dtype: Dtype of the tensor in the candidate.
+      tolerance: Row of the table that applied.
+      points: Measurements, one per comparison point.
+      ulp: Histogram of all differences, see `compare.ulp_histogram`; None for integers.
     """
 
     name: str
@@ -55,26 +55,27 @@ class TensorVerdict:
 
     @property
     def worst(self) -> Measured:
-        """The depth at which most of the budget is used."""
+        """The comparison point with the highest use of the budget."""
         return max(self.points, key=lambda measured: measured.use)
 
     @property
     def use(self) -> float:
-        """Share of the budget that is used at the worst depth."""
+        """Error divided by the budget at the worst comparison point."""
         return self.worst.use
 
 
 @dataclass(frozen=True)
 class RunVerdict:
-    """One candidate in one case and mode.
+    """Verdict on one candidate in one case and mode.
 
     Attributes:
-      case: name of it.
-      mode: "free" or "forced".
-      tensors: logits first, then the state in the model's order; none if nothing was compared.
-      predictions: against the reference, one entry per depth.
-      own_predictions: the same of PyTorch in the candidate's precision.
-      failure: why it could not go on; None if it got to the end.
+      case: Name of the case.
+      mode: Mode of the run: "free" (free-running) or "forced" (teacher-forced).
+      tensors: Verdicts on the logits, then on the state in the model's order; empty if nothing was
+        compared.
+      predictions: Distance of the candidate's predictions from the reference's, one per point.
+      own_predictions: The same of PyTorch in the candidate's precision.
+      failure: Why it could not go on, or None if it got to the end.
     """
 
     case: str
@@ -86,12 +87,12 @@ class RunVerdict:
 
     @property
     def use(self) -> float:
-        """Share of the budget that the tensor closest to its limit uses."""
+        """Largest use of a budget by a tensor."""
         return max((tensor.use for tensor in self.tensors), default=0.0)
 
     @property
     def tokens_read(self) -> list[int]:
-        """Tokens the first row had read where states were compared."""
+        """Tokens the first row had read at each comparison point."""
         return [measured.tokens_read for measured in self.tensors[0].points] if self.tensors else []
 
     @property
@@ -103,7 +104,7 @@ class RunVerdict:
 
 
 class Spot(NamedTuple):
-    """A tensor of a run at one depth."""
+    """A tensor of a run at one comparison point."""
 
     run: RunVerdict
     tensor: TensorVerdict
@@ -111,12 +112,16 @@ class Spot(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """An error that is larger than in a report of before.
+    """An error that is larger than in an earlier report.
 
     Attributes:
-      candidate, case, mode, tensor: where.
-      measure: "max_abs" or "relative_rms", at its largest over the comparison points.
-      before, now: its values.
+      candidate: Name of the candidate.
+      case: Name of the case.
+      mode: Mode of the run, "free" or "forced".
+      tensor: Name of the tensor.
+      measure: Measure of the error, "max_abs" or "relative_rms".
+      before: Largest value over the comparison points in the earlier report.
+      now: Largest value over the comparison points now.
     """
 
     candidate: str
@@ -130,16 +135,16 @@ class Growth(NamedTuple):
 
 @dataclass(frozen=True)
 class CandidateVerdict:
-    """All of one runtime.
+    """Verdict on one candidate over all cases and modes.
 
     Attributes:
-      name: of the runtime.
-      precision: "fp16", "fp32" or "fp64".
-      runs: one per case and mode; none if it could not be opened.
-      runtime: what ran, in words.
-      tokens: after how many it stopped by wish; None: never.
-      reason: why it could not be opened; None if it could.
-      grown: what grew since the baseline.
+      name: Name of the candidate.
+      precision: Precision of the candidate: "fp16", "fp32", "fp64", or that of a policy.
+      runs: Verdicts, one per case and mode; empty if it could not be opened.
+      runtime: Runtime, version and options in words.
+      tokens: Tokens after which the user wanted it to stop, or None.
+      reason: Why it could not be opened, or None if it could.
+      grown: Errors that grew since the baseline.
     """
 
     name: str
@@ -152,12 +157,12 @@ class CandidateVerdict:
 
     @property
     def use(self) -> float:
-        """Share of the budget that the tensor closest to its limit uses."""
+        """Largest use of a budget in a run."""
         return max((run.use for run in self.runs), default=0.0)
 
     @property
     def status(self) -> str:
-        """`WITHIN`, `OUTSIDE` or `COULD_NOT_RUN`; what is outside counts for more."""
+        """`WITHIN`, `OUTSIDE` or `COULD_NOT_RUN`; `OUTSIDE` takes precedence."""
         found = {run.status for run in self.runs}
         if OUTSIDE in found or self.grown:
             return OUTSIDE
@@ -165,23 +170,27 @@ class CandidateVerdict:
 
     @property
     def passed(self) -> bool:
-        """Whether it got to the end of every run with every tensor within its budget."""
+        """Whether every run got to its end with every tensor within its budget."""
         return self.status == WITHIN
 
     @property
     def failure(self) -> Failure | None:
-        """The first failure of a run."""
+        """The first failure of a run, or None."""
         return next((run.failure for run in self.runs if run.failure), None)
 
     @property
     def closest(self) -> Spot | None:
-        """Where most of a budget is used."""
+        """The tensor and point with the highest use of a budget, or None."""
         spots = [Spot(run, t, t.worst) for run in self.runs for t in run.tensors]
         return max(spots, key=lambda spot: spot.measured.use, default=None)
 
     @property
     def breach(self) -> Spot | None:
-        """In the first run with one, the furthest tensor at the first depth outside its budget."""
+        """The first place outside its budget, or None.
+
+        That is, in the first run that has one, the earliest comparison point with a tensor outside
+        its budget, and there the tensor with the highest use.
+        """
         for run in self.runs:
             outside = [
                 Spot(run, tensor, measured)
@@ -204,22 +213,22 @@ def judge(
     horizon_tokens: float,
     table: Sequence[Tolerance] = TABLE,
 ) -> RunVerdict:
-    """Compare what was measured of a candidate in one mode with its budgets.
+    """Compare the errors of a candidate in one mode with their budgets.
 
     Args:
-      case: name of the calls.
-      drift: against the reference.
-      run: candidate and mode.
-      own_drift: against float64, with PyTorch in the candidate's precision in the same mode.
-      own: its name there.
-      precision: "fp16", "fp32" or "fp64", of both.
-      horizon_tokens: tokens that the sums remember, see `budgets`.
-      table: of tolerances.
+      case: Name of the case.
+      drift: Measurements against the reference, with those of the candidate.
+      run: Name of the candidate, and the mode.
+      own_drift: Measurements against float64, with those of PyTorch in the candidate's precision.
+      own: Name of that PyTorch session in `own_drift`.
+      precision: Precision of both.
+      horizon_tokens: Tokens over which the fast weights remember, see `budgets`.
+      table: Table of tolerances that applies.
     """
     found, usual = drift.runs[run], own_drift.runs[RunKey(own, run.mode)]
     count = min(len(found.tokens_read), len(usual.tokens_read))
     tokens_read = found.tokens_read[:count]
-    if run.mode == TEACHER_FORCED:  # no error is older than the call
+    if run.mode == TEACHER_FORCED:  # no error is older than one call
         horizon_tokens = min(horizon_tokens, drift.largest_call)
     tensors = []
     for name in found.errors if count else ():
@@ -246,10 +255,11 @@ def judge(
 
 
 def _steady(errors: Sequence[Error]) -> list[Error]:
-    """Return the largest of errors that do not grow, those of single steps, for every depth.
+    """Return, for each comparison point, the largest error of the whole run.
 
-    They are samples of one quantity, and the few of the first points say little about it. Largest
-    differences are compared in units of what was largest in the tensor, since sums do grow.
+    For teacher-forced runs: errors of single steps do not grow, so they all sample one quantity,
+    and the few at the first points say little about it. Largest differences are taken relative to
+    the tensor's largest value, because the fast weights themselves do grow.
     """
     rms = max((e.relative_rms for e in errors), default=0.0)
     share = max((e.max_abs / e.scale for e in errors if e.scale), default=0.0)
@@ -257,8 +267,8 @@ def _steady(errors: Sequence[Error]) -> list[Error]:
 
 
 def _without_measure(failure: Failure | None) -> Failure | None:
-    """Return the failure of a reference: it says nothing about the candidate."""
+    """Return the failure of a reference as one of the run, which then cannot be judged."""
     if failure is None:
         return None
-    message = f"{failure.message}; without it there is nothing to compare with"
+    message = f"{failure.message}; without {failure.runtime} there is nothing to compare with"
     return Failure(failure.runtime, failure.step, failure.tokens_read, message)

@@ -1,4 +1,4 @@
-"""What a runtime implements, and what one call of the model takes."""
+"""The interface that every runtime implements, and the inputs of one call of the model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ Rows = Sequence[int] | slice
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs of one call of the model, beside the state (`state.INPUTS`), as contiguous arrays.
+    """The inputs of one call of the model, other than the state (see `state.INPUTS`).
+
+    All arrays are C-contiguous.
 
     Attributes:
-      input_ids: [B, T] int64.
-      label_weights: [B, T] float32.
-      lengths: [B] int64.
-      logit_positions: [B, P] int64, the positions in the call whose logits are wanted.
-      learning_rate_scale: [B] float32, times the model's step sizes.
+      input_ids: [B, T] int64 token ids.
+      label_weights: [B, T] float32: how much to learn from each token.
+      lengths: [B] int64: tokens of each row that are not padding, 0 to T.
+      logit_positions: [B, P] int64: positions in this call whose logits are returned.
+      learning_rate_scale: [B] float32: factor of the model's step sizes.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -36,34 +38,44 @@ class Call:
 
 
 class Runner(Protocol):
-    """One session's way to the model: calls from one set of buffers to another.
+    """Runs the model for one session.
 
-    Buffers are the runtime's own kind of memory for the state of all rows.
+    A runner keeps state in buffers: memory of the runtime's own kind that holds the state of all
+    rows of a batch. A call reads one set of buffers and writes another, so that the session can
+    discard the result of a call that failed.
     """
 
     def another(self) -> Runner:
-        """Return a runner of the same loaded model, for another session."""
+        """Return a runner for another session that shares the loaded model."""
 
     def new_buffers(self, batch: int) -> Any:
-        """Return buffers for `batch` fresh rows."""
+        """Return buffers for `batch` rows in the fresh state, all zeros."""
 
     def run(self, call: Call, past: Any, present: Any) -> Array:
-        """Read `past`, overwrite `present` (never the same buffers), return logits [B, P, V].
+        """Compute one call of the model.
 
-        A call that comes again, the same object, may have other `input_ids` and nothing else.
+        Args:
+          call: The inputs. If the object is the one of the previous call, only the values of
+            `input_ids` may have changed since, and a runner may rely on that.
+          past: Buffers with the state before the call; read only.
+          present: Other buffers, whose content is replaced by the state after the call.
+
+        Returns:
+          Logits [B, P, V]; at padding their values are undefined.
         """
 
     def read(self, buffers: Any, rows: Rows) -> State:
-        """Copy rows of buffers to arrays by name.
+        """Return the state of some rows as arrays [len(rows), ...] by name.
 
-        Of a slice the arrays may be the buffers' own memory, which later calls overwrite.
+        For a sequence of row numbers these are copies. For a slice, they may alias the buffers'
+        own memory, which later calls overwrite.
         """
 
     def write(self, buffers: Any, state: Mapping[str, Array], rows: Sequence[int]) -> None:
-        """Copy arrays by name into rows of buffers."""
+        """Copy arrays [len(rows), ...] by name into rows of buffers."""
 
     def release(self, buffers: Any) -> None:
-        """Forget buffers that no call will use again."""
+        """Drop what is kept for buffers that no call will use again."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +94,15 @@ class Loaded:
 
 
 def index(rows: Rows) -> list[int] | slice:
-    """Return what picks rows of an array: copied, but for a slice."""
+    """Return an index that copies rows of an array, or a slice, which does not copy."""
     return rows if isinstance(rows, slice) else list(rows)
 
 
 def parse_device(device: str) -> tuple[str, int]:
-    """Return kind and number of a device such as "cpu", "cuda" or "cuda:1".
+    """Return kind and number of a device: "cuda:1" -> ("cuda", 1), "cpu" -> ("cpu", 0).
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: The text does not name a device.
     """
     found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
     if found is None:

@@ -1,6 +1,7 @@
-"""Runtime: ONNX's reference evaluator. Slow, in plain numpy, and nobody's kernel: a second opinion.
+"""Runtime "onnx-reference": ONNX's own evaluator in NumPy, slow, as a second opinion.
 
-It runs the model as the file says it, the function body of the fast-weight update included.
+It runs every operator as the ONNX standard defines it, and the fast-weight update as the function
+body in the file. It shares no kernel with any other runtime.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from fwl_export.runtimes.registry import Options
 
 
 class OnnxReferenceRunner:
-    """Runs a bundle's ONNX file node by node; buffers are arrays by name."""
+    """Runs a bundle's ONNX file operator by operator; buffers are NumPy arrays by name."""
 
     def __init__(self, evaluator: Any, specs: Sequence[TensorSpec]) -> None:
-        """Share a loaded evaluator, see `load`."""
+        """Share a loaded evaluator.
+
+        Args:
+          evaluator: ONNX's `ReferenceEvaluator` of the model.
+          specs: Specs of the state's tensors, in the model's order.
+        """
         self._evaluator = evaluator
         self._specs = specs
 
@@ -39,11 +45,11 @@ class OnnxReferenceRunner:
     def run(self, call: Call, past: State, present: State) -> Array:
         """See `Runner.run`."""
         inputs = vars(call) | {PAST + name: array for name, array in past.items()}
-        with np.errstate(all="ignore"):  # log(0) of a reset's decay, and exp of it, are meant
+        with np.errstate(all="ignore"):  # the model takes log(0), and exp of that, on purpose
             values = self._evaluator.run(None, inputs)
         outputs = dict(zip(self._evaluator.output_names, values, strict=True))
         for spec in self._specs:
-            # A scalar may come back as a plain number.
+            # The evaluator may return a scalar as a plain number.
             present[spec.name] = np.asarray(outputs[PRESENT + spec.name])
         logits: Array = outputs["logits"]
         return logits
@@ -55,12 +61,12 @@ class OnnxReferenceRunner:
     def write(self, buffers: State, state: Mapping[str, Array], rows: Sequence[int]) -> None:
         """See `Runner.write`."""
         for name in buffers:
-            array = np.array(buffers[name])  # an operator may have passed its input on
+            array = np.array(buffers[name])  # a copy: an operator may return its input itself
             array[list(rows)] = state[name]
             buffers[name] = array
 
     def release(self, buffers: State) -> None:
-        """See `Runner.release`; nothing was kept."""
+        """See `Runner.release`; there is nothing to drop."""
 
 
 def load(bundle: Bundle, options: Options) -> Loaded:

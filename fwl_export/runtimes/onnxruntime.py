@@ -1,7 +1,8 @@
-"""Runtime: ONNX Runtime, on the CPU or on a CUDA device."""
+"""Runtime "onnxruntime": ONNX Runtime on the CPU or on a CUDA device."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +18,24 @@ from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.runtimes.base import Call, Loaded, Rows, index, parse_device
 from fwl_export.runtimes.registry import Options
 
+_log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     import onnxruntime
 
 
-_ALIGNMENT = 64  # what our kernel's vectors like best
+_ALIGNMENT = 64  # in bytes: one cache line, and the widest vector of the plugin's kernel
 
 
 @dataclass(frozen=True)
 class OnnxRuntimeModel:
-    """A loaded model, which sessions share.
+    """A loaded model that sessions share.
 
     Attributes:
-      session: ONNX Runtime's, whose calls may run at the same time.
-      specs: of the state.
-      vocab_size: V.
-      device: "cpu", or "cuda" with its number.
+      session: ONNX Runtime's `InferenceSession`; threads may call it at the same time.
+      specs: Specs of the state's tensors, in the model's order.
+      vocab_size: Number of token ids, V.
+      device: Kind and number of the device, e.g. ("cuda", 0).
     """
 
     session: onnxruntime.InferenceSession
@@ -56,16 +59,16 @@ def load_model(
     """Load a bundle's ONNX file.
 
     Args:
-      bundle: its ONNX file and external data are checked first.
-      threads: inside one operator; None lets ONNX Runtime choose.
-      plugin: see `open_session`.
-      device: "cpu", "cuda" or "cuda:1".
+      bundle: Bundle whose ONNX file and external data are checked first.
+      threads: Threads inside one operator; None lets ONNX Runtime choose.
+      plugin: Choice of the plugin library, see `open_session`.
+      device: Device to run on: "cpu", "cuda" or, say, "cuda:1".
 
     Raises:
       BundleError: ONNX Runtime cannot load the model.
-      PluginError: the library is missing and was asked for, or cannot be loaded.
-      MissingDependencyError: ONNX Runtime is not installed, or without the device's provider.
-      ConfigError: the device is unknown.
+      PluginError: The library is required and missing, or cannot be loaded.
+      MissingDependencyError: ONNX Runtime is not installed, or not with CUDA.
+      ConfigError: The device is unknown.
     """
     path = bundle.model_files()
     session = open_file(path, threads, plugin, device)
@@ -77,13 +80,14 @@ def load_model(
 def open_file(
     path: Path, threads: int | None = None, plugin: str | Path = "auto", device: str = "cpu"
 ) -> onnxruntime.InferenceSession:
-    """Load an ONNX file; see `load_model` for the arguments and what it raises."""
+    """Load an ONNX file outside of a bundle; for arguments and errors see `load_model`."""
     place = parse_device(device)
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Else it multiplies int8 weights in int8 with activations rounded too: 1 % off, slower here.
+    # Otherwise ONNX Runtime also rounds the activations that int8 weights are multiplied with to
+    # int8: the results are 1 % off, and on CPUs it is slower.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
     if place[0] == "cuda":
@@ -98,26 +102,31 @@ def open_file(
         register_plugin(options, library)
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime's own exceptions share no narrower base
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         raise BundleError(f"ONNX Runtime cannot load '{path}': {error}") from None
     if place[0] == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise MissingDependencyError(  # it only warns, and goes on on the CPU
+        raise MissingDependencyError(  # ONNX Runtime itself only warns, and falls back to the CPU
             f"ONNX Runtime cannot use device '{device}'; `fwl-export doctor` says what is missing"
         )
+    _log.info("loaded '%s', %s, plugin %s", path, session.get_providers()[0], library or "none")
     return session
 
 
 class OnnxRuntimeRunner:
-    """Runs a loaded model; the state stays in buffers that are bound, not copied.
+    """Runs a loaded model on buffers that ONNX Runtime reads and writes in place, without copies.
 
-    Past and present are never one buffer: ONNX Runtime accepts that and silently computes
-    wrong results for graphs that read the past after they have written the present.
+    Past and present must not share a buffer: ONNX Runtime accepts one buffer for both, and then
+    computes wrong results if the graph reads the past after writing the present.
     """
 
     def __init__(self, model: OnnxRuntimeModel) -> None:
-        """Share a loaded model."""
+        """Share a loaded model.
+
+        Args:
+          model: Loaded model, which other runners may share.
+        """
         self._model = model
-        # By their buffers' ids: binding the state takes as long as a small model's step.
+        # By ids of past and present buffers: binding takes as long as a small model's step.
         self._bound: dict[tuple[int, int], BoundCall] = {}
 
     def another(self) -> OnnxRuntimeRunner:
@@ -151,15 +160,15 @@ class OnnxRuntimeRunner:
 
 
 class BoundCall:
-    """A call whose inputs and outputs have their place; it may run again with other values.
+    """A call whose inputs and outputs are bound to memory, and which may run again.
 
-    Of another shape, only what is not state is bound again.
+    If the next call has another shape, everything but the state is bound anew.
     """
 
     def __init__(self, model: OnnxRuntimeModel, call: Call, past: Any, present: Any) -> None:
         self._session = model.session
         self._vocab_size = model.vocab_size
-        self._buffers = (past, present)  # alive as long as they are bound
+        self._buffers = (past, present)  # the binding holds addresses only: keep them alive
         self._call: Call
         self._inputs: dict[str, Array]
         self.binding = model.session.io_binding()
@@ -168,17 +177,17 @@ class BoundCall:
         self._bind(call)
 
     def run(self, call: Call) -> Array:
-        """Return the logits."""
+        """Run with a call's values; returns logits [B, P, V], which belong to the caller."""
         shape = call.logit_positions.shape
         if shape != self._logits.shape[:2] or call.input_ids.shape != self._shape:
             self._bind(call)
-        # Of the call before, only the ids may be others.
+        # See `Runner.run`: in the previous call's object only the ids may have changed.
         changed = {"input_ids": call.input_ids} if call is self._call else vars(call)
         for name, array in changed.items():
             self._inputs[name][:] = array
         self._call = call
         self._session.run_with_iobinding(self.binding)
-        if shape[1] == 1:  # copying them is faster than binding others
+        if shape[1] == 1:  # copying few logits is faster than binding a new array
             return self._logits.copy()
         logits = self._logits
         self._bind_logits(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,8 @@ from fwl_export.deprecations import renamed_arguments
 from fwl_export.runtimes import registry
 from fwl_export.runtimes.registry import Options
 from fwl_export.runtimes.session import Session, SessionSpec
+
+_log = logging.getLogger(__name__)
 
 
 @renamed_arguments(backend="runtime", flavour="variant")
@@ -69,6 +72,7 @@ def open_session(
     options = Options(precision, threads, plugin, device, variant, cuda_graph)
     with opened.unchanged():
         loaded = registry.load(runtime, opened, options)
+    _log.info("opened '%s' in runtime %s, %d rows", opened.folder, runtime, batch)
     config = opened.manifest.config
     spec = SessionSpec(
         loaded.state,

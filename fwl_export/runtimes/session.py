@@ -1,4 +1,4 @@
-"""Sessions: tokens in, logits out, state kept. The same for every runtime."""
+"""Sessions: tokens in, logits out, and the state in between. The same for every runtime."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SessionSpec:
       max_tokens: Largest T of one call of the runner; the session splits longer reads.
       anchor_interval: Tokens between two anchors, which no call may cross; 0 means no anchors. See
         `FastWeightsConfig`.
-      model_id: Identity of the model; state files carry it, and only load into the same model.
+      model_id: Identity of the model; state files carry it, and load only into the same model.
       max_positions: Tokens that a row may read in all; 0 means no limit.
     """
 
@@ -45,14 +45,31 @@ class SessionSpec:
 
 
 class Session:
-    """Rows of text that are read step by step; each row is independent of the others.
+    """Texts that a model reads step by step, one per row, and learns from while it reads.
 
-    A call either returns its results and moves every row on, or raises and leaves all rows as they
-    were: results go to other buffers than the current ones, which change places at the end.
+        session = open_session("demo-bundle", batch=2)
+        logits = session.feed([[11, 42, 7], [5, 5, 9]])  # [2, 3, V]
+        session.save_state("texts.state")
 
-    Several threads may use a session: each method runs alone, the others wait. Sessions of one
-    model (see `another`) run at the same time. In asyncio: `await asyncio.to_thread(session.feed,
-    ids)`.
+    Rows do not influence each other. What a row has read is in its state (fast weights, attention
+    cache, position), which can be copied, saved, and put into any row of the same model.
+
+    A call either succeeds, or raises and leaves every row as it was before: the runtime writes new
+    state to spare buffers, which replace the current ones only at the end.
+
+    Threads may share a session: its methods run one at a time. Sessions that share a loaded model
+    (see `another`) run at the same time. In asyncio, call
+    `await asyncio.to_thread(session.feed, ids)`.
+
+    Attributes:
+      batch: Number of rows, B.
+      vocab_size: Number of token ids, V.
+      max_tokens: Tokens that one call of the model reads at most; `feed` splits longer reads.
+      max_positions: Tokens that a row may read in all, from a fresh state; 0 means no limit.
+      anchor_interval: Tokens between the anchors at which gradients are taken; 0 means none.
+      model_id: Identity of the model, as hex; state files load only into the same model.
+      specs: Names, shapes and dtypes of the state's tensors, in the model's order.
+      spec: The same facts as one `SessionSpec`.
     """
 
     def __init__(self, runner: Runner, spec: SessionSpec, batch: int = 1) -> None:
@@ -77,7 +94,7 @@ class Session:
         self.max_positions = spec.max_positions
         self.batch = batch
         self._lock = threading.RLock()
-        # Lists, not arrays: a step of a small model is not much longer than a few NumPy calls.
+        # A list, not an array: a few NumPy calls take as long as a step of a small model.
         self._positions = [0] * batch
         self._learning_rate_scale = np.ones(batch, np.float32)
         self._plain: tuple[tuple[int, bool], Call] | None = None  # see _plain_call
@@ -96,7 +113,14 @@ class Session:
         )
 
     def another(self, batch: int = 1) -> Session:
-        """Open a session of fresh rows on the same loaded model."""
+        """Open another session on the same loaded model; it shares no state with this one.
+
+        Args:
+          batch: Number of fresh rows.
+
+        Raises:
+          ShapeError: `batch` is less than 1, or more than the engine takes.
+        """
         return Session(self._runner.another(), self.spec, batch)
 
     def feed(
@@ -106,26 +130,34 @@ class Session:
         lengths: npt.ArrayLike | None = None,
         last_only: bool = False,
     ) -> Array:
-        """Read the next tokens of every row.
+        """Read the next tokens of every row, learn from them, and predict what follows each.
+
+        Read a document in one call or token by token, as it suits: the logits are the same up to
+        rounding. Prefill is a call with many tokens, decode one with a single token per row. If a
+        call raises, no row has moved: correct the arguments and call again.
 
         Args:
-          tokens: [B, T] token ids, or [T] in a session of one row. T is 1 or more; reads longer
-            than `max_tokens`, or across an anchor, are split.
-          label_weights: [B, T] or [T], how much to learn from each token; 0 = read it without
-            learning. Default: 1 everywhere.
-          lengths: [B], real tokens of each row, 0 to T; the rest is padding. Default: T.
-          last_only: return the prediction after each row's last token only, which saves the
-            product with the vocabulary for the others.
+          tokens: [B, T] integer token ids, 0 to V - 1, or [T] if the session has one row. T is 1
+            or more, without upper limit: `feed` splits reads longer than `max_tokens`.
+          label_weights: [B, T] or [T], finite and 0 or more: how much the model learns from each
+            token, as the label of the prediction before it. 1 is as trained; 0 reads a token
+            without learning from it and without forgetting. None means 1 everywhere.
+          lengths: [B] integers, 0 to T: how many of its T tokens each row reads; the rest is
+            padding, and may hold any number. None means T for all rows.
+          last_only: Return only the logits after each row's last token, which saves a product with
+            the vocabulary at every other position.
 
         Returns:
-          logits [B, T, V] float32, the prediction after each token; zeros at padding. With
-          `last_only` [B, V]; zeros in rows of length 0.
+          Logits [B, T, V] float32, unnormalized: entry t predicts the token after token t. Zeros
+          at padding. With `last_only` [B, V]; zeros in rows of length 0. With precision "fp64",
+          float64. The array belongs to the caller.
 
         Raises:
-          ShapeError: a shape does not fit, or T is 0.
-          TokenError: an id is out of range, a weight is negative or not finite, a length is out
-            of range, a row would read more tokens than the model can take, or the model's output
-            is not finite. No row has moved.
+          ShapeError: An argument has the wrong shape, or T is 0.
+          TokenError: A token id, weight or length is out of range, or a row would read more than
+            `max_positions` tokens in all.
+          NotFiniteError: The model's output has a NaN or infinite value; a `TokenError` too.
+          DeviceError, EngineError: The GPU or TensorRT refused the call.
         """
         ids, weights, counts = self._checked(tokens, label_weights, lengths)
         with self._lock:
@@ -165,8 +197,8 @@ class Session:
     def _plain_call(self, ids: Array, counts: list[int], last_only: bool) -> Call:
         """Return a call that reads all ids with weight 1.
 
-        It is kept, and its ids replaced: in a decoding loop the model has pushed code out of the
-        caches, and each NumPy call that is not made saves microseconds.
+        The call is kept, and only its ids are replaced next time: in a decoding loop the model has
+        evicted this code from the caches, and each NumPy call left out saves microseconds.
         """
         key = (ids.shape[1], last_only)
         if self._plain is None or self._plain[0] != key:
@@ -205,7 +237,7 @@ class Session:
                 taken.remove(past)
             past = present
             if logits is None and (last_only or found.shape[1] == ids.shape[1]):
-                logits = found  # what other rows have left is filled in by later calls
+                logits = found  # later calls fill in what other rows have left
             elif last_only:
                 assert logits is not None
                 read = np.greater(here, 0)
@@ -240,7 +272,12 @@ class Session:
             self._runner.release(self._spare.pop())
 
     def _next_lengths(self, left: list[int], done: list[int]) -> list[int]:
-        """Return how many tokens each row brings to the next call of the runner."""
+        """Return how many tokens each row reads in the next call of the runner.
+
+        Args:
+          left: Tokens that each row has yet to read.
+          done: Tokens that each row has read since this `feed` began.
+        """
         room = [min(count, self.max_tokens) for count in left]
         if not self.anchor_interval:
             return room
@@ -258,21 +295,26 @@ class Session:
         learn: bool = True,
         on_token: Callable[[int], object] = lambda token: None,
     ) -> Iterator[int]:
-        """Yield tokens that continue the prompt, in a session of one row.
+        """Yield tokens that continue a prompt. The session must have one row.
 
-        The session reads each token when the next one is asked for, so it has not read the last.
+            for token in session.generate(prompt, 100, Sampler(temperature=0.8), stop_tokens=[0]):
+                print(tokenizer.decode([token]), end="", flush=True)
+
+        The session reads a token when the caller asks for the next one, so it has not read the last
+        token that was yielded. It continues from its state: what it read before still counts.
 
         Args:
-          prompt: [N] token ids, N of 1 or more.
-          count: tokens to yield at most.
-          sampler: chooses them; default: always the likeliest.
-          stop_tokens: one of these is yielded and ends the text.
-          learn: whether the session learns from prompt and own output.
-          on_token: called with each token before it is yielded, for those who collect the tokens
-            with `list` and show them as they come.
+          prompt: [N] token ids, N of 1 or more; read first.
+          count: Most tokens to yield.
+          sampler: Chooses each token from the logits. None takes the most likely token (greedy).
+          stop_tokens: Token ids that end the text; the one that ends it is yielded too.
+          learn: Whether the session learns from the prompt and from its own output.
+          on_token: Called with each token before it is yielded, so that a caller who collects all
+            tokens with `list` can show them as they come.
 
         Raises:
-          ShapeError, TokenError: see `feed`.
+          ShapeError: The session has more than one row, or the prompt has the wrong shape.
+          TokenError: A token of the prompt is out of range; see `feed`.
         """
         if self.batch != 1:
             raise ShapeError(f"generate needs a session of one row; this one has {self.batch}")
@@ -299,17 +341,18 @@ class Session:
 
     @property
     def positions(self) -> list[int]:
-        """How many tokens each row has read."""
+        """Tokens that each row has read since it was fresh; a list of B ints."""
         return list(self._positions)
 
     @property
     def learning_rate_scale(self) -> Array:
-        """What the model's step sizes are multiplied by, [B] float32; 1 at first.
+        """Factor of the model's learned step sizes, per row: [B] float32, initially 1.
 
-        It counts for what is read from then on: what was learned before stays as it is, and
-        forgetting does not change. With 0 a row learns nothing, but forgets as it reads; with
-        label weights of 0 it does neither. Set it to one number for all rows, or one for each.
-        It belongs to the row, not to the text in it: a reset leaves it, a state does not hold it.
+        Assign one number for all rows, or one per row; finite, 0 or more. It applies to tokens read
+        from then on and leaves what was learned before, and the rate of forgetting, as they are.
+        At 0 a row learns nothing but still forgets while it reads; with label weights of 0 it does
+        neither. The factor belongs to the row, not to its text: `reset` does not change it, and
+        state files do not contain it.
         """
         return self._learning_rate_scale.copy()
 
@@ -331,7 +374,10 @@ class Session:
 
     @property
     def state(self) -> State:
-        """A copy of the state of all rows: arrays [B, ...] by name, in the model's order."""
+        """Copy of the state of all rows: arrays [B, ...] by name, in the model's order.
+
+        Assigning a state of the same form puts it into all rows, see `write_rows`.
+        """
         return self.read_rows(range(self.batch))
 
     @state.setter
@@ -339,32 +385,47 @@ class Session:
         self.write_rows(range(self.batch), state)
 
     def peek(self) -> State:
-        """Return the state of all rows, [B, ...] by name, which the next calls may change.
+        """Return the state of all rows without copying it where possible: [B, ...] by name.
 
-        Where it lies in the host's memory nothing is copied: for those who look at it after every
-        step and keep nothing. Do not write to it.
+        For callers that look at the state after every step and keep nothing. On the CPU the arrays
+        alias the session's own buffers: do not write to them, and expect later calls to change
+        them. From a GPU the state is copied.
         """
         with self._lock:
             return self._runner.read(self._current, slice(None))
 
     def read_rows(self, rows: Sequence[int]) -> State:
-        """Return a copy of the rows' state: arrays [len(rows), ...] by name."""
+        """Return a copy of some rows' state.
+
+        Args:
+          rows: Row numbers, 0 to B - 1, each once.
+
+        Returns:
+          Arrays [len(rows), ...] by name, in the given order of rows.
+
+        Raises:
+          ShapeError: A row does not exist or is named twice, or there are none.
+        """
         chosen = self._checked_rows(rows)
         with self._lock:
             return self._runner.read(self._current, chosen)
 
     def write_rows(self, rows: Sequence[int], state: Mapping[str, Array]) -> None:
-        """Put a state of len(rows) rows into the given rows.
+        """Replace the state of some rows; they continue from there. Nothing changes on an error.
+
+        Args:
+          rows: Row numbers, 0 to B - 1, each once.
+          state: Arrays [len(rows), ...] by name, as `read_rows` returns them.
 
         Raises:
-          ShapeError: a row does not exist or is named twice.
-          StateError: the state does not fit this model, or is not finite.
+          ShapeError: A row does not exist or is named twice, or there are none.
+          StateError: The state does not fit this model, or has NaN or infinite values.
         """
         chosen = self._checked_rows(rows)
         states.check(self.specs, state, len(chosen))
         states.check_finite(state)
         with self._lock:
-            if len(chosen) == self.batch:  # then nothing of what is there is needed
+            if len(chosen) == self.batch:  # no row keeps its state
                 written = self._spare_buffers()
                 self._runner.write(written, state, chosen)
                 self._current, self._spare[0] = written, self._current
@@ -379,12 +440,27 @@ class Session:
                 self._positions[row] = int(position)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Make the given rows (default: all) fresh."""
+        """Forget all that some rows have read and learned; their next text starts afresh.
+
+        Args:
+          rows: Row numbers, 0 to B - 1, each once; None means all rows.
+
+        Raises:
+          ShapeError: A row does not exist or is named twice, or there are none.
+        """
         chosen = self._checked_rows(range(self.batch) if rows is None else rows)
         self.write_rows(chosen, states.zeros(self.specs, len(chosen)))
 
     def fork(self, source: int, targets: Sequence[int]) -> None:
-        """Copy a row's state to other rows: one document read once, many continuations."""
+        """Copy one row's state to other rows: read a document once, continue it many times.
+
+        Args:
+          source: Row to copy from.
+          targets: Rows whose state is replaced.
+
+        Raises:
+          ShapeError: A row does not exist or is named twice, or there are no targets.
+        """
         chosen = self._checked_rows(targets)
         with self._lock:
             state = self.read_rows([source])
@@ -393,20 +469,38 @@ class Session:
     def save_state(
         self, path: str | Path, rows: Sequence[int] | None = None, compress: str = "none"
     ) -> SavedState:
-        """Write the state of rows (default: all) to a file; see `fwl_export.bundle.state_file`.
+        """Save the state of some rows to a file, from which any runtime can continue.
+
+        Args:
+          path: File to write. An existing file is replaced, but only once all is written.
+          rows: Rows to save, in this order; None means all rows.
+          compress: "none"; "fp16", about half the size with a relative error near 2**-11; or
+            "lowrank", factors of the fast weights, far smaller after few tokens, with an error
+            like that of float32 rounding.
+
+        Returns:
+          Sizes in bytes, positions of the rows, and the error of the compression.
 
         Raises:
-          StateError, ConfigError, OSError: see `state_file.save_state`. What was at `path` is left.
+          ConfigError: There is no such compression.
+          ShapeError: A row does not exist or is named twice, or there are none.
+          StateError: The state has NaN or infinite values.
+          OSError: The file cannot be written; what was at `path` is as before.
         """
         state = self.read_rows(range(self.batch) if rows is None else rows)
         return state_file.save_state(Path(path), self.specs, state, self.model_id, compress)
 
     def load_state(self, path: str | Path, rows: Sequence[int] | None = None) -> None:
-        """Put the rows of a file into the given rows (default: all), as many as there are.
+        """Continue from a file that `save_state` wrote. Nothing changes on an error.
+
+        Args:
+          path: File to read.
+          rows: Rows that take the file's rows, in this order and as many; None means all rows.
 
         Raises:
-          StateError: see `state_file.load_state`.
-          ShapeError: the file holds another number of rows.
+          StateError: The file is not a state file, is damaged, or comes from another model.
+          ShapeError: The file has another number of rows, or a row does not exist.
+          OSError: The file cannot be read.
         """
         state = state_file.load_state(Path(path), self.specs, self.model_id)
         chosen = self._checked_rows(range(self.batch) if rows is None else rows)
@@ -490,7 +584,7 @@ class Session:
         return weights
 
     def _all_in_range(self, ids: Array) -> bool:
-        values = ids.ravel().tolist()  # see _plain_call
+        values = ids.ravel().tolist()  # faster than NumPy for one token, see _plain_call
         return min(values) >= 0 and max(values) < self.vocab_size
 
     def _checked_lengths(self, lengths: npt.ArrayLike | None, size: int) -> list[int]:
@@ -508,9 +602,15 @@ class Session:
 
 
 def _from(start: list[int], lengths: list[int], values: Array) -> Array:
-    """Return the next values of each row, and zeros where a row has fewer: [B, T] of [B, N]."""
+    """Return the next values of each row, padded with zeros to the longest: [B, N] -> [B, T].
+
+    Args:
+      start: Position of each row's first value.
+      lengths: Number of values of each row.
+      values: [B, N], all values of this `feed`.
+    """
     size = max(*lengths, 1)
-    if size == values.shape[1]:  # then no row has begun
+    if size == values.shape[1]:  # no row has begun
         return values
     columns = np.arange(size)
     found = np.take_along_axis(
@@ -520,15 +620,15 @@ def _from(start: list[int], lengths: list[int], values: Array) -> Array:
 
 
 def _real_logits(logits: Array, call: Call, lengths: list[int]) -> Array:
-    """Return the logits with zeros at padding.
+    """Return the logits [B, P, V] with zeros at padding.
 
     Raises:
-      NotFiniteError: one is not.
+      NotFiniteError: A logit at a real position is NaN or infinite.
     """
     if min(lengths) < call.input_ids.shape[1]:
         padding = call.logit_positions >= call.lengths[:, None]
         logits = np.where(padding[..., None], np.zeros((), logits.dtype), logits)
-    # Of what holds a NaN both are NaN.
+    # max and min are both NaN if any logit is.
     if not (math.isfinite(logits.max()) and math.isfinite(logits.min())):
         row, place = np.argwhere(~np.isfinite(logits))[0][:2]
         raise NotFiniteError(

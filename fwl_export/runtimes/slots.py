@@ -1,4 +1,4 @@
-"""Continuous batching: rows of a session that come and go while the others go on reading."""
+"""Continuous batching: texts come and go in the rows of one session while others continue."""
 
 from __future__ import annotations
 
@@ -14,18 +14,28 @@ from fwl_export.runtimes.session import Session
 
 
 class Slots:
-    """A session's rows, handed out and taken back.
+    """Slots for independent texts in the rows of one session (continuous batching).
 
-    session = open_session("bundle", batch=8)
-    slots = Slots(session)
-    slot = slots.add()
-    logits = slots.feed({slot: prompt_ids})[slot]
+        session = open_session("demo-bundle", batch=8)
+        slots = Slots(session)
+        slot = slots.add()
+        logits = slots.feed({slot: prompt_ids})[slot]  # [V]: what may follow the prompt
+        state = slots.remove(slot)  # to continue later: slots.add(state)
 
-    Several threads may use it, as they may use the session.
+    A slot is the number of a row that the caller holds. Slots that a call does not name stay as
+    they are. Threads may share a `Slots` object: its methods run one at a time.
+
+    Attributes:
+      session: The session whose rows are handed out.
     """
 
     def __init__(self, session: Session) -> None:
-        """Take over a session; nobody else should use its rows."""
+        """Take over a session.
+
+        Args:
+          session: Session with as many rows as there shall be slots. Nothing else should feed or
+            reset its rows from now on.
+        """
         self.session = session
         self._lock = threading.RLock()
         self._free = list(range(session.batch))
@@ -37,15 +47,23 @@ class Slots:
 
     @property
     def used(self) -> list[int]:
-        """The slots that were handed out."""
+        """Slots in use, in ascending order."""
         return sorted(set(range(self.session.batch)) - set(self._free))
 
     def add(self, state: State | None = None) -> int:
-        """Hand out a slot: a fresh one, or one that goes on from the state of one row.
+        """Take a free slot into use.
+
+        Args:
+          state: State of one row, as `remove` returns it: the slot continues from there. None
+            starts afresh.
+
+        Returns:
+          Number of the slot, 0 to B - 1; it is the session's row too.
 
         Raises:
-          ShapeError: all slots are in use.
-          StateError: the state does not fit the model.
+          ShapeError: All slots are in use.
+          StateError: The state does not fit the model, or has NaN or infinite values. The slot
+            stays free.
         """
         with self._lock:
             if not self._free:
@@ -61,7 +79,17 @@ class Slots:
             return self._free.pop(0)
 
     def remove(self, slot: int) -> State:
-        """Take a slot back; returns its state, to be saved or added again later."""
+        """Free a slot, and return its state so that its text can continue later.
+
+        Args:
+          slot: Slot in use.
+
+        Returns:
+          Arrays [1, ...] by name, a copy.
+
+        Raises:
+          ShapeError: The slot is not in use.
+        """
         with self._lock:
             self._check(slot)
             state = self.session.read_rows([slot])
@@ -73,18 +101,22 @@ class Slots:
         tokens: Mapping[int, npt.ArrayLike],
         label_weights: Mapping[int, npt.ArrayLike] | None = None,
     ) -> dict[int, Array]:
-        """Read the next tokens of some slots; the others do not move.
+        """Read the next tokens of some slots, in one batch; the other slots do not move.
+
+        A call takes as long as its longest read. To let long prompts not hold up others, feed them
+        in parts.
 
         Args:
-          tokens: by slot, [T] ids each; T may differ.
-          label_weights: by slot, [T]; see `Session.feed`. Default: 1.
+          tokens: Token ids [T] of each slot to move, by slot; T is 1 or more and may differ.
+          label_weights: How much to learn from each token, [T] or one number, by slot; see
+            `Session.feed`. Slots that are missing here take 1.
 
         Returns:
-          The prediction after each slot's last token, by slot: [V] float32.
+          Logits [V] float32 after each slot's last token, by slot.
 
         Raises:
-          ShapeError: a slot was not handed out, or a shape does not fit.
-          TokenError: see `Session.feed`.
+          ShapeError: A slot is not in use, a shape does not fit, or no slot is named.
+          TokenError: A token id or weight is out of range; see `Session.feed`. No slot has moved.
         """
         with self._lock:
             return self._feed(tokens, label_weights)

@@ -1,4 +1,4 @@
-"""Text through a session: scoring and generating."""
+"""Text in and out of sessions: scores, losses, and the ids of a prompt."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fwl_export.runtimes.session import Session
 
 @dataclass(frozen=True)
 class Score:
-    """How well a text was predicted.
+    """How well a model predicted a text.
 
     Attributes:
-      tokens: predicted tokens (all but the first).
-      loss: mean negative log probability per token, in nats.
-      seconds: time spent in the session.
+      tokens: Number of predicted tokens: all of the text but the first.
+      loss: Mean negative log probability per predicted token, in nats.
+      seconds: Wall-clock time spent in the session.
     """
 
     tokens: int
@@ -35,7 +35,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Perplexity per token, exp(loss)."""
         return math.exp(self.loss)
 
     @property
@@ -45,7 +45,12 @@ class Score:
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
-    """Return the bundle's tokenizer, after checking its file."""
+    """Return the bundle's tokenizer.
+
+    Raises:
+      BundleError: The tokenizer's file is missing or was changed.
+      CheckpointError: The file is not a tokenizer, or does not fit the model's vocabulary.
+    """
     config = bundle.manifest.config
     return load_tokenizer(bundle.file(TOKENIZER_FILE), config.vocab_size, config.padded_vocabulary)
 
@@ -56,16 +61,17 @@ def score_ids(
     label_weight: float = 1.0,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Score:
-    """Read ids [N] into row 0 of a session of one row and score the prediction of each.
+    """Read a text and score the prediction of each token but the first.
 
     Args:
-      session: of one row; goes on from where it stands.
-      ids: [N] int64, N of 2 or more.
-      label_weight: how much to learn from each token; 0 = adaptation off.
-      advance: called with the number of tokens read, for a progress bar.
+      session: Session of one row, which continues from its state.
+      ids: [N] int64 token ids of the text, N of 2 or more. The last is predicted, not read.
+      label_weight: How much to learn from each token; 0 turns adaptation off.
+      advance: Called with the number of tokens just read, for a progress bar.
 
     Raises:
-      TokenError: see `Session.feed`; a text too long for the model is refused at once.
+      TokenError: The text is too long for the model (raised before anything is read), a token id
+        is out of range, or the model's output is not finite.
     """
     room = session.max_positions - session.positions[0]
     if session.max_positions and len(ids) - 1 > room:
@@ -86,16 +92,24 @@ def score_ids(
 
 
 def token_losses(logits: Array, labels: Array) -> npt.NDArray[np.float64]:
-    """Return -log softmax(logits)[label] per position: [T, V] and [T] -> [T] float64, nats."""
+    """Return the loss of each prediction in nats, -log softmax(logits)[label].
+
+    Args:
+      logits: [T, V] floats.
+      labels: [T] token ids that were to be predicted.
+
+    Returns:
+      [T] float64.
+    """
     losses: npt.NDArray[np.float64] = -log_softmax(logits)[np.arange(len(labels)), labels]
     return losses
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer) -> Array:
-    """Return the ids [N] of a prompt.
+    """Return the token ids of a prompt, [N] int64.
 
     Raises:
-      TokenError: the prompt has no token.
+      TokenError: The prompt has no tokens.
     """
     ids = np.array(tokenizer.encode(prompt).ids, dtype=np.int64)
     if not len(ids):

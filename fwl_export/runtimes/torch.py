@@ -1,4 +1,4 @@
-"""Runtime: PyTorch, from the checkpoint in the bundle. What every other is compared to."""
+"""Runtime "torch": PyTorch, from the bundle's checkpoint; the reference for all other runtimes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,14 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
     """Load the model of a bundle's checkpoint.
 
     Args:
-      bundle: must hold the checkpoint; its files are checked first.
-      precision: "fp32", "fp16" or "fp64"; None is the bundle's own. Of a bundle with a precision
-        policy always with the weights that it stores: they are the model, lowered.
+      bundle: Bundle with a checkpoint, whose files are checked first.
+      precision: Precision to compute in: "fp32", "fp16" or "fp64"; None means the bundle's own. If
+        the bundle has a precision policy, the weights are the quantized ones in any case, since
+        they are part of the model.
+
+    Raises:
+      BundleError: The bundle has no checkpoint, or one of its files was changed.
+      CheckpointError: The checkpoint cannot be loaded.
     """
     names = [n for n in bundle.manifest.files if n.startswith(CHECKPOINT_FOLDER + "/")]
     if not names:
@@ -60,7 +65,11 @@ class TorchRunner:
     """Runs the streaming form of the PyTorch model."""
 
     def __init__(self, model: StreamingModel) -> None:
-        """Share a loaded model."""
+        """Share a loaded model.
+
+        Args:
+          model: Streaming form of the model, which other runners may share.
+        """
         self.streaming = model
         self.specs = model.specs
 
@@ -69,7 +78,7 @@ class TorchRunner:
         return TorchRunner(self.streaming)
 
     def new_buffers(self, batch: int) -> Buffers:
-        """See `Runner.new_buffers`; a call replaces the tensors by those it returns."""
+        """See `Runner.new_buffers`. A call puts new tensors in the place of these."""
         return {
             spec.name: torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype))
             for spec in self.specs
@@ -96,4 +105,4 @@ class TorchRunner:
             tensor.numpy()[list(rows)] = state[name]
 
     def release(self, buffers: Buffers) -> None:
-        """See `Runner.release`; nothing was kept."""
+        """See `Runner.release`; there is nothing to drop."""

@@ -38,7 +38,7 @@ void check_results(int sm) {
       }
     }
   }
-  CHECK(fake::driver().allocated.empty()); // workspaces are given back
+  CHECK(fake::driver().allocated.empty()); // workspaces are freed
 }
 
 TEST_CASE_METHOD(FakeDriver, "threads load the same kernels and launch on memory of their own",
@@ -80,7 +80,7 @@ TEST_CASE_METHOD(FakeDriver, "after prepare a launch loads nothing") {
   gpu::prepare(sizes);
   const size_t loaded = driver.loaded;
   CHECK(loaded > before);
-  CHECK(driver.prepared > prepared); // into the context
+  CHECK(driver.prepared > prepared); // prepare loads code into the context
   Problem problem(sizes, 1);
   gpu::launch(sizes, problem.tensors(false), nullptr);
   CHECK(driver.loaded == loaded);

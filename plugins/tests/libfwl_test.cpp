@@ -199,8 +199,8 @@ TEST_CASE("no row reads beyond the last position") {
   const std::vector<RowState> before = rows_of(session, problem.model->bundle);
   const Failure failure = failure_of([&] { read({0, 0, 2}); });
   CHECK(failure.status() == FWL_ERROR_TOKEN);
-  CHECK(failure.what() == "row 2 has read 9 tokens and is to read 2 more, but this model takes 10 "
-                          "at most; reset the row, or read a shorter text"s);
+  CHECK(failure.what() == "row 2 has read 9 tokens and would read 2 more, but this model reads at "
+                          "most 10; reset the row, or read a shorter text"s);
   CHECK((rows_of(session, problem.model->bundle) == before));
   read({0, 0, 1});
   CHECK(session.positions() == std::vector<int64_t>{10, 10, 10});

@@ -91,7 +91,7 @@ def test_a_broken_bundle_exits_with_1_and_says_where_and_what_next(
     result = run(capsys, "check", broken, "--text", text, "--tokens", 40, "--cases", "text")
     assert result.code == 1
     assert "OUTSIDE BUDGET: " in result.out
-    assert f"error: onnxruntime is outside its budget first in '{tensor}" in result.err
+    assert f"error: onnxruntime is outside its budget, first in '{tensor}" in result.err
     assert "Export the bundle again and repeat the check" in result.err
     assert str(broken / "reports" / "parity.json") in result.err
     assert "Traceback" not in result.err
@@ -107,7 +107,7 @@ def test_nan_exits_with_1_and_names_the_first_step(
         capsys, "check", broken, "--text", text, "--tokens", 40, "--cases", "text", "--json"
     )
     assert result.code == 1
-    assert "could not go on in case 'text', free, at call" in result.err
+    assert "could not go on in case 'text', free-running, at call" in result.err
     assert "state 'fast.down.bias' is nan in row " in result.err
     assert json.loads(result.out)["candidates"][0]["runs"][0]["failure"]["runtime"] == "onnxruntime"
 
@@ -115,7 +115,7 @@ def test_nan_exits_with_1_and_names_the_first_step(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"TOO SHORT", "the text has 9 tokens; reading 60 and predicting the next takes 61"),
+        (b"TOO SHORT", "the text has 9 tokens; reading 60 and predicting the next one takes 61"),
         (b"\xff\xfe\xff", "as text"),
         (b"", "has 0 tokens"),
     ],
@@ -162,9 +162,9 @@ def test_a_report_is_replayed_with_its_own_command(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--candidates", "onnxruntme"), "'onnxruntme' is no runtime; expected onnxruntime, "),
+        (("--candidates", "onnxruntme"), "'onnxruntme' is not a runtime; expected onnxruntime, "),
         (("--candidates", "torch:int8"), "torch has no option 'int8'; it has: float64, float32"),
-        (("--candidates", "torch:float32:float64"), "two of its options say the same thing"),
+        (("--candidates", "torch:float32:float64"), "two of its options set the same thing"),
         (("--candidates", "torch,torch"), "'torch' is named twice"),
         (("--cases", "texts"), "'texts' is not a case; expected text, mixed"),
         (("--replay", "report.json", "--tokens", "5"), "--replay takes text, cases, tokens"),
@@ -175,7 +175,10 @@ def test_a_report_is_replayed_with_its_own_command(
         ),
         (("--baseline", "other.json"), "is not a report of `fwl-export check`"),
         (("--baseline", "none.json"), "cannot read report 'none.json'"),
-        (("--tolerances", "tolerances.json"), "no tensor begins with 'logit'; expected position"),
+        (
+            ("--tolerances", "tolerances.json"),
+            "no tensor begins with 'logit'; expected one of position",
+        ),
         (("--tolerances", "report.json"), "tolerances: no tensor begins with"),
     ],
 )

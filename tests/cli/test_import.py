@@ -52,4 +52,4 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     result = run(capsys, "import", *arguments, "--help")
     assert result.code == 0
     assert max(map(len, result.out.splitlines())) <= 80
-    assert not arguments or f"Example: fwl-export import {arguments[0]}" in result.out
+    assert not arguments or f"Example:\n    fwl-export import {arguments[0]}" in result.out

@@ -59,7 +59,7 @@ def test_equals_onnxruntime(
     engine(own_bundle, variant, **options)
     session = open_session(own_bundle, "tensorrt", 2, variant=variant, cuda_graph=cuda_graph)
     assert_same(session, open_session(own_bundle, batch=2))
-    captured = [lane._graphs for lane in session._runner._lanes.values()]  # type: ignore[attr-defined]
+    captured = [each._graphs for each in session._runner._contexts.values()]  # type: ignore[attr-defined]
     assert any(captured) == cuda_graph
 
 

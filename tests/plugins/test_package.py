@@ -42,7 +42,7 @@ def consumers(folder: Path, installed: Path, name: str, source: str, *targets: s
     lines = [
         "cmake_minimum_required(VERSION 3.20)",
         f"project(consumer LANGUAGES {language})",
-        "find_package(fwl 0.1 REQUIRED)",
+        "find_package(fwl 0.2 REQUIRED)",
     ]
     for target in targets:
         lines += [

@@ -1,4 +1,4 @@
-"""Readers, tuning, statistics and report of tools/evaluate_demo.py, on tiny random models."""
+"""The readers, tuning, statistics and report of tools/evaluate_demo.py, on tiny random models."""
 
 import io
 import json
@@ -32,7 +32,7 @@ from tools import evaluate_demo, evaluation_report
 from tools.stream_readers import anchored, paper_form
 
 VOCAB = 40
-# float32 sums in another order, over a few hundred tokens.
+# Rounding of float32 sums taken in another order, over a few hundred tokens.
 SAME = {"atol": 2e-4, "rtol": 2e-4}
 
 
@@ -123,7 +123,7 @@ def test_reset_forgets_the_sums_and_keeps_caches_and_pending_gradient(model, tok
     found = losses_of(AdaptingReader(pure, reset_every=40), text, 20)
     never = losses_of(AdaptingReader(pure), text, 20)
     np.testing.assert_allclose(found[:40], never[:40], **SAME)
-    # After the reset: a text that is only now learned from, with one gradient from before.
+    # After the reset the model learns from the start, but for one pending gradient.
     weights = (torch.arange(80) >= 39).float()[None]
     with torch.no_grad():
         adapted, _ = pure(text[None, :-1], text[None, 1:], weights)
@@ -202,16 +202,16 @@ def test_flops_of_reading_are_those_of_the_layers(model, tokens):
     plain = count_flops(PlainReader(model, length), length, tokens[: length + 1])
     width, window, hidden = 16, 8, 24
     per_block = width * 3 * width + width * width + 2 * width * 2 * width
-    attention = 2 * width * (window + length - 1)  # all of the ring buffer, masked or not
+    attention = 2 * width * (window + length - 1)  # the whole ring buffer, masked or not
     layer = width * hidden + hidden * width + width * VOCAB
     assert plain == 2 * length * (2 * (per_block + attention) + layer)
     adapting = count_flops(AdaptingReader(model, max_tokens=length), length, tokens[: length + 1])
-    # At least: the slow pass besides the fast one, the expected embedding, one product back,
-    # and twice update and read of the two matrices.
+    # At least the slow pass beside the fast one, the expected embedding, one product of the
+    # gradient, and an update and a read of both matrices.
     more = hidden * width + 2 * width * VOCAB + hidden * width + 4 * width * hidden
     assert adapting - plain >= 2 * length * more
     dynamic = count_flops(DynamicReader(model, length, 0.1), length, tokens[: length + 1])
-    assert 2.8 * plain < dynamic <= 3 * plain  # one forward, two products back per product
+    assert 2.8 * plain < dynamic <= 3 * plain  # each forward product has two in the backward pass
 
 
 def test_blocks_are_read_and_timed_in_pairs(model, tokens):
@@ -221,7 +221,7 @@ def test_blocks_are_read_and_timed_in_pairs(model, tokens):
     assert all(value > 0 for reading in found.values() for value in reading.seconds)
     alone = losses_of(AdaptingReader(model, max_tokens=4), tokens[:45], 1)
     np.testing.assert_array_equal(found["c"].losses, alone)
-    assert len(found["a"].losses) == 44  # the last, shorter block is read too
+    assert len(found["a"].losses) == 44  # the last, shorter block is included
 
 
 def test_perplexity_of_what_diverged_is_infinite():
@@ -263,7 +263,7 @@ def test_growth_is_found_and_its_absence_too():
     expected = 1 / math.sqrt(4000) / math.sqrt(((centers - centers.mean()) ** 2).sum())
     assert whole["standard_error"] == pytest.approx(expected, rel=0.5)
     assert not evaluation_report.growth(noise - 0.05 * position, 4000)["grows"]
-    # A dip while the model first learns must not hide what grows after it.
+    # A dip while the model first learns must not hide growth after it.
     dip = np.where(position < 1, 2.0, 0.05 * position)
     assert evaluation_report.growth(noise + dip, 4000)["grows"]
     assert not evaluation_report.growth(noise[:5000], 4000)["enough_tokens"]

@@ -1,4 +1,4 @@
-"""Headers come from the pinned wheel, and from no other."""
+"""Headers are taken from the pinned wheel and from no other."""
 
 from __future__ import annotations
 

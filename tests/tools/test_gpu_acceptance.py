@@ -1,4 +1,4 @@
-"""The acceptance of a machine: refused without a GPU, and a report that fails if a step does."""
+"""The acceptance refuses to run without a GPU, and its report fails if one step fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tensorrt_fake import Machine, fake_machine
 from tools import gpu_acceptance
 from tools.gpu_acceptance import Step, assemble, bench, run_step, steps_of
 
-GPU = Device("Double One", 89)
+GPU = Device("Fake One", 89)
 
 
 def test_without_a_gpu(
@@ -27,8 +27,8 @@ def test_without_a_gpu(
     monkeypatch.setattr(sys, "argv", ["gpu_acceptance", "-o", str(tmp_path / "report.json")])
     assert gpu_acceptance.main() == 1
     assert capsys.readouterr().err == (
-        "error: this needs an NVIDIA GPU, and there is no CUDA device: libcuda.so.1 is not here; "
-        "run it on a machine with one\n"
+        "error: the acceptance needs an NVIDIA GPU, but there is no CUDA device: libcuda.so.1 is "
+        "not here; run it on a machine that has one\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -50,7 +50,7 @@ def test_the_report() -> None:
     assert not assemble(GPU, [good, bad])["passed"]
     assert not assemble(GPU, [])["passed"]
     report = json.loads(json.dumps(assemble(GPU, [good, bad])))
-    assert report["text"].splitlines()[0].startswith("Double One, SM89")
+    assert report["text"].splitlines()[0].startswith("Fake One, SM89")
     assert "FAILED  False" in report["text"]
     assert report["text"].endswith("not accepted")
 
@@ -73,7 +73,7 @@ def test_all_steps_with_stand_ins(
     assert names == [*(f"{name} rtx" for name in expected), "bench op", "gpu tests"]
     monkeypatch.setattr(gpu_acceptance, "usable_variants", lambda sm: [])
     assert gpu_acceptance.accept(output) == 1
-    assert "no variant here builds for SM89" in json.loads(output.read_text())["text"]
+    assert "no installed variant builds for SM89" in json.loads(output.read_text())["text"]
     assert list(steps_of(read_bundle(own_bundle), GPU, []))[-1] == "build"
 
 

@@ -1,4 +1,4 @@
-"""The model of the GPU kernels: counts that can be done by hand."""
+"""The performance model of the GPU kernels, against counts worked out by hand."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_decode_of_many_rows_moves_little_but_states() -> None:
 
 
 def test_prefill_counts_what_its_products_issue() -> None:
-    # One chunk of 64 tokens, a state of one tile: two tf32 passes each for reading and
-    # writing it and for scores times values, padded to 128 columns; one pass for the scores.
+    # One chunk of 64 tokens and a state of one tile. Reading the state, writing it, and scores
+    # times values (padded to 128 columns) take two tf32 passes each; the scores take one pass.
     call = work(1, 64, 128, 32, "float16", 90)
     assert call.flops == {
         "tf32": 2 * 2 * (2 * 64 * 128 * 32) + 2 * 2 * 64 * 64 * 128,
@@ -76,4 +76,4 @@ def test_a_folder_without_kernels_is_named(
     monkeypatch.setattr(sys, "argv", ["kernel_report", str(tmp_path)])
     with pytest.raises(SystemExit, match="1"):
         main()
-    assert "kernels.json is not there; make it" in capsys.readouterr().err
+    assert "kernels.json does not exist; compile" in capsys.readouterr().err

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 from tests.backbones import ARCHITECTURES, tiny_pretrained
-from tools.support_table import BEGIN, END, HEADER, README, described, replaced_table
+from tools.support_table import BEGIN, END, HEADER, PAGE, described, replaced_table
 
 
 def table() -> list[list[str]]:
-    text = README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n")[1:-1]]
 
 
-def test_the_table_of_the_readme_is_current() -> None:
+def test_the_table_of_the_page_is_current() -> None:
     header, _, *rows = table()
     assert tuple(header) == HEADER
     assert [row[0] for row in rows] == [f"{n} (`{kind}`)" for n, (kind, _) in ARCHITECTURES.items()]

@@ -1,4 +1,4 @@
-"""Errors against those of a report of before."""
+"""Compare errors with those of an earlier report (the baseline)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Key = tuple[str, str, str, str]  # candidate, case, mode, tensor
 def compare_with_baseline(
     verdicts: Sequence[CandidateVerdict], baseline: Mapping[str, Any]
 ) -> list[CandidateVerdict]:
-    """Return the verdicts with what has grown more than twofold since a report.
+    """Return the verdicts with the errors that have more than doubled since an earlier report.
 
-    What is not in both, at the same depths, is not compared. Errors below the floor of their
-    budget are roundings, of which twice as many mean nothing.
+    Only tensors that both have, at the same comparison points, are compared. Errors below the floor
+    of their budget are ignored: they are mere roundings, and may double by chance.
 
     Args:
-      verdicts: of now.
-      baseline: data of a report, see `read_report`.
+      verdicts: Verdicts of the present check.
+      baseline: Data of the earlier report, see `read_report`.
 
     Raises:
-      ReportError: the two have nothing in common.
+      ReportError: The two have nothing in common.
     """
     before = _errors(baseline)
     compared = 0
@@ -45,14 +45,14 @@ def compare_with_baseline(
         result.append(replace(verdict, grown=grown))
     if not compared:
         raise ReportError(
-            "the baseline has nothing in common with this check; make it with the same "
-            "--candidates, --cases, --tokens and --seed, or give another"
+            "the baseline has nothing in common with this check; use a baseline that was made with "
+            "the same --candidates, --cases, --tokens and --seed"
         )
     return result
 
 
 def _errors(report: Mapping[str, Any]) -> dict[Key, tuple[list[int], Mapping[str, Any]]]:
-    """Return the depths and the tensors of a report by where they are."""
+    """Return each tensor of a report, and its comparison points, by candidate, case and mode."""
     return {
         (candidate["name"], run["case"], run["mode"], tensor["name"]): (run["depths"], tensor)
         for candidate in report["candidates"]
@@ -64,7 +64,7 @@ def _errors(report: Mapping[str, Any]) -> dict[Key, tuple[list[int], Mapping[str
 def _growths(
     key: Key, before: Mapping[str, Any], tensor: TensorVerdict, count: int
 ) -> Iterator[Growth]:
-    """Yield the measures that grew over the first depths."""
+    """Yield the measures of a tensor that grew, over the first `count` comparison points."""
     measured = tensor.points[:count]
     for measure in _MEASURES:
         values = [value for value in before[measure][:count] if value is not None]
@@ -75,7 +75,7 @@ def _growths(
 
 
 def _are_roundings(measured: Sequence[Measured], measure: str) -> bool:
-    """Return whether all errors are below the floor of their budget."""
+    """Return whether all errors are within the floor of their budget."""
     return all(
         getattr(m.error, measure)
         <= m.budget.floor * (m.error.scale if measure == "max_abs" else 1.0)
@@ -84,6 +84,6 @@ def _are_roundings(measured: Sequence[Measured], measure: str) -> bool:
 
 
 def _common(found: Sequence[int], before: Sequence[int]) -> int:
-    """Return how many depths two runs share from the start."""
+    """Return how many comparison points two runs share from the start."""
     pairs = zip(found, before, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(before)))

@@ -1,4 +1,4 @@
-"""The outcome of a check as data; its schema is documented in README.md beside this file."""
+"""The result of a check as data. README.md in the folder above documents the JSON schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fwl_export.files import replaced_file
 from fwl_export.json_files import check_schema, read_json, without_non_finite
 from fwl_export.parity.cases import Case
 from fwl_export.parity.compare import Place, Prediction, pooled
-from fwl_export.parity.drift import Failure
+from fwl_export.parity.drift import MODE_NAMES, Failure
+from fwl_export.parity.report.html import to_html_table
 from fwl_export.parity.report.worst_place import WorstPlace
 from fwl_export.parity.tolerances import Tolerance
 from fwl_export.parity.verdict import (
@@ -28,12 +29,18 @@ from fwl_export.parity.verdict import (
 
 SCHEMA_VERSION = 2
 
-_DIGITS = 6  # of a number in the file
+_DIGITS = 6  # significant digits of numbers in the file
 
 
 @dataclass(frozen=True)
 class CaseRun:
-    """A case, with the calls that were made of it."""
+    """A case that was run.
+
+    Attributes:
+      case: Case with its number of tokens.
+      calls: Number of calls that were made.
+      largest_call: Largest T of those calls.
+    """
 
     case: Case
     calls: int
@@ -42,31 +49,30 @@ class CaseRun:
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked, how, and the verdict.
+    """What was checked, how, and the verdict. Notebooks show it as a table.
 
     Attributes:
-      bundle: name of its folder.
-      model_id: see `Manifest`.
-      precision: of the bundle's activations.
-      max_tokens: largest T.
-      text: name of the text.
-      ids: of its tokens, as far as they were read.
-      tokens: of the text read by the first row.
-      seed: of the calls.
-      reference: name of the runtime that counts as right.
-      strict: whether budgets were halved.
-      changed_tolerances: as given by the user.
-      table: of tolerances that applied.
-      horizon_tokens: tokens that the sums remember; 0 if they forget nothing.
-      cases: that were run.
-      candidates: one verdict per runtime.
-      worst: where each of them is worst.
-      baseline: name of the bundle of the report that errors were compared with; None: there was
-        none.
-      environment: what it ran on.
-      command: that repeats it.
-      created: UTC, ISO 8601.
-      seconds: that the check took.
+      bundle: Name of the bundle's folder.
+      model_id: Identity of the model, see `Manifest`.
+      precision: Precision of the bundle's activations.
+      max_tokens: Largest T of a call.
+      text: Name of the text.
+      ids: Token ids of the text, as far as it was read.
+      tokens: Tokens of the text that the first row read.
+      seed: Seed of the calls.
+      reference: Name of the runtime whose results count as correct.
+      strict: Whether every budget was halved.
+      changed_tolerances: Changes to the tolerances, as the user gave them.
+      table: Table of tolerances that applied.
+      horizon_tokens: Tokens over which the fast weights remember; 0 means that they never forget.
+      cases: Cases that were run.
+      candidates: Verdicts, one per candidate.
+      worst: Place where each candidate uses most of a budget, or None if nothing was compared.
+      baseline: Name of the bundle in the earlier report that errors were compared with, or None.
+      environment: Versions, processor and threads of the check.
+      command: Shell command that repeats the check.
+      created: Time of the check in UTC, ISO 8601.
+      seconds: Duration of the check in seconds.
     """
 
     bundle: str
@@ -91,9 +97,20 @@ class Report:
     created: str
     seconds: float
 
+    def __repr__(self) -> str:
+        """Return the verdict, and the use of each candidate."""
+        uses = ", ".join(
+            f"{c.name} {f'{c.use:.0%}' if c.runs else c.status}" for c in self.candidates
+        )
+        return f"<Report of {self.bundle}: {self.status}; use of budgets: {uses}>"
+
+    def _repr_html_(self) -> str:
+        """Return a compact table for notebooks."""
+        return to_html_table(self.to_dict())
+
     @property
     def status(self) -> str:
-        """`WITHIN`, `OUTSIDE` or `COULD_NOT_RUN`; what is outside counts for more."""
+        """`WITHIN`, `OUTSIDE` or `COULD_NOT_RUN`; `OUTSIDE` takes precedence."""
         found = {candidate.status for candidate in self.candidates}
         if OUTSIDE in found:
             return OUTSIDE
@@ -106,15 +123,15 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 within budget, 1 outside, 2 could not run."""
+        """Exit code of `fwl-export check`: 0 within budget, 1 outside, 2 could not run."""
         return {WITHIN: 0, OUTSIDE: 1, COULD_NOT_RUN: 2}[self.status]
 
     def problems(self) -> list[str]:
-        """Return a sentence for everything that went wrong: what, where, and by how much."""
+        """Return a sentence for each thing that went wrong: what, where, and by how much."""
         return [line for candidate in self.candidates for line in problems(candidate)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready data; a number that is not finite becomes null."""
+        """Return JSON-ready data; numbers that are infinite or NaN become null."""
         data = {
             "schema_version": SCHEMA_VERSION,
             "status": self.status,
@@ -157,7 +174,7 @@ class Report:
         return result
 
     def write(self, path: Path) -> None:
-        """Write the data as JSON."""
+        """Write the data as a JSON file."""
         with replaced_file(path) as target:
             text = json.dumps(self.to_dict(), separators=(",", ":"), ensure_ascii=False)
             target.write_text(text + "\n", encoding="utf-8")
@@ -173,7 +190,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """Return the data of a report file.
 
     Raises:
-      ReportError: it cannot be read, is no report, or is of another schema.
+      ReportError: The file cannot be read, is not a report, or has another schema version.
     """
     try:
         data = read_json(path, ReportError, "expected a report of `fwl-export check`")
@@ -190,28 +207,30 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def problems(candidate: CandidateVerdict) -> list[str]:
-    """Return a sentence for everything that is wrong with a candidate."""
+    """Return a sentence for each thing that is wrong with a candidate."""
     lines = []
     if candidate.reason:
         lines.append(f"{candidate.name} could not run: {candidate.reason}")
     if candidate.breach:
-        lines.append(f"{candidate.name} is outside its budget {_breach(candidate.breach)}")
+        lines.append(f"{candidate.name} is outside its budget, {_breach(candidate.breach)}")
     told = set()
     for run in candidate.runs:
         if (failure := run.failure) and (failure.message, failure.step) not in told:
             told.add((failure.message, failure.step))
             lines.append(
-                f"{failure.runtime} could not go on in case '{run.case}', {run.mode}, at call "
-                f"{failure.step}, by token {failure.tokens_read}: {failure.message}"
+                f"{failure.runtime} could not go on in case '{run.case}', {MODE_NAMES[run.mode]}, "
+                f"at call {failure.step} (up to token {failure.tokens_read}): {failure.message}"
             )
     lines += [
-        f"{candidate.name} is further off than in the baseline in '{growth.tensor}' (case "
-        f"'{growth.case}', {growth.mode}): {growth.measure} {growth.now:.2g} instead of "
+        f"{candidate.name} has a larger error than in the baseline in '{growth.tensor}' (case "
+        f"'{growth.case}', {MODE_NAMES[growth.mode]}): {growth.measure} {growth.now:.2g}, before "
         f"{growth.before:.2g}"
         for growth in candidate.grown[:3]
     ]
     if len(candidate.grown) > 3:
-        lines.append(f"{candidate.name}: {len(candidate.grown) - 3} more errors grew")
+        lines.append(
+            f"{candidate.name}: {len(candidate.grown) - 3} more errors grew since the baseline"
+        )
     return lines
 
 
@@ -219,9 +238,9 @@ def _breach(spot: Spot) -> str:
     run, tensor, measured = spot
     error, budget = measured.error, measured.budget
     text = (
-        f"first in '{tensor.name}' (case '{run.case}', {run.mode}) at token "
-        f"{measured.tokens_read}: max abs {error.max_abs:.2g} (budget {budget.max_abs:.2g}), "
-        f"relative RMS {error.relative_rms:.2g} (budget {budget.relative_rms:.2g})"
+        f"first in '{tensor.name}' (case '{run.case}', {MODE_NAMES[run.mode]}) after "
+        f"{measured.tokens_read} tokens: max abs {error.max_abs:.2g} (budget {budget.max_abs:.2g}),"
+        f" relative RMS {error.relative_rms:.2g} (budget {budget.relative_rms:.2g})"
     )
     if error.worst:
         place = error.worst
@@ -289,7 +308,7 @@ def _place(place: Place | None) -> dict[str, Any] | None:
 
 
 def _with_depth(item: Failure | Place | WorstPlace) -> dict[str, Any]:
-    """Return the fields of an item in order, `tokens_read` under its name in the schema."""
+    """Return the fields of an item; `tokens_read` is called `depth` in the JSON schema."""
     return {"depth" if k == "tokens_read" else k: v for k, v in asdict(item).items()}
 
 

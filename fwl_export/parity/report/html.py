@@ -1,16 +1,19 @@
-"""A report as one HTML file: no network, no framework, light and dark, for screen and paper.
+"""A report as one HTML file that needs no network: light and dark, for screen and paper.
 
-It is made from the data of report.json, so it can be made again from a saved report. Everything
-that comes from there is escaped; the script sorts tables and reads no data.
+The page is made from the data of report.json, so a saved report is enough to make it again.
+Everything that comes from there is escaped. The script sorts tables and reads no data.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from string import Template
 from typing import Any
+
+from fwl_export.parity.drift import FREE_RUNNING, LOGITS, MODE_NAMES
 
 Data = Mapping[str, Any]
 
@@ -19,7 +22,11 @@ _STATUS = {"within": "Within budget", "outside": "Outside budget", "could not ru
 
 
 def to_html(report: Data) -> str:
-    """Return the page of a report's data, as `Report.to_dict` and report.json give it."""
+    """Return the page of a report.
+
+    Args:
+      report: Data of the report, as `Report.to_dict` returns it and report.json holds it.
+    """
     bundle, text = report["bundle"], report["text"]
     status = str(report["status"])
     problems = "".join(f"<li>{_text(problem)}</li>" for problem in report["problems"])
@@ -27,10 +34,11 @@ def to_html(report: Data) -> str:
     return _PAGE.substitute(
         title=_text(f"Parity of {bundle['name']}"),
         status=_text(status.replace(" ", "-")),
-        verdict=_text(_STATUS.get(status, status)),
+        verdict=_text(_verdict(report)),
         summary=_text(
-            f"{bundle['precision']}, model {bundle['model_id'][:12]}; {text['name'] or 'text'}: "
-            f"{cases}; seed {report['settings']['seed']}, against {report['settings']['reference']}"
+            f"Reference: {report['settings']['reference']}. Bundle: {bundle['precision']}, model "
+            f"{bundle['model_id'][:12]}. Text: {text['name'] or 'token ids'}. Cases: {cases}. "
+            f"Seed: {report['settings']['seed']}."
         ),
         problems=f"<ul>{problems}</ul>" if problems else "",
         bars=_budget_bars(report["candidates"]),
@@ -38,6 +46,57 @@ def to_html(report: Data) -> str:
         environment=_environment(report),
         command=_text(report["command"]),
     )
+
+
+def to_html_table(report: Data) -> str:
+    """Return a compact table with the verdict, for notebooks.
+
+    Args:
+      report: Data of the report, as `Report.to_dict` returns it.
+    """
+    head = "".join(
+        f"<th>{name}</th>"
+        for name in ("candidate", "verdict", "use", "closest to its limit", "KL, nats", "top-1")
+    )
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in _cells(candidate))}</tr>"
+        for candidate in report["candidates"]
+    )
+    problems = "".join(f"<li>{_text(problem)}</li>" for problem in report["problems"])
+    verdict = _verdict(report)
+    return (
+        f"<div><p><b>Parity of {_text(report['bundle']['name'])}: {_text(verdict)}</b>, "
+        f"against {_text(report['settings']['reference'])}</p><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table><p>use: error of the tensor beside it divided by its "
+        "budget; more than 100% is outside. KL and top-1 agreement: predictions of the first case, "
+        f"free-running.</p>{f'<ul>{problems}</ul>' if problems else ''}</div>"
+    )
+
+
+def _verdict(report: Data) -> str:
+    """Return the verdict, with the names of the candidates that did not pass."""
+    status = str(report["status"])
+    words = _STATUS.get(status, status)
+    if names := _names(report, status) if status != "within" else "":
+        words += f": {names}"
+    if status == "outside" and (names := _names(report, "could not run")):
+        words += f"; could not run: {names}"
+    return words
+
+
+def _names(report: Data, status: str) -> str:
+    return ", ".join(str(c["name"]) for c in report["candidates"] if c["status"] == status)
+
+
+def _cells(candidate: Data) -> list[str]:
+    """Return the row of a candidate in the compact table, not escaped."""
+    cells = [candidate["name"], str(candidate["status"])]
+    worst = candidate["worst"]
+    cells.append(_share(candidate["use"]) if candidate["runs"] else "")
+    cells.append(f"{worst['tensor']} ({worst['case']}, {_mode(worst)})" if worst else "")
+    totals = [run["overall"] for run in candidate["runs"] if run["mode"] == FREE_RUNNING]
+    total = next((total for total in totals if total), None)
+    return [*cells, *([_number(total["kl"]), _percent(total["top1"])] if total else ["", ""])]
 
 
 def _budget_bars(candidates: Sequence[Data]) -> str:
@@ -52,23 +111,26 @@ def _budget_bars(candidates: Sequence[Data]) -> str:
             f"</span></td><td>{_text(label)}</td></tr>"
         )
     return (
-        '<table class="bars"><caption>Largest share of its budget that a tensor uses; 100 % is the '
-        'limit</caption><thead><tr><th scope="col">Runtime</th><th scope="col">Use</th>'
-        f'<th scope="col">Share</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        '<table class="bars"><caption>Largest use of a budget by a tensor of each candidate; 100% '
+        'is the limit</caption><thead><tr><th scope="col">Candidate</th><th scope="col">Budget</th>'
+        f'<th scope="col">Use</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
 
 
 def _candidate(candidate: Data) -> str:
-    parts = [f"<section><h2>{_text(candidate['name'])}</h2><p>{_text(candidate['runtime'])}"]
-    parts.append(f"; {_text(candidate['status'])}")
-    parts.append(f": {_text(candidate['reason'])}</p>" if candidate["reason"] else "</p>")
+    verdict = _STATUS.get(str(candidate["status"]), str(candidate["status"]))
+    parts = [f"<section><h2>{_text(candidate['name'])}</h2><p>{_text(verdict)}"]
+    parts.append(f": {_text(candidate['reason'])}" if candidate["reason"] else "")
+    parts.append(
+        f". Runtime: {_text(candidate['runtime'])}</p>" if candidate["runtime"] else "</p>"
+    )
     if candidate["worst"]:
         parts.append(_worst(candidate["worst"]))
     for number, run in enumerate(candidate["runs"]):
-        name = f"{run['case']}, {'own state' if run['mode'] == 'free' else 'single steps'}"
+        name = f"{run['case']}, {_mode(run)}"
         opened = " open" if number == 0 else ""
-        parts.append(f"<details{opened}><summary><h3>{_text(name)}</h3> {_share(run['use'])} of ")
-        parts.append(f"the budget</summary>{_run(run)}</details>")
+        parts.append(f"<details{opened}><summary><h3>{_text(name)}</h3>: uses ")
+        parts.append(f"{_share(run['use'])} of a budget</summary>{_run(run)}</details>")
     return "".join([*parts, "</section>"])
 
 
@@ -77,76 +139,112 @@ def _run(run: Data) -> str:
     parts = []
     if failure:
         parts.append(
-            f"<p>Stopped at call {failure['step']}, by token {failure['depth']}: "
-            f"{_text(failure['message'])}</p>"
+            f"<p>{_text(failure['runtime'])} could not go on at call {_text(failure['step'])} (up "
+            f"to token {_text(failure['depth'])}): {_text(failure['message'])}</p>"
         )
     if not run["tensors"] or not run["depths"]:
         return "".join([*parts, "<p>Nothing was compared.</p>"])
     total = run["overall"]
     if total:
         parts.append(
-            f"<p>KL {_number(total['kl'])} nats, top-1 agreement {_percent(total['top1'])}, "
-            f"perplexity {_number(total['perplexity'])} against "
-            f"{_number(total['reference_perplexity'])}</p>"
+            f"<p>Predictions against the reference: KL {_number(total['kl'])} nats, top-1 "
+            f"agreement {_percent(total['top1'])}, perplexity {_number(total['perplexity'], 5)} "
+            f"instead of {_number(total['reference_perplexity'], 5)} (relative "
+            f"change {_number(total['perplexity_change'], 2)}).</p>"
         )
-    ranked = sorted(run["tensors"], key=lambda t: (t["name"] != "logits", -_use(t["use"])))
+    ranked = sorted(run["tensors"], key=lambda t: (t["name"] != LOGITS, -_use(t["use"])))
     parts += [_plot(run["depths"], ranked[:3]), _heat(run), _tensor_table(run["tensors"])]
     return "".join(parts)
 
 
-def _plot(depths: Sequence[int], tensors: Sequence[Data]) -> str:
-    """Return the drift curves of some tensors and their budgets on two log axes."""
-    values = [v for t in tensors for key in ("relative_rms", "budget_relative_rms") for v in t[key]]
-    positive = [v for v in values if v]
-    if not positive:
-        return "<p>No difference at all in logits and the tensors closest to their limits.</p>"
-    low = math.floor(math.log10(min(positive)))
-    high = max(math.ceil(math.log10(max(positive))), low + 1)
-    first, last = math.log10(max(depths[0], 1)), math.log10(max(depths[-1], 2))
+@dataclass(frozen=True)
+class _Axes:
+    """Logarithmic axes of a plot, and where values lie on them in SVG units.
 
-    def x(depth: float) -> float:
-        share = (math.log10(max(depth, 1)) - first) / max(last - first, 1e-9)
+    Attributes:
+      first: Logarithm of the smallest number of tokens.
+      last: Logarithm of the largest number of tokens.
+      low: Exponent of the lowest grid line.
+      high: Exponent of the highest grid line.
+    """
+
+    first: float
+    last: float
+    low: int
+    high: int
+
+    def x(self, tokens: float) -> float:
+        share = (math.log10(max(tokens, 1)) - self.first) / max(self.last - self.first, 1e-9)
         return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
-    def y(value: float) -> float:
-        share = (math.log10(max(value, 10.0**low)) - low) / (high - low)
+    def y(self, value: float) -> float:
+        share = (math.log10(max(value, 10.0**self.low)) - self.low) / (self.high - self.low)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
 
-    shapes = [
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(10.0**e):.1f}" '
-        f'y2="{y(10.0**e):.1f}"/><text x="{_LEFT - 6}" y="{y(10.0**e) + 4:.1f}" '
-        f'text-anchor="end">1e{e}</text>'
-        for e in range(low, high + 1)
-    ]
-    ticks = {depths[0], depths[-1], *(10**e for e in range(int(first) + 1, int(last) + 1))}
-    shapes += [
-        f'<text x="{x(d):.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{d}</text>'
-        for d in sorted(ticks)
-    ]
+    def shapes(self, points: Sequence[int]) -> Iterator[str]:
+        """Yield the grid lines and the labels of both axes."""
+        for e in range(self.low, self.high + 1):
+            y = self.y(10.0**e)
+            yield (
+                f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" '
+                f'y2="{y:.1f}"/>'
+                f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">1e{e}</text>'
+            )
+        powers = (10**e for e in range(int(self.first) + 1, int(self.last) + 1))
+        for tokens in sorted({points[0], points[-1], *powers}):
+            yield (
+                f'<text x="{self.x(tokens):.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{tokens}'
+                "</text>"
+            )
+
+
+def _plot(points: Sequence[int], tensors: Sequence[Data]) -> str:
+    """Return the drift curves of some tensors, and their budgets, on logarithmic axes.
+
+    Args:
+      points: Tokens the first row had read at each comparison point.
+      tensors: Tensors to plot, as in the report's data.
+    """
+    keys = (("relative_rms", "line"), ("budget_relative_rms", "budget"))
+    positive = [value for tensor in tensors for key, _ in keys for value in tensor[key] if value]
+    if not positive:
+        return "<p>The logits and the tensors closest to their limits do not differ at all.</p>"
+    low = math.floor(math.log10(min(positive)))
+    high = max(math.ceil(math.log10(max(positive))), low + 1)
+    axes = _Axes(math.log10(max(points[0], 1)), math.log10(max(points[-1], 2)), low, high)
+    shapes = list(axes.shapes(points))
     for number, tensor in enumerate(tensors):
-        for key, kind in (("relative_rms", "line"), ("budget_relative_rms", "budget")):
-            pairs = zip(depths, tensor[key], strict=False)
-            points = " ".join(f"{x(d):.1f},{y(v):.1f}" for d, v in pairs if v)
-            shapes.append(f'<polyline class="{kind} c{number}" points="{points}"/>')
+        for key, kind in keys:
+            pairs = zip(points, tensor[key], strict=False)
+            line = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in pairs if y)
+            shapes.append(f'<polyline class="{kind} c{number}" points="{line}"/>')
     legend = "".join(
         f'<li><span class="key c{n}"></span>{_text(t["name"])}</li>' for n, t in enumerate(tensors)
     )
+    return (
+        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{_plot_in_words(points, tensors)}">{"".join(shapes)}</svg>'
+        f'<ul class="legend">{legend}</ul><figcaption>Relative RMS error against tokens read by '
+        "the first row. Dashed: the budget, which is the largest allowed error. Both axes are "
+        "logarithmic.</figcaption></figure>"
+    )
+
+
+def _plot_in_words(points: Sequence[int], tensors: Sequence[Data]) -> str:
+    """Return a description of a plot for screen readers, escaped."""
     ends = "; ".join(
         f"{t['name']} {_number(t['relative_rms'][-1])} of at most "
         f"{_number(t['budget_relative_rms'][-1])}"
         for t in tensors
         if t["relative_rms"]
     )
-    label = _text(f"Relative RMS error against tokens read, log axes. At {depths[-1]}: {ends}.")
-    return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
-        f'{"".join(shapes)}</svg><ul class="legend">{legend}</ul><figcaption>Relative RMS error '
-        "against tokens read; dashed: its budget. Both axes are logarithmic.</figcaption></figure>"
+    return _text(
+        f"Relative RMS error against tokens read, on logarithmic axes. At {points[-1]}: {ends}."
     )
 
 
 def _heat(run: Data) -> str:
-    head = "".join(f'<th scope="col">{depth}</th>' for depth in run["depths"])
+    head = "".join(f'<th scope="col">{_text(tokens)}</th>' for tokens in run["depths"])
     rows = []
     for tensor in run["tensors"]:
         cells = "".join(
@@ -156,15 +254,16 @@ def _heat(run: Data) -> str:
         )
         rows.append(f'<tr><th scope="row">{_text(tensor["name"])}</th>{cells}</tr>')
     return (
-        '<details open><summary>Use of the budget by tensor and depth</summary><div class="scroll" '
-        'tabindex="0"><table class="heat"><caption>Stronger: more; orange: outside. '
-        'Columns: tokens read</caption><thead><tr><th scope="col">Tensor</th>'
+        "<details open><summary>Use of the budget by tensor and tokens read</summary><div "
+        'class="scroll" tabindex="0"><table class="heat"><caption>Stronger colour: higher use; '
+        "orange: outside the budget. Columns: tokens read by the first row</caption><thead><tr>"
+        '<th scope="col">Tensor</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 
 def _tensor_table(tensors: Sequence[Data]) -> str:
-    names = ("Tensor", "Use", "Max abs", "Relative RMS", "Differ by 1 ULP or more")
+    names = ("Tensor", "Use", "Max abs", "Relative RMS", "Off by 1 ULP or more")
     head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
     rows = []
     for tensor in sorted(tensors, key=lambda t: -_use(t["use"])):
@@ -180,8 +279,10 @@ def _tensor_table(tensors: Sequence[Data]) -> str:
             + "</tr>"
         )
     return (
-        '<div class="scroll" tabindex="0"><table class="sortable"><caption>All tensors; a heading '
-        f"sorts</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="scroll" tabindex="0"><table class="sortable"><caption>All tensors, with their '
+        "largest errors over the run, and the share of elements that differ by one unit in the "
+        f"last place (ULP) or more. Click a heading to sort</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -191,15 +292,26 @@ _MEASURES = ("max_abs", "relative_rms")
 def _worst(worst: Data) -> str:
     tokens = []
     for place, token in enumerate(worst["tokens"] or ()):
-        text = _text(token["text"])
-        tokens.append(f"<mark>{text}</mark>" if place == worst["at"] else text)
+        text = str(token["text"])
+        if place == worst["at"]:
+            shown = repr(text) if text.isspace() else text
+            tokens.append(f"<mark>{_text(shown)}</mark>")
+        else:
+            tokens.append(_text(text))
     context = f"<blockquote>{''.join(tokens)}</blockquote>" if tokens else ""
     return (
-        f"<p>Closest to its limit: <b>{_text(worst['tensor'])}</b>, {_share(worst['use'])} of its "
-        f"budget, in {_text(worst['case'])} ({_text(worst['mode'])}), by token {worst['depth']}, "
-        f"call {worst['step']}: {_number(worst['candidate'], 7)} instead of "
-        f"{_number(worst['reference'], 7)}</p>{context}"
+        f"<p>Closest to its limit: <b>{_text(worst['tensor'])}</b> uses {_share(worst['use'])} of "
+        f"its budget in case {_text(worst['case'])}, {_text(_mode(worst))}, up to token "
+        f"{_text(worst['depth'])}. Largest difference: {_values(worst)} in call "
+        f"{_text(worst['step'])}, row {_text(worst['row'])}."
+        f"{' Text around the place:' if context else ''}</p>{context}"
     )
+
+
+def _values(place: Data) -> str:
+    """Return both values at a place; report.json holds six digits of each."""
+    found, expected = (_number(place[key], 6) for key in ("candidate", "reference"))
+    return f"{found} instead of {expected}" if found != expected else f"{found} in both (rounded)"
 
 
 def _environment(report: Data) -> str:
@@ -213,12 +325,17 @@ def _environment(report: Data) -> str:
         f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>'
         for key, value in entries.items()
     )
-    return f"<table><caption>Where it ran</caption><tbody>{rows}</tbody></table>"
+    return f"<table><caption>Environment of the check</caption><tbody>{rows}</tbody></table>"
 
 
 def _use(value: float | None) -> float:
-    """Return a number of a report, in which null stands for one that is not finite."""
+    """Return a number of a report, where null stands for a number that is not finite."""
     return math.inf if value is None else float(value)
+
+
+def _mode(item: Data) -> str:
+    """Return the mode of a run or place in words."""
+    return MODE_NAMES.get(item["mode"], str(item["mode"]))
 
 
 def _heat_step(use: float | None) -> int:
@@ -231,7 +348,7 @@ def _kind(use: float | None) -> str:
 
 def _share(use: float | None) -> str:
     if use is None:
-        return "infinitely much"
+        return "infinite"
     return f"{use:.0%}" if use < 100 else f"{use:.3g} x"
 
 
@@ -247,7 +364,7 @@ def _text(value: Any) -> str:
     return escape(str(value), quote=True)
 
 
-# Blue and orange: colours that people who cannot tell red from green can tell apart.
+# Blue and orange, which people with red-green colour blindness can tell apart.
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -265,7 +382,7 @@ border-top:1px solid var(--rule);padding-top:.8rem}h3{font-size:1rem;display:inl
 .verdict{border-left:.4rem solid var(--good);padding:.3rem .8rem;font-size:1.3rem;font-weight:600}
 .outside,.could-not-run{border-color:var(--bad);color:var(--bad)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
-caption,figcaption{color:var(--dim);text-align:left;font-size:.85rem;padding:.4rem 0}
+caption,figcaption,.note{color:var(--dim);text-align:left;font-size:.85rem;padding:.4rem 0}
 th,td{text-align:right;padding:.25rem .5rem;border-bottom:1px solid var(--rule)}
 th:first-child,.bars th:nth-child(2),#env td{text-align:left;font-weight:500}
 .scroll{overflow-x:auto}.scroll th{overflow-wrap:normal}.bar{width:50%}
@@ -276,27 +393,33 @@ text-decoration:underline dotted;text-align:inherit}
 [aria-sort=descending] button::after{content:" \\25BE"}
 [aria-sort=ascending] button::after{content:" \\25B4"}
 thead th{overflow-wrap:normal}
-details{margin:.6rem 0}summary{cursor:pointer}figure{margin:.5rem 0}svg{width:100%;height:auto}
+details{margin:.8rem 0}summary{cursor:pointer}figure{margin:.5rem 0}svg{width:100%;height:auto}
 svg text{fill:var(--dim);font:12px system-ui,sans-serif}.grid{stroke:var(--rule)}
 polyline{fill:none;stroke-width:2}.budget{stroke-dasharray:5 4;stroke-width:1.2}
 .c0{stroke:var(--good);--key:var(--good)}.c1{stroke:var(--c1);--key:var(--c1)}
 .c2{stroke:var(--c2);--key:var(--c2)}.legend{list-style:none;padding:0;margin:0;display:flex;
 flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem}.key{display:inline-block;width:1rem;height:.25rem;
 margin-right:.4rem;vertical-align:middle;background:var(--key)}
-.heat td{min-width:1.2rem;padding:0}.heat{font-size:.75rem}.h0{background:rgba(var(--h),.05)}
+.heat td{min-width:1.2rem;padding:0;position:relative}
+.heat{font-size:.75rem}.h0{background:rgba(var(--h),.05)}
 .h1{background:rgba(var(--h),.25)}.h2{background:rgba(var(--h),.45)}
 .h3{background:rgba(var(--h),.65)}.h4{background:rgba(var(--h),.9)}.h5{background:var(--bad)}
-.hidden{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
+.hidden{position:absolute;left:0;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
 .scroll{position:relative}
-blockquote{margin:.5rem 0;padding:.4rem .8rem;background:rgba(var(--h),.08);white-space:pre-wrap}
+blockquote{margin:.5rem 0 1rem;padding:.4rem .8rem;background:rgba(var(--h),.08);
+white-space:pre-wrap}
 mark{background:var(--bad);color:var(--bg)}pre{white-space:pre-wrap;background:rgba(var(--h),.08);
 padding:.6rem}@media(max-width:500px){svg text{font-size:20px}}
 @media print{body{max-width:none;font-size:11px}figure,tr{break-inside:avoid}
 .scroll{overflow:visible}.heat th{padding:.1rem .2rem;font-size:8px}.heat td{min-width:0}
 *{print-color-adjust:exact}}
 </style></head><body><main><h1>$title</h1>
-<p class="verdict $status">$verdict</p><p>$summary</p>$problems$bars$candidates
-<section id="env"><h2>Repeat it</h2><pre>$command</pre>$environment</section></main>
+<p class="verdict $status">$verdict</p><p>$summary</p>$problems$bars
+<p class="note">A <b>budget</b> is the largest error that a tensor may have. <b>Use</b> is the error
+divided by the budget; more than 100% is outside. <b>Free-running</b>: the candidate keeps its own
+state throughout, so errors add up. <b>Teacher-forced</b>: every call starts from the
+reference&#x27;s state, so only the error of a single step remains.</p>$candidates
+<section id="env"><h2>Repeat this check</h2><pre>$command</pre>$environment</section></main>
 <script>
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];

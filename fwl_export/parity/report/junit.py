@@ -1,4 +1,4 @@
-"""A report as JUnit XML: one test case for each candidate and group of tensors."""
+"""A report as JUnit XML: a test case for each candidate and group of tensors."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from fwl_export.files import replaced_file
+from fwl_export.parity.drift import MODE_NAMES
 from fwl_export.parity.report.data import Report, problems
 from fwl_export.parity.verdict import OUTSIDE, CandidateVerdict, Spot
 
-# By the first part of the tensors' names.
+# First parts of the tensors' names.
 GROUPS = ("logits", "position", "cache", "fast", "anchor", "pending")
 
 
 def write_junit(report: Report, path: Path) -> None:
     """Write the report as JUnit XML.
 
-    A tensor outside its budget, or not finite, is a failure; what could not run is an error.
+    A tensor that is outside its budget or not finite is a failure. A candidate that could not run
+    is an error.
     """
     suite = ElementTree.Element(
         "testsuite",
@@ -25,9 +27,9 @@ def write_junit(report: Report, path: Path) -> None:
         time=f"{report.seconds:.3f}",
     )
     properties = ElementTree.SubElement(suite, "properties")
-    facts = {"command": report.command, "model_id": report.model_id, "reference": report.reference}
-    facts |= {f"version.{name}": v for name, v in report.environment.get("versions", {}).items()}
-    for name, value in facts.items():
+    values = {"command": report.command, "model_id": report.model_id, "reference": report.reference}
+    values |= {f"version.{name}": v for name, v in report.environment.get("versions", {}).items()}
+    for name, value in values.items():
         ElementTree.SubElement(properties, "property", name=name, value=str(value))
     cases = [case for candidate in report.candidates for case in _cases(candidate)]
     suite.extend(cases)
@@ -60,10 +62,17 @@ def _cases(candidate: CandidateVerdict) -> list[ElementTree.Element]:
         grown = [g for g in candidate.grown if g.tensor.partition(".")[0] == group]
         wrong = [spot for spot in spots if spot.measured.use > 1]
         if wrong or grown:
-            message = _describe(worst) if wrong else f"{grown[0].tensor} grew since the baseline"
+            message = (
+                _describe(worst)
+                if wrong
+                else f"the error of {grown[0].tensor} grew since the baseline"
+            )
             failure = ElementTree.SubElement(case, "failure", message=message)
             lines = [_describe(spot) for spot in wrong]
-            lines += [f"{g.tensor}: {g.measure} {g.before:.3g}, now {g.now:.3g}" for g in grown]
+            lines += [
+                f"{g.tensor}: {g.measure} {g.now:.3g}, in the baseline {g.before:.3g}"
+                for g in grown
+            ]
             failure.text = "\n".join(lines)
         cases.append(case)
     end = ElementTree.Element("testcase", classname=classname, name="runs to the end")
@@ -77,7 +86,8 @@ def _cases(candidate: CandidateVerdict) -> list[ElementTree.Element]:
 def _describe(spot: Spot) -> str:
     run, tensor, at = spot
     return (
-        f"{tensor.name}: {at.use:.0%} of its budget in case {run.case}, {run.mode}, at token "
-        f"{at.tokens_read}: max abs {at.error.max_abs:.3g} (budget {at.budget.max_abs:.3g}), "
+        f"{tensor.name} uses {at.use:.0%} of its budget in case {run.case}, "
+        f"{MODE_NAMES[run.mode]}, after {at.tokens_read} tokens: "
+        f"max abs {at.error.max_abs:.3g} (budget {at.budget.max_abs:.3g}), "
         f"relative RMS {at.error.relative_rms:.3g} (budget {at.budget.relative_rms:.3g})"
     )

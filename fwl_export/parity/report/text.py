@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fwl_export.parity.compare import Prediction, pooled
-from fwl_export.parity.drift import FREE_RUNNING, LOGITS
+from fwl_export.parity.drift import FREE_RUNNING, LOGITS, MODE_NAMES, MODES
 from fwl_export.parity.report.data import Report
 from fwl_export.parity.verdict import (
     COULD_NOT_RUN,
@@ -18,57 +18,65 @@ from fwl_export.parity.verdict import (
 
 LINES, COLUMNS = 30, 100
 
-_CANDIDATES = 5  # shown at most
+# Largest numbers of rows and columns in the tables.
+_CANDIDATES = 5
 _TENSORS = 7
-_DEPTHS = 8
+_DRIFT_CANDIDATES = 3
+_DRIFT_POINTS = 8
+# Widths of columns.
 _NAME = 26
+_TENSOR_NAME = 18
+_MODE = max(map(len, MODE_NAMES.values()))
 
 _VERDICTS = {WITHIN: "within budget", OUTSIDE: "OUTSIDE BUDGET", COULD_NOT_RUN: "COULD NOT RUN"}
+
+_TENSOR_LEGEND = (
+    "each tensor at its worst point; teacher-forced: every call starts from the reference's state"
+)
 
 
 def to_text(report: Report) -> str:
     """Return a summary of at most `LINES` lines of `COLUMNS` columns."""
+    strict = ", every budget halved" if report.strict else ""
     lines = [
         _fit(
-            f"{report.bundle} against {report.reference}; text {report.text or '(ids)'}, seed "
-            f"{report.seed}{', every budget halved' if report.strict else ''}"
+            f"{report.bundle} against {report.reference}; text {report.text or '(ids)'}, "
+            f"seed {report.seed}{strict}"
         ),
-        _fit(
-            "cases: "
-            + ", ".join(f"{run.case.name} {run.case.tokens}" for run in report.cases)
-            + " tokens, free running and forced"
-        ),
+        _fit(f"cases: {_cases(report)} tokens"),
         "",
         *_candidate_table(report),
     ]
     shown = _most_used(report.candidates)
     if shown:
-        lines += ["", *_tensor_table(shown)]
+        lines += ["", *_tensor_table(shown), _TENSOR_LEGEND]
         lines += ["", *_drift_table(report.candidates)]
     lines += ["", _fit(verdict_line(report))]
     return "\n".join(lines)
 
 
 def to_markdown(report: Report) -> str:
-    """Return a summary for a pull request."""
-    head = "| candidate | verdict | use | closest to its limit | KL, nats | top-1 | perplexity |"
+    """Return a summary as Markdown, for example for a pull request."""
     lines = [
         f"### Parity of {report.bundle}: {_VERDICTS[report.status].lower()}",
         "",
-        head,
+        "| candidate | verdict | use | closest to its limit | KL, nats | top-1 | perplexity |",
         "|---|---|---:|---|---:|---:|---:|",
     ]
     for candidate in report.candidates:
         spot = candidate.closest
         cells = [f"`{candidate.name}`", _VERDICTS[candidate.status].lower(), share(candidate.use)]
-        cells.append(f"`{spot.tensor.name}` ({spot.run.case}, {spot.run.mode})" if spot else "")
+        cells.append(
+            f"`{spot.tensor.name}` ({spot.run.case}, {MODE_NAMES[spot.run.mode]})" if spot else ""
+        )
         cells += _prediction_cells(candidate)
         lines.append(f"| {' | '.join(cells)} |")
-    cases = ", ".join(f"{run.case.name} {run.case.tokens}" for run in report.cases)
     lines += [
         "",
-        f"Against `{report.reference}`, {cases} tokens, seed {report.seed}; use is the share of "
-        "the error budget that the tensor closest to its limit takes.",
+        f"Reference: `{report.reference}`. Cases: {_cases(report)} tokens; seed {report.seed}. "
+        "*Use* is the error of the tensor beside it divided by its budget (the allowed error); "
+        "above 100% is outside. KL divergence, top-1 agreement and perplexity (with its relative "
+        f"change) compare predictions in case {_first_case(report)}, free-running.",
     ]
     lines += ["", *(f"- {problem}" for problem in report.problems())] if report.problems() else []
     if report.command:
@@ -83,7 +91,7 @@ def verdict_line(report: Report) -> str:
         most = max(used, key=lambda candidate: candidate.use)
         assert most.closest is not None
         name = most.closest.tensor.name
-        return f"within budget: {most.name} comes closest, {name} with {share(most.use)} of it"
+        return f"within budget: the largest use is {share(most.use)}, by {name} of {most.name}"
     by_status = [
         f"{_VERDICTS[status]}: {', '.join(names)}"
         for status in (OUTSIDE, COULD_NOT_RUN)
@@ -93,28 +101,41 @@ def verdict_line(report: Report) -> str:
 
 
 def share(use: float) -> str:
-    """Return a share of a budget in at most 6 columns."""
+    """Return a use, a share of a budget, in at most 6 columns."""
     if use < 10:
         return f"{use:.0%}"
     return f"{use:.0f}x" if use < 1e4 else ">9999x"
 
 
+def _cases(report: Report) -> str:
+    return ", ".join(f"{run.case.name} {run.case.tokens}" for run in report.cases)
+
+
+def _first_case(report: Report) -> str:
+    return report.cases[0].case.name
+
+
 def _candidate_table(report: Report) -> Iterator[str]:
     yield (
         f"{'candidate':{_NAME}} {'verdict':14} {'use':>6} {'KL, nats':>9} {'top-1':>8} "
-        f"{'top-5':>8} {'perplexity':>10} {'change':>8}"
+        f"{'top-5':>8} {'perplexity':>10} {'rel. change':>11}"
     )
     ranked = sorted(report.candidates, key=lambda c: c.passed)
-    for candidate in ranked[:_CANDIDATES]:
+    shown = ranked if len(ranked) <= _CANDIDATES else ranked[: _CANDIDATES - 1]
+    for candidate in shown:
         cells = f"{_short(candidate.name):{_NAME}} {_VERDICTS[candidate.status]:14}"
         if overall := _text_predictions(candidate):
             cells += (
                 f" {share(candidate.use):>6} {overall.kl:9.1e} {overall.top1:8.2%} "
-                f"{overall.top5:8.2%} {overall.perplexity:10.3f} {overall.perplexity_change:+8.0e}"
+                f"{overall.top5:8.2%} {overall.perplexity:10.3f} {overall.perplexity_change:+11.0e}"
             )
         yield cells.rstrip()
-    if rest := ranked[_CANDIDATES:]:
-        yield f"and {len(rest)} more"
+    if len(shown) < len(ranked):
+        yield f"and {len(ranked) - len(shown)} more"
+    yield (
+        "use: error / budget (allowed error); KL, top-k agreement, perplexity: "
+        f"case {_first_case(report)}, free-running"
+    )
 
 
 def _prediction_cells(candidate: CandidateVerdict) -> list[str]:
@@ -126,7 +147,7 @@ def _prediction_cells(candidate: CandidateVerdict) -> list[str]:
 
 
 def _text_predictions(candidate: CandidateVerdict) -> Prediction | None:
-    """Return how the first case was predicted, free running."""
+    """Return the distance of all predictions in the first case, free-running."""
     for run in candidate.runs:
         if run.mode == FREE_RUNNING and run.predictions:
             return pooled(run.predictions)
@@ -134,7 +155,10 @@ def _text_predictions(candidate: CandidateVerdict) -> Prediction | None:
 
 
 def _most_used(candidates: Sequence[CandidateVerdict]) -> list[tuple[str, Spot]]:
-    """Return the tensors closest to their limits, each of a candidate at its worst place."""
+    """Return the tensors closest to their limits, each with its candidate's name and worst spot.
+
+    The logits come first; the others are sorted by use.
+    """
     spots: dict[tuple[str, str], Spot] = {}
     for candidate in candidates:
         for run in candidate.runs:
@@ -151,34 +175,36 @@ def _most_used(candidates: Sequence[CandidateVerdict]) -> list[tuple[str, Spot]]
 
 def _tensor_table(spots: Sequence[tuple[str, Spot]]) -> Iterator[str]:
     yield (
-        f"{'tensor':19} {'candidate':16} {'case':6} {'mode':6} {'max abs':>8} {'budget':>8} "
-        f"{'rel RMS':>8} {'budget':>8} {'use':>6} {'token':>6}"
+        f"{'tensor':{_TENSOR_NAME}} {'candidate':13} {'case':6} {'mode':{_MODE}} {'max abs':>7} "
+        f"{'budget':>7} {'rel RMS':>7} {'budget':>7} {'use':>6} {'tokens':>6}"
     )
     for name, (run, tensor, at) in spots:
         yield (
-            f"{_short(tensor.name, 19):19} {_short(name, 16):16} {run.case:6} {run.mode:6} "
-            f"{at.error.max_abs:8.1e} {at.budget.max_abs:8.1e} {at.error.relative_rms:8.1e} "
-            f"{at.budget.relative_rms:8.1e} {share(at.use):>6} {at.tokens_read:>6}"
+            f"{_short(tensor.name, _TENSOR_NAME):{_TENSOR_NAME}} {_short(name, 13):13} "
+            f"{run.case:6} {MODE_NAMES[run.mode]:{_MODE}} "
+            f"{at.error.max_abs:7.1e} {at.budget.max_abs:7.1e} {at.error.relative_rms:7.1e} "
+            f"{at.budget.relative_rms:7.1e} {share(at.use):>6} {at.tokens_read:>6}"
         )
 
 
 def _drift_table(candidates: Sequence[CandidateVerdict]) -> Iterator[str]:
-    """Yield how the logits' relative RMS goes with depth, in the first case."""
+    """Yield how the relative RMS error of the logits changes as the first case is read."""
     rows: list[tuple[str, RunVerdict]] = []
     for candidate in candidates:
         first = candidate.runs[0].case if candidate.runs else ""
         rows += [
             (candidate.name, run) for run in candidate.runs if run.case == first and run.tensors
         ]
-    rows = rows[: 2 * 3]  # free and forced of three candidates
+    rows = rows[: len(MODES) * _DRIFT_CANDIDATES]
     longest = max((run.tokens_read for _, run in rows), key=len)
-    count = len(longest)
-    chosen = sorted({round(i * (count - 1) / max(_DEPTHS - 1, 1)) for i in range(_DEPTHS)})
-    yield f"{'drift of the logits at token':34}" + "".join(f"{longest[i]:>8}" for i in chosen)
+    last = len(longest) - 1
+    chosen = sorted({round(i * last / (_DRIFT_POINTS - 1)) for i in range(_DRIFT_POINTS)})
+    head = "drift: rel RMS of logits at token"
+    yield f"{head:34}" + "".join(f"{longest[i]:>8}" for i in chosen)
     for name, run in rows:
         errors = [measured.error.relative_rms for measured in run.tensors[0].points]
         cells = "".join(f"{errors[i]:8.1e}" if i < len(errors) else " " * 8 for i in chosen)
-        yield f"  {_short(name, 24):24} {run.mode:7}{cells}".rstrip()
+        yield f"  {_short(name, 17):17} {MODE_NAMES[run.mode]:{_MODE}}{cells}".rstrip()
 
 
 def _short(name: str, width: int = _NAME) -> str:

@@ -1,4 +1,4 @@
-"""Where a candidate is worst: the tokens around, made again from the calls."""
+"""Find the text around the place where a candidate is worst, from the planned calls."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ContextToken:
     """A token that a row read.
 
     Attributes:
-      id: of it.
-      text: of it; "" where there is no tokenizer.
-      weight: how much was learned from it.
-      in_call: whether the call in question brought it.
+      id: Token id.
+      text: Text of the token, or "" without a tokenizer.
+      weight: Label weight: how much the model learned from the token.
+      in_call: Whether the row read it in the call of the worst place.
     """
 
     id: int
@@ -32,15 +32,17 @@ class ContextToken:
 
 @dataclass(frozen=True)
 class WorstPlace:
-    """Where a candidate uses most of its budget.
+    """Where a candidate uses most of a budget.
 
     Attributes:
-      case, mode, tensor: where.
-      tokens_read: tokens the first row had read.
-      use: of the budget.
-      place: of the largest difference there.
-      tokens: what the row read around.
-      at: which of them was read there; of a state tensor, the last of the call.
+      case: Name of the case.
+      mode: Mode of the run, "free" or "forced".
+      tensor: Name of the tensor.
+      tokens_read: Tokens the first row had read.
+      use: Error divided by the budget.
+      place: Element with the largest difference.
+      tokens: Tokens that its row read before and after.
+      at: Index in `tokens` of the token at that place; for a state tensor, the call's last token.
     """
 
     case: str
@@ -58,12 +60,12 @@ def worst_place(
     calls: Mapping[str, Iterable[ScheduledCall]],
     decode: Callable[[int], str] | None = None,
 ) -> WorstPlace | None:
-    """Return where a candidate is worst; None where nothing was compared.
+    """Return where a candidate is worst, or None if nothing was compared.
 
     Args:
-      verdict: of the candidate.
-      calls: of every case, by its name.
-      decode: text of a token id.
+      verdict: Verdict on the candidate.
+      calls: Calls of each case, by the case's name.
+      decode: Function that returns the text of a token id, or None to leave texts empty.
     """
     spot = verdict.closest
     if spot is None or (place := spot.measured.error.worst) is None:
@@ -87,7 +89,7 @@ def _around(
     is_logit: bool,
     decode: Callable[[int], str] | None,
 ) -> tuple[list[ContextToken], int]:
-    """Return tokens of the row around a place, and which of them was read there."""
+    """Return the tokens that the row read around a place, and the index of the place in them."""
     row, position = place.index[0], -1
     read: list[ContextToken] = []
     for call in calls:

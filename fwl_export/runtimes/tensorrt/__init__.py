@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: engines of a bundle, with the state on the GPU."""
+"""Runtime "tensorrt": engines in TensorRT or TensorRT-RTX, with the state on the GPU."""

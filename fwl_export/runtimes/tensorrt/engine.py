@@ -1,11 +1,12 @@
-"""A bundle's engine for the GPU of this machine: found, checked and loaded.
+"""Finding, checking and loading a bundle's engine for the GPU of this machine.
 
-An engine is a program, and may carry a library: TensorRT runs what it holds. Open engines that you
-have built yourself, or that come from someone you would run a program of.
+An engine is a program and may contain a library, and TensorRT runs what it contains. Only load
+engines that you built yourself, or that come from someone whose programs you would run.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -34,30 +35,32 @@ from fwl_export.plugins import TENSORRT, find_plugin
 from fwl_export.runtimes.base import Call, parse_device
 from fwl_export.runtimes.tensorrt.cuda import Cuda
 
+_log = logging.getLogger(__name__)
+
 LOGITS = "logits"
 
 
 @dataclass(frozen=True)
 class TensorRTModel:
-    """A loaded engine, which sessions share.
+    """A loaded engine that sessions share.
 
     Attributes:
-      facts: of the engine.
-      specs: of the state.
-      vocab_size: V.
-      max_tokens: largest T of a call.
-      max_batch: largest B of a call.
-      in_place: the state tensors that the engine updates in place.
-      cuda_graph: whether calls with one token are captured in CUDA graphs.
-      cuda: the runtime of the engine's device.
-      trt: the variant's module.
-      engine: TensorRT's.
-      log: TensorRT's last errors.
-      keep: what must live as long as the engine.
-      lock: held while an execution context is made.
+      metadata: What is known about the engine.
+      specs: Specs of the state's tensors, in the model's order.
+      vocab_size: Number of token ids, V.
+      max_tokens: Largest T of a call.
+      max_batch: Largest B of a call.
+      in_place: Names of the state tensors that the engine updates in place.
+      cuda_graph: Whether to capture calls of one token in CUDA graphs.
+      cuda: CUDA runtime on the engine's device.
+      trt: Module of the TensorRT variant, `tensorrt_rtx` or `tensorrt`.
+      engine: TensorRT's `ICudaEngine`.
+      log: TensorRT's latest error messages.
+      keep: Objects that must live as long as the engine.
+      lock: Lock to hold while making an execution context.
     """
 
-    facts: EngineMetadata
+    metadata: EngineMetadata
     specs: Sequence[TensorSpec]
     vocab_size: int
     max_tokens: int
@@ -72,10 +75,18 @@ class TensorRTModel:
     lock: threading.Lock
 
     def check(self, succeeded: object, what: str) -> None:
-        """Raise an EngineError with TensorRT's last words if something did not succeed."""
+        """Check the result of a TensorRT call.
+
+        Args:
+          succeeded: The result; false means that TensorRT refused.
+          what: What TensorRT was asked for; completes "TensorRT refuses ...".
+
+        Raises:
+          EngineError: TensorRT refused; the message ends with its latest error.
+        """
         if not succeeded:
             words = f": {self.log[-1]}" if self.log else ""
-            raise EngineError(f"engine '{self.facts.name}': TensorRT refuses {what}{words}")
+            raise EngineError(f"engine '{self.metadata.name}': TensorRT refuses {what}{words}")
 
 
 def load_model(
@@ -88,93 +99,103 @@ def load_model(
     """Load the engine that a bundle has for the GPU of this machine.
 
     Args:
-      bundle: the engine and its facts are checked first.
-      variant: "rtx" or "tensorrt"; None takes one that has an engine and is installed.
-      plugin: the plugin library, see `find_plugin`; loaded if the engine needs it. "none" and
-        "required" insist on how the engine was built.
-      device: "cuda" or, say, "cuda:1"; None is "cuda".
-      cuda_graph: whether to capture calls with one token in CUDA graphs.
+      bundle: Bundle whose engine and metadata are checked first.
+      variant: TensorRT variant, "rtx" or "tensorrt"; None takes one that is installed and has an
+        engine for the GPU.
+      plugin: Choice of the plugin library, see `find_plugin`; it is loaded if the engine needs it.
+        "none" and "required" fail if the engine was built the other way.
+      device: Device to run on: "cuda" or, say, "cuda:1"; None means "cuda".
+      cuda_graph: Whether to capture calls of one token in CUDA graphs.
 
     Raises:
-      DeviceError: there is no such GPU, or it refuses a call.
-      EngineError: the bundle has no engine for it; the text says which command makes one. Or
-        TensorRT cannot load the engine.
-      MissingDependencyError: a package is not installed.
-      PluginError: the library is missing or cannot be loaded.
+      DeviceError: There is no such GPU, or it refused a call.
+      EngineError: The bundle has no engine for the GPU (the message names the command that builds
+        one), or TensorRT cannot load the engine.
+      MissingDependencyError: A package that is needed is not installed.
+      PluginError: The library is missing or cannot be loaded.
     """
     index, gpu = find_device(device)
     engines = read_engines(bundle)
     chosen = choose_variant(bundle, engines, gpu, variant)
     cuda = Cuda(index, chosen.remedy)
     trt = import_variant(chosen)
-    facts = choose_engine(bundle, engines, gpu, chosen.name, str(trt.__version__))
-    path = _engine_file(bundle, facts)
+    metadata = choose_engine(bundle, engines, gpu, chosen.name, str(trt.__version__))
+    path = _engine_file(bundle, metadata)
     cuda.use()
     log: deque[str] = deque(maxlen=16)
     logger = error_logger(trt, log)
-    if needs_library(facts, str(plugin)):
+    if needs_library(metadata, str(plugin)):
         library = find_plugin(TENSORRT, plugin if plugin != "auto" else "required")
         assert library is not None  # needs_library refuses "none"
-        load_plugin(trt, f"{chosen.title} {facts.version}", library, log)
+        load_plugin(trt, f"{chosen.title} {metadata.version}", library, log)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         words = f": {log[-1]}" if log else ""
         raise EngineError(
-            f"{chosen.title} {facts.version} cannot load '{path}'{words}; build the engine again"
+            f"{chosen.title} {metadata.version} cannot load '{path}'{words}; build the engine again"
         )
-    _check_tensors(trt, engine, facts, bundle.manifest.state)
-    largest = [profile.inputs["input_ids"]["max"] for profile in facts.profiles]
+    _check_tensors(trt, engine, metadata, bundle.manifest.state)
+    _log.info("loaded engine '%s', %s %s, %s", path, chosen.title, metadata.version, gpu.name)
+    largest = [profile.inputs["input_ids"]["max"] for profile in metadata.profiles]
     return TensorRTModel(
-        facts,
-        bundle.manifest.state,
-        bundle.manifest.config.vocab_size,
-        max(tokens for _, tokens in largest),
-        min(batch for batch, _ in largest),
-        _in_place(bundle, facts) if facts.in_place_state else frozenset(),
-        cuda_graph,
-        cuda,
-        trt,
-        engine,
-        log,
-        (runtime, logger),
-        threading.Lock(),
+        metadata=metadata,
+        specs=bundle.manifest.state,
+        vocab_size=bundle.manifest.config.vocab_size,
+        max_tokens=max(tokens for _, tokens in largest),
+        max_batch=min(batch for batch, _ in largest),
+        in_place=_in_place(bundle, metadata) if metadata.in_place_state else frozenset(),
+        cuda_graph=cuda_graph,
+        cuda=cuda,
+        trt=trt,
+        engine=engine,
+        log=log,
+        keep=(runtime, logger),
+        lock=threading.Lock(),
     )
 
 
-def _engine_file(bundle: Bundle, facts: EngineMetadata) -> Path:
-    name = f"{ENGINES_FOLDER}/{facts.name}.engine"
+def _engine_file(bundle: Bundle, metadata: EngineMetadata) -> Path:
+    name = f"{ENGINES_FOLDER}/{metadata.name}.engine"
     path = bundle.file(name)
-    if bundle.manifest.files[name]["sha256"] != facts.sha256:
+    if bundle.manifest.files[name]["sha256"] != metadata.sha256:
         raise EngineError(f"'{path}' is not the engine that its metadata describes; build it again")
     return path
 
 
 def new_context(model: TensorRTModel, decode: bool) -> Any:
-    """Return an execution context, for calls with one token or for longer ones."""
+    """Return a new execution context, or None if TensorRT refuses.
+
+    Args:
+      model: Loaded engine.
+      decode: Whether the context is for calls of one token, which CUDA graphs may capture.
+    """
     strategies = getattr(model.trt, "DynamicShapesKernelSpecializationStrategy", None)
     if strategies is None or not decode:
         return model.engine.create_execution_context()
-    # RTX compiles kernels for the shapes it meets, by default in the background: a graph would keep
-    # the slower ones that it has recorded meanwhile.
+    # By default RTX compiles kernels for the shapes it meets in the background; a graph captured
+    # meanwhile would keep the slower ones for good.
     config = model.engine.create_runtime_config()
     config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
     return model.engine.create_execution_context(config)
 
 
 def find_device(device: str | None = None) -> tuple[int, Device]:
-    """Return a GPU and its number.
+    """Return the number of a GPU and what the driver says about it.
 
     Args:
-      device: "cuda" or, say, "cuda:1"; None is "cuda".
+      device: Name of the device: "cuda" or, say, "cuda:1"; None means "cuda".
 
     Raises:
-      ConfigError: the device is unknown, or no GPU.
-      DeviceError: it is not there.
+      ConfigError: The device is unknown or not a GPU.
+      DeviceError: This machine has no such GPU.
     """
     kind, index = parse_device(device or "cuda")
     if kind != "cuda":
-        raise ConfigError(f"runtime 'tensorrt' runs on a GPU, but device is '{device}'")
+        raise ConfigError(
+            f"runtime 'tensorrt' runs on a GPU, but device is '{device}'; expected cuda or, say, "
+            "cuda:1"
+        )
     driver = query_driver()
     if not driver.devices:
         raise DeviceError(
@@ -183,7 +204,8 @@ def find_device(device: str | None = None) -> tuple[int, Device]:
         )
     if index >= len(driver.devices):
         raise DeviceError(
-            f"device '{device}' is not here; the driver finds {len(driver.devices)}, from cuda:0 on"
+            f"device '{device}' does not exist; the driver finds {len(driver.devices)}, counted "
+            "from cuda:0"
         )
     return index, driver.devices[index]
 
@@ -203,27 +225,27 @@ def error_logger(trt: Any, log: deque[str]) -> Any:
 
 
 def _check_tensors(
-    trt: Any, engine: Any, facts: EngineMetadata, specs: Sequence[TensorSpec]
+    trt: Any, engine: Any, metadata: EngineMetadata, specs: Sequence[TensorSpec]
 ) -> None:
-    """Check that the engine is what its facts say, and that the facts fit this fwl-export.
+    """Check the engine's inputs and outputs against its metadata and what this version expects.
 
     Raises:
-      EngineError: they do not.
+      EngineError: They differ.
     """
-    names = {tensor.name for tensor in facts.inputs}
+    names = {tensor.name for tensor in metadata.inputs}
     wanted = {field.name for field in fields(Call)} | {PAST + spec.name for spec in specs}
     tensors = map(engine.get_tensor_name, range(engine.num_io_tensors))
     found = {_described(trt, engine, name) for name in tensors}
-    told = {
+    expected = {
         (t.name, tuple(t.shape), t.dtype, mode, "DEVICE")
-        for of_mode, mode in ((facts.inputs, "INPUT"), (facts.outputs, "OUTPUT"))
+        for of_mode, mode in ((metadata.inputs, "INPUT"), (metadata.outputs, "OUTPUT"))
         for t in of_mode
     }
-    if names != wanted or found != told:
-        other = sorted(names ^ wanted) or sorted(tensor[0] for tensor in found ^ told)
+    if names != wanted or found != expected:
+        other = sorted(names ^ wanted) or sorted(tensor[0] for tensor in found ^ expected)
         raise EngineError(
-            f"engine '{facts.name}' does not fit its facts or this fwl-export, beginning with "
-            f"'{other[0]}'; build it again"
+            f"engine '{metadata.name}' does not fit its metadata or this version of fwl-export: "
+            f"'{other[0]}' differs; build it again"
         )
 
 
@@ -238,7 +260,7 @@ def _described(trt: Any, engine: Any, name: str) -> tuple[str, tuple[int, ...], 
 
 
 def _in_place(bundle: Bundle, metadata: EngineMetadata) -> frozenset[str]:
-    """Return the state tensors that an engine with state in place updates so."""
+    """Return the state tensors that an engine with in-place state updates in place."""
     if metadata.in_place_tensors is not None:
         return frozenset(metadata.in_place_tensors)
     return frozenset(op_state_tensors(bundle.file(MODEL_FILE)))  # an engine of an earlier version

@@ -1,4 +1,4 @@
-"""Runtime: an engine in TensorRT or TensorRT-RTX, the state on the GPU."""
+"""Runs a bundle's TensorRT or TensorRT-RTX engine, with the state on the GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fwl_export.runtimes.registry import Options
 from fwl_export.runtimes.tensorrt.cuda import ALIGNMENT, Cuda, DeviceMemory, Graph, Mirror, Stream
 from fwl_export.runtimes.tensorrt.engine import LOGITS, TensorRTModel, load_model, new_context
 
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # by name, hashable
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # pairs of name and shape: hashable
 
 
 def load(bundle: Bundle, options: Options) -> Loaded:
@@ -28,7 +28,13 @@ def load(bundle: Bundle, options: Options) -> Loaded:
 
 
 class StateBuffers:
-    """The state of all rows in one piece of the device's memory, each tensor [B, ...]."""
+    """The state of all rows in one allocation on the device.
+
+    Attributes:
+      batch: Number of rows, B.
+      offsets: Where each tensor [B, ...] begins, in bytes, by name.
+      size: Size of the allocation, in bytes.
+    """
 
     def __init__(self, cuda: Cuda, specs: Sequence[TensorSpec], batch: int) -> None:
         self.batch = batch
@@ -37,43 +43,51 @@ class StateBuffers:
 
     @property
     def address(self) -> int:
-        """Of all."""
+        """Device address of the allocation."""
         return self._memory.address
 
     def of(self, name: str) -> int:
-        """Return the address of a tensor."""
+        """Return the device address of a state tensor [B, ...]."""
         return self.address + self.offsets[name]
 
 
 class TensorRTRunner:
-    """Runs a loaded engine; the state stays on the device.
+    """Runs a loaded engine for one session; the state stays on the device.
 
-    No call writes to its past: an engine that updates in place gets a copy to work on. So a call
-    that fails, or whose capture fails, leaves the past as it was. All work is enqueued on one
-    stream, and a call returns when it is done.
+    No call writes to the past state: an engine that updates in place works on a copy of it. So a
+    call that fails, or whose capture fails, leaves the past state intact. All work goes to one
+    stream, and a call returns when the work is done.
+
+    Attributes:
+      model: The loaded engine.
     """
 
     def __init__(self, model: TensorRTModel) -> None:
-        """Share a loaded engine."""
+        """Share a loaded engine.
+
+        Args:
+          model: Loaded engine, which other runners may share.
+        """
         self.model = model
         model.cuda.use()
         self._stream = Stream(model.cuda)
-        self._lanes: dict[int, _Lane] = {}  # by optimisation profile
+        self._contexts: dict[int, _ProfileContext] = {}  # by optimization profile
 
     def another(self) -> TensorRTRunner:
-        """See `Runner.another`. Each has execution contexts, and their memory, of its own."""
+        """See `Runner.another`. Each runner has its own execution contexts and their memory."""
         return TensorRTRunner(self.model)
 
     def new_buffers(self, batch: int) -> StateBuffers:
         """See `Runner.new_buffers`.
 
         Raises:
-          ShapeError: the engine takes fewer rows.
+          ShapeError: The engine takes fewer rows.
+          DeviceError: The device has too little memory, or refuses a call.
         """
         model = self.model
         if batch > model.max_batch:
             raise ShapeError(
-                f"batch is {batch}, but engine '{model.facts.name}' takes at most "
+                f"batch is {batch}, but engine '{model.metadata.name}' takes at most "
                 f"{model.max_batch} rows; build it again with `--max-batch {batch}`"
             )
         model.cuda.use()
@@ -86,12 +100,12 @@ class TensorRTRunner:
         """See `Runner.run`."""
         model = self.model
         shapes = call_shapes(call, model.specs)
-        profile = choose_profile(model.facts, shapes)
+        profile = choose_profile(model.metadata, shapes)
         model.cuda.use()
-        self._stream.synchronize()  # a call that was interrupted may be running still
-        if profile not in self._lanes:
-            self._lanes[profile] = _Lane(model, profile, self._stream)
-        return self._lanes[profile].run(call, shapes, past, present)
+        self._stream.synchronize()  # an interrupted call may still be running
+        if profile not in self._contexts:
+            self._contexts[profile] = _ProfileContext(model, profile, self._stream)
+        return self._contexts[profile].run(call, shapes, past, present)
 
     def read(self, buffers: StateBuffers, rows: Rows) -> State:
         """See `Runner.read`."""
@@ -127,29 +141,29 @@ class TensorRTRunner:
         """See `Runner.release`."""
         self.model.cuda.use()
         self._stream.synchronize()
-        for lane in self._lanes.values():
-            lane.forget(buffers)
+        for context in self._contexts.values():
+            context.forget(buffers)
 
 
-class _Lane:
-    """Calls in one optimisation profile: an execution context, and memory for what comes and goes.
+class _ProfileContext:
+    """An execution context for one optimization profile, with memory for its inputs and outputs.
 
-    A profile has a context of its own, so that no call has to switch, and what a graph has recorded
-    of one stays true.
+    Every profile has its own context, so that no call switches profiles, and graphs captured from a
+    context stay valid.
     """
 
     def __init__(self, model: TensorRTModel, profile: int, stream: Stream) -> None:
         self._model, self._stream = model, stream
-        self._decode = is_decode(model.facts.profiles[profile])
+        self._decode = is_decode(model.metadata.profiles[profile])
         with model.lock:
             self._context = new_context(model, self._decode)
         model.check(self._context, "an execution context")
         switched = self._context.set_optimization_profile_async(profile, stream.handle)
-        model.check(switched, f"optimisation profile {profile}")
+        model.check(switched, f"optimization profile {profile}")
         stream.synchronize()
         self._mirrors: dict[str, Mirror] = {}
         self._graphs: dict[tuple[int, int, Shapes], Graph] = {}
-        self._shapes: Shapes = ()  # of the last call that ran
+        self._shapes: Shapes = ()  # shapes of the last call that ran
         self._capturable = model.cuda_graph and self._decode
 
     def run(self, call: Call, shapes: Shapes, past: StateBuffers, present: StateBuffers) -> Array:
@@ -175,18 +189,18 @@ class _Lane:
         return logits.copy()
 
     def forget(self, buffers: StateBuffers) -> None:
-        """Forget the graphs that read or write buffers."""
+        """Drop the graphs that read or write the buffers."""
         self._graphs = {k: g for k, g in self._graphs.items() if buffers.address not in k[:2]}
 
     def _mirror(self, name: str, size: int) -> Mirror:
-        """Return memory for a tensor of a call, of that size or more."""
+        """Return memory for an input or output, `size` bytes or more."""
         if name not in self._mirrors or self._mirrors[name].size < size:
-            self._graphs.clear()  # they hold its address
+            self._graphs.clear()  # they contain the old address
             self._mirrors[name] = Mirror(self._model.cuda, size)
         return self._mirrors[name]
 
     def _bind(self, shapes: Shapes, past: StateBuffers, present: StateBuffers) -> None:
-        """Tell the context shapes and addresses of all that goes in and out."""
+        """Set the shapes and addresses of all inputs and outputs in the context."""
         context, check = self._context, self._model.check
         if shapes != self._shapes:
             self._shapes = ()
@@ -200,7 +214,7 @@ class _Lane:
         check(not missing, f"shapes without {', '.join(missing)}")
 
     def _enqueue(self, past: StateBuffers, present: StateBuffers) -> None:
-        """Enqueue a call: copies to the device, the engine, the copy back."""
+        """Enqueue a call: inputs to the device, the engine, logits back to the host."""
         for name, mirror in self._mirrors.items():
             if name != LOGITS:
                 mirror.upload(self._stream)
@@ -213,8 +227,8 @@ class _Lane:
         self._mirrors[LOGITS].download(self._stream)
 
     def _capture(self, past: StateBuffers, present: StateBuffers) -> Graph | None:
-        """Record a call without running it; returns None, and says so once, if that cannot be."""
-        ask = getattr(self._context, "is_stream_capturable", None)  # of RTX
+        """Capture a call without running it; returns None, after one warning, if that fails."""
+        ask = getattr(self._context, "is_stream_capturable", None)  # only RTX has it
         reason = "" if ask is None or ask(self._stream.handle) else "its context says so"
         if not reason:
             try:
@@ -225,7 +239,7 @@ class _Lane:
                 reason = str(error)
         self._capturable = False
         warnings.warn(
-            f"engine '{self._model.facts.name}' cannot be captured in a CUDA graph ({reason}); "
+            f"engine '{self._model.metadata.name}' cannot be captured in a CUDA graph ({reason}); "
             "decoding goes on without one, slower. cuda_graph=False silences this",
             RuntimeWarning,
             stacklevel=2,
@@ -234,7 +248,7 @@ class _Lane:
 
 
 def state_layout(specs: Sequence[TensorSpec], batch: int) -> tuple[dict[str, int], int]:
-    """Return where each tensor begins in one piece of memory, and the size of all, in bytes."""
+    """Return where each state tensor [B, ...] begins in one allocation, and its size; in bytes."""
     offsets, end = {}, 0
     for spec in specs:
         offsets[spec.name] = end
@@ -248,10 +262,16 @@ def state_addresses(
     past: StateBuffers,
     present: StateBuffers,
 ) -> dict[str, int]:
-    """Return the address of every state tensor, by the engine's name.
+    """Return the device addresses of all past and present state tensors, by the engine's names.
 
-    What the engine updates in place has one address, in the present: the past is copied there
-    first.
+    A tensor that the engine updates in place has one address for both, in the present buffers; the
+    caller copies its past there first.
+
+    Args:
+      specs: Specs of the state's tensors.
+      in_place: Names of the tensors that the engine updates in place.
+      past: Buffers with the state before the call.
+      present: Buffers for the state after the call.
     """
     addresses = {}
     for spec in specs:
@@ -262,7 +282,7 @@ def state_addresses(
 
 
 def call_shapes(call: Call, specs: Sequence[TensorSpec]) -> Shapes:
-    """Return name and shape of every input of the engine."""
+    """Return name and shape of every input of the engine for a call."""
     batch = len(call.lengths)
     return (
         *((name, array.shape) for name, array in vars(call).items()),
@@ -270,24 +290,24 @@ def call_shapes(call: Call, specs: Sequence[TensorSpec]) -> Shapes:
     )
 
 
-def choose_profile(facts: EngineMetadata, shapes: Shapes) -> int:
-    """Return the index of the first optimisation profile that the shapes fit into.
+def choose_profile(metadata: EngineMetadata, shapes: Shapes) -> int:
+    """Return the index of the first optimization profile that allows the shapes.
 
     Raises:
-      ShapeError: there is none.
+      ShapeError: No profile does.
     """
-    for index, profile in enumerate(facts.profiles):
+    for index, profile in enumerate(metadata.profiles):
         if all(_fits(profile, name, shape) for name, shape in shapes):
             return index
-    last = facts.profiles[-1].inputs["input_ids"]
+    last = metadata.profiles[-1].inputs["input_ids"]
     raise ShapeError(
         f"a call of {list(dict(shapes)['input_ids'])} tokens fits no profile of engine "
-        f"'{facts.name}'; expected {list(last['min'])} to {list(last['max'])}"
+        f"'{metadata.name}'; expected {list(last['min'])} to {list(last['max'])}"
     )
 
 
 def is_decode(profile: ProfileMetadata) -> bool:
-    """Return whether a profile is for calls with one token."""
+    """Return whether a profile is for calls of one token."""
     return profile.inputs["input_ids"]["max"][1] == 1
 
 

@@ -31,9 +31,9 @@ constexpr size_t kPanelFloats = size_t{1} << 16;
 // Floats of packed chunks that are kept at the same time.
 constexpr size_t kPackedFloats = size_t{1} << 23;
 
-// The most tasks of one kind that run at the same time, each with scratch memory of its own (a
-// lane). Each takes work until none is left, so scratch is touched only for tasks that really run.
-constexpr size_t kLanes = 64;
+// The most workers: tasks that run at the same time, each with scratch memory of its own. A worker
+// takes work until none is left, so scratch is touched only for workers that really run.
+constexpr size_t kMaxWorkers = 64;
 
 size_t divide_up(size_t value, size_t by) {
   return (value + by - 1) / by;
@@ -54,14 +54,14 @@ void for_each(const ParallelFor& parallel_for, bool serial, size_t count,
                    const_cast<void*>(static_cast<const void*>(&function)));
 }
 
-// Runs function(i, lane) likewise. No two calls that run at the same time have the same lane.
+// Runs function(i, worker) likewise, with the number of the worker that runs it, below `workers`.
 template <class Function>
-void for_each_in_lane(const ParallelFor& parallel_for, bool serial, size_t count, size_t lanes,
-                      const Function& function) {
+void for_each_with_worker(const ParallelFor& parallel_for, bool serial, size_t count,
+                          size_t workers, const Function& function) {
   std::atomic<size_t> next{0};
-  for_each(parallel_for, serial, serial ? 1 : std::min(count, lanes), [&](size_t lane) {
+  for_each(parallel_for, serial, serial ? 1 : std::min(count, workers), [&](size_t worker) {
     for (size_t i = next++; i < count; i = next++) {
-      function(i, lane);
+      function(i, worker);
     }
   });
 }
@@ -120,11 +120,11 @@ struct PrefillPlan {
 
     parts = std::clamp<size_t>(16 / (step_chunks * step_rows), 1,
                                std::max<size_t>(1, token_blocks / 4));
-    pack_lanes = std::min(kLanes, step_rows * step_chunks * parts);
-    panel_lanes = std::min(kLanes, step_rows * panels);
+    pack_workers = std::min(kMaxWorkers, step_rows * step_chunks * parts);
+    panel_workers = std::min(kMaxWorkers, step_rows * panels);
     pack_scratch = pack_scratch_floats(set, chunk, sizes.key_size, sizes.activation);
     panel_scratch = panel_scratch_floats(set, chunk, sizes.key_size, width);
-    scratch_floats = std::max(pack_lanes * pack_scratch, panel_lanes * panel_scratch);
+    scratch_floats = std::max(pack_workers * pack_scratch, panel_workers * panel_scratch);
     slot_count = step_rows * step_chunks;
     table_floats = round_up(slot_count * sizeof(PackedChunk) / sizeof(float), 16);
     floats = table_floats + slot_count * slot_floats + scratch_floats;
@@ -150,8 +150,8 @@ struct PrefillPlan {
   size_t width;        // columns of a panel
   size_t panels;
   size_t parts; // tasks that pack one chunk
-  size_t pack_lanes;
-  size_t panel_lanes;
+  size_t pack_workers;
+  size_t panel_workers;
   size_t pack_scratch;
   size_t panel_scratch;
   size_t scratch_floats;
@@ -231,32 +231,34 @@ void run_step(const Sizes& sizes, const Tensors& tensors, const Instructions& se
     return (first_row + row) * sizes.tokens + first + token;
   };
 
-  for_each_in_lane(parallel_for, serial, rows * chunks * plan.parts, plan.pack_lanes,
-                   [&](size_t task, size_t lane) {
-                     const size_t slot = task / plan.parts;
-                     const size_t token = slot % chunks * plan.chunk;
-                     const size_t at = token_at(slot / chunks, token);
-                     set.pack({offset(tensors.query, at * sizes.key_size, sizes.activation),
-                               offset(tensors.key, at * sizes.key_size, sizes.activation),
-                               tensors.decay + at, std::min(plan.chunk, tokens - token),
-                               sizes.key_size, sizes.activation, task % plan.parts, plan.parts,
-                               slots[slot], scratch + lane * plan.pack_scratch});
-                   });
+  for_each_with_worker(parallel_for, serial, rows * chunks * plan.parts, plan.pack_workers,
+                       [&](size_t task, size_t worker) {
+                         const size_t slot = task / plan.parts;
+                         const size_t token = slot % chunks * plan.chunk;
+                         const size_t at = token_at(slot / chunks, token);
+                         set.pack({offset(tensors.query, at * sizes.key_size, sizes.activation),
+                                   offset(tensors.key, at * sizes.key_size, sizes.activation),
+                                   tensors.decay + at, std::min(plan.chunk, tokens - token),
+                                   sizes.key_size, sizes.activation, task % plan.parts, plan.parts,
+                                   slots[slot], scratch + worker * plan.pack_scratch});
+                       });
 
   const float* past = first == 0 ? tensors.past_state : tensors.present_state;
   const size_t state_floats = sizes.key_size * sizes.value_size;
-  for_each_in_lane(
-      parallel_for, serial, rows * plan.panels, plan.panel_lanes, [&](size_t task, size_t lane) {
-        const size_t row = task / plan.panels;
-        const size_t column = task % plan.panels * plan.width;
-        const size_t at = token_at(row, 0) * sizes.value_size;
-        set.panel(
-            {slots + row * chunks, chunks, plan.chunk, tokens, sizes.key_size, sizes.value_size,
-             sizes.activation, offset(tensors.value, at, sizes.activation),
-             offset(tensors.output, at, sizes.activation), past + (first_row + row) * state_floats,
-             tensors.present_state + (first_row + row) * state_floats, column,
-             std::min(plan.width, sizes.value_size - column), scratch + lane * plan.panel_scratch});
-      });
+  for_each_with_worker(parallel_for, serial, rows * plan.panels, plan.panel_workers,
+                       [&](size_t task, size_t worker) {
+                         const size_t row = task / plan.panels;
+                         const size_t column = task % plan.panels * plan.width;
+                         const size_t at = token_at(row, 0) * sizes.value_size;
+                         set.panel({slots + row * chunks, chunks, plan.chunk, tokens,
+                                    sizes.key_size, sizes.value_size, sizes.activation,
+                                    offset(tensors.value, at, sizes.activation),
+                                    offset(tensors.output, at, sizes.activation),
+                                    past + (first_row + row) * state_floats,
+                                    tensors.present_state + (first_row + row) * state_floats,
+                                    column, std::min(plan.width, sizes.value_size - column),
+                                    scratch + worker * plan.panel_scratch});
+                       });
 }
 
 void run_prefill(const Sizes& sizes, const Tensors& tensors, const Instructions& set, float* memory,

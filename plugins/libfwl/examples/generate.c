@@ -1,6 +1,8 @@
 /* Continues a prompt of token ids, always with the most likely token, in C99.
  *
- *   generate_c BUNDLE COUNT ID...        FWL_RUNTIME=path of libonnxruntime.so
+ *     generate_c BUNDLE COUNT ID...
+ *
+ * Set FWL_RUNTIME to the path of libonnxruntime.so if it is not where dlopen finds it.
  */
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,6 +1,8 @@
 // Continues a prompt of token ids, always with the most likely token.
 //
-//   generate BUNDLE COUNT ID...        FWL_RUNTIME=path of libonnxruntime.so
+//     generate BUNDLE COUNT ID...
+//
+// Set FWL_RUNTIME to the path of libonnxruntime.so if it is not where dlopen finds it.
 
 #include <algorithm>
 #include <cstdlib>

@@ -1,7 +1,9 @@
 // Prints the perplexity of a text while the model learns from it. FILE holds the token ids as
 // numbers separated by white space.
 //
-//   score BUNDLE FILE [STATE]        FWL_RUNTIME=path of libonnxruntime.so
+//     score BUNDLE FILE [STATE]
+//
+// Set FWL_RUNTIME to the path of libonnxruntime.so if it is not where dlopen finds it.
 //
 // With STATE, it starts from the state in that file, if it exists, and saves the state there at the
 // end.

@@ -1,9 +1,11 @@
 // Continuous batching: generates 64 texts of different lengths in the 8 rows of one session. As
 // soon as a row has finished its text, the next text takes the row, while the other rows go on. To
 // show that texts can move, every third text is set aside once and later continues in whichever row
-// is free.
+// is free. Prints the tokens that each text has generated, one text per line.
 //
-//   serve_rows BUNDLE        FWL_RUNTIME=path of libonnxruntime.so
+//     serve_rows BUNDLE
+//
+// Set FWL_RUNTIME to the path of libonnxruntime.so if it is not where dlopen finds it.
 
 #include <algorithm>
 #include <cstdlib>

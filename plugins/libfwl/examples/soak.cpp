@@ -2,7 +2,9 @@
 // session, then rounds of opening, feeding, resetting and closing a session. Exits with 1 if memory
 // grows.
 //
-//   soak BUNDLE STEPS ROUNDS        FWL_RUNTIME=path of libonnxruntime.so
+//     soak BUNDLE STEPS ROUNDS
+//
+// Set FWL_RUNTIME to the path of libonnxruntime.so if it is not where dlopen finds it.
 
 #include <algorithm>
 #include <chrono>

@@ -48,7 +48,8 @@ template <class Take>
 fs::path read_checked(const Bundle& bundle, const std::string& name, const Take& take) {
   const auto entry = bundle.files.find(name);
   if (entry == bundle.files.end()) {
-    fail("bundle '" + bundle.folder + "' has no '" + name + "' in its manifest");
+    fail("bundle '" + bundle.folder + "' has no '" + name +
+         "' in its manifest; export the model again");
   }
   const fs::path path = inside(bundle.folder, name);
   std::ifstream stream(path, std::ios::binary);
@@ -114,14 +115,16 @@ Type type_named(const std::string& name) {
   if (name == "int64") {
     return Type::kInt64;
   }
-  fail("the bundle's state has a tensor of type '" + name + "'; update libfwl");
+  fail("the bundle's state has a tensor of type '" + name +
+       "', which this libfwl does not know; update libfwl");
 }
 
 TensorSpec read_spec(const json& data) {
   TensorSpec spec{data.at("name"), data.at("shape"), type_named(data.at("dtype"))};
   for (const int64_t size : spec.shape) {
     if (size < 1) {
-      fail("the bundle's state '" + spec.name + "' has a size of " + std::to_string(size));
+      fail("the bundle's state '" + spec.name + "' has a size of " + std::to_string(size) +
+           "; expected 1 or more. Export the model again");
     }
   }
   return spec;
@@ -159,7 +162,8 @@ Bundle read_bundle(const std::string& folder) {
     const json& version = manifest.at("schema_version");
     if (version != kSchemaVersion) {
       fail(path + ": schema_version is " + version.dump() + ", but this libfwl reads " +
-           std::to_string(kSchemaVersion) + "; install the libfwl of the fwl-export that wrote it");
+           std::to_string(kSchemaVersion) +
+           "; install the libfwl of the fwl-export release that wrote the bundle");
     }
     bundle.model_id = manifest.at("model_id");
     bundle.precision = manifest.at("precision");
@@ -180,7 +184,8 @@ Bundle read_bundle(const std::string& folder) {
   if (bundle.max_tokens < 1 || bundle.vocab_size < 1 || bundle.anchor_interval < 0 ||
       bundle.state.empty() || bundle.state[0].name != "position" ||
       bundle.state[0].type != Type::kInt64 || bundle.state[0].elements() != 1) {
-    fail(path + " is malformed; export the model again");
+    fail(path + " is malformed: sizes are out of range, or the state does not start with the "
+                "position; export the model again");
   }
   return bundle;
 }

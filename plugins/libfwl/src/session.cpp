@@ -60,8 +60,9 @@ struct Session::Progress {
 
 Session::Session(std::shared_ptr<const Model> model, size_t rows)
     : model_(std::move(model)), rows_(rows) {
-  if (rows < 1 || rows > (1u << 20)) {
-    refuse(FWL_ERROR_ARGUMENT, "rows is " + std::to_string(rows) + "; expected 1 or more");
+  if (rows < 1 || rows > kMaxRows) {
+    refuse(FWL_ERROR_ARGUMENT,
+           "rows is " + std::to_string(rows) + "; expected 1 to " + std::to_string(kMaxRows));
   }
   runner_ = model_->runtime->runner(rows);
   current_ = runner_->buffers();
@@ -140,10 +141,10 @@ void Session::check_positions(const std::vector<int64_t>& total) const {
   for (size_t r = 0; r < rows_ && limit > 0; ++r) {
     if (total[r] > limit - positions_[r]) {
       refuse(FWL_ERROR_TOKEN, "row " + std::to_string(r) + " has read " +
-                                  std::to_string(positions_[r]) + " tokens and is to read " +
-                                  std::to_string(total[r]) + " more, but this model takes " +
-                                  std::to_string(limit) +
-                                  " at most; reset the row, or read a shorter text");
+                                  std::to_string(positions_[r]) + " tokens and would read " +
+                                  std::to_string(total[r]) +
+                                  " more, but this model reads at most " + std::to_string(limit) +
+                                  "; reset the row, or read a shorter text");
     }
   }
 }

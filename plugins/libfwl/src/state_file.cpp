@@ -352,18 +352,20 @@ void check_metadata(const json& metadata, const std::string& path, const Bundle&
   }
   if (metadata.at("version") != kVersion) {
     throw Failure(FWL_ERROR_STATE, "'" + path + "' has version " + metadata.at("version").dump() +
-                                       " of the format, but this libfwl reads " + kVersion);
+                                       " of the format, but this libfwl reads " + kVersion +
+                                       "; update libfwl, or save the state again");
   }
   if (metadata.at("model_id") != bundle.model_id) {
-    throw Failure(FWL_ERROR_STATE, "'" + path +
-                                       "' was saved from another model; a state goes on only in "
-                                       "the model that wrote it, at the same precision");
+    throw Failure(FWL_ERROR_STATE,
+                  "'" + path +
+                      "' was saved from another model; only the model that wrote a "
+                      "state can load it, at the same precision");
   }
 }
 
 std::vector<RowState> restored_rows(const Tensors& file, const Bundle& bundle) {
   const unsigned long count = std::stoul(file.metadata.at("rows").get<std::string>());
-  if (count < 1 || count > (1u << 20)) {
+  if (count < 1 || count > kMaxRows) {
     file.damaged("it holds " + std::to_string(count) + " rows");
   }
   // Compares `count` with the file's size before memory is taken for that many rows.
@@ -406,7 +408,7 @@ void check_state(const Bundle& bundle, const RowState& row, const std::string& s
     offset += spec.bytes();
   }
   if (position_of(row) < 0) {
-    throw Failure(FWL_ERROR_STATE, source + ": the position is negative");
+    throw Failure(FWL_ERROR_STATE, source + ": the position is negative; do not use this state");
   }
 }
 

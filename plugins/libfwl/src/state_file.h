@@ -9,6 +9,9 @@
 
 namespace fwl::internal {
 
+// The most rows of a session or a state file.
+constexpr size_t kMaxRows = 1u << 20;
+
 // The state of one row outside a session: its tensors one after the other, in the model's order.
 using RowState = std::vector<char>;
 

@@ -62,7 +62,7 @@ public:
   }
 
   // Returns the first error since the last call, in brackets, or "".
-  std::string taken() {
+  std::string take_first() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return first_.empty() ? "" : " (" + std::exchange(first_, "") + ")";
   }
@@ -239,7 +239,7 @@ public:
   // Throws Failure if `holds` is false, with the error that the library reported.
   void require(bool holds, const std::string& what, fwl_status status = FWL_ERROR_RUNTIME) const {
     if (!holds) {
-      throw Failure(status, std::string(kTitle) + " " + what + logger_.taken());
+      throw Failure(status, std::string(kTitle) + " " + what + logger_.take_first());
     }
   }
 

@@ -172,7 +172,7 @@ FWL_API void fwl_model_close(fwl_model* model);
  * Opens a session, whose rows have read nothing yet.
  *
  * @param model    The model. The session keeps it loaded.
- * @param rows     Number of rows, 1 or more; a TensorRT engine may set a limit.
+ * @param rows     Number of rows, 1 to 1048576; a TensorRT engine may set a lower limit.
  * @param session  Receives the session, or NULL if the call fails. Close it with fwl_session_close.
  * @param error    Receives the error; may be NULL.
  * @return FWL_ERROR_ARGUMENT for `rows` out of range, or FWL_ERROR_RUNTIME.

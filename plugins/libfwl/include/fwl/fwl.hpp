@@ -93,9 +93,8 @@ public:
     if (ids.empty() || count * rows_ != ids.size() ||
         (!label_weights.empty() && label_weights.size() != ids.size()) ||
         (!lengths.empty() && lengths.size() != rows_)) {
-      throw std::invalid_argument(
-          "ids, label_weights and lengths must have one row for each of the "
-          "session's rows, and ids at least one token");
+      throw std::invalid_argument("ids, label_weights and lengths must have as many rows as the "
+                                  "session, and one token or more");
     }
     const size_t predictions = which == FWL_LOGITS_NONE   ? 0
                                : which == FWL_LOGITS_LAST ? rows_
@@ -180,7 +179,8 @@ private:
 /** A loaded bundle. Movable, not copyable. Its sessions may outlive it. */
 class Model {
 public:
-  /** Checks and loads the bundle in a folder. */
+  /** Checks and loads the bundle in a folder. Also throws std::runtime_error if the library that
+   * runs has another ABI version than fwl.h. */
   explicit Model(const std::string& bundle, const Options& options = {}) {
     if (fwl_abi_version() != FWL_ABI_VERSION) {
       throw std::runtime_error("libfwl has the ABI version " + std::to_string(fwl_abi_version()) +

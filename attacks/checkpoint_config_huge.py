@@ -1,0 +1,26 @@
+"""A checkpoint whose config describes a model of terabytes, with weights of kilobytes.
+
+The attacker wants memory to be exhausted before the weights are read. The sizes must be compared
+with the file first, and the checkpoint refused.
+
+Open. To do: "Manifest, config, reports: typed and bounded on reading", and compared with the size
+of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+
+from attacks.common import Place, load_checkpoint, run
+
+
+def attack(place: Place) -> object:
+    path = place.bundle / "checkpoint" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["vocab_size"] = 1 << 40
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return load_checkpoint(place)
+
+
+if __name__ == "__main__":
+    run(attack, open_today="traceback: RuntimeError")

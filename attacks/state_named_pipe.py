@@ -1,0 +1,22 @@
+"""A state file that is a named pipe into which nobody writes.
+
+The attacker wants a server to wait forever. Anything but an ordinary file must be refused.
+
+Open. To do: "FIFO and device files" must be refused.
+"""
+
+from __future__ import annotations
+
+import os
+
+from attacks.common import Place, load_state, run
+
+
+def attack(place: Place) -> object:
+    path = place.bundle.with_name("pipe.state")
+    os.mkfifo(path)
+    return load_state(place, path)
+
+
+if __name__ == "__main__":
+    run(attack, open_today="hang")

@@ -1,0 +1,38 @@
+# fwl-export for the CPU: export, check, score, and sessions over ONNX Runtime.
+#
+#   docker build -f docker/cpu.Dockerfile -t fwl-export:cpu .
+#   docker run --rm -v "$PWD:/work" fwl-export:cpu export demo -o demo-bundle
+#
+# This image has not been built: no Docker engine was available. The file passes hadolint, and the
+# commands of its RUN lines were run by hand in fresh environments; see docs/releasing.md.
+
+FROM python:3.12-slim-bookworm AS build
+
+# A compiler and CMake for the C++ kernel; without them the wheel works and is slower.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends cmake g++ ninja-build \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /source
+COPY . .
+# The index of torch's builds without CUDA; given empty, pip takes the CUDA build of PyPI.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
+    && python -m venv /opt/fwl \
+    && wheel="$(echo /wheels/fwl_export-*.whl)" \
+    && /opt/fwl/bin/pip install --no-cache-dir -c constraints.txt \
+       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${wheel}[export,cpu]"
+
+FROM python:3.12-slim-bookworm
+
+COPY --from=build /opt/fwl /opt/fwl
+RUN useradd --create-home --uid 1000 fwl && mkdir /work && chown fwl:fwl /work
+USER 1000
+WORKDIR /work
+ENV PATH=/opt/fwl/bin:$PATH PYTHONUNBUFFERED=1
+
+# Exits with 1 if a package that sessions need cannot be loaded.
+HEALTHCHECK --interval=5m --timeout=30s CMD ["fwl-export", "doctor"]
+ENTRYPOINT ["fwl-export"]
+CMD ["--help"]

@@ -1,0 +1,205 @@
+"""Create a virtual environment and install fwl-export into it; `make install` runs this.
+
+    python3 tools/install.py --venv .venv --extras export,cpu,dev -- [MORE OPTIONS FOR PIP]
+
+Runs on the bare Python that will be the environment's, so it uses the standard library only. Says
+what takes the time, keeps pip's own output in VENV/install.log, and shows its end if pip fails.
+Nothing is installed if the packages, constraints and options are those of the last run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+OLDEST = (3, 11)
+
+# Downloads below this size are not worth a line each.
+LARGE_MB = 10
+
+# Large packages, with the extras that bring them.
+LARGE = {
+    "torch": {"export", "hf"},
+    "TensorRT-RTX": {"rtx"},
+    "TensorRT": {"gpu"},
+    "Triton": {"dev"},
+    "transformers": {"hf"},
+    "ONNX Runtime": {"cpu", "gpu"},
+}
+
+_DOWNLOAD = re.compile(r"(Downloading|Using cached) (\S+?) \(([\d.]+) (kB|MB|GB)\)")
+_UNITS = {"kB": 1e-3, "MB": 1.0, "GB": 1e3}
+
+Say = Callable[[str], None]
+
+
+def main() -> int:
+    """Install what the command line asks for; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--venv", type=Path, default=Path(".venv"), help="folder to create")
+    parser.add_argument("--extras", default="", help="extras of fwl-export, with commas between")
+    parser.add_argument("pip", nargs="*", help="more options for pip, after --")
+    options = parser.parse_args()
+    if sys.version_info < OLDEST:
+        print(
+            f"error: fwl-export needs Python {OLDEST[0]}.{OLDEST[1]} or newer, but this is "
+            f"{sys.version_info[0]}.{sys.version_info[1]}. Name another one: "
+            "make install PYTHON=python3.11",
+            file=sys.stderr,
+        )
+        return 1
+    stamp = options.venv / ".installed"
+    wanted = fingerprint(options.extras, options.pip)
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return 0
+    code = install(options.venv, options.extras, options.pip)
+    if code == 0:
+        stamp.write_text(wanted, encoding="utf-8")
+    return code
+
+
+def fingerprint(extras: str, pip_options: Iterable[str]) -> str:
+    """Return a digest of all that decides what is installed.
+
+    Args:
+      extras: Extras of fwl-export, with commas between.
+      pip_options: More options for pip.
+    """
+    import tomllib
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    parts = [project["build-system"], project["project"], extras, list(pip_options), sys.version]
+    constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    text = json.dumps([*parts, constraints], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest() + "\n"
+
+
+def install(venv: Path, extras: str, pip_options: Iterable[str]) -> int:
+    """Create the environment, install the packages, and say what is being done.
+
+    Args:
+      venv: Folder of the virtual environment.
+      extras: Extras of fwl-export, with commas between.
+      pip_options: More options for pip.
+
+    Returns:
+      pip's exit code, or that of creating the environment.
+    """
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:4.0f} s] {text}", flush=True)
+
+    python = venv / "bin" / "python"
+    if not python.exists():
+        say(f"creating the environment {venv} with Python {sys.version.split()[0]}")
+        done = subprocess.run([sys.executable, "-m", "venv", venv], check=False)
+        if done.returncode:
+            print(
+                "error: Python cannot create a virtual environment. On Debian and Ubuntu: "
+                "apt-get install python3-venv",
+                file=sys.stderr,
+            )
+            return done.returncode
+    target = f"{REPOSITORY}[{extras}]" if extras else str(REPOSITORY)
+    say(f"installing fwl-export[{extras}]; nothing is compiled. {expected(extras)}".strip())
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    command += ["--progress-bar", "off", "-c", str(REPOSITORY / "constraints.txt")]
+    log = venv / "install.log"
+    code = run_pip([*command, *pip_options, "-e", target], log, say)
+    if code:
+        explain(log)
+    else:
+        say(f"done; `. {venv}/bin/activate` puts fwl-export on the path")
+    return code
+
+
+def expected(extras: str) -> str:
+    """Return what to expect of the download, naming the large packages.
+
+    Args:
+      extras: Extras of fwl-export, with commas between.
+    """
+    names = [extra.strip() for extra in extras.split(",")]
+    large = [package for package, bringing in LARGE.items() if bringing & {*names}]
+    if not large:
+        return ""
+    text = f"Large: {', '.join(large)}."
+    if "torch" in large:
+        text += " About 400 MB to download and 1.6 GB on disk; several GB for torch with CUDA."
+    return f"{text} Usually 1 to 3 minutes."
+
+
+def run_pip(command: list[str], log: Path, say: Say) -> int:
+    """Run pip, write its output to a log, and say which large steps it has come to.
+
+    Args:
+      command: pip's command line.
+      log: File to write pip's output to.
+      say: Function that shows a line to the user.
+
+    Returns:
+      pip's exit code.
+    """
+    with (
+        log.open("w", encoding="utf-8") as stream,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            stream.write(line)
+            stream.flush()
+            if text := progress(line):
+                say(text)
+    return process.returncode
+
+
+def progress(line: str) -> str:
+    """Return what a line of pip's output tells a user who waits, or "".
+
+    Args:
+      line: One line that pip printed.
+    """
+    line = line.strip()
+    if match := _DOWNLOAD.search(line):
+        how, file, number, unit = match.groups()
+        size = float(number) * _UNITS[unit]
+        name = "-".join(Path(file).name.split("-")[:2])
+        how = "downloading" if how == "Downloading" else "taking from pip's cache"
+        return f"{how} {name}, {size:.0f} MB" if size >= LARGE_MB else ""
+    if line.startswith("Installing collected packages:"):
+        count = len(line.partition(":")[2].split(","))
+        return f"unpacking {count} packages"
+    return ""
+
+
+def explain(log: Path) -> None:
+    """Show the end of pip's log and what can be done.
+
+    Args:
+      log: File with pip's output.
+    """
+    lines = log.read_text(encoding="utf-8").splitlines()
+    print(*(f"  {line}" for line in lines[-15:]), sep="\n", file=sys.stderr)
+    print(
+        f"error: pip failed; the lines above are the end of {log}.\n"
+        "  No network, or a mirror:  make install PIP_ARGS='--index-url URL'\n"
+        "  No room on the disk:      make install EXTRAS=export,cpu (leaves out RTX and tests)\n"
+        "  torch without CUDA:       make install PIP_ARGS='--extra-index-url URL of its builds'\n"
+        "  To begin anew:            remove the folder of the environment, then make install",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,20 +33,20 @@ class Piece:
     needed: bool = False
 
 
-# What exporting needs in addition to _RUN, and what cannot be done without it.
+# What exporting needs in addition to _RUN, and what for.
 _EXPORT = {
-    "torch": "no export, no check",
-    "onnx": "no export",
-    "onnxscript": "no export",
+    "torch": "for export, check and train",
+    "onnx": "for export and check",
+    "onnxscript": "for export",
 }
 _RUN = {
-    "safetensors": "no checkpoints, no saved state",
-    "tokenizers": "no text, only token ids",
+    "safetensors": "for checkpoints and saved states",
+    "tokenizers": "for texts; token ids work without",
 }
 
 _VARIANT_COSTS = {
-    "rtx": "no engines from a machine without a GPU",
-    "tensorrt": "no engines for data-centre GPUs such as SM90",
+    "rtx": "for engines that are built without a GPU",
+    "tensorrt": "for engines for data-centre GPUs such as SM90",
 }
 
 _WIDTH = 80
@@ -104,7 +104,7 @@ def _onnxruntime() -> Piece:
         error = problem.__cause__
         missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
         note = "" if missing else f"installed, but it cannot be loaded ({error}): "
-        note += "no export, no runtime 'onnxruntime'; pip install 'fwl-export[cpu]'"
+        note += "for export and runtime 'onnxruntime'; pip install 'fwl-export[cpu]'"
         return Piece("ONNX Runtime", False, "", note, needed=True)
     providers = onnxruntime.get_available_providers()
     names = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)

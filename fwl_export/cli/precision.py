@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
+from fwl_export.cli.logs import is_quiet
 from fwl_export.cli.options import JsonOption, TextOption, complete_checkpoint, completion
 from fwl_export.cli.terminal import print_json, spinner, table
 
@@ -101,11 +102,8 @@ def precision(
         return
     print(_summary(found, limits, confirm_tokens))
     print(f"wrote {output}")
-    if target == "bf16":
-        print("bf16 was computed in PyTorch: ONNX Runtime's CPU provider has no bf16 kernels,")
-        print("and `export` takes no bf16 policy.")
-    else:
-        print(f"next: fwl-export export {source} -o BUNDLE --precision-policy {output}")
+    if not is_quiet():
+        print(_next_step(target, source, output))
 
 
 def _search(
@@ -182,6 +180,15 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
         break_on_hyphens=False,
     )
     return f"{table(header, rows)}\n\n{excluded}"
+
+
+def _next_step(target: str, source: str, output: Path) -> str:
+    if target == "bf16":
+        return (
+            "bf16 was computed in PyTorch: ONNX Runtime's CPU provider has no bf16 kernels,\n"
+            "and `export` takes no bf16 policy."
+        )
+    return f"next: fwl-export export {source} -o BUNDLE --precision-policy {output}"
 
 
 def _cells(distance: Distance) -> tuple[str, str, str]:

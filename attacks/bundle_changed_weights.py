@@ -1,7 +1,7 @@
 """One bit of the weights is flipped.
 
-The attacker wants a manipulated model to run under the name of a checked one. Opening the bundle
-must notice that the hash in the manifest does not match.
+The attacker wants a manipulated model to pass for a checked one. Opening the bundle must refuse
+it, because the hash in the manifest does not match.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A checkpoint whose config asks for a model of terabytes, beside weights of kilobytes.
+"""A checkpoint whose config describes a model of terabytes, with weights of kilobytes.
 
-The attacker wants memory to be allocated before the weights are looked at. The sizes must be
-compared with the file first, and the checkpoint refused.
+The attacker wants memory to be exhausted before the weights are read. The sizes must be compared
+with the file first, and the checkpoint refused.
 
 Open. To do: "Manifest, config, reports: typed and bounded on reading", and compared with the size
 of the weights.

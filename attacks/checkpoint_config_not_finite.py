@@ -1,4 +1,4 @@
-"""A checkpoint whose config holds NaN for a number.
+"""A checkpoint whose config has NaN where a number belongs.
 
 The attacker wants a model that computes NaN, or a comparison that NaN passes. The value must be
 refused.

@@ -1,7 +1,7 @@
 """A pickle under the name model.safetensors that writes a file when it is loaded.
 
-The attacker wants code to run when a checkpoint is opened. It must be refused as not safetensors,
-and the code must not run.
+The attacker wants code to run when the checkpoint is opened. The file must be refused because it
+is not safetensors, and the code must not run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""A checkpoint with a weight that is infinite.
+"""A checkpoint with an infinite weight.
 
-The attacker wants a model whose logits are NaN after some text only. The file must be refused.
+The attacker wants a model whose logits become NaN, perhaps only after a certain text. The file
+must be refused.
 """
 
 from __future__ import annotations

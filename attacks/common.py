@@ -7,7 +7,7 @@ An attack is a function that takes a `Place`, spoils what lies there and opens i
     harmless: ...                 there was nothing to refuse, and the attack did nothing
     accepted                      the attack went through
     traceback: MemoryError: ...   another exception: a bug
-    hang                          still running after `SECONDS`
+    hang                          the attack was still running after `SECONDS`
     escaped: ...                  a file outside the bundle was written, changed or removed
 """
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 # A refusal needs neither. The limit on memory counts what a process allocates, not what it maps.
 MEMORY_BYTES = 2 << 30
-SECONDS = 10
+SECONDS = 30
+# Long enough to know an attack that is known to hang.
+HANG_SECONDS = 5
 
 TINY_BUNDLE = Path(__file__).parents[1] / "build" / "attacks"
 
@@ -77,21 +79,23 @@ def run(attack: Attack, open_today: str = "") -> None:
         shutil.copytree(good, place.bundle)
         place.outside.mkdir()
         (place.outside / "secret.txt").write_text("a secret\n", encoding="utf-8")
-        found = outcome(attack, place)
+        seconds = HANG_SECONDS if open_today == "hang" else SECONDS
+        found = outcome(attack, place, seconds)
     print(f"open, {found}" if open_today else found)
     sys.exit(not found.startswith(open_today or ("refused: ", "harmless: ")))
 
 
-def outcome(attack: Attack, place: Place) -> str:
+def outcome(attack: Attack, place: Place, seconds: int = SECONDS) -> str:
     """Return what became of an attack; see the head of this file.
 
     Args:
       attack: The attack to carry out.
       place: Folders to carry it out in.
+      seconds: Time after which it hangs.
     """
     before = _snapshot(place.outside)
     try:
-        with _limits():
+        with _limits(seconds):
             result = attack(place)
         harmless = isinstance(result, str) and result.startswith("harmless: ")
         found = str(result) if harmless else "accepted"
@@ -106,14 +110,14 @@ def outcome(attack: Attack, place: Place) -> str:
 
 
 @contextmanager
-def _limits() -> Iterator[None]:
+def _limits(seconds: int) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _Hang
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard))
     signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    signal.alarm(seconds)
     try:
         yield
     finally:

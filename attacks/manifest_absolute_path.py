@@ -1,7 +1,7 @@
 """A manifest lists a file by its absolute path.
 
-The attacker wants a file of the user's to be read as if it were part of the bundle. Reading the
-manifest must refuse the path.
+The attacker wants one of the user's files to be read as part of the bundle. Reading the manifest
+must refuse the path.
 """
 
 from __future__ import annotations

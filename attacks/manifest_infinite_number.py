@@ -1,6 +1,6 @@
-"""A manifest with a number that is infinite: JSON does not have it, Python's reader accepts it.
+"""A manifest with an infinite number, which JSON forbids and Python's reader accepts.
 
-The attacker wants a crash in the code that computes with it. The value must be refused.
+The attacker wants the code that computes with the number to crash. The value must be refused.
 
 Open. To do: "Manifest, config, reports: typed and bounded on reading: [...] infinities".
 """

@@ -1,4 +1,4 @@
-"""A manifest that allows zero tokens per call, so that no number of calls reads a text.
+"""A manifest that allows zero tokens per call, so that a text is never finished.
 
 The attacker wants a session to loop without end. The value must be refused.
 

@@ -1,7 +1,7 @@
-"""A manifest lists a file outside the bundle by climbing out of the folder.
+"""A manifest lists a file outside the bundle, by a path with `..` in it.
 
-The attacker wants the file to be read, and its hash compared, as if it were part of the bundle.
-Reading the manifest must refuse the path.
+The attacker wants that file to be read as part of the bundle. Reading the manifest must refuse the
+path.
 """
 
 from __future__ import annotations

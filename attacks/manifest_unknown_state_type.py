@@ -1,6 +1,6 @@
 """A manifest that declares a state tensor of Python objects.
 
-The attacker wants memory to be read as pointers to objects. The type must be refused.
+The attacker wants bytes of the file to be used as pointers to objects. The type must be refused.
 
 Open. To do: "Manifest, config, reports: typed and bounded on reading: [...] wrong state dtypes".
 """

@@ -1,6 +1,6 @@
-"""An ONNX file of 4 MB in which every byte is 0xFF: a protobuf number that does not end.
+"""An ONNX file of 4 MB in which every byte is 0xFF: a protobuf number without an end.
 
-The attacker wants the reader to spend hours on it. It must be refused at once.
+The attacker wants the reader to be busy for hours. The file must be refused at once.
 
 Open. To do: "An ONNX file of 0xFF must not hang."
 """

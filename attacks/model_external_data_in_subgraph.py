@@ -1,7 +1,7 @@
 """A branch of an `If` node, a graph inside the graph, takes its weights from an unlisted file.
 
-The attacker wants to exchange weights without the hashes telling, where a reader that looks at the
-main graph only does not see it. Opening the bundle must refuse the file.
+The attacker wants to exchange weights unnoticed by the hashes, hidden from readers that look at
+the main graph only. Opening the bundle must refuse the file.
 
 Open. To do: "What the graph loads must be in the manifest, in subgraphs too."
 """

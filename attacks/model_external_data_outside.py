@@ -1,7 +1,7 @@
 """The ONNX file takes a tensor's data from a file outside the bundle.
 
-The attacker wants ONNX Runtime to read any file of the user's into the model, whose logits then
-tell what it contains. Opening the bundle must refuse the path, although all hashes are right.
+The attacker wants ONNX Runtime to read a file of the user's as weights, so that the logits reveal
+its contents. Opening the bundle must refuse the path, although all hashes match.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ONNX file takes its weights from a file in the folder that the manifest does not list.
 
-The attacker wants to exchange weights without the hashes telling. Opening the bundle must refuse
-the file.
+The attacker wants to exchange weights unnoticed by the hashes. Opening the bundle must refuse the
+file.
 """
 
 from __future__ import annotations

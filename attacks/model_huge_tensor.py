@@ -1,7 +1,7 @@
-"""A file of a few bytes declares a tensor of 4 TiB, as a zip bomb declares its contents.
+"""A tensor of 16 bytes declares a size of 4 TiB, like a zip bomb.
 
-The attacker wants loading the model to exhaust the machine's memory. ONNX Runtime must notice that
-the data is missing, and the error must be one sentence.
+The attacker wants loading the model to exhaust the machine's memory. The bundle must be refused
+before that much is allocated.
 """
 
 from __future__ import annotations

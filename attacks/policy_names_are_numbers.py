@@ -1,6 +1,7 @@
 """A precision policy that lists numbers instead of the names of matrices.
 
-The attacker wants a policy that quantizes nothing and says otherwise. It must be refused.
+The attacker wants a policy that quantizes nothing and claims otherwise. The policy must be
+refused.
 """
 
 from __future__ import annotations

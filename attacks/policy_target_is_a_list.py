@@ -1,6 +1,6 @@
-"""A precision policy whose target is a list, which a dictionary cannot be asked for.
+"""A precision policy whose target is a list, which cannot be a dictionary's key.
 
-The attacker wants a crash in the code that looks it up. It must be refused.
+The attacker wants the code that looks up the target to crash. The policy must be refused.
 
 Open. To do: "Manifest, config, reports: typed and bounded on reading: [...] unhashable values".
 """

@@ -1,6 +1,7 @@
-"""A parity report whose list of candidates holds numbers, given as a baseline.
+"""A parity report, used as a baseline, whose list of candidates holds numbers.
 
-The attacker wants a crash, or a comparison that compares nothing and passes. It must be refused.
+The attacker wants a crash, or a comparison that compares nothing and passes. The report must be
+refused.
 
 Open. To do: "`--replay`/`--baseline` of mutated reports".
 """

@@ -1,6 +1,6 @@
-"""The header of a state file names one tensor twice, with different places.
+"""The header of a state file names one tensor twice.
 
-The attacker wants Python, which takes the last, and C++, which may take the first, to read
+The attacker wants readers that take the first entry and readers that take the last to load
 different states. The file must be refused.
 
 Open. To do: "Overlap, gaps, duplicate keys" must be refused; Python takes the last one.

@@ -1,6 +1,7 @@
 """Two tensors of the same shape have changed places in a state file.
 
-The attacker wants a session to go on from a state that no text leads to. The file must be refused.
+The attacker wants a session to continue from a state that no text leads to. The file must be
+refused.
 
 Open. To do: "A sha256 over the tensors in the metadata (a flipped bit, two tensors that changed
 places: refused)".

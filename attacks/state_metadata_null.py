@@ -1,6 +1,6 @@
 """A state file whose metadata is null instead of an object.
 
-The attacker wants a crash in the code that looks things up in it. The file must be refused.
+The attacker wants the code that reads the metadata to crash. The file must be refused.
 
 Open. To do: "Null metadata" must be refused.
 """

@@ -1,4 +1,4 @@
-"""A state file with a tensor of NaN.
+"""A state file with NaN in a tensor.
 
 The attacker wants every later logit of the session to be NaN. The file must be refused.
 """

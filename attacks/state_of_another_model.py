@@ -1,7 +1,7 @@
 """A state file of another model whose tensors have the same names and shapes.
 
-The attacker wants a session to go on from memories that mean something else. The file must be
-refused by the model's id.
+The attacker wants a session to continue from a state that means nothing to this model. The file
+must be refused because it names another model's id.
 """
 
 from __future__ import annotations

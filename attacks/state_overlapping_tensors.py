@@ -1,7 +1,6 @@
 """Two tensors of a state file share the same bytes.
 
-The attacker wants a file whose readers disagree about its contents, or one tensor to leak into
-another. The file must be refused.
+The attacker wants one tensor to change when another is written. The file must be refused.
 """
 
 from __future__ import annotations

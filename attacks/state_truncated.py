@@ -1,6 +1,7 @@
 """A state file that ends in the middle of a tensor.
 
-The attacker, or a full disk, wants a session to go on from what is left. The file must be refused.
+The attacker wants a session to continue from what is left; a full disk leaves such files too. The
+file must be refused.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A tensor of a state file declares other sizes than its bytes have.
+"""A tensor of a state file declares a shape that its bytes do not fill.
 
-The attacker wants the reader to go past the end of the data. The file must be refused.
+The attacker wants the reader to read beyond the end of the data. The file must be refused.
 """
 
 from __future__ import annotations

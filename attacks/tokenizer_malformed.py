@@ -1,6 +1,6 @@
 """A tokenizer file that is JSON, but not a tokenizer.
 
-The attacker wants a crash in the library that reads it, which is written in Rust. It must be
+The attacker wants the library that reads it, which is written in Rust, to crash. The file must be
 refused.
 """
 

@@ -1,6 +1,6 @@
 """A tokenizer with more entries than the model has.
 
-The attacker wants token ids beyond the end of the embedding. It must be refused.
+The attacker wants token ids beyond the end of the embedding table. The file must be refused.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         new = MODULES[spec.name]
         warnings.warn(
-            f"{spec.name} is now {new}; the old name goes away in 0.3",
+            f"{spec.name} is now {new}; the old name stops working in 0.3",
             DeprecationWarning,
             stacklevel=2,
         )
@@ -86,8 +86,8 @@ def renamed_arguments(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P,
                         f"{function.__name__}: '{old}' is the old name of '{new}'; pass one"
                     )
                 warnings.warn(
-                    f"{function.__name__}: argument '{old}' is now '{new}'; the old name goes "
-                    "away in 0.3",
+                    f"{function.__name__}: argument '{old}' is now '{new}'; the old name stops "
+                    "working in 0.3",
                     DeprecationWarning,
                     stacklevel=2,
                 )

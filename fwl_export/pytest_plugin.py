@@ -1,7 +1,9 @@
-"""pytest plugin: parity of a bundle as a test. pytest finds it where the package is installed.
+"""pytest plugin: the parity of a bundle as a test.
 
-def test_engine(fwl_parity):
-    fwl_parity("my-bundle", candidates=["onnxruntime", "tensorrt"], tokens=500)
+pytest finds the fixture wherever this package is installed:
+
+    def test_engine(fwl_parity):
+        fwl_parity("my-bundle", candidates=["onnxruntime", "tensorrt"], tokens=500)
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
 def fwl_parity(
     request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> Callable[..., Report]:
-    """Check a bundle's runtimes and fail the test where one is outside its budget or cannot run.
+    """Return a function that checks a bundle and fails the test unless every candidate passes.
 
-    The function takes the bundle's folder, `candidates` and, all optional, `text` (a file), and
-    the keywords of `fwl_export.parity.check_bundle`; it returns the report. The summary is attached
-    to the test: pytest prints it with a failure, and JUnit files hold the verdict.
+    It takes the bundle's folder and, all optional, `candidates`, `tokens`, `text` (the path of a
+    text file) and the other keywords of `fwl_export.parity.check_bundle`, and returns the report.
+    The summary is attached to the test: pytest prints it with a failure, and JUnit files have the
+    verdict as a property.
     """
 
     def check(
@@ -40,8 +43,7 @@ def fwl_parity(
         from fwl_export.bundle.manifest import read_bundle
         from fwl_export.bundle.tokenizer import read_ids
         from fwl_export.demo import HELD_OUT_PLAY
-        from fwl_export.parity import check_bundle, to_text
-        from fwl_export.parity.report.text import verdict_line
+        from fwl_export.parity import check_bundle, to_text, verdict_line
         from fwl_export.runtimes.text import bundle_tokenizer
 
         opened = read_bundle(Path(bundle))

@@ -1,11 +1,11 @@
-"""A fake of the CUDA runtime's Python bindings that fails on what CUDA would reject or corrupt.
+"""A fake of the CUDA runtime's Python bindings, which fails where CUDA would fail or corrupt data.
 
-Work on a stream runs when the stream is synchronised and not before, so a host that reads too
-early finds poison, and one that writes too early changes what is copied. Device addresses are
-numbers that the host cannot read. What is freed cannot be used.
+Work on a stream runs when the stream is synchronized and not before: a host that reads too early
+finds poison, and one that writes too early changes what is copied. The host cannot read device
+addresses, and freed memory cannot be used.
 
-A call that a program must not make raises `MisuseError`; a failure that a program must expect, such
-as too little memory, is answered with an error code, as by CUDA (`fail_next`).
+A call that a program must not make raises `MisuseError`. A failure that a program must expect, such
+as too little memory, returns an error code, as in CUDA (`fail_next`).
 """
 
 # ruff: noqa: N801, N802, N803, N815 - CUDA's names
@@ -26,7 +26,7 @@ _PAGE = 512
 
 
 class MisuseError(AssertionError):
-    """The program does what CUDA or TensorRT forbids."""
+    """The program did something that CUDA or TensorRT forbids."""
 
 
 class cudaError_t(enum.IntEnum):
@@ -50,7 +50,7 @@ class cudaStreamCaptureMode(enum.IntEnum):
 
 
 class Handle:
-    """A CUDA handle, which bindings give as an object with a number."""
+    """A CUDA handle, which the bindings represent as an object that converts to an int."""
 
     _numbers = itertools.count(1 << 20)
 
@@ -82,7 +82,7 @@ class Graph(Handle):
 
 
 class FakeCuda:
-    """What `cuda.bindings.runtime` offers, as far as it is used, for the given number of GPUs."""
+    """The part of `cuda.bindings.runtime` that the project uses, on a given number of GPUs."""
 
     cudaError_t = cudaError_t
     cudaMemcpyKind = cudaMemcpyKind
@@ -92,9 +92,9 @@ class FakeCuda:
     def __init__(self, devices: int = 1) -> None:
         self._fake = SimpleNamespace(
             devices=devices,
-            memory={},  # of the device: (number of the device, bytes) by address
-            pinned={},  # of the host: bytes by address
-            freed=[],  # kept, so that no address is given out twice
+            memory={},  # on devices: (number of the device, bytes) by address
+            pinned={},  # on the host: bytes by address
+            freed=[],  # kept so that the host does not use an address again
             streams={},
             graphs=set(),
             launches=0,
@@ -106,10 +106,10 @@ class FakeCuda:
             thread=threading.local(),
         )
 
-    # What tests ask.
+    # For tests.
 
     def fail_next(self, function: str, status: cudaError_t, after: int = 0) -> None:
-        """Make a function answer with an error, after some calls that succeed."""
+        """Make a function return an error once, after `after` calls that succeed."""
         self._fake.fail.append([function, status, after])
 
     @property
@@ -124,15 +124,15 @@ class FakeCuda:
 
     @property
     def launches(self) -> int:
-        """How many graphs were launched."""
+        """Number of graphs that were launched."""
         return int(self._fake.launches)
 
     @property
     def misuses(self) -> list[str]:
-        """All there were, also those whose exception was swallowed."""
+        """Messages of all misuses, including those whose exception was swallowed."""
         return list(self._fake.misuses)
 
-    # What the double of TensorRT asks.
+    # For the fake of TensorRT.
 
     def misuse(self, what: str) -> MisuseError:
         self._fake.misuses.append(what)
@@ -147,7 +147,7 @@ class FakeCuda:
         return stream
 
     def bytes(self, address: int, size: int) -> np.ndarray:
-        """Return device memory; fails if it is not all inside one living allocation."""
+        """Return device memory; fails unless it lies within one allocation that is not freed."""
         with self._fake.lock:
             for start, (_, memory) in self._fake.memory.items():
                 if start <= address and address + size <= start + len(memory):
@@ -157,7 +157,7 @@ class FakeCuda:
     def device(self) -> int:
         return self._device()
 
-    # The runtime's functions.
+    # Functions of the CUDA runtime.
 
     def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
         if not 0 <= device < self._fake.devices:
@@ -223,7 +223,7 @@ class FakeCuda:
             return (status,)
         stream = self.stream(int(stream))
         if stream.recorded is not None:
-            raise self.misuse("a stream is synchronised while it is captured")
+            raise self.misuse("a stream is synchronized while it is captured")
         if not stream.lock.acquire(blocking=False):
             raise self.misuse("two threads use a stream at the same time")
         try:
@@ -265,7 +265,7 @@ class FakeCuda:
             target[:] = source
 
         queue.add(copy)
-        if pageable:  # CUDA has used such memory when the call returns
+        if pageable:  # CUDA copies pageable memory before the call returns
             self.cudaStreamSynchronize(stream)
         return (cudaError_t.cudaSuccess,)
 

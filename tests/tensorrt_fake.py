@@ -1,11 +1,11 @@
-"""A fake of TensorRT's Python module on `FakeCuda`; it fails on what TensorRT would reject.
+"""A fake of TensorRT's Python module on `FakeCuda`, which fails where TensorRT would.
 
-Its engines compute: they run the bundle's ONNX file in ONNX Runtime on the device memory whose
-addresses they were given. What TensorRT answers with False or None and a message in its log is
-answered so here; what it leaves undefined raises `MisuseError`.
+Its engines compute: they run the bundle's ONNX file in ONNX Runtime, on the device memory whose
+addresses they are given. Where TensorRT returns False or None and logs a message, so does the fake;
+what TensorRT leaves undefined raises `MisuseError`.
 
-Public names here exist in the real module with the same parameters, which
-tests/runtimes/test_tensorrt_api.py checks.
+Public names here exist in the real module with the same parameters;
+tests/runtimes/tensorrt/test_api.py checks that. The fake uses public names of fwl_export only.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from fwl_export.bundle.state import PAST, PRESENT
 from fwl_export.engines import EngineMetadata, build, build_engines
 from fwl_export.engines.device import Device, Driver
 from fwl_export.engines.metadata import NetworkMetadata, ProfileMetadata, TensorMetadata
-from fwl_export.engines.request import BuildRequest
+from fwl_export.engines.request import BuildRequest, Range
 from fwl_export.engines.worker import Probe
 from fwl_export.op.spec import NAME, NODE_ATTRIBUTES
 from tests.cuda_fake import FakeCuda, Stream
 
 VERSION = "1.2.3"
-GPU = Device("Double One", 89)
+GPU = Device("Fake One", 89)
 
 _NAMESPACE, _VERSION = NODE_ATTRIBUTES["plugin_namespace"], NODE_ATTRIBUTES["plugin_version"]
 
@@ -160,7 +160,7 @@ class IExecutionContext:
         self._switched_on: Stream | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
-        self._version = 0  # of shapes and profile: a graph holds what it was captured with
+        self._version = 0  # counts changes of shapes and profile, which invalidate captured graphs
         self._warm = False
         self._busy = threading.Lock()
 
@@ -251,7 +251,7 @@ class IExecutionContext:
         return True
 
     def _check_capture(self) -> None:
-        """Fail if the engine must not be captured now, for reasons of RTX."""
+        """Fail if RTX forbids to capture the engine now."""
 
     def _changed(self) -> None:
         self._version += 1
@@ -306,26 +306,26 @@ def _dtype(tensor: Any) -> np.dtype[Any]:
     return onnx.helper.tensor_dtype_to_np_dtype(tensor.type.tensor_type.elem_type)
 
 
-def _profile(scope: Any, inputs: list[TensorMetadata]) -> ProfileMetadata:
+def _profile(scope: Range, inputs: list[TensorMetadata]) -> ProfileMetadata:
     """Return the profile that the parser makes of a range: its sizes on the inputs' free axes."""
     shapes: dict[str, dict[str, list[int]]] = {tensor.name: {} for tensor in inputs}
     for bound, batch, tokens in zip(("min", "opt", "max"), scope.batch, scope.tokens, strict=True):
         for tensor in inputs:
             free = [batch, tokens]
             if (tensor.name, bound) == ("logit_positions", "min"):
-                free[1] = 1  # a call may want the logits of one position only
+                free[1] = 1  # a call may ask for the logits of one position only
             axes = enumerate(tensor.shape)
             shapes[tensor.name][bound] = [free[i] if size < 0 else size for i, size in axes]
     return ProfileMetadata(scope.name, shapes)
 
 
 def tensorrt_module(name: str, cuda: FakeCuda, library: Path | None = None) -> Any:
-    """Return a module of the given name, "tensorrt" or "tensorrt_rtx".
+    """Return a fake module.
 
     Args:
-      name: of the module.
-      cuda: that it runs on.
-      library: the one plugin library that can be loaded.
+      name: Name of the module, "tensorrt" or "tensorrt_rtx".
+      cuda: Fake CUDA runtime that its engines run on.
+      library: Path of the only plugin library that it can load.
     """
     module: Any = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None)
@@ -350,11 +350,12 @@ def tensorrt_module(name: str, cuda: FakeCuda, library: Path | None = None) -> A
 
 
 class Machine:
-    """A machine with GPUs and one or both variants, on fakes; see `fake_machine`.
+    """A fake machine with GPUs and TensorRT in one or both variants; see `fake_machine`.
 
     Attributes:
-      cuda: the runtime.
-      library: the plugin library, a file without content.
+      cuda: Fake CUDA runtime.
+      library: Path of the plugin library, an empty file.
+      modules: Installed fake modules, by name.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path, gpus: int) -> None:
@@ -364,7 +365,7 @@ class Machine:
         self._patch = patch
 
     def install(self, *modules: str) -> None:
-        """Install variants, by their module's name; others are not."""
+        """Install the modules with these names, and uninstall all other variants."""
         import importlib.util
 
         find = importlib.util.find_spec
@@ -390,16 +391,16 @@ class Machine:
         self.modules = fakes
 
     def module(self, name: str = "tensorrt_rtx") -> Any:
-        """Return an installed variant's module."""
+        """Return an installed variant's module by name."""
         return self.modules[name]
 
     def build(self, folder: Path, **options: Any) -> EngineMetadata:
-        """Add an engine to a bundle, with the project's own code around a builder's double.
+        """Add an engine to a bundle, by the project's own code around a fake builder.
 
         Args:
-          folder: of the bundle.
-          options: of `build_engines`; and `version`, `sm`, and parts of the plan: `locations`,
-            `not_capturable`, and `plugin_layers`.
+          folder: Path of the bundle's folder.
+          options: Arguments of `build_engines`, and further `version` and `sm` of the engine, and
+            `locations`, `not_capturable` and `plugin_layers` of its content.
         """
         version, sm = options.pop("version", VERSION), options.pop("sm", GPU.sm)
         plan = {
@@ -428,8 +429,8 @@ class Machine:
             patch.setattr(build, "describe_variant", lambda name: probe)
             patch.setattr(build, "build_in_worker", worker)
             options = {"plugin": "none", **options}
-            (facts,) = build_engines(read_bundle(folder), sms=[sm], **options)
-        return facts
+            (metadata,) = build_engines(read_bundle(folder), sms=[sm], **options)
+        return metadata
 
 
 class _Importlib:
@@ -439,7 +440,12 @@ class _Importlib:
 
 @contextmanager
 def fake_machine(folder: Path, gpus: int = 1) -> Iterator[Machine]:
-    """Yield a machine whose GPUs are doubles; fails at the end if one of them was misused."""
+    """Yield a fake machine; fails at the end if CUDA or TensorRT was misused meanwhile.
+
+    Args:
+      folder: Folder for the machine's plugin library.
+      gpus: Number of GPUs, all `GPU`.
+    """
     from fwl_export.runtimes.tensorrt import engine as tensorrt_engine
 
     driver = Driver("13.0", (GPU,) * gpus, "")

@@ -1,4 +1,4 @@
-"""Names that moved: the old ones work, warn, and mean the same thing."""
+"""Renamed modules and arguments: old names work, warn, and mean the same as the new ones."""
 
 from __future__ import annotations
 

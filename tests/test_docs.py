@@ -73,7 +73,7 @@ _BLOCK = re.compile(
 
 
 def _documents() -> list[Path]:
-    folders = ("fwl_export", "plugins", "tools", "tests", "docs")
+    folders = ("fwl_export", "plugins", "tools", "tests", "docs", "attacks", "docker")
     return [
         *sorted(REPOSITORY.glob("*.md")),
         *(path for folder in folders for path in sorted((REPOSITORY / folder).rglob("*.md"))),
@@ -362,7 +362,7 @@ def test_a_block_that_fails_is_found(capsys: pytest.CaptureFixture[str]) -> None
 def test_relative_links_of_the_documents_lead_to_files(path: Path) -> None:
     text = _FENCE.sub("", path.read_text(encoding="utf-8"))
     targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text)
-    # Pages that are made from the code exist in the site only; MkDocs checks links to them.
+    # References that are made from the code exist in the site only; MkDocs checks links to them.
     missing = [
         target
         for target in targets
@@ -374,9 +374,7 @@ def test_relative_links_of_the_documents_lead_to_files(path: Path) -> None:
 
 
 def generated_pages() -> set[str]:
-    docs_site = importlib.import_module("tools.docs_site")
-    pages = {f"reference/{name}.md" for name in ("c", "cli", "cpp", "python")}
-    return {*docs_site.COPIED.values(), *pages, "assets/perplexity.png"}
+    return {f"reference/{name}.md" for name in ("c", "cli", "cpp", "python")}
 
 
 def test_the_site_builds_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
@@ -411,11 +409,11 @@ def test_what_a_page_loads_from_elsewhere_is_found() -> None:
 
 
 def table_rows(path: Path) -> dict[str, list[str]]:
-    """Return the rows of a page's tables, by the names in code that their first cell holds."""
+    """Return the rows of a page's tables, by the names in code that their first two cells hold."""
     rows = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        for name in re.findall(r"`([^`]+)`", cells[0]) if cells else ():
+        for name in re.findall(r"`([^`]+)`", "".join(cells[:2])):
             rows.setdefault(name, cells)
     return rows
 
@@ -430,6 +428,15 @@ def test_the_page_on_checkpoints_has_every_tensor_of_the_demo() -> None:
         for name, cells in rows.items()
         if name.startswith(("fast_weights.", "backbone.")) and cells[1].startswith("[")
     }
+
+
+def test_the_reading_path_leads_through_files_of_the_size_it_says() -> None:
+    rows = table_rows(DOCS / "reading-path.md")
+    files = {name: int(cells[2]) for name, cells in rows.items() if name.endswith(".py")}
+    assert len(files) == 8
+    for name, lines in files.items():
+        found = len((REPOSITORY / name).read_text(encoding="utf-8").splitlines())
+        assert abs(found - lines) <= 0.15 * lines, f"{name} has {found} lines"
 
 
 def test_the_page_on_checkpoints_has_every_key_of_the_config() -> None:

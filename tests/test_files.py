@@ -1,3 +1,5 @@
+"""Atomic output: complete or absent, whatever goes wrong."""
+
 from __future__ import annotations
 
 import os
@@ -54,7 +56,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert len(left) == 2
     assert all(name.startswith((".out.", ".file.")) for name in left)
     with replaced_folder(tmp_path / "out") as beside, replaced_file(tmp_path / "file") as path:
-        assert len(names(tmp_path)) == 2, "another running process's folder must stay"
+        assert len(names(tmp_path)) == 2, "the folder of a running process must stay"
         (beside / "a").write_text("x")
         path.write_text("x")
     assert names(tmp_path) == ["file", "out"]
@@ -68,7 +70,7 @@ def test_files_get_ordinary_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_links_stay_and_what_is_no_file_is_left(tmp_path: Path) -> None:
+def test_links_stay_and_only_regular_files_are_replaced(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "file")
     for text in ("new", "newer"):

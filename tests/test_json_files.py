@@ -1,4 +1,4 @@
-"""JSON files: what is wrong with them is one sentence, and NaN never gets in."""
+"""JSON files: errors say in one sentence what is wrong, and NaN is never written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel: what it carries, with a compiler and without, and that it is enough."""
+"""The wheel: what it contains with and without a compiler, and that it suffices to run a bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def build_wheel(folder: Path, **environment: str) -> Path:
-    """Build the wheel of a copy of the sources that git would take along."""
+    """Build the wheel from a copy of the sources, without what git ignores."""
     source = folder / "source"
     skip = shutil.ignore_patterns(
         ".*", "build", "runs", "plugins_lib", "__pycache__", "demo-bundle"
@@ -53,11 +53,15 @@ def test_the_wheel_carries_libraries_and_kernels_and_they_are_found(tmp_path: Pa
     wheel = build_wheel(tmp_path)
     names = names_in(wheel)
     if LIBRARY not in names:
-        pytest.skip("ONNX Runtime's headers cannot be had: the wheel has no libraries")
+        pytest.skip("ONNX Runtime's headers cannot be downloaded, so the wheel has no libraries")
     assert "-py3-none-linux" in wheel.name
     assert KERNELS in names
     assert PLUGIN in names
     assert "fwl_export/demo/checkpoint/model.safetensors" in names
+    notices = [
+        name for name in names if name.endswith(".dist-info/licenses/THIRD_PARTY_NOTICES.md")
+    ]
+    assert len(notices) == 1
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fwl_export"}
 
@@ -69,7 +73,7 @@ def test_the_wheel_carries_libraries_and_kernels_and_they_are_found(tmp_path: Pa
         "from fwl_export.plugins import ONNXRUNTIME, find_plugin\n"
         "print(find_plugin(ONNXRUNTIME, 'required'), cuda._kernel_module('plan').__file__)\n"
     )
-    # Without -S Python would run what an editable installation left to lead to the checkout.
+    # Without -S, Python would follow an editable installation back to the checkout.
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],
         env={**os.environ, "PYTHONPATH": f"{site}:{sysconfig.get_path('purelib')}"},
@@ -91,7 +95,7 @@ def test_without_a_compiler_the_rest_is_installed(tmp_path: Path) -> None:
 
 
 def test_without_torch_a_bundle_runs(tmp_path: Path, tiny_bundle: Path) -> None:
-    """What `pip install 'fwl-export[cpu]'` brings, and nothing else, reads, keeps and answers."""
+    """`pip install 'fwl-export[cpu]'` alone is enough to feed, save, load and generate."""
     wheel = build_wheel(tmp_path, CXX=str(tmp_path / "no-such-compiler"))
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"

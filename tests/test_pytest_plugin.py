@@ -1,4 +1,4 @@
-"""The fixture `fwl_parity` in somebody else's test suite."""
+"""The fixture `fwl_parity` in a test suite outside this project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of tolerances itself: every row says why, and the comparison can fail."""
+"""The tests' table of tolerances: every row has a reason, and the comparison can fail."""
 
 from __future__ import annotations
 

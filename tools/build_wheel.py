@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ LIBRARIES = {
     "fwl_export/plugins_lib/libfwl_ort.so": {"RegisterCustomOps"},
     "fwl_export/plugins_lib/libfwl_trt.so": {"getCreators", "setLoggerFinder"},
 }
+_NODELETE = 0x8  # DF_1_NODELETE of elf.h
 _TOOLS = ("auditwheel", "build", "elftools", "ziglang")
 
 
@@ -102,7 +104,7 @@ def _run(module: str, *arguments: object, environment: Mapping[str, str] | None 
 
 
 def check(wheel: Path) -> None:
-    """Check that a wheel has the compiled libraries, and that they export their entry points only.
+    """Check that a wheel has the compiled libraries, linked as a release needs them.
 
     Without a compiler or headers the build makes a wheel without libraries, which is right for a
     user who installs from source, and wrong for a release.
@@ -111,7 +113,7 @@ def check(wheel: Path) -> None:
       wheel: Wheel to check.
 
     Raises:
-      WheelError: A library is missing, or exports other names than its entry points.
+      WheelError: A library is missing, exports other names than its entry points, or is unloaded.
     """
     with zipfile.ZipFile(wheel) as archive:
         for name, expected in LIBRARIES.items():
@@ -120,13 +122,33 @@ def check(wheel: Path) -> None:
                     f"{wheel.name} has no {name}: CMake could not build it; see above, "
                     "or run `cmake -S plugins -B build/plugins` for its messages"
                 )
-            found = exported(archive, name)
-            if found != expected:
-                raise WheelError(f"{name} exports {sorted(found)[:5]}; expected {sorted(expected)}")
+            library = read_library(archive, name)
+            if library.exports != expected:
+                raise WheelError(
+                    f"{name} exports {sorted(library.exports)[:5]}; expected {sorted(expected)}"
+                )
+            if not library.stays_loaded:
+                raise WheelError(
+                    f"{name} is not linked with -z nodelete; linked by zig, it would crash the "
+                    "process at its end after ONNX Runtime has unloaded it"
+                )
 
 
-def exported(archive: zipfile.ZipFile, name: str) -> set[str]:
-    """Return the names that a library in a wheel exports.
+@dataclass(frozen=True)
+class Library:
+    """What a shared library says of itself.
+
+    Attributes:
+      exports: Names that the library exports.
+      stays_loaded: Whether it stays in memory when a program unloads it (-z nodelete).
+    """
+
+    exports: set[str]
+    stays_loaded: bool
+
+
+def read_library(archive: zipfile.ZipFile, name: str) -> Library:
+    """Read the symbols and flags of a library in a wheel.
 
     Args:
       archive: The opened wheel.
@@ -135,8 +157,11 @@ def exported(archive: zipfile.ZipFile, name: str) -> set[str]:
     from elftools.elf.elffile import ELFFile
 
     with archive.open(name) as stream:
-        symbols = ELFFile(stream).get_section_by_name(".dynsym").iter_symbols()
-        return {s.name for s in symbols if s.name and s["st_shndx"] != "SHN_UNDEF"}
+        file = ELFFile(stream)
+        symbols = file.get_section_by_name(".dynsym").iter_symbols()
+        exports = {s.name for s in symbols if s.name and s["st_shndx"] != "SHN_UNDEF"}
+        tags = file.get_section_by_name(".dynamic").iter_tags("DT_FLAGS_1")
+        return Library(exports, any(tag.entry.d_val & _NODELETE for tag in tags))
 
 
 def main() -> int:

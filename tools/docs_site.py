@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import click
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).parents[1]
 HEADERS = REPOSITORY / "plugins" / "libfwl" / "include" / "fwl"
@@ -27,10 +29,13 @@ HEADERS = REPOSITORY / "plugins" / "libfwl" / "include" / "fwl"
 COPIED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "attacks/README.md": "reference/attacks.md",
     "fwl_export/demo/checkpoint/README.md": "demo-model.md",
     "fwl_export/model/README.md": "concepts/maths.md",
     "fwl_export/parity/FAULTS.md": "reference/faults.md",
     "fwl_export/parity/README.md": "reference/parity.md",
+    "plugins/kernels/gpu/README.md": "reference/gpu-kernels.md",
     "plugins/libfwl/README.md": "reference/libfwl.md",
 }
 
@@ -43,11 +48,19 @@ PUBLIC = {
         "FastWeightsConfig",
         "load_checkpoint",
         "save_checkpoint",
+        "Checkpoint",
     ),
-    "Bundles and engines": ("export_bundle", "read_bundle", "Bundle", "build_engines"),
-    "Checks": ("check_bundle", "bisect_bundle"),
+    "Bundles and engines": (
+        "export_bundle",
+        "PrecisionPolicy",
+        "read_bundle",
+        "Bundle",
+        "build_engines",
+    ),
+    "Checks": ("check_bundle", "Report", "bisect_bundle"),
 }
 
+_COMMENT = r"(?:/\*(?:(?!\*/)[\s\S])*\*/\n|(?://[^\n]*\n)+)"  # of C++, before a declaration
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -77,14 +90,35 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Let pages below docs/ link to files of the repository, as they do where they are stored."""
+    source = f"docs/{page.file.src_uri}"
+    if not (REPOSITORY / source).is_file():
+        return markdown
+    return with_links_of_the_site(markdown, source, page.file.src_uri)[0]
+
+
 def copied_page(source: str, page: str) -> tuple[str, set[str]]:
     """Return a Markdown file of the repository as a page, and the pictures to copy for it.
 
-    Links to files that are pages lead to these pages; links to other files become plain text.
+    Args:
+      source: Path of the file inside the repository.
+      page: Path of the page inside the site.
+    """
+    text = (REPOSITORY / source).read_text(encoding="utf-8")
+    return with_links_of_the_site(text, source, page)
+
+
+def with_links_of_the_site(text: str, source: str, page: str) -> tuple[str, set[str]]:
+    """Return Markdown whose links lead to places of the site, and the pictures it shows.
+
+    Links to files that are pages lead to these pages; links to files that the site does not have
+    become plain text.
 
     Args:
-      source: path of the file inside the repository.
-      page: path of the page inside the site.
+      text: Markdown with links that are right in the repository.
+      source: Path of its file inside the repository.
+      page: Path of its page inside the site.
     """
     pictures: set[str] = set()
 
@@ -98,14 +132,13 @@ def copied_page(source: str, page: str) -> tuple[str, set[str]]:
         path = os.path.normpath(PurePosixPath(source).parent / target)
         if path in COPIED:
             return f"{mark}[{text}]({relative(COPIED[path])}{anchor or ''})"
-        if path.startswith("docs/") and (mark or path.endswith(".md")):
+        if path.startswith("docs/"):
             return f"{mark}[{text}]({relative(path.removeprefix('docs/'))}{anchor or ''})"
         if mark:
             pictures.add(path)
             return f"![{text}]({relative(picture_place(path))})"
         return text
 
-    text = (REPOSITORY / source).read_text(encoding="utf-8")
     return _LINK.sub(link, text), pictures
 
 
@@ -124,40 +157,57 @@ def cli_page() -> str:
         "# Command line",
         "",
         "Generated from the program itself; `fwl-export VERB --help` prints the same.",
-        "`python -m fwl_export` is the same program.",
+        "`python -m fwl_export` is the same program. Options of `fwl-export` that a verb takes too",
+        "are listed once, at the top.",
         "",
-        *_command("fwl-export", root, 2),
+        *_command("fwl-export", root, 2, []),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _command(path: str, command: click.Command, level: int) -> Iterator[str]:
+def _command(path: str, command: click.Command, level: int, known: list[str]) -> Iterator[str]:
+    """Yield the section of a command and those of the commands below it.
+
+    Args:
+      path: What to type, such as "fwl-export bench op".
+      command: The command of Typer or click.
+      level: Level of its heading.
+      known: Rows of options that are documented above.
+    """
     context = command.make_context(path, [], resilient_parsing=True)
     usage = " ".join(command.collect_usage_pieces(context))
-    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
-    examples = [text for text in paragraphs if text.startswith("Example: ")]
-    yield from (f"{'#' * level} {path}", "", "```text", f"{path} {usage}", "```", "")
-    for paragraph in paragraphs:
-        if paragraph not in examples:
-            yield from _help_text(paragraph)
+    prose, examples = help_parts(command.help or "")
+    yield from (f"{'#' * level} {path}", "", "```text", f"{path} {usage}", "```", "", *prose)
     rows = [_parameter(p, context) for p in command.params if not getattr(p, "hidden", False)]
+    rows = [row for row in rows if row not in known]
     if rows:
         yield from ("| argument or option | what it is |", "|---|---|", *rows, "")
-    for example in examples:
-        line = " ".join(example.split()).removeprefix("Example: ")
-        yield from ("```bash", line, "```", "")
+    if examples:
+        yield from ("```bash", *examples, "```", "")
     for name, child in sorted(getattr(command, "commands", {}).items()):
-        yield from _command(f"{path} {name}", child, min(level + 1, 3))
+        yield from _command(f"{path} {name}", child, min(level + 1, 3), [*known, *rows])
 
 
-def _help_text(paragraph: str) -> Iterator[str]:
-    """Yield a paragraph of a command's help; one that must not be wrapped is code."""
-    lines = paragraph.split("\n")
-    kept = [line for line in lines if line.strip() not in ("\b", "\\b")]
-    if len(kept) < len(lines):
-        yield from ("```text", *kept, "```", "")
-    else:
-        yield from (*lines, "")
+def help_parts(text: str) -> tuple[list[str], list[str]]:
+    r"""Return a command's help as Markdown, and the commands of its examples.
+
+    What is indented, or follows a line with a `\b` alone, becomes a block.
+    """
+    prose: list[str] = []
+    examples: list[str] = []
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        first, *rest = lines = paragraph.split("\n")
+        if first.startswith("Example"):
+            command = first.partition(":")[2].strip()
+            stripped = [line.strip() for line in rest]
+            examples += [" ".join([command, *stripped])] if command else stripped
+        elif first.strip() in ("\b", "\\b"):
+            prose += ["```text", *rest, "```", ""]
+        elif all(line.startswith("  ") for line in lines):
+            prose += ["```text", textwrap.dedent(paragraph), "```", ""]
+        else:
+            prose += [*lines, ""]
+    return prose, examples
 
 
 def _parameter(parameter: click.Parameter, context: click.Context) -> str:
@@ -263,33 +313,38 @@ def _declarations(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _prose(comment: str) -> list[str]:
-    """Return a comment as Markdown; what is indented in it is a block of code."""
-    lines = [re.sub(r"^\s*(?:\*|//) ?", "", line).rstrip() for line in comment.strip().split("\n")]
+    """Return a comment as Markdown: what is indented is code, `@param` and `@return` are a list."""
+    lines = [
+        re.sub(r"^\s*(?:/?\*+|//) ?", "", line).rstrip() for line in comment.strip().split("\n")
+    ]
+    text = "\n".join(line for line in lines if line != "@file")
+    text, *tags = re.split(r"^@(?=param |return )", text, flags=re.MULTILINE)
     result: list[str] = []
-    inside = False
-    for line in lines:
-        indented = line.startswith("  ")
-        if indented and not inside:
-            result += ["", "```text"]
-        elif inside and line and not indented:
-            result += ["```", ""]
-        inside = indented or (inside and not line)
-        result.append(line)
-    return [*result, "```"] if inside else result
+    for paragraph in text.strip("\n").split("\n\n"):
+        indented = all(line.startswith("  ") for line in paragraph.split("\n"))
+        code = ["```text", textwrap.dedent(paragraph), "```"]
+        result += [*(code if indented else [paragraph]), ""]
+    for tag in tags:
+        kind, _, rest = tag.partition(" ")
+        name, _, words = rest.partition(" ") if kind == "param" else ("", "", rest)
+        result.append(f"- {f'`{name}`' if name else '**Returns**'} {' '.join(words.split())}")
+    return result
 
 
 def cpp_page(header: str) -> str:
     """Return the reference of the C++ interface: its public declarations, without their bodies."""
-    overview = re.match(r"(?://[^\n]*\n)+", header)
-    lines = ["# C++ API", "", *(_prose(overview[0]) if overview else []), ""]
+    overview = re.match(rf"{_COMMENT}", header)
+    lines = ["# C++ API", "", "Generated from `fwl/fwl.hpp`.", ""]
+    lines += [*(_prose(overview[0].removesuffix("*/\n")) if overview else []), ""]
     body = re.sub(r"namespace detail \{.*?\n\} // namespace detail", "", header, flags=re.DOTALL)
     pattern = re.compile(
-        r"(?P<comment>(?://[^\n]*\n)*)"
+        rf"(?P<comment>{_COMMENT})?"
         r"(?P<head>(?:class|struct) (?P<name>\w+)[^{;]*)\{(?P<body>.*?)\n\};",
         re.DOTALL,
     )
     for match in pattern.finditer(body):
-        lines += [f"## `fwl::{match['name']}`", "", *_prose(match["comment"]), "", "```cpp"]
+        comment = _prose((match["comment"] or "").removesuffix("*/\n"))
+        lines += [f"## `fwl::{match['name']}`", "", *comment, "", "```cpp"]
         lines += [f"{match['head'].strip()} {{", *_public(match["body"]), "};", "```", ""]
     return "\n".join(lines) + "\n"
 

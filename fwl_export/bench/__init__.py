@@ -1,4 +1,4 @@
 """Benchmarks: implementations against each other and against what the machine can do.
 
-`op` needs the extra "export"; `session` runs without torch and onnx.
+`op` needs the extra "export" (torch and onnx); `session` runs without it.
 """

@@ -1,24 +1,24 @@
 """Measure the op's implementations against each other and against what the machine can do.
 
-What is compared, all float32, with a decay of 0.97 where there is one:
+The implementations, all in float32, with a decay of 0.97 where there is one:
 
-- `ours`: the custom op in ONNX Runtime; `one` with past and present state on one buffer, `two`
-  on two buffers;
+- `ours`: the custom op in ONNX Runtime. `one`: past and present state share one buffer; `two`: they
+  have a buffer each.
 - `microsoft linear`, `microsoft gated`: ONNX Runtime's own com.microsoft.LinearAttention, without
-  and with decay, on one buffer and on two;
-- `onnx linear`, `onnx gated`: the standard's LinearAttention of opset 27, as ONNX Runtime runs it;
-- `body`: the op's function body, in standard operators of opset 20, in ONNX Runtime;
-- `torch`, `torch compiled`: the op in PyTorch, eager and by torch.compile;
-- `numpy`: token by token;
-- `limit`: decode, the time to read and write a buffer of the state's size, which is warm or cold
-  as the state is; prefill, a float32 matrix product with the useful operations of the call,
-  4 T Dk Dv, as T x 2 Dk by 2 Dk x Dv in PyTorch.
+  and with decay, on one buffer and on two.
+- `onnx linear`, `onnx gated`: LinearAttention of ONNX opset 27, as ONNX Runtime runs it.
+- `body`: the op's function body, in standard operators of opset 20, in ONNX Runtime.
+- `torch`, `torch compiled`: the op in PyTorch, eager and with torch.compile.
+- `numpy`: a loop over the tokens.
+- `limit`: the least time the machine needs. Decode (T = 1): reading and writing a buffer of the
+  state's size, with warm or cold caches as for the others. Prefill: a float32 matrix product in
+  PyTorch, [T, 2 Dk] by [2 Dk, Dv], with as many operations as the call needs, 4 T Dk Dv.
 
-One round runs all of them once, in a random order; a figure is the median over the rounds, so that
-whatever else the machine does meets all alike. The fastest round stands beside it, for machines
-that are not quiet. A ratio is the median of the ratios inside the rounds, so that a slow minute
-changes neither side of it alone. What takes longer than a quarter of the time for a size is timed
-once.
+Each round runs all of them once, in a random order, so that disturbances on the machine affect all
+of them alike. A time is the median over the rounds; the fastest round is given too, for machines
+that are not quiet. A ratio is the median of the ratios within the rounds, so that a slow minute
+does not change one side only. An implementation that takes longer than a quarter of the time
+budget is timed once.
 """
 
 from __future__ import annotations
@@ -48,9 +48,12 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Run = Callable[[], object]
+Make = Callable[[], Run]
 
 OURS = ("ours, one", "ours, two")
 LIMIT = "limit"
+
+_RULES = ("linear", "gated")
 
 _OPSET = 20
 _STANDARD_OPSET = 27  # the first with LinearAttention
@@ -61,14 +64,14 @@ REST_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class OpSize:
-    """A call of the op.
+    """Size of one call of the op.
 
     Attributes:
-      batch: B.
-      tokens: T.
-      key_size: Dk.
-      value_size: Dv.
-      threads: of every implementation.
+      batch: Number of rows, B.
+      tokens: Number of tokens, T.
+      key_size: Size of a key, Dk.
+      value_size: Size of a value, Dv.
+      threads: Threads of each implementation.
     """
 
     batch: int
@@ -80,15 +83,16 @@ class OpSize:
 
 @dataclass(frozen=True)
 class OpTimes:
-    """Times of the implementations by name, in milliseconds.
+    """Times of the implementations.
 
     Attributes:
-      size: of the call.
-      cold: whether the caches were flushed before every run.
-      median: over the rounds.
-      fastest: of the rounds.
-      ratios: of ours by name: how many times as long as it each takes, median over the rounds.
-      missing: what could not be run, and why.
+      size: Size of the call.
+      cold: Whether the caches were flushed before each run.
+      median: Median time over the rounds in milliseconds, by implementation.
+      fastest: Fastest round in milliseconds, by implementation.
+      ratios: For each of `OURS`: time of each implementation divided by its time, as the median
+        over the rounds.
+      missing: Why an implementation cannot run here, by its name.
     """
 
     size: OpSize
@@ -110,12 +114,12 @@ def bench_op(
     """Measure all implementations of the op on one size.
 
     Args:
-      size: of the call.
-      library: libfwl_ort; None leaves `ours` out.
-      rounds: the most.
-      budget: seconds, about.
-      cold: flush the caches before every run.
-      compiled: include torch.compile, which takes some 10 to 30 seconds to compile.
+      size: Size of the call.
+      library: Path of libfwl_ort, or None to leave out `ours`.
+      rounds: Largest number of rounds.
+      budget: Approximate time to spend, in seconds.
+      cold: Whether to flush the caches before each run.
+      compiled: Whether to include torch.compile, which takes 10 to 30 seconds to compile.
 
     Raises:
       MissingDependencyError: ONNX Runtime is not installed.
@@ -138,74 +142,98 @@ def bench_op(
     )
 
 
+Arrays = dict[str, Array]
+
+
 def _runs(
     library: Path | None, size: OpSize, compiled: bool
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Return what is compared, by name, and what is not here, with the reason."""
-    batch, tokens, size_k, size_v = size.batch, size.tokens, size.key_size, size.value_size
+    """Return the implementations by name, and why the others cannot run here, by name."""
+    arrays = _arrays(size)
+    makers: dict[str, Make] = {
+        **_onnx_makers(library, size, arrays),
+        **_torch_makers(arrays, compiled),
+        "numpy": lambda: lambda: _numpy_loop(arrays),
+        LIMIT: lambda: _limit(size),
+    }
+    runs: dict[str, Run] = {}
+    missing: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            run = make()
+            run()
+        except Exception as error:  # older runtimes lack operators; torch.compile lacks compilers
+            missing[name] = " ".join(str(error).split())[:120]
+        else:
+            runs[name] = run
+    return runs, missing
+
+
+def _arrays(size: OpSize) -> Arrays:
+    """Return the op's inputs by name."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> Array:
         return rng.standard_normal(shape, np.float32) * np.float32(0.1)
 
-    arrays = {
-        "query": normal(batch, tokens, size_k),
-        "key": normal(batch, tokens, size_k),
-        "value": normal(batch, tokens, size_v),
-        "decay": np.full((batch, tokens), _DECAY, np.float32),
-        "past_state": _aligned(normal(batch, size_k, size_v)),
+    return {
+        "query": normal(size.batch, size.tokens, size.key_size),
+        "key": normal(size.batch, size.tokens, size.key_size),
+        "value": normal(size.batch, size.tokens, size.value_size),
+        "decay": np.full((size.batch, size.tokens), _DECAY, np.float32),
+        "past_state": _aligned(normal(size.batch, size.key_size, size.value_size)),
     }
+
+
+def _onnx_makers(library: Path | None, size: OpSize, arrays: Arrays) -> dict[str, Make]:
+    """Return what loads each implementation that runs in ONNX Runtime, by name."""
     peer = {
         **arrays,
-        "decay": np.full((batch, tokens, 1), math.log(_DECAY), np.float32),
-        "past_state": arrays["past_state"].reshape(batch, 1, size_k, size_v),
+        "decay": np.full((size.batch, size.tokens, 1), math.log(_DECAY), np.float32),
+        "past_state": arrays["past_state"].reshape(size.batch, 1, size.key_size, size.value_size),
     }
-    runs: dict[str, Run] = {}
-    missing: dict[str, str] = {}
-
-    def add(name: str, make: Callable[[], Run]) -> None:
-        try:
-            runs[name] = make()
-            runs[name]()
-        except Exception as error:  # older runtimes lack operators; torch.compile lacks compilers
-            runs.pop(name, None)
-            missing[name] = " ".join(str(error).split())[:120]
-
+    makers: dict[str, Make] = {}
     for buffers in ("one", "two"):
         if library is not None:
-            add(
-                f"ours, {buffers}",
-                partial(_bound, _node_model(), arrays, buffers, size.threads, library),
+            arguments = (arrays, buffers, size.threads, library)
+            makers[f"ours, {buffers}"] = partial(_bound, _node_model(), *arguments)
+        for rule in _RULES:
+            model = _peer_model(rule)
+            makers[f"microsoft {rule}, {buffers}"] = partial(
+                _bound, model, peer, buffers, size.threads
             )
-        for rule in ("linear", "gated"):
-            add(
-                f"microsoft {rule}, {buffers}",
-                partial(_bound, _peer_model(rule), peer, buffers, size.threads),
-            )
-    for rule in ("linear", "gated"):
-        add(
-            f"onnx {rule}",
-            partial(_bound, _peer_model(rule, standard=True), peer, "two", size.threads),
-        )
-    add("body", lambda: _bound(_node_model(with_body=True), arrays, "two", size.threads))
+    for rule in _RULES:
+        model = _peer_model(rule, standard=True)
+        makers[f"onnx {rule}"] = partial(_bound, model, peer, "two", size.threads)
+    makers["body"] = lambda: _bound(_node_model(with_body=True), arrays, "two", size.threads)
+    return makers
+
+
+def _torch_makers(arrays: Arrays, compiled: bool) -> dict[str, Make]:
+    """Return what prepares each implementation in PyTorch, by name."""
     tensors = [torch.from_numpy(arrays[a.name]) for a in spec.INPUTS]
-    add("torch", lambda: lambda: linear_attention_update(*tensors))
-    if compiled:
+
+    def compiled_op() -> Run:
         torch.compiler.reset()
         function = torch.compile(run_chunked, dynamic=False)
-        add("torch compiled", lambda: lambda: function(*tensors))
-    add("numpy", lambda: lambda: _numpy_loop(arrays))
-    if tokens == 1:
-        memory = torch.zeros(batch * size_k * size_v)
-        add(LIMIT, lambda: lambda: memory.mul_(1.0))
-    else:
-        a, b = torch.randn(batch, tokens, 2 * size_k), torch.randn(2 * size_k, size_v)
-        product = torch.empty(batch, tokens, size_v)
-        add(LIMIT, lambda: lambda: torch.matmul(a, b, out=product))
-    return runs, missing
+        return lambda: function(*tensors)
+
+    makers: dict[str, Make] = {"torch": lambda: lambda: linear_attention_update(*tensors)}
+    return makers | ({"torch compiled": compiled_op} if compiled else {})
 
 
-def _numpy_loop(arrays: dict[str, Array]) -> tuple[Array, Array]:
+def _limit(size: OpSize) -> Run:
+    """Return what the machine can do at best, see the top of the file."""
+    if size.tokens == 1:
+        memory = torch.zeros(size.batch * size.key_size * size.value_size)
+        return lambda: memory.mul_(1.0)
+    a = torch.randn(size.batch, size.tokens, 2 * size.key_size)
+    b = torch.randn(2 * size.key_size, size.value_size)
+    product = torch.empty(size.batch, size.tokens, size.value_size)
+    return lambda: torch.matmul(a, b, out=product)
+
+
+def _numpy_loop(arrays: Arrays) -> tuple[Array, Array]:
     state = arrays["past_state"].copy()
     output = np.empty_like(arrays["value"])
     for t in range(output.shape[1]):
@@ -219,7 +247,7 @@ def _numpy_loop(arrays: dict[str, Array]) -> tuple[Array, Array]:
 def _measure(
     runs: dict[str, Run], rounds: int, budget: float, cold: bool
 ) -> dict[str, list[float]]:
-    """Return the times of each, in seconds."""
+    """Return the times of each implementation over the rounds, in seconds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     repeats: dict[str, int] = {}
     for name, run in runs.items():
@@ -236,8 +264,8 @@ def _measure(
     for done in range(rounds):
         shuffle(order)
         for name in order:
-            # Until the threads of the one before have stopped waiting for work on a core that this
-            # one needs, and what it left in the caches is gone.
+            # Warm up until the idle threads of the previous implementation no longer spin on the
+            # cores, and its data has left the caches.
             rested = time.perf_counter() + REST_SECONDS
             while time.perf_counter() < rested:
                 runs[name]()
@@ -254,12 +282,20 @@ def _measure(
 
 def _bound(
     model: onnx.ModelProto,
-    arrays: dict[str, Array],
+    arrays: Arrays,
     buffers: str,
     threads: int,
     library: Path | None = None,
 ) -> Run:
-    """Return a run of a model with all inputs and outputs in place beforehand."""
+    """Load a model in ONNX Runtime and bind all its inputs and outputs.
+
+    Args:
+      model: Model to run.
+      arrays: Its inputs by name.
+      buffers: "one" if past and present state share a buffer, else "two".
+      threads: Threads inside one operator.
+      library: Custom-op library to register, or None.
+    """
     ort = import_onnxruntime()
     options: onnxruntime.SessionOptions = ort.SessionOptions()
     options.log_severity_level = 4
@@ -288,7 +324,7 @@ def _bound(
 
 
 def _aligned(array: Array) -> Array:
-    """Return a copy that starts a page, as what a runtime allocates about does."""
+    """Return a copy aligned to a memory page, about as a runtime's own buffers are."""
     memory = np.empty(array.nbytes + 4096, np.uint8)
     start = -memory.ctypes.data % 4096
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -357,9 +393,12 @@ def _milliseconds(
 
 
 def _ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
-    """Return how many times as long as `base` each takes.
+    """Return the time of each implementation divided by that of `base`.
 
-    The last times of two lists are of the same rounds; what was timed once has no round.
+    Args:
+      seconds: Times by implementation. Equal places from the end belong to the same round; a single
+        time belongs to none.
+      base: Name of the implementation to divide by.
     """
     found = {}
     for name, values in seconds.items():

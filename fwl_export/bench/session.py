@@ -1,13 +1,13 @@
-"""Measure sessions against ONNX Runtime itself, on the same graph with the same buffers bound.
+"""Measure sessions against ONNX Runtime alone, on the same graph with the same kind of buffers.
 
-What is compared, each in a process that has loaded the model once:
+The implementations:
 
 - `raw`: ONNX Runtime's run_with_iobinding and nothing else, with two sets of state buffers that
-  change places;
-- `session`: `Session.feed`, which checks its input and its output and keeps the state;
+  swap roles after each call.
+- `session`: `Session.feed`, which also checks its input and output and keeps the state.
 - `libfwl`: `fwl_session_feed` of the C library, called through ctypes.
 
-One round runs all of them a few times, in turns; ratios are medians of the rounds' ratios.
+Each round runs all of them a few times, in turns. Ratios are medians of the ratios within rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ctypes
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 
 from fwl_export.bundle.manifest import Bundle
+from fwl_export.bundle.state import Array
 from fwl_export.errors import PluginError
 from fwl_export.ort import import_onnxruntime
+from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.runtimes import onnxruntime, open_session
 from fwl_export.runtimes.base import Call
 from fwl_export.runtimes.session import Session, SessionSpec
@@ -34,7 +36,7 @@ RAW = "raw"
 
 REST_SECONDS = 0.1
 
-# Of one implementation in a round: calls, as many as read so many tokens, but for their limits.
+# Calls of one implementation in a round: enough to read this many tokens, within these limits.
 _TOKENS_OF_A_TURN = 512
 _CALLS_OF_A_TURN = (2, 20)
 
@@ -44,12 +46,12 @@ class SessionTimes:
     """Times of a call by implementation.
 
     Attributes:
-      tokens: per call.
-      batch: rows.
-      p50: median, in milliseconds.
-      p99: what 99 of 100 calls stay below, in milliseconds.
-      ratio: how many times as long as `raw` it takes, median over the rounds.
-      tokens_per_second: of all rows together, from p50.
+      tokens: Tokens per call and row.
+      batch: Number of rows.
+      p50: Median time of a call in milliseconds.
+      p99: 99th percentile of the time of a call in milliseconds.
+      ratio: Time divided by that of `raw`, as the median over the rounds.
+      tokens_per_second: Tokens of all rows together per second, from `p50`.
     """
 
     tokens: int
@@ -72,16 +74,17 @@ def bench_session(
     """Measure calls of one size.
 
     Args:
-      bundle: the model.
-      tokens: per call, at most the bundle's largest; calls start at positions where none is split.
-      batch: rows.
-      threads: inside one operator.
-      plugin: see `open_session`.
-      rounds: of all implementations in turns.
-      libfwl: the C library; None leaves it out.
+      bundle: Bundle of the model.
+      tokens: Tokens per call and row. They must divide the bundle's largest call, so that a session
+        never splits a call at an anchor.
+      batch: Number of rows.
+      threads: Threads inside one operator.
+      plugin: Kernel to use, see `open_session`.
+      rounds: Number of rounds.
+      libfwl: Path of the C library, or None to leave it out.
 
     Raises:
-      PluginError: `libfwl` cannot be loaded.
+      PluginError: The C library cannot be loaded, or it returned an error.
     """
     manifest = bundle.manifest
     model = onnxruntime.load_model(bundle, threads, plugin)
@@ -95,20 +98,34 @@ def bench_session(
     )
     runs["session"] = lambda: session.feed(ids, last_only=True)
     if libfwl is not None:
-        runs["libfwl"] = _libfwl(libfwl, bundle, threads, plugin, ids)
+        runs["libfwl"] = _LibFwl(libfwl, bundle, threads, plugin, batch).reader(ids)
     fewest, most = _CALLS_OF_A_TURN
     repeat = min(max(_TOKENS_OF_A_TURN // (tokens * batch), fewest), most)
+    return _session_times(tokens, batch, _measure(runs, rounds, repeat), repeat)
+
+
+def _measure(
+    runs: Mapping[str, Callable[[], object]], rounds: int, repeat: int
+) -> dict[str, list[float]]:
+    """Return the times of each implementation in milliseconds, `repeat` for each round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for name in list(runs) * rounds:
-        # The threads of the one before wait for work on the cores that this one needs.
+        # Idle threads of the previous implementation spin on the cores for a while.
         time.sleep(REST_SECONDS)
         runs[name]()
         for _ in range(repeat):
             began = time.perf_counter()
             runs[name]()
             times[name].append((time.perf_counter() - began) * 1e3)
+    return times
+
+
+def _session_times(
+    tokens: int, batch: int, times: Mapping[str, list[float]], repeat: int
+) -> SessionTimes:
+    """Return the statistics of all rounds but the first, which warms up."""
     warm = {name: values[repeat:] or values for name, values in times.items()}
-    blocks = {
+    rounds = {
         name: [statistics.median(v[i : i + repeat]) for i in range(0, len(v), repeat)]
         for name, v in warm.items()
     }
@@ -120,9 +137,9 @@ def bench_session(
         {name: round(float(np.quantile(values, 0.99)), 4) for name, values in warm.items()},
         {
             name: round(
-                statistics.median(a / b for a, b in zip(values, blocks[RAW], strict=True)), 4
+                statistics.median(a / b for a, b in zip(values, rounds[RAW], strict=True)), 4
             )
-            for name, values in blocks.items()
+            for name, values in rounds.items()
         },
         {name: round(batch * tokens / value * 1e3, 1) for name, value in p50.items()},
     )
@@ -130,11 +147,11 @@ def bench_session(
 
 @dataclass(frozen=True)
 class SessionMemory:
-    """What a session of one row takes.
+    """Memory that a session of one row takes.
 
     Attributes:
-      measured: resident bytes per session, over many.
-      state: bytes of its state, twice: a call reads one copy and writes the other.
+      measured: Resident bytes per session, averaged over many sessions.
+      state: Bytes of two copies of its state: a call reads one and writes the other.
     """
 
     measured: float
@@ -142,7 +159,13 @@ class SessionMemory:
 
 
 def session_memory(bundle: Bundle, plugin: str | Path, count: int = 24) -> SessionMemory:
-    """Open sessions on one model, read a token in each, and measure what they add."""
+    """Measure how much resident memory each further session on a loaded model adds.
+
+    Args:
+      bundle: Bundle of the model.
+      plugin: Kernel to use, see `open_session`.
+      count: Number of sessions to open.
+    """
     manifest = bundle.manifest
     first = open_session(bundle, plugin=plugin)
     for _ in range(2):
@@ -157,11 +180,13 @@ def session_memory(bundle: Bundle, plugin: str | Path, count: int = 24) -> Sessi
 
 
 def _resident() -> int:
+    """Return the resident memory of this process in bytes."""
     pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _raw(model: Any, ids: Any) -> Callable[[], object]:
+def _raw(model: Any, ids: Array) -> Callable[[], object]:
+    """Return a run of the graph with everything bound beforehand."""
     batch, tokens = ids.shape
     runner = onnxruntime.OnnxRuntimeRunner(model)
     call = Call(
@@ -182,60 +207,74 @@ def _raw(model: Any, ids: Any) -> Callable[[], object]:
     return run
 
 
-def _libfwl(
-    path: Path, bundle: Bundle, threads: int, plugin: str | Path, ids: Any
-) -> Callable[[], object]:
-    from fwl_export.plugins import ONNXRUNTIME, find_plugin
+class _Options(ctypes.Structure):
+    """fwl_options of libfwl's header."""
 
-    library = find_plugin(ONNXRUNTIME, plugin)
-    ort = import_onnxruntime()
-    folder = Path(ort.__file__).parent / "capi"
-    runtime = next(iter(sorted(folder.glob("libonnxruntime.so*"))), None)
-    error = ctypes.create_string_buffer(1024)  # fwl_error: the status, then the message
-    try:
-        c = ctypes.CDLL(str(path))
-        initialize = c.fwl_options_init
-    except (OSError, AttributeError) as problem:
-        raise PluginError(f"libfwl '{path}' cannot be loaded: {problem}") from None
-
-    def check(status: int) -> None:
-        if status:
-            raise PluginError(f"libfwl: {error.raw[4:].split(bytes(1))[0].decode()}")
-
-    class Options(ctypes.Structure):
-        _fields_ = [
-            ("size", ctypes.c_size_t),
-            ("backend", ctypes.c_char_p),
-            ("runtime_library", ctypes.c_char_p),
-            ("plugin", ctypes.c_char_p),
-            ("threads", ctypes.c_int32),
-        ]
-
-    options = Options()
-    initialize(ctypes.byref(options), ctypes.c_size_t(ctypes.sizeof(options)))
-    options.runtime_library = str(runtime).encode() if runtime else None
-    options.plugin = str(library).encode() if library else None
-    options.threads = threads
-    batch, tokens = ids.shape
-    handle, session = ctypes.c_void_p(), ctypes.c_void_p()
-    folder_name = str(bundle.folder).encode()
-    check(c.fwl_model_open(folder_name, ctypes.byref(options), ctypes.byref(handle), error))
-    check(c.fwl_session_open(handle, ctypes.c_size_t(batch), ctypes.byref(session), error))
-    wide = np.ascontiguousarray(ids, np.int64)
-    logits = np.empty((batch, bundle.manifest.config.vocab_size), np.float32)
-    arguments = (
-        session,
-        ctypes.c_void_p(wide.ctypes.data),
-        ctypes.c_size_t(tokens),
-        None,
-        None,
-        1,  # FWL_LOGITS_LAST
-        ctypes.c_void_p(logits.ctypes.data),
-        ctypes.c_size_t(logits.size),
-        error,
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("backend", ctypes.c_char_p),
+        ("runtime_library", ctypes.c_char_p),
+        ("plugin", ctypes.c_char_p),
+        ("threads", ctypes.c_int32),
     )
 
-    def run(_keep: object = (wide, logits)) -> None:
-        check(c.fwl_session_feed(*arguments))
 
-    return run
+class _LibFwl:
+    """A session of libfwl, called through ctypes."""
+
+    def __init__(self, path: Path, bundle: Bundle, threads: int, plugin: str | Path, batch: int):
+        """Load the library and open a session.
+
+        Raises:
+          PluginError: The library cannot be loaded, or it returned an error.
+        """
+        self._error = ctypes.create_string_buffer(1024)  # fwl_error: the status, then the message
+        try:
+            self._library = ctypes.CDLL(str(path))
+            initialize = self._library.fwl_options_init
+        except (OSError, AttributeError) as problem:
+            raise PluginError(f"libfwl '{path}' cannot be loaded: {problem}") from None
+        options = _Options()
+        initialize(ctypes.byref(options), ctypes.c_size_t(ctypes.sizeof(options)))
+        runtime, kernel = _onnxruntime_library(), find_plugin(ONNXRUNTIME, plugin)
+        options.runtime_library = str(runtime).encode() if runtime else None
+        options.plugin = str(kernel).encode() if kernel else None
+        options.threads = threads
+        model, self._session = ctypes.c_void_p(), ctypes.c_void_p()
+        folder = str(bundle.folder).encode()
+        c, error, rows = self._library, self._error, ctypes.c_size_t(batch)
+        self._check(c.fwl_model_open(folder, ctypes.byref(options), ctypes.byref(model), error))
+        self._check(c.fwl_session_open(model, rows, ctypes.byref(self._session), error))
+        self._vocab_size = bundle.manifest.config.vocab_size
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise PluginError(f"libfwl: {self._error.raw[4:].split(bytes(1))[0].decode()}")
+
+    def reader(self, ids: Array) -> Callable[[], object]:
+        """Return a function that feeds the ids [B, T] and computes the last logits."""
+        wide = np.ascontiguousarray(ids, np.int64)
+        logits = np.empty((len(ids), self._vocab_size), np.float32)
+        arguments = (
+            self._session,
+            ctypes.c_void_p(wide.ctypes.data),
+            ctypes.c_size_t(ids.shape[1]),
+            None,
+            None,
+            1,  # FWL_LOGITS_LAST
+            ctypes.c_void_p(logits.ctypes.data),
+            ctypes.c_size_t(logits.size),
+            self._error,
+        )
+        feed, check = self._library.fwl_session_feed, self._check
+
+        def run(_keep: object = (wide, logits)) -> None:
+            check(feed(*arguments))
+
+        return run
+
+
+def _onnxruntime_library() -> Path | None:
+    """Return the shared library in the Python package of ONNX Runtime, or None."""
+    folder = Path(import_onnxruntime().__file__).parent / "capi"
+    return next(iter(sorted(folder.glob("libonnxruntime.so*"))), None)

@@ -167,8 +167,8 @@ class Bisection:
 def _lines(finding: Finding, case: str) -> list[str]:
     lines = [
         f"FOUND      {finding.place}",
-        f"starts at  case '{case}', call {finding.step} (up to {finding.tokens} tokens per row; "
-        f"the first row had read {finding.tokens_read} after it)",
+        f"starts at  case '{case}', call {finding.step} (T = {finding.tokens}; the first row had "
+        f"read {finding.tokens_read} tokens after it)",
     ]
     if finding.amount:
         amount = finding.amount

@@ -105,7 +105,7 @@ def bisect_bundle(
     calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
     session = session or candidate.open(bundle, 1, threads=1)
     horizon_tokens = model_horizon(bundle)
-    facts: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,
         "candidate": candidate.name,
         "precision": manifest.precision,
@@ -125,9 +125,9 @@ def bisect_bundle(
                 search = _Search(
                     bundle, candidate, graph, reader, suspect, horizon_tokens, Path(folder)
                 )
-                facts |= {"case": case.name, **search.run(reproducer)}
+                fields |= {"case": case.name, **search.run(reproducer)}
                 break
-    return Bisection(**facts, seconds=time.perf_counter() - began)
+    return Bisection(**fields, seconds=time.perf_counter() - began)
 
 
 def _name(case: str | Case) -> str:
@@ -185,15 +185,15 @@ class _Search:
             self._step.tokens_read,
             self._horizon_tokens,
         )
-        facts = {
+        fields = {
             "matched": comparison.matched,
             "total": comparison.total,
             "largest_use": comparison.largest_use,
         }
         if not comparison.outside:
-            return facts | {"finding": self._not_in_a_node(source)}
+            return fields | {"finding": self._not_in_a_node(source)}
         located = locate(model, self._graph, names, comparison)
-        return facts | self._in_a_node(located, source, names, found, exact, reproducer)
+        return fields | self._in_a_node(located, source, names, found, exact, reproducer)
 
     def _traced(self, precision: str | None) -> State:
         """Return PyTorch's tensors of the call, with parameters, by their ONNX names."""
@@ -335,7 +335,7 @@ class _Search:
                 return name
         return ""
 
-    def _finding(self, kind: str, tensor: str, **facts: Any) -> Finding:
+    def _finding(self, kind: str, tensor: str, **fields: Any) -> Finding:
         step = self._step
         return Finding(
             kind,
@@ -344,7 +344,7 @@ class _Search:
             step.call.input_ids.shape[1],
             tensor,
             outputs=list(self._suspect.outside),
-            **facts,
+            **fields,
         )
 
 

@@ -220,6 +220,7 @@ class _Judge:
         self._largest: dict[str, Error] = {}
 
     def outside(self, found: State | str, step: Step, teacher_forced: bool) -> dict[str, Outside]:
+        """Return the outputs outside their budgets by name, after measuring PyTorch's own error."""
         own = fed(self._own, step, teacher_forced)
         assert not isinstance(own, str), own
         for name, error in measure(own, step.outputs).items():

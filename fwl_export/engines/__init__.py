@@ -1,4 +1,4 @@
-"""Engines: from a bundle's ONNX file to TensorRT engines."""
+"""TensorRT engines: build them from a bundle's ONNX file, and choose the one to run."""
 
 from fwl_export.bundle.defaults import DEFAULT_MAX_BATCH, DEFAULT_SMS
 from fwl_export.engines.build import build_engines

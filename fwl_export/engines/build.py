@@ -255,9 +255,9 @@ def _metadata(
         sha256=file["sha256"],
         model_id=manifest.model_id,
         versions={"fwl-export": __version__, **probe.versions},
-        in_place_tensors=op_state_tensors(bundle.file(MODEL_FILE))
-        if request.in_place_state
-        else [],
+        in_place_tensors=(
+            op_state_tensors(bundle.file(MODEL_FILE)) if request.in_place_state else []
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which of a bundle's engines runs here; decided before anything of TensorRT is imported."""
+"""Choose which of a bundle's engines to run, before anything of TensorRT is imported."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fwl_export.json_files import read_json
 
 
 def read_engines(bundle: Bundle) -> list[EngineMetadata]:
-    """Return the facts of all engines of a bundle, after checking their hashes.
+    """Return the metadata of all engines of a bundle, after checking the files' hashes.
 
     Raises:
-      BundleError: a file of facts is missing or changed.
-      EngineError: one is malformed.
+      BundleError: A metadata file is missing or changed.
+      EngineError: A metadata file is malformed.
     """
     engines = []
     for name in bundle.manifest.files:
         if name.startswith(ENGINES_FOLDER + "/") and name.endswith(".json"):
             path = bundle.file(name)
-            data = read_json(path, EngineError, "build the engine again")
+            data = read_json(path, EngineError, "build the engine again with `fwl-export build`")
             engines.append(EngineMetadata.from_dict(data, str(path)))
     return engines
 
@@ -33,66 +33,79 @@ def read_engines(bundle: Bundle) -> list[EngineMetadata]:
 def choose_variant(
     bundle: Bundle, engines: Sequence[EngineMetadata], device: Device, variant: str | None = None
 ) -> Variant:
-    """Return the variant to run: the given one, or one that has an engine here and is installed.
+    """Return the TensorRT variant to run.
 
-    If there are two, the one that this process already uses, else the first of `VARIANTS`.
+    Args:
+      bundle: The bundle to run.
+      engines: The metadata of its engines.
+      device: The GPU to run on.
+      variant: Name of the variant. None chooses among the installed variants that have an engine
+        for this GPU: the one that this process already uses, or else the first of `VARIANTS`.
 
     Raises:
-      EngineError: the variant is unknown, or there is no engine for this GPU.
+      EngineError: The variant is unknown, or the bundle has no engine for this GPU.
     """
     fitting = _fitting(bundle, engines, device, variant)
     if not fitting:
         raise EngineError(_no_engine(bundle, engines, device, variant))
-    names = {facts.variant for facts in fitting}
+    names = {engine.variant for engine in fitting}
     able = [each for each in VARIANTS.values() if each.name in names]
     installed = [each for each in able if importlib.util.find_spec(each.module) is not None]
-    # If none is, its import says so.
+    # If none is installed, the import of the first one raises an error that says how to install it.
     return min(installed or able, key=lambda each: each.module not in sys.modules)
 
 
 def choose_engine(
     bundle: Bundle, engines: Sequence[EngineMetadata], device: Device, variant: str, version: str
 ) -> EngineMetadata:
-    """Return the engine to run with the installed version of a variant.
+    """Return the engine to run.
 
-    One that updates its state in place is taken only where there is no other.
+    An engine that updates its state in place is chosen only if there is no other.
+
+    Args:
+      bundle: The bundle to run.
+      engines: The metadata of its engines.
+      device: The GPU to run on.
+      variant: Name of the variant to run.
+      version: The installed version of the variant.
 
     Raises:
-      EngineError: no engine was built by this version for this GPU.
+      EngineError: No engine was built by this version for this GPU.
     """
     fitting = _fitting(bundle, engines, device, variant)
-    same = [facts for facts in fitting if facts.version == version]
+    same = [engine for engine in fitting if engine.version == version]
     if not same:
-        built = " and ".join(sorted({facts.version for facts in fitting})) or "none"
+        built = " and ".join(sorted({engine.version for engine in fitting}))
+        has = f"were built by {built}" if built else "do not exist"
         raise EngineError(
-            f"{VARIANTS[variant].title} {version} is installed, and the bundle's engines for "
-            f"SM{device.sm} are of version {built}, which only that version runs; "
+            f"{VARIANTS[variant].title} {version} is installed, but the bundle's engines for "
+            f"SM{device.sm} {has}, and an engine runs only in the version that built it; "
             f"{_remedy(bundle, device, variant)}"
         )
-    return min(same, key=lambda facts: facts.in_place_state)
+    return min(same, key=lambda engine: engine.in_place_state)
 
 
-def needs_library(facts: EngineMetadata, plugin: str) -> bool:
+def needs_library(engine: EngineMetadata, plugin: str) -> bool:
     """Return whether the plugin library must be loaded before an engine.
 
     Args:
-      facts: of the engine.
-      plugin: what was asked for: "auto", "none", "required", or a library's path.
+      engine: The engine to run.
+      plugin: What the caller asked for: "auto", "none", "required", or the path of a library.
 
     Raises:
-      PluginError: the engine was built the other way.
+      PluginError: The engine was built with the plugin, but "none" was asked for, or vice versa.
     """
-    if plugin == "none" and facts.update_path == PLUGIN:
+    if plugin == "none" and engine.update_path == PLUGIN:
         raise PluginError(
-            f"engine '{facts.name}' runs the fast-weight updates in the plugin, which is not "
-            "wanted; build it again with --plugin none"
+            f"engine '{engine.name}' computes the fast-weight updates in the plugin, but plugin "
+            "'none' was asked for; build the engine again with --plugin none"
         )
-    if plugin not in ("auto", "none") and facts.update_path != PLUGIN:
+    if plugin not in ("auto", "none") and engine.update_path != PLUGIN:
         raise PluginError(
-            f"engine '{facts.name}' runs the fast-weight updates in standard operators, but the "
-            "plugin was asked for; build it again with --plugin required"
+            f"engine '{engine.name}' computes the fast-weight updates in standard operators, but "
+            "the plugin was asked for; build the engine again with --plugin required"
         )
-    return facts.update_path == PLUGIN and not facts.plugin_embedded
+    return engine.update_path == PLUGIN and not engine.plugin_embedded
 
 
 def _fitting(
@@ -107,7 +120,7 @@ def _no_engine(
     bundle: Bundle, engines: Sequence[EngineMetadata], device: Device, variant: str | None
 ) -> str:
     title = "" if variant is None else f"{VARIANTS[variant].title} "
-    has = f" (it has {', '.join(facts.name for facts in engines)})" if engines else ""
+    has = f" (it has {', '.join(engine.name for engine in engines)})" if engines else ""
     return (
         f"bundle '{bundle.folder}' has no {title}engine of its model for this GPU, {device.name}, "
         f"SM{device.sm}{has}; {_remedy(bundle, device, variant or next(iter(VARIANTS)))}"

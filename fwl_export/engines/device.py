@@ -1,4 +1,4 @@
-"""The CUDA driver and its devices, asked directly: no framework has to be loaded for that."""
+"""Ask the CUDA driver for its version and devices, without loading a framework."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Device:
     """A GPU.
 
     Attributes:
-      name: as the driver gives it.
-      sm: compute capability without the dot, e.g. 89.
+      name: The name that the driver reports.
+      sm: Compute capability without the dot, e.g. 89.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Driver:
-    """What the CUDA driver says.
+    """What the CUDA driver reports.
 
     Attributes:
-      version: of CUDA that it supports, e.g. "13.0"; "" if it is not here or does not answer.
-      devices: the GPUs it finds.
-      reason: why there are none, or "".
+      version: Newest version of CUDA that it supports, e.g. "13.0"; "" if there is no driver.
+      devices: The GPUs that it finds.
+      reason: Why there are no GPUs, or "".
     """
 
     version: str
@@ -45,7 +45,7 @@ def query_driver(library: str = _DRIVER_LIBRARY) -> Driver:
     try:
         cuda = ctypes.CDLL(library)
     except OSError:
-        return Driver("", (), f"{library} is not here")
+        return Driver("", (), f"{library} is not installed")
     status = cuda.cuInit(0)
     number, count = ctypes.c_int(0), ctypes.c_int(0)
     cuda.cuDriverGetVersion(ctypes.byref(number))

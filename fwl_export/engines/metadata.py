@@ -175,7 +175,7 @@ def op_state_tensors(model: Path) -> list[str]:
       model: Path of the bundle's ONNX file.
 
     Raises:
-      BundleError: If the file is not an ONNX model.
+      BundleError: The file is not an ONNX model.
     """
     return [inputs[-1].removeprefix(PAST) for inputs in op_inputs(model, DOMAIN, NAME)]
 

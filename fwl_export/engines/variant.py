@@ -1,7 +1,8 @@
-"""TensorRT and TensorRT-RTX behind one layer: one API, but other modules and other targets.
+"""The two variants of TensorRT: TensorRT and TensorRT-RTX.
 
-Only one variant can live in a process: Polygraphy chooses its module once, when it is imported,
-and both bring libraries of the same symbols. So engines are built in a process of their own, see
+They share one API, but have their own Python modules and build for other GPUs. A process can use
+only one of them: Polygraphy chooses its module once, when it is imported, and the libraries of both
+define the same symbols. So engines are built in a process of their own, see
 `fwl_export.engines.worker`.
 """
 
@@ -28,13 +29,13 @@ class Variant:
     """One of NVIDIA's two inference compilers.
 
     Attributes:
-      name: on the command line and in the names of engines.
-      title: as NVIDIA calls it.
-      module: to import.
-      extra: of fwl-export, that installs it.
-      needs_device: it builds for the GPU that is present, and for no other.
-      libraries: the module that its shared libraries lie in.
-      library: file name of the main one, without a version.
+      name: Its name on the command line and in the names of engines.
+      title: NVIDIA's name for it.
+      module: Name of its Python module.
+      extra: The extra of fwl-export that installs it.
+      needs_device: Whether it builds only for the GPU that is present.
+      libraries: Name of the Python package with its shared libraries.
+      library: File name of the main library, without a version.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Variant:
 
     @property
     def remedy(self) -> str:
-        """How to install it."""
+        """The command that installs it."""
         return f"pip install 'fwl-export[{self.extra}]'"
 
 
@@ -78,13 +79,13 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class LoadedVariant:
-    """A variant whose module is in memory and which Polygraphy's loaders use.
+    """A variant whose module is imported, and which Polygraphy's loaders use.
 
     Attributes:
-      variant: which one.
-      trt: the module.
-      version: of the module, e.g. "1.7.1.116".
-      polygraphy_version: of Polygraphy.
+      variant: The variant that is loaded.
+      trt: Its Python module.
+      version: Version of the module, e.g. "1.7.1.116".
+      polygraphy_version: Version of Polygraphy.
     """
 
     variant: Variant
@@ -97,7 +98,7 @@ def find_variant(name: str) -> Variant:
     """Return a variant by its name.
 
     Raises:
-      EngineError: there is no such variant.
+      EngineError: There is no variant of this name.
     """
     if name not in VARIANTS:
         raise EngineError(f"variant '{name}' is unknown; expected {' or '.join(VARIANTS)}")
@@ -105,10 +106,10 @@ def find_variant(name: str) -> Variant:
 
 
 def check_installed(variant: Variant) -> None:
-    """Check that the packages of a variant can be found, without importing them.
+    """Check that the packages of a variant are installed, without importing them.
 
     Raises:
-      MissingDependencyError: they cannot.
+      MissingDependencyError: A package is not installed.
     """
     for module in (variant.module, "polygraphy"):
         _check_package(variant, module)
@@ -126,8 +127,8 @@ def import_variant(variant: Variant) -> Any:
     """Import a variant's module, for the life of this process; running engines needs no more.
 
     Raises:
-      EngineError: the process already uses the other variant.
-      MissingDependencyError: it is not installed, or its libraries cannot be loaded.
+      EngineError: The process already uses the other variant.
+      MissingDependencyError: The variant is not installed, or its libraries cannot be loaded.
     """
     _check_package(variant, variant.module)
     for other in VARIANTS.values():
@@ -149,8 +150,8 @@ def load_variant(name: str) -> LoadedVariant:
     """Import a variant's module and make Polygraphy use it, for the life of this process.
 
     Raises:
-      EngineError: the name is unknown, or the process already uses the other variant.
-      MissingDependencyError: a package is not installed, or its libraries cannot be loaded.
+      EngineError: The name is unknown, or the process already uses the other variant.
+      MissingDependencyError: A package is not installed, or its libraries cannot be loaded.
     """
     variant = find_variant(name)
     check_installed(variant)
@@ -164,10 +165,11 @@ def load_variant(name: str) -> LoadedVariant:
 
 @contextmanager
 def plugin_environment(variant: Variant) -> Iterator[dict[str, str]]:
-    """Yield the environment of a process in which a parser can meet a plugin.
+    """Yield environment variables for a process whose parser uses a plugin.
 
-    It then opens the main library by its name without a version, which the packages do not have,
-    and aborts the process if it finds none. The environment is for processes that end inside.
+    Such a parser opens TensorRT's main library by a file name without a version, and aborts the
+    process if there is no such file. The packages have only names with versions, so this makes a
+    link in a temporary folder; the process must end before the context does.
     """
     spec = importlib.util.find_spec(variant.libraries)
     folders = map(Path, spec.submodule_search_locations or ()) if spec else ()
@@ -180,7 +182,7 @@ def plugin_environment(variant: Variant) -> Iterator[dict[str, str]]:
 
 
 def buildable_sms(loaded: LoadedVariant) -> list[int]:
-    """Return the SMs that a variant can build engines for on this machine, ascending."""
+    """Return the compute capabilities that a variant can build for on this machine, ascending."""
     if loaded.variant.needs_device:
         return sorted({device.sm for device in query_driver().devices})
     names = (re.fullmatch(r"SM(\d+)", name) for name in loaded.trt.ComputeCapability.__members__)

@@ -1,4 +1,4 @@
-"""Export: from a checkpoint folder to a bundle."""
+"""Export a checkpoint folder to a bundle."""
 
 from fwl_export.export.write_bundle import export_bundle
 

@@ -1,6 +1,6 @@
-"""From the program that torch.onnx traced to the graph beside the ONNX file.
+"""Turn the program that torch.onnx traced into the traced graph beside the ONNX file.
 
-See `fwl_export.model.traced_graph` for what that graph is and who runs it.
+`fwl_export.model.traced_graph` explains what that graph is and who runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind
 from fwl_export.export.scopes import scope_of
 from fwl_export.model.traced_graph import UPDATE, Operation, Source, TracedGraph
 
-# Where a tensor is and how its memory is laid out does not change its values.
+# The device and the memory layout of a tensor do not change its values.
 _DROPPED = ("device", "layout", "memory_format", "pin_memory")
 
 
@@ -26,9 +26,9 @@ def traced_graph(
     """Return the graph of a traced program.
 
     Args:
-      program: after it was translated to ONNX, in PyTorch's operators that were translated.
-      inputs: names of the ONNX graph's inputs, in order.
-      outputs: of its outputs.
+      program: The traced program, in the PyTorch operators that were translated to ONNX.
+      inputs: Names of the ONNX graph's inputs, in order.
+      outputs: Names of the ONNX graph's outputs, in order.
     """
     names = iter(inputs)
     sources = {}
@@ -50,13 +50,13 @@ def traced_graph(
 
 
 def _needed(operations: Sequence[Operation], results: Sequence[str]) -> list[Operation]:
-    """Leave out what no result needs, such as checks of shapes."""
-    wanted, kept = set(results), []
+    """Return the operations that the results need, without checks of shapes and the like."""
+    wanted, needed = set(results), []
     for operation in reversed(operations):
         if operation.name in wanted:
-            kept.append(operation)
+            needed.append(operation)
             wanted.update(operation.references())
-    return kept[::-1]
+    return needed[::-1]
 
 
 def _operation(node: torch.fx.Node) -> Operation:

@@ -1,7 +1,8 @@
-"""Names of modules on what is traced from them: kept through export, to say where a tensor is.
+"""Record on every traced operator the module and method it comes from.
 
-The tracer notes calls of modules, but a model's work is done in methods too: the two passes of
-the Fast Weight Layer are `slow` and `fast` of one module.
+The export carries these names through, so that a tensor can be located in the model. PyTorch's
+tracer records only calls of modules, but methods do a model's work too: the two passes of the Fast
+Weight Layer are the methods `slow` and `fast` of one module.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ _KEY = "fwl_scope"
 
 @contextmanager
 def named_scopes(root: nn.Module) -> Iterator[None]:
-    """Note on every traced operator the method it is called in.
+    """Record on every operator that is traced in the block the method that calls it.
 
     Args:
-      root: while the block runs, the modules below it note their calls.
+      root: The module whose submodules record their calls while the block runs.
     """
     wrapped: list[tuple[nn.Module, str]] = []
     stack: list[tuple[str, str]] = []
@@ -41,10 +42,10 @@ def named_scopes(root: nn.Module) -> Iterator[None]:
 
 
 def scope_of(node: Node) -> str:
-    """Return where a node was traced: the path of a module, and which of its methods.
+    """Return where a node was traced: the path of a module and one of its methods.
 
     `fast_weights.slow/normalize` is the method `normalize` of the module `fast_weights`, called by
-    its method `slow`. Empty: outside all modules.
+    its method `slow`. The result is empty for a node outside all modules.
     """
     return str((node.meta.get("custom") or {}).get(_KEY, ""))
 
@@ -79,6 +80,6 @@ def _label(stack: list[tuple[str, str]]) -> str:
     for other, method in reversed(stack):
         if other != path:
             break
-        if method != "forward":  # that is the module itself
+        if method != "forward":  # `forward` stands for the module itself
             methods.insert(0, method)
     return ".".join(part for part in (path, "/".join(methods)) if part)

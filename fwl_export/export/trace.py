@@ -1,4 +1,4 @@
-"""PyTorch to ONNX: the streaming model as a graph with `fwl::LinearAttentionUpdate` nodes."""
+"""Trace the streaming model to an ONNX graph with `fwl::LinearAttentionUpdate` nodes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from fwl_export.precision.policy import (
     streaming_model,
 )
 
-# One per dense layer.
+# One fast-weight update for each dense layer of the Fast Weight Layer.
 UPDATES_PER_MODEL = 2
 
-# 21 and 22 are untried; from 23 on torch emits the Attention op, which TensorRT-RTX refuses
-# for some head sizes; 26 and 27 silently declare opset 18.
+# 21 and 22 are untested. From 23 on, torch emits the Attention op, which TensorRT-RTX rejects for
+# some head sizes; with 26 and 27, it silently declares opset 18.
 SUPPORTED_OPSETS = (20,)
 
 _ACTIVATION_TYPES = {"fp32": "float32", "fp16": "float16"}
 
-# What the exporter notes about its own run: source paths of this machine among it.
+# What the exporter records about its own run, which includes source paths of this machine.
 _PRIVATE_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
 
@@ -50,22 +50,22 @@ def export_onnx(
     max_tokens: int,
     opset: int,
 ) -> list[TensorSpec]:
-    """Write the streaming model as an ONNX file with its weights and traced graph beside it.
+    """Write the streaming model as an ONNX file, with its weights and traced graph beside it.
 
     Args:
-      model: float32.
-      path: of the .onnx file; the weights go to the same name plus ".data", the graph of
-        PyTorch's operators (see `graph.TracedGraph`) to the same name with .graph.json.
+      model: The float32 model.
+      path: Path of the .onnx file to write. The weights go to the same name plus ".data", the
+        graph of PyTorch's operators (see `TracedGraph`) to the same name with ".graph.json".
       precision: "fp32" or "fp16", or a policy.
-      max_tokens: largest T of a call.
-      opset: of the standard operators.
+      max_tokens: Largest number of tokens per call.
+      opset: ONNX opset of the standard operators.
 
     Returns:
-      The state, in the order of inputs and outputs.
+      The state tensors, in the order of the graph's inputs and outputs.
 
     Raises:
-      ExportError: the opset is not supported, or the file fails a check.
-      ConfigError: the policy is of another model.
+      ExportError: The opset is not supported, or the written file fails a check.
+      ConfigError: The policy belongs to another model.
     """
     if opset not in SUPPORTED_OPSETS:
         raise ExportError(
@@ -78,9 +78,9 @@ def export_onnx(
     if isinstance(precision, PrecisionPolicy) and precision.target == "int8w":
         store_int8(proto, int8_weights(model, precision))
     for node in [*proto.graph.node, *(n for f in proto.functions for n in f.node)]:
-        kept = [p for p in node.metadata_props if p.key not in _PRIVATE_METADATA]
+        public = [p for p in node.metadata_props if p.key not in _PRIVATE_METADATA]
         del node.metadata_props[:]
-        node.metadata_props.extend(kept)
+        node.metadata_props.extend(public)
     onnx.save(
         proto,
         str(path),
@@ -96,10 +96,15 @@ def export_onnx(
 
 
 def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
-    """Check a written file: valid, of the declared opset, with its nodes and state pairs.
+    """Check that a written file is valid ONNX with the expected opset, updates, inputs and state.
+
+    Args:
+      path: Path of the .onnx file.
+      specs: The state tensors; each must be an input and an output of one shape and type.
+      opset: The opset that the file must declare.
 
     Raises:
-      ExportError: it is not.
+      ExportError: The file fails a check.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -108,7 +113,10 @@ def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
     proto = onnx.load(str(path), load_external_data=False)
     declared = {o.domain: o.version for o in proto.opset_import}
     if declared.get("", declared.get("ai.onnx")) != opset or declared.get(DOMAIN) != VERSION:
-        raise ExportError(f"{path.name} declares {declared}; expected opset {opset}")
+        raise ExportError(
+            f"{path.name} declares the opsets {declared}; expected opset {opset}, and {VERSION} "
+            f"for domain '{DOMAIN}'"
+        )
     found = count_updates(proto)
     if found != UPDATES_PER_MODEL:
         raise ExportError(
@@ -116,11 +124,12 @@ def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
         )
     inputs = {i.name: _shape_and_type(i) for i in proto.graph.input}
     outputs = {o.name: _shape_and_type(o) for o in proto.graph.output}
-    # The exporter can fix a size without a word; a call of other sizes would then be refused.
+    # The exporter may silently turn a free axis into a constant; such a model would reject calls of
+    # other sizes.
     if inputs.get("input_ids") != "int64 [batch, tokens]":
         raise ExportError(
             f"{path.name} takes 'input_ids' as {inputs.get('input_ids')}; expected int64 [batch, "
-            "tokens], both of any size"
+            "tokens] with both sizes free"
         )
     for spec in specs:
         past, present = inputs.get(PAST + spec.name), outputs.get(PRESENT + spec.name)
@@ -131,7 +140,7 @@ def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
 
 
 def _update_type(precision: str | PrecisionPolicy) -> str:
-    """Return the type of the fast-weight updates' queries, keys and values."""
+    """Return the dtype of the fast-weight updates' queries, keys and values."""
     if isinstance(precision, str):
         return _ACTIVATION_TYPES[precision]
     quantized = UPDATE in precision.quantized
@@ -148,7 +157,7 @@ def _trace(streaming: StreamingModel, opset: int) -> torch.onnx.ONNXProgram:
     # The ring buffers are sized by the largest T of a call.
     largest = max(streaming.max_tokens, 2)
     tokens = torch.export.Dim("tokens", min=1, max=largest)
-    # Two rows and two tokens: sizes of 1 would be taken for constants.
+    # Trace with two rows and two tokens: the tracer takes sizes of 1 for constants.
     arguments = (*example_inputs(2, 2), *_example_state(streaming.specs, 2))
     names = [spec.name for spec in streaming.specs]
     dynamic = (
@@ -175,7 +184,12 @@ def _trace(streaming: StreamingModel, opset: int) -> torch.onnx.ONNXProgram:
 
 
 def example_inputs(batch: int, length: int) -> tuple[Tensor, ...]:
-    """Return the inputs, but for the state, of a call that reads token 0; see `INPUTS`."""
+    """Return the inputs of a call that reads token 0 everywhere, without the state; see `INPUTS`.
+
+    Args:
+      batch: Number of rows, B.
+      length: Number of tokens per row, T.
+    """
     return (
         torch.zeros(batch, length, dtype=torch.int64),
         torch.ones(batch, length),
@@ -192,7 +206,7 @@ def _example_state(specs: Sequence[TensorSpec], batch: int) -> list[Tensor]:
 def _symbolic_update(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Stand for the op while tracing: an opaque node, where a translation would be inlined."""
+    """Stand for the op while tracing: emit one opaque node instead of the op's own operators."""
     emit: Callable[..., Sequence[Tensor]] = torch.onnx.ops.symbolic_multi_out
     output, present_state = emit(
         f"{DOMAIN}::{NAME}",
@@ -214,7 +228,7 @@ def _shape_and_type(value: onnx.ValueInfoProto) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what the exporter says about packages and axis names that do not matter here."""
+    """Silence the exporter's warnings about packages and axis names, which do not matter here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Store the weights of an ONNX graph as int8 with one scale per output channel."""
+"""Store weights of an ONNX graph in int8, with one scale per output channel."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from fwl_export.precision.int8 import Int8Weight
 
 
 def store_int8(model: onnx.ModelProto, weights: Mapping[str, Int8Weight]) -> None:
-    """Replace weights by their int8 form and a DequantizeLinear node each.
+    """Replace each weight by its int8 form and a DequantizeLinear node.
 
     The exporter renames and transposes weights, so they are found by their values.
 
     Args:
-      model: changed in place; its weights are those that `Int8Weight.dequantized` returns.
-      weights: by name, for messages.
+      model: The model to change in place. Its weights must have the values that
+        `Int8Weight.dequantized` returns.
+      weights: The weights to replace; the names serve for messages only.
 
     Raises:
-      ExportError: a weight is not in the graph.
+      ExportError: A weight is not in the graph.
     """
     wanted: dict[tuple[tuple[int, ...], bytes], Int8Weight] = {}
     for weight in weights.values():
@@ -51,7 +52,10 @@ def store_int8(model: onnx.ModelProto, weights: Mapping[str, Int8Weight]) -> Non
         )  # fmt: skip
     for name, weight in weights.items():
         if weight.values.tobytes() not in found:
-            raise ExportError(f"weight '{name}' is not in the traced graph, to be stored as int8")
+            raise ExportError(
+                f"weight '{name}' cannot be stored in int8: the traced graph has no matrix of its "
+                "values"
+            )
     nodes += model.graph.node
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend(initializers)

@@ -1,4 +1,4 @@
-"""Write a bundle from a checkpoint: trace, check, run once, hash, rename into place."""
+"""Write a bundle from a checkpoint: trace it, check it, run it once, hash it."""
 
 from __future__ import annotations
 
@@ -42,24 +42,31 @@ def export_bundle(
     progress: Callable[[str], None] = lambda message: None,
     policy: PrecisionPolicy | None = None,
 ) -> Bundle:
-    """Export a checkpoint folder to a bundle folder, all of it or nothing.
+    """Export a checkpoint folder to a bundle folder. On failure, nothing is written.
 
     Args:
-      checkpoint: folder with config.json, model.safetensors and tokenizer.json.
-      output: the bundle; must not exist unless `force`.
-      precision: "fp32" or "fp16".
-      opset: of the ONNX file.
-      max_tokens: largest number of tokens per call; longer reads are split. Never more than
-        the model's anchor interval.
-      force: replace what is at `output`.
-      include_checkpoint: put the PyTorch weights in, which runtime 'torch' and `check` read.
-      progress: called with what is being done.
-      policy: lower some products of a float32 model, see `fwl_export.precision.policy`.
+      checkpoint: Folder with config.json, model.safetensors and tokenizer.json.
+      output: Folder of the bundle to write; must not exist, unless `force` is set.
+      precision: Precision of weights and activations, "fp32" or "fp16".
+      opset: ONNX opset of the file.
+      max_tokens: Largest number of tokens per call; sessions split longer reads. It is reduced to
+        the model's anchor interval and context, where these are smaller.
+      force: Whether to replace what is at `output`.
+      include_checkpoint: Whether to put the PyTorch weights into the bundle. Runtime 'torch' and
+        `fwl-export check` need them.
+      progress: Called with a line of text about what is being done.
+      policy: The parts of a float32 model to quantize, see `fwl_export.precision.policy`; None
+        exports all parts in `precision`.
+
+    Returns:
+      The bundle, read again from its folder.
 
     Raises:
-      OutputExistsError: `output` exists and `force` is off, or holds something too precious.
-      ExportError: the written file fails a check.
-      CheckpointError, ConfigError: see `load_checkpoint`; the policy is of another model.
+      OutputExistsError: `output` exists and `force` is off, or it is a folder that is never
+        replaced, such as the home folder.
+      ExportError: An argument is not supported, or the written file fails a check.
+      CheckpointError, ConfigError: The checkpoint cannot be read, see `load_checkpoint`, or the
+        policy belongs to another model.
     """
     if precision not in EXPORTED:
         raise ExportError(f"precision is '{precision}'; expected {' or '.join(EXPORTED)}")
@@ -71,11 +78,11 @@ def export_bundle(
     loaded = load_checkpoint(checkpoint)
     _log.info("read checkpoint '%s', %s", checkpoint, loaded.config.backbone.type)
     if interval := loaded.config.fast_weights.anchor_interval:
-        max_tokens = min(max_tokens, interval)  # no call may cross an anchor
+        max_tokens = min(max_tokens, interval)  # a call must not cross an anchor
     if limit := loaded.config.backbone.max_positions:
         max_tokens = min(max_tokens, limit)
     with replaced_folder(output) as folder:
-        progress("tracing the model (10 s and more, by its layers)")
+        progress("tracing the model (10 s or more; grows with its layers)")
         model_path = folder / bundles.MODEL_FILE
         chosen = policy or precision
         specs = export_onnx(loaded.model, model_path, chosen, max_tokens, opset)
@@ -114,19 +121,25 @@ def export_bundle(
 
 
 def check_bundle_output(output: Path, force: bool) -> None:
-    """Refuse an output folder that exists, unless it may be replaced; see `files.check_output`.
+    """Check that a bundle may be written to a folder; see `files.check_output`.
 
     Raises:
-      OutputExistsError: It exists and `force` is off, or it holds the current or home folder.
+      OutputExistsError: The folder exists and `force` is off, or it contains the current folder or
+        the home folder.
     """
     check_output(output, "a bundle", is_bundle, force, over_anything=True)
 
 
 def run_once(model_path: Path, specs: list[TensorSpec]) -> None:
-    """Run one call in ONNX Runtime: two rows, two tokens, fresh state.
+    """Run one call of two rows and two tokens, from a fresh state, in ONNX Runtime.
+
+    Args:
+      model_path: Path of the ONNX file.
+      specs: The state tensors of the model.
 
     Raises:
-      ExportError: it does not load or run, or something comes out NaN or with another shape.
+      ExportError: The file does not load or run, or a state tensor comes out with another shape
+        or with NaN.
       MissingDependencyError: onnxruntime is not installed.
     """
     onnxruntime = import_onnxruntime("export, which runs the file once,")
@@ -142,8 +155,9 @@ def run_once(model_path: Path, specs: list[TensorSpec]) -> None:
         found = results[PRESENT + spec.name]
         if found.shape != (2, *spec.shape) or not np.isfinite(found).all():
             raise ExportError(
-                f"{model_path.name}: state '{spec.name}' came out as {list(found.shape)}, "
-                f"finite: {bool(np.isfinite(found).all())}; expected {[2, *spec.shape]}"
+                f"{model_path.name}: state '{spec.name}' came out with shape {list(found.shape)}"
+                f"{'' if np.isfinite(found).all() else ' and NaN or infinite values'}; expected "
+                f"finite values of shape {[2, *spec.shape]}"
             )
 
 
@@ -152,13 +166,13 @@ def _check_policy(policy: PrecisionPolicy | None, precision: str) -> None:
         return
     if precision != "fp32":
         raise ExportError(
-            f"a precision policy lowers parts of an fp32 model, and precision is '{precision}'; "
-            "give one of the two"
+            "a precision policy quantizes parts of an fp32 model, but precision is "
+            f"'{precision}'; give one of the two"
         )
     if policy.target == "bf16":
         raise ExportError(
-            "a bf16 policy can be measured, in PyTorch, but not exported: ONNX Runtime's CPU "
-            "provider, which every export is run in, has no bf16 kernels; make a policy for fp16"
+            "a bf16 policy can be measured in PyTorch, but not exported: every export is run once "
+            "in ONNX Runtime's CPU provider, which has no bf16 kernels; make a policy for fp16"
         )
 
 

@@ -242,9 +242,8 @@ def ulp_histogram(difference: Array, reference: Array, dtype: Any) -> npt.NDArra
     bins -= np.maximum(_exponent_bits(reference), int(info.minexp) + _EXPONENT_BIAS)
     bins += int(info.nmant) + 2
     np.clip(bins, 0, ULP_BINS - 1, out=bins)
-    bins[difference == 0] = (
-        0  # the exponent of 0 is not small enough beside tiny float64 references
-    )
+    # The exponent of 0 is not below that of a ULP of the smallest references.
+    bins[difference == 0] = 0
     counts: npt.NDArray[np.int64] = np.bincount(bins.reshape(-1), minlength=ULP_BINS)
     return counts
 

@@ -195,6 +195,7 @@ class _Casts:
         self._done: dict[tuple[str, str], Array] = {}
 
     def to(self, session: Session) -> State:
+        """Return the state in the dtypes of a session."""
         return {spec.name: self._cast(spec.name, spec.dtype) for spec in session.specs}
 
     def _cast(self, name: str, dtype: str) -> Array:
@@ -220,6 +221,13 @@ class _CandidateRun:
         self.drift.dtypes = {spec.name: spec.dtype for spec in session.specs}
 
     def step(self, call: ScheduledCall, before: _Casts, right: _Output) -> None:
+        """Make a call and compare its output.
+
+        Args:
+          call: Call to make.
+          before: Reference's state before the call.
+          right: Reference's output of the call.
+        """
         found = self._feed(call, before)
         if isinstance(found, Failure):
             self._fail(found)
@@ -233,6 +241,7 @@ class _CandidateRun:
             self._sums = None
 
     def stop(self) -> None:
+        """Stop at the limit the user set."""
         self.drift.stopped = self.going
         self.going = False
 
@@ -268,6 +277,7 @@ class _Sums:
         self._predictions = PredictionSum()
 
     def add(self, candidate: _Output, reference: _Output, call: ScheduledCall) -> None:
+        """Add the differences of one call."""
         at = (call.step, call.tokens_read)
         for row, length in enumerate(call.lengths):
             real = (row, slice(0, int(length)))
@@ -280,6 +290,7 @@ class _Sums:
                     self._tensors[name].add(row, candidate.state[name][row], tensor[row], *at)
 
     def finish(self, drift: RunDrift) -> None:
+        """Append the statistics to the drift of the run."""
         for name, total in self._tensors.items():
             drift.errors.setdefault(name, []).append(total.result())
             if total.ulp is not None:

@@ -38,9 +38,7 @@ ROUNDING = {"fp64": 4 * 2.0**-52, "fp32": 4 * 2.0**-23, "fp16": 2.0**-10}
 # rounded weights, which the reference has too.
 ROUNDING |= {"mix16": ROUNDING["fp16"], "int8w": ROUNDING["fp32"]}
 
-_MAX_OVER_RMS = (
-    3  # of thousands of normal deviates the largest is at three to four standard deviations
-)
+_MAX_OVER_RMS = 3  # the largest of thousands of normal deviates is at 3 to 4 standard deviations
 _DECAY_ROUNDING = 2.0**-25  # largest rounding error of a float32 number between 1/2 and 1
 
 

@@ -86,8 +86,8 @@ def open_file(
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Otherwise ONNX Runtime rounds the activations of int8 weights to int8 as well, which costs 1 %
-    # of accuracy and is slower on CPUs.
+    # Otherwise ONNX Runtime also rounds the activations that int8 weights are multiplied with to
+    # int8: the results are 1 % off, and on CPUs it is slower.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
     if place[0] == "cuda":

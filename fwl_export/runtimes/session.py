@@ -32,7 +32,7 @@ class SessionSpec:
       max_tokens: Largest T of one call of the runner; the session splits longer reads.
       anchor_interval: Tokens between two anchors, which no call may cross; 0 means no anchors. See
         `FastWeightsConfig`.
-      model_id: Identity of the model; state files carry it, and only load into the same model.
+      model_id: Identity of the model; state files carry it, and load only into the same model.
       max_positions: Tokens that a row may read in all; 0 means no limit.
     """
 
@@ -67,7 +67,7 @@ class Session:
       max_tokens: Tokens that one call of the model reads at most; `feed` splits longer reads.
       max_positions: Tokens that a row may read in all, from a fresh state; 0 means no limit.
       anchor_interval: Tokens between the anchors at which gradients are taken; 0 means none.
-      model_id: Identity of the model, as hex; state files only load where it is the same.
+      model_id: Identity of the model, as hex; state files load only into the same model.
       specs: Names, shapes and dtypes of the state's tensors, in the model's order.
       spec: The same facts as one `SessionSpec`.
     """

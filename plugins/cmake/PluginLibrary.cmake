@@ -12,7 +12,10 @@ function(fwl_plugin_library target)
       set(map "${CMAKE_CURRENT_BINARY_DIR}/${target}.map")
       string(REPLACE ";" "; " entries "${ARGN}")
       file(WRITE "${map}" "{ global: ${entries}; local: *; };\n")
-      target_link_options(${target} PRIVATE -Wl,--no-undefined "-Wl,--version-script=${map}")
+      # A library stays loaded once it is: what zig links does not run its destructors when ONNX
+      # Runtime unloads it, but at the end of the process, when its code would be gone.
+      target_link_options(${target} PRIVATE -Wl,--no-undefined "-Wl,--version-script=${map}"
+                          -Wl,-z,nodelete)
     endif()
   endif()
   install(TARGETS ${target} LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT runtime)

@@ -1,4 +1,4 @@
-"""`fwl-export bench op` runs on a tiny size, measures every peer, and ends with a line of JSON."""
+"""`fwl-export bench op` on a tiny size: it measures every peer and ends with a line of JSON."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_wrong_list_is_named(option: tuple[str, str], capsys: pytest.CaptureFi
 
 
 def test_ratios_are_of_the_same_rounds() -> None:
-    # The second of three rounds was slow for all; one peer took so long that it was timed once.
+    # The second of three rounds was slow for all. One peer is so slow that it is timed only once.
     seconds = {"ours, one": [1.0, 10.0, 2.0], "peer": [3.0, 20.0, 2.0], "slow": [8.0]}
     assert bench._ratios(seconds, "ours, one") == {"ours, one": 1.0, "peer": 2.0, "slow": 4.0}
 

@@ -1,4 +1,4 @@
-"""`fwl-export bench session` measures every implementation, and ends with a line of JSON."""
+"""`fwl-export bench session`: it measures every implementation and ends with a line of JSON."""
 
 from __future__ import annotations
 

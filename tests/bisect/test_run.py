@@ -1,4 +1,4 @@
-"""Every planted fault is caught by `check` and located by `bisect`; nothing is found elsewhere."""
+"""`check` catches every planted fault and `bisect` locates it; nothing is found where none is."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fwl_export.bisect.expose import Probe, open_probe
 from fwl_export.bundle.manifest import GRAPH_FILE, read_bundle, write_manifest
 from fwl_export.errors import BundleError, ConfigError
 from fwl_export.model import traced_graph as graphs
-from fwl_export.parity import check_bundle
+from fwl_export.parity import check_bundle, choose_cases
 from fwl_export.parity.candidates import Candidate
 from fwl_export.runtimes import Session, open_session
-from tests.bundles import VOCABULARY
+from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.parity import faults
 from tests.parity.faults import broken_bundle
 from tests.parity.planted import PLANTED, TABLE, table
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sessions(tiny_bundle: Path, folder: Path) -> dict[str, Session]:
-    """A session with each fault; the broken bundles are in `folder`, by number."""
+    """A session with each fault, by its name. `folder` holds the broken bundles, by number."""
     return {
         name: planted.session(tiny_bundle, folder / str(number))
         for number, (name, planted) in enumerate(PLANTED.items())
@@ -47,7 +47,7 @@ def sessions(tiny_bundle: Path, folder: Path) -> dict[str, Session]:
 
 @pytest.fixture(scope="module")
 def caught(tiny_bundle: Path, sessions: dict[str, Session]) -> dict[str, set[str]]:
-    """The tensors outside their budgets in `check`, or not finite, by fault."""
+    """For each fault, the tensors that `check` finds outside their budgets or not finite."""
     fresh = {name: session.another(session.batch) for name, session in sessions.items()}
     report = check_bundle(read_bundle(tiny_bundle), TEXT, TOKENS, candidates=fresh, cases=CASES)
     found: dict[str, set[str]] = {}
@@ -55,7 +55,7 @@ def caught(tiny_bundle: Path, sessions: dict[str, Session]) -> dict[str, set[str
         assert candidate["status"] == "outside", candidate["name"]
         names = found.setdefault(candidate["name"], set())
         for run in candidate["runs"]:
-            # null: infinitely far off
+            # null stands for an infinite error.
             names |= {t["name"] for t in run["tensors"] if t["use"] is None or t["use"] > 1}
     return found
 
@@ -97,7 +97,7 @@ def test_a_fault_is_caught_and_located(
     assert not found.amount.max_abs <= found.amount.allowed_max_abs or (
         found.amount.relative_rms > found.amount.allowed_relative_rms
     )
-    assert len(found.nodes) <= 4, "one node, and what was put before it"
+    assert len(found.nodes) <= 4, "one node, and those that the fault put before it"
     assert result.reproduces
     nodes = onnx.load(folder / f"repro-{number}" / "repro.onnx").graph.node
     assert len(nodes) == len(found.nodes)
@@ -126,11 +126,25 @@ def test_nothing_is_found_in_an_unbroken_bundle(
     assert not (tmp_path / "repro").exists()
 
 
+def test_chosen_cases_are_read(tiny_bundle: Path) -> None:
+    moved: list[int] = []
+    chosen = choose_cases("decode@8,long@16", 20, MAX_TOKENS)
+    result = bisect_bundle(
+        read_bundle(tiny_bundle), TEXT, CANDIDATE, 20, cases=chosen, advance=moved.append
+    )
+    assert result.finding is None
+    assert result.cases == "decode@8,long@16"
+    assert sum(moved) == sum(case.tokens for case in chosen)
+
+
 @pytest.mark.parametrize("bundle", ["tiny_bundle", "tiny_bundle_fp16", "anchored_bundle"])
 def test_tensors_of_an_unbroken_graph_are_far_from_their_budgets(
     bundle: str, request: pytest.FixtureRequest
 ) -> None:
-    """So that what is found is no rounding: a session that is wrong makes every tensor compared."""
+    """So what bisect finds is not a mere rounding.
+
+    A faulty session makes bisect compare every tensor of the unbroken graph.
+    """
     opened = read_bundle(request.getfixturevalue(bundle))
     name = "a stale state buffer: read one call late"
     for seed in (0, 1):
@@ -182,7 +196,7 @@ def test_nan_is_located(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_a_fault_of_the_runtimes_optimisation_is_told_from_one_in_a_node(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A runtime whose optimised graph is wrong, and right when its inner tensors are outputs."""
+    """The runtime's optimized graph is wrong, but right when the inner tensors are outputs."""
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", faults.ignored_decay(0))
     optimised = {read_bundle(tiny_bundle).model_files(): broken.model_files()}
 

@@ -1,3 +1,5 @@
+"""Configurations: a round trip through JSON, and errors that name the wrong key."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -58,12 +60,12 @@ def test_a_step_per_feature_needs_a_step_per_tensor() -> None:
 
 
 @pytest.mark.parametrize("data", [None, [], "x", 3])
-def test_something_else_than_an_object(data: Any) -> None:
+def test_something_other_than_an_object(data: Any) -> None:
     with pytest.raises(ConfigError, match="expected a JSON object"):
         ModelConfig.from_dict(data)
 
 
-def test_a_file_from_before_there_were_anchors_has_none() -> None:
+def test_a_file_without_an_anchor_interval_has_no_anchors() -> None:
     data = ModelConfig().to_dict()
     del data["fast_weights"]["anchor_interval"]
     assert ModelConfig.from_dict(data).fast_weights.anchor_interval == 0

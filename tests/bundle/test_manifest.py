@@ -1,3 +1,5 @@
+"""Manifests: what they say is checked, and no path leads out of the bundle's folder."""
+
 from __future__ import annotations
 
 import json
@@ -154,7 +156,7 @@ def test_a_bundle_that_is_replaced_while_it_is_loaded_is_refused(
     own_bundle: Path, tmp_path: Path
 ) -> None:
     bundle, aside, probe = read_bundle(own_bundle), tmp_path / "aside", tmp_path / "probe"
-    while True:  # until the file system's clock has moved on
+    while True:  # until the file system's clock has advanced
         probe.touch()
         if probe.stat().st_ctime_ns > own_bundle.stat().st_ctime_ns:
             break

@@ -1,3 +1,5 @@
+"""State as named arrays: fresh rows, sizes, and errors that name the tensor."""
+
 from __future__ import annotations
 
 import re

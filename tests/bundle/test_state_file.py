@@ -1,4 +1,4 @@
-"""State files: whole or refused, the same for every runtime, and as small as they say."""
+"""State files: complete or refused, the same for every runtime, and as small as they report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ def ids(size: int, seed: int = 0) -> np.ndarray:
 
 
 def read(tokens: list[int], scale: float = 1.0) -> State:
-    """A state as it is after so many tokens in each row."""
+    """Return a state as it may be after reading.
+
+    Args:
+      tokens: Number of tokens that each row has read.
+      scale: Size of the writes into the fast weights.
+    """
     rng = np.random.default_rng(1)
     rows = len(tokens)
     state = {s.name: np.zeros((rows, *s.shape), s.dtype) for s in SPECS}
@@ -63,8 +68,8 @@ def test_a_state_comes_back(tmp_path: Path, compress: str, tokens: list[int], sc
     assert saved.state_bytes == sum(a.nbytes for a in state.values())
     for name, array in state.items():
         assert found[name].dtype == array.dtype
-        # 2^-11 is float16's rounding, 2^-20 what the factors may lose of the norm, which is
-        # at most sqrt(40) times the largest value's share here.
+        # float16 rounds by 2^-11. The factors may lose 2^-20 of the Frobenius norm, an error of at
+        # most sqrt(40) times as much relative to the largest value here.
         allowed = {"none": 0, "fp16": 2**-11, "lowrank": 40**0.5 * 2**-20}[compress]
         difference = float(np.abs(found[name].astype(float) - array).max())
         largest = float(np.abs(array).max())
@@ -95,7 +100,7 @@ def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
         load_state(path, small, "abc")
 
 
-def test_a_file_changed_at_any_byte_is_refused_or_a_state(tmp_path: Path) -> None:
+def test_a_file_changed_at_any_byte_is_refused_or_still_a_state(tmp_path: Path) -> None:
     path = tmp_path / "a.state"
     small = [TensorSpec("position", (), "int64"), TensorSpec("fast.x", (3,), "float32")]
     state = {"position": np.array([4]), "fast.x": np.ones((1, 3), np.float32)}
@@ -116,7 +121,7 @@ def test_a_file_changed_at_any_byte_is_refused_or_a_state(tmp_path: Path) -> Non
     assert refused > len(content)
 
 
-def test_what_is_no_state_of_this_model_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_a_state_of_this_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.state"
     save_state(path, SPECS, read([3]), "abc")
     with pytest.raises(StateError, match="was saved from another model"):
@@ -143,7 +148,7 @@ def test_what_is_no_state_of_this_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compress", COMPRESSIONS)
 @pytest.mark.parametrize(("first", "second"), [("torch", "onnxruntime"), ("onnxruntime", "torch")])
-def test_runtimes_go_on_from_each_other(
+def test_runtimes_continue_from_each_other(
     anchored_bundle: Path, tmp_path: Path, first: str, second: str, compress: str
 ) -> None:
     reader = open_session(anchored_bundle, first, batch=2)
@@ -158,7 +163,7 @@ def test_runtimes_go_on_from_each_other(
     text = ids(2 * MAX_TOKENS, seed=2)
     expected = reader.feed(np.stack([text, text]))[1]
     found = other.feed(np.stack([text] * 3))[2]
-    # float16 keeps 11 bits of the sums.
+    # float16 keeps 11 bits of the fast weights.
     assert_close("runtime.float16" if compress == "fp16" else "runtime.float32", found, expected)
     with pytest.raises(ShapeError, match="holds 1 rows, but 3 are to be loaded"):
         other.load_state(tmp_path / "a.state")
@@ -194,5 +199,5 @@ def test_a_process_killed_while_saving_leaves_the_old_file_or_the_new_one(tmp_pa
         found = load_state(path, SPECS, "abc")
         state = expected[int(found["position"][0])]
         assert all(np.array_equal(found[name], array) for name, array in state.items())
-    save_state(path, SPECS, read([1]), "abc")  # removes what the killed ones left
+    save_state(path, SPECS, read([1]), "abc")  # removes the files of killed processes
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.state"]

@@ -1,4 +1,4 @@
-"""Engines in a bundle: what is written, what is refused, and what a failure leaves behind."""
+"""Building engines into a bundle: what is written, refused, and left behind by a failure."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_real_engine_on_a_machine_without_a_gpu(
         open_session(built[0], runtime="tensorrt")
     assert str(caught.value) == (
         "runtime 'tensorrt' needs an NVIDIA GPU, and there is no CUDA device: "
-        "libnone.so.1 is not here; use runtime 'onnxruntime'"
+        "libnone.so.1 is not installed; use runtime 'onnxruntime'"
     )
 
 
@@ -162,10 +162,10 @@ def test_an_operator_that_the_parser_does_not_know(rtx: None, own_bundle: Path) 
 
 
 def group_ends(group: int) -> bool:
-    """Return whether a process group is gone, at the latest after ten seconds.
+    """Return whether a process group ends within ten seconds.
 
-    A worker that the signal met while it started is nobody's child any more when the command has
-    ended: it takes the system a moment to bury it.
+    A worker that was still starting when the signal came is orphaned when the command ends, and the
+    system takes a moment to reap it.
     """
     for _ in range(200):
         try:
@@ -177,7 +177,7 @@ def group_ends(group: int) -> bool:
 
 
 def test_ctrl_c_ends_the_worker_and_leaves_nothing(rtx: None, own_bundle: Path) -> None:
-    # A shell lets its background jobs ignore Ctrl-C, and their children inherit that.
+    # A shell makes its background jobs ignore Ctrl-C, and their children inherit that.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from fwl_export.cli.main import main; main()"
     with subprocess.Popen(
@@ -185,7 +185,7 @@ def test_ctrl_c_ends_the_worker_and_leaves_nothing(rtx: None, own_bundle: Path) 
         cwd=REPOSITORY,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a group of its own, as a terminal gives it
+        start_new_session=True,  # a process group of its own, as in a terminal
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -194,7 +194,7 @@ def test_ctrl_c_ends_the_worker_and_leaves_nothing(rtx: None, own_bundle: Path) 
                 break
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == 130
-    assert group_ends(process.pid), "the worker lives on"
+    assert group_ends(process.pid), "the worker is still running"
     assert engine_files(own_bundle) == []
     assert manifest_engines(own_bundle) == []
     read_bundle(own_bundle).verify()
@@ -354,7 +354,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_present_only() -> None:
         _targets("tensorrt", None, nowhere)
 
 
-def test_rtx_builds_for_four_sms_unless_told() -> None:
+def test_rtx_builds_for_four_architectures_by_default() -> None:
     assert _targets("rtx", None, Probe("1.7", (75, 80, 86, 89, 120, 121), {}, "")) == [
         80,
         86,

@@ -1,4 +1,4 @@
-"""The parts of a build that need no builder: profiles, and the count of plugin layers."""
+"""The parts of a build that need no TensorRT: profiles, and the count of plugin layers."""
 
 from __future__ import annotations
 

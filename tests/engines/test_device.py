@@ -1,4 +1,4 @@
-"""The CUDA driver: absent, broken, without a GPU, with two."""
+"""The CUDA driver: absent, broken, without a GPU, and with two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fwl_export.engines.device import Device, Driver, query_driver
 
 
 class FakeCuda:
-    """The calls of libcuda that are used, on a machine with the given GPUs."""
+    """Fakes the calls of libcuda that we use, on a machine with the given GPUs."""
 
     def __init__(self, devices: tuple[Device, ...] = (), status: int = 0) -> None:
         self.devices, self.status = devices, status
@@ -61,4 +61,4 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, reason: str)
 
 
 def test_no_driver() -> None:
-    assert query_driver("libnone.so.1") == Driver("", (), "libnone.so.1 is not here")
+    assert query_driver("libnone.so.1") == Driver("", (), "libnone.so.1 is not installed")

@@ -1,4 +1,4 @@
-"""Flavours: what is installed, one per process, and their SMs."""
+"""TensorRT variants: what is installed, one per process, and the GPUs they build for."""
 
 from __future__ import annotations
 

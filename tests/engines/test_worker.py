@@ -1,4 +1,4 @@
-"""The worker process: its answer, its errors, and its death."""
+"""The worker process: its answers, its errors, and a crash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fwl_export.engines.worker import build_in_worker, describe_variant, probe_v
 from fwl_export.errors import EngineError, MissingDependencyError
 from tests.engines.conftest import PlantModule
 
-# Enough of the module for a worker to describe it, and something printed on the way.
+# As much of the module as a worker needs to describe it, and some output that must not disturb.
 DESCRIBABLE = """
 print("noise on standard output")
 __version__ = "9.8.7"

@@ -1,4 +1,4 @@
-"""What `export` writes, what it refuses, and what it leaves behind when it fails."""
+"""Export: what it writes, what it refuses, and what it leaves behind when it fails."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_only_batch_and_tokens_are_dynamic(
         f"{side}.{s.name}": ["batch", *s.shape] for s in state for side in ("past", "present")
     }
     assert sizes == expected
-    # Triton pairs states by index over sorted names: both sides must sort alike.
+    # Triton pairs past and present states by their index among the sorted names, so both must sort
+    # alike.
     names = sorted(sizes)
     assert [n.split(".", 1)[1] for n in names if n.startswith("past.")] == [
         n.split(".", 1)[1] for n in names if n.startswith("present.")
@@ -199,7 +200,9 @@ def test_running_once_finds_what_does_not_run(own_bundle: Path) -> None:
     poisoned = np.frombuffer(data.read_bytes(), np.float32).copy()
     poisoned[:] = np.nan
     data.write_bytes(poisoned.tobytes())
-    with pytest.raises(ExportError, match=r"came out as .* finite: False"):
+    with pytest.raises(
+        ExportError, match=r"came out with shape .* and NaN or infinite values; expected finite"
+    ):
         write_bundle.run_once(path, specs)
     path.write_bytes(b"nonsense")
     with pytest.raises(ExportError, match=r"ONNX Runtime cannot run model\.onnx"):

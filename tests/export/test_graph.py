@@ -1,4 +1,4 @@
-"""The traced graph beside the ONNX file: it computes what the module does, with names."""
+"""The traced graph beside the ONNX file computes what the module does, under the same names."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_read(change: dict[str, object], message: str, tmp_path: 
         read_graph(path)
 
 
-def test_text_that_is_no_json(tmp_path: Path) -> None:
+def test_text_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / GRAPH_FILE).write_text("{")
     with pytest.raises(BundleError, match="is not JSON"):
         read_graph(tmp_path / GRAPH_FILE)

@@ -1,4 +1,4 @@
-"""Hugging Face backbones as bundles: ONNX Runtime computes what PyTorch does, up to their end."""
+"""Bundles with Hugging Face backbones: ONNX Runtime computes what PyTorch does, up to their end."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_refusals_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     backbone = write_backbone(tmp_path / "backbone", "GPT-2")
     layer = write_layer(tmp_path / "layer", tiny_pretrained("GPT-2"))
     both = ("export", "--backbone", backbone, "--fwl", layer, "-o", tmp_path / "out")
-    capsys.readouterr()  # what transformers says when it saves
+    capsys.readouterr()  # drop what transformers prints when it saves
     result = run(capsys, *both, "--context", LIMIT + 1)
     assert (result.code, result.out) == (1, "")
     errors = [line for line in result.err.splitlines() if not line.startswith("export: ")]

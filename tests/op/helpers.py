@@ -1,4 +1,4 @@
-"""The op's cases, rounded to a type of activations, and what the reference makes of them."""
+"""The op's cases rounded to an activation type, and the comparison with the reference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,12 @@ _NUMPY_TYPES = {
 
 
 def rounded_inputs(case: Case, activation_type: str) -> dict[str, Array]:
-    """Return the case's inputs in the spec's order and types; float64 makes all float64."""
+    """Return a case's inputs by name, in the order and with the dtypes of the op's definition.
+
+    Args:
+      case: Case whose inputs are float32.
+      activation_type: Dtype of query, key and value. With "float64" all inputs are float64.
+    """
     arrays = case.arrays()
     state_type = "float64" if activation_type == "float64" else "float32"
     return {
@@ -51,7 +56,12 @@ def assert_matches_reference(
 ) -> None:
     """Compare output and state with the reference on the same, rounded inputs.
 
-    `rows` is the first word of the tolerances' names.
+    Args:
+      activation_type: Dtype that the inputs were rounded to.
+      inputs: Inputs by name, in the op's order.
+      output: Output of the implementation under test, [B, T, Dv].
+      state: Present state of the implementation under test, [B, Dk, Dv].
+      rows: First part of the names of the tolerances to apply, see tests/tolerances.py.
     """
     expected_output, expected_state = linear_attention_update(
         *(np.asarray(a, dtype=np.float64) for a in inputs.values())
@@ -62,7 +72,7 @@ def assert_matches_reference(
 
 
 def one_node_model(activation_type: str, opset: int) -> onnx.ModelProto:
-    """Return a model of one node and the body."""
+    """Return an ONNX model of one node of the op, with the op's function body."""
 
     def value(argument: Argument) -> onnx.ValueInfoProto:
         kind = ONNX_TYPES[activation_type if argument.dtype == "T" else "float32"]

@@ -1,4 +1,4 @@
-"""Which GPU kernels back the PyTorch op, and what is said where none do; see also tests/gpu."""
+"""Which GPU kernels the PyTorch op runs, and its warnings where it cannot; see also tests/gpu."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_old_gpu_is_told_so() -> None:
 
 
 def test_without_triton_the_user_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    # None makes the import fail, as that of triton inside it would.
+    # None makes the import fail, as a missing triton does.
     monkeypatch.setitem(sys.modules, "plugins.kernels.gpu.launch", None)
     with pytest.warns(RuntimeWarning, match="pip install triton"):
         assert cuda._launcher() is None

@@ -1,4 +1,4 @@
-"""The ONNX function body against the reference, in ONNX Runtime and in onnx's own evaluator."""
+"""The ONNX function body against the reference, in ONNX Runtime and in ONNX's own evaluator."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_onnxruntime_matches_reference(case: Case, activation_type: str) -> None
 
 
 @pytest.mark.parametrize("opset", [18, 21, 22])
-def test_body_takes_the_opset_of_theone_node_model(opset: int) -> None:
+def test_body_takes_the_opset_of_the_model(opset: int) -> None:
     model = one_node_model("float32", opset)
     assert [(o.domain, o.version) for o in model.functions[0].opset_import] == [("", opset)]
     for case in CASES:
         _assert_session_matches(_session("float32", opset), case, "float32")
 
 
-# The evaluator takes the logarithm of a decay of 0 with numpy, which warns.
+# The evaluator takes log(0) of the decay with NumPy, which warns.
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
 @pytest.mark.parametrize("activation_type", ACTIVATION_TYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -58,7 +58,7 @@ def test_reference_evaluator_matches_reference(case: Case, activation_type: str)
 
 @pytest.mark.parametrize("activation_type", ACTIVATION_TYPES)
 def test_body_is_strictly_typed(activation_type: str) -> None:
-    # Without declared outputs, types and shapes come from the body alone.
+    # With the declared outputs removed, types and shapes come from the body alone.
     model = one_node_model(activation_type, OPSET)
     for output in model.graph.output:
         output.type.Clear()
@@ -82,7 +82,7 @@ def test_signature_is_the_specs() -> None:
     assert (body.domain, body.name) == (DOMAIN, NAME)
     assert list(body.input) == [a.name for a in INPUTS]
     assert list(body.output) == [a.name for a in OUTPUTS]
-    # Undeclared attributes of the node would be an error in strict runtimes.
+    # Strict runtimes refuse attributes of the node that the function does not declare.
     assert set(body.attribute) == set(NODE_ATTRIBUTES)
 
 
@@ -113,7 +113,7 @@ def _assert_session_matches(session, case: Case, activation_type: str) -> None:
 
 @functools.cache
 def _session(activation_type: str, opset: int):
-    """Return one session for all cases: every size is a symbol."""
+    """Return a session for cases of any size: the model's axes are symbolic."""
     ort = pytest.importorskip("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

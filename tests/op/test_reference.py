@@ -1,4 +1,4 @@
-"""The reference against arithmetic by hand and an independent closed form; the cases themselves."""
+"""The reference against arithmetic by hand and a closed form, and the test cases themselves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_equals_the_sum_over_all_earlier_writes(case: Case) -> None:
     q, k, v, decay, past = rounded_inputs(case, "float64").values()
     output, state = linear_attention_update(q, k, v, decay, past)
     for t in range(case.sizes[1]):
-        # What is left at token t of the past and of every write before: products, no recurrence.
+        # What is left at token t of the past state and of every earlier write, as products.
         left_of_past = decay[:, : t + 1].prod(1)
         total = left_of_past[:, None, None] * past
         for j in range(t + 1):

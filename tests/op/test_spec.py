@@ -1,4 +1,4 @@
-"""The spec's own consistency, and the errors of its shape check."""
+"""The consistency of the op's definition, and the errors of its shape check."""
 
 from __future__ import annotations
 

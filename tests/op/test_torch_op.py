@@ -1,4 +1,4 @@
-"""The PyTorch op against the reference, in every type, under torch.export, and its errors."""
+"""The PyTorch op: against the reference in every dtype, under torch.export, and its errors."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_matches_reference_on_a_gpu(case: Case, activation_type: str) -> None:
 
 
 def test_small_updates_survive_half_precision() -> None:
-    # 4000 writes of 1e-3 into a state of 4: each is lost if the state is rounded to bfloat16
-    # (steps of 2^-6 there) or if any sum is.
+    # 4000 writes of 1e-3 into a state of 4. Rounding the state, or any sum, to bfloat16 would lose
+    # each of them, since neighbouring bfloat16 numbers near 4 differ by 2^-6 or more.
     steps, size = 4000, 1e-3
     tensors = [
         torch.ones(1, steps, 1, dtype=torch.bfloat16),
@@ -139,7 +139,7 @@ def test_decay_products() -> None:
     )
     found = decay_products(decay)
     assert_close("op.decay_products.float32", found, expected)
-    # 0 and 1 are exact: a reset leaves nothing, and a silent token loses nothing.
+    # Decays of 0 and 1 are exact: a reset leaves nothing, and a silent token forgets nothing.
     assert torch.equal(found == 0, expected == 0)
     assert torch.equal(found == 1, expected == 1)
 
@@ -196,7 +196,7 @@ def test_refuses_nothing_to_do(sizes: tuple[int, int, int, int], message: str) -
 
 
 def _tensors(inputs: dict[str, Array], activation_type: str) -> list[Tensor]:
-    """Return the inputs as tensors, those of type T in the given type (numpy lacks bfloat16)."""
+    """Return the inputs as tensors, with query, key and value in the given dtype."""
     tensors = []
     for argument, array in zip(INPUTS, inputs.values(), strict=True):
         tensor = torch.from_numpy(np.asarray(array, dtype=np.float64))

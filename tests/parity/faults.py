@@ -1,6 +1,6 @@
-"""Faults planted in a bundle's ONNX file.
+"""Faults to plant in a bundle's ONNX file.
 
-The manifest is made to fit, so that only a check of what the file computes can find them.
+The manifest is updated to match the broken file, so only checking what it computes finds the fault.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _END = np.iinfo(np.int64).max
 
 
 def broken_bundle(source: Path, target: Path, fault: Fault) -> Bundle:
-    """Copy a bundle, plant the fault, and record the new hashes."""
+    """Copy a bundle to `target`, plant the fault there, and record the new hashes."""
     shutil.copytree(source, target)
     model = onnx.load(str(target / MODEL_FILE))
     before = model.SerializeToString()
@@ -40,7 +40,7 @@ def broken_bundle(source: Path, target: Path, fault: Fault) -> Bundle:
 
 
 def weight(name: str, index: tuple[int, ...], factor: float = 1.0, added: float = 0.0) -> Fault:
-    """Change one element of an initializer; the name is the end of its own."""
+    """Change one element of the initializer whose name ends with `name`."""
 
     def plant(model: onnx.ModelProto) -> None:
         (tensor,) = [t for t in model.graph.initializer if t.name.endswith(name)]
@@ -52,7 +52,10 @@ def weight(name: str, index: tuple[int, ...], factor: float = 1.0, added: float 
 
 
 def unnamed_weight(shape: tuple[int, ...], index: tuple[int, ...], factor: float) -> Fault:
-    """Change one element of the first matrix of a shape: the exporter renames transposed ones."""
+    """Change one element of the first matrix of a shape.
+
+    For transposed weights, which the exporter renames.
+    """
 
     def plant(model: onnx.ModelProto) -> None:
         tensor = next(t for t in model.graph.initializer if tuple(t.dims) == shape)
@@ -63,7 +66,7 @@ def unnamed_weight(shape: tuple[int, ...], index: tuple[int, ...], factor: float
 
 
 def negated_value(node: int) -> Fault:
-    """Flip the sign of what an update writes."""
+    """Flip the sign of the value that an update writes."""
 
     def plant(model: onnx.ModelProto) -> None:
         _wrap_input(model, _updates(model)[node], 2, "Neg")
@@ -72,11 +75,11 @@ def negated_value(node: int) -> Fault:
 
 
 def added_instead(node: int) -> Fault:
-    """Add the step that is read from an update where it is to be subtracted."""
+    """Add the step that is read from an update, instead of subtracting it."""
 
     def plant(model: onnx.ModelProto) -> None:
         name = _updates(model)[node].output[0]
-        while True:  # along the scaled read to the subtraction
+        while True:  # follow the scaled step to the subtraction
             (user,) = [n for n in model.graph.node if name in n.input]
             if user.op_type == "Sub":
                 user.op_type = "Add"
@@ -88,7 +91,7 @@ def added_instead(node: int) -> Fault:
 
 
 def ignored_decay(node: int) -> Fault:
-    """Give an update a decay of 1 everywhere."""
+    """Give an update a decay of 1 for every token."""
 
     def plant(model: onnx.ModelProto) -> None:
         update = _updates(model)[node]
@@ -99,7 +102,7 @@ def ignored_decay(node: int) -> Fault:
 
 
 def ignored_scale() -> Fault:
-    """Take a scale of the step sizes of 1 whatever is given."""
+    """Use 1 as the scale of the step sizes, whatever the input says."""
 
     def plant(model: onnx.ModelProto) -> None:
         (node,) = [n for n in model.graph.node if "learning_rate_scale" in n.input]
@@ -125,7 +128,7 @@ def pending_of_padding(state: str) -> Fault:
 
 
 def rolled_rows(state: str, share: float = 1.0) -> Fault:
-    """Give each row (a share of) the state of the row before it."""
+    """Give each row the state of the row before it, or add a share of that state."""
 
     def plant(model: onnx.ModelProto) -> None:
         name = f"present.{state}"
@@ -154,7 +157,7 @@ def shifted_labels() -> Fault:
 
 
 def stale(state: str) -> Fault:
-    """Return the past of a state tensor as its present."""
+    """Return the past value of a state tensor as its present value."""
 
     def plant(model: onnx.ModelProto) -> None:
         _rename_output(model, f"present.{state}")
@@ -166,7 +169,7 @@ def stale(state: str) -> Fault:
 
 
 def rounded_to_half(state: str) -> Fault:
-    """Keep a state tensor in half precision."""
+    """Round a state tensor to half precision."""
 
     def plant(model: onnx.ModelProto) -> None:
         name = f"present.{state}"
@@ -229,7 +232,7 @@ def _wrap_input(model: onnx.ModelProto, node: onnx.NodeProto, index: int, op: st
 
 
 def _rename_output(model: onnx.ModelProto, name: str) -> str:
-    """Give a graph output's value another name, so that a new node can take its place."""
+    """Rename the tensor of a graph output, so that a new node can compute the output."""
     renamed = name + ".right"
     for node in model.graph.node:
         for names in (node.input, node.output):
@@ -242,7 +245,7 @@ def _rename_output(model: onnx.ModelProto, name: str) -> str:
 def _roll(
     model: onnx.ModelProto, name: str, axis: int, before: onnx.NodeProto | None = None
 ) -> str:
-    """Add nodes that move everything by one place along an axis: the last comes first."""
+    """Add nodes that roll a tensor by one place along an axis, so that the last comes first."""
     numbers = {"first": 0, "last_one": -1, "end": _END, "axis_of_roll": axis}
     for key, value in numbers.items():
         _constant(model, key, np.array([value], np.int64))
@@ -279,7 +282,7 @@ def wrong_epsilon(module: str, epsilon: float) -> Fault:
 
 
 def swapped(op: str, producer: str) -> Fault:
-    """Swap the operands of the first operator of a kind that takes a result of another kind."""
+    """Swap the operands of the first `op` that reads the output of a `producer` operator."""
 
     def plant(model: onnx.ModelProto) -> None:
         made = {
@@ -292,7 +295,7 @@ def swapped(op: str, producer: str) -> Fault:
 
 
 def swapped_query_and_key(update: int) -> Fault:
-    """Read with what is to be written, and write with what is to be read."""
+    """Read with the key and write with the query."""
 
     def plant(model: onnx.ModelProto) -> None:
         node = _updates(model)[update]
@@ -302,7 +305,7 @@ def swapped_query_and_key(update: int) -> Fault:
 
 
 def half_product(weight_name: str) -> Fault:
-    """Multiply with a weight in half precision, and accumulate in it."""
+    """Multiply with a weight, and accumulate the product, in half precision."""
 
     def plant(model: onnx.ModelProto) -> None:
         node = next(
@@ -325,7 +328,7 @@ def half_product(weight_name: str) -> Fault:
 
 
 def missing_cast() -> Fault:
-    """Leave the rotary angles in half precision, as they are without their cast to float32."""
+    """Leave the rotary angles in half precision, as if their cast to float32 were missing."""
 
     def plant(model: onnx.ModelProto) -> None:
         (cosine,) = [n for n in model.graph.node if n.op_type == "Cos"]
@@ -340,7 +343,7 @@ def missing_cast() -> Fault:
 
 
 def scaled_input(op: str, source: str, factor: float) -> Fault:
-    """Multiply what the first operator of a kind takes from a weight."""
+    """Multiply the first input of the first `op` whose second input is the weight `source`."""
 
     def plant(model: onnx.ModelProto) -> None:
         node = next(n for n in model.graph.node if n.op_type == op and n.input[1].endswith(source))
@@ -352,7 +355,7 @@ def scaled_input(op: str, source: str, factor: float) -> Fault:
 
 
 def shifted_whole_number(op: str, user: str, index: int, by: int) -> Fault:
-    """Add to the constant of the first operator of a kind whose result another kind takes."""
+    """Add `by` to the constant input of the first `op` whose output a `user` operator reads."""
 
     def plant(model: onnx.ModelProto) -> None:
         users = [n for n in model.graph.node if n.op_type == user]
@@ -403,7 +406,7 @@ def transposed_weight(module: str) -> Fault:
 
 
 def learns_always() -> Fault:
-    """Learn from tokens of weight 0 too."""
+    """Learn from tokens of weight 0, too."""
 
     def plant(model: onnx.ModelProto) -> None:
         node = next(
@@ -417,7 +420,7 @@ def learns_always() -> Fault:
 
 
 def dropped_bias() -> Fault:
-    """Leave out what was learned in the first bias."""
+    """Leave out the learned part of the first bias."""
 
     def plant(model: onnx.ModelProto) -> None:
         total = _producer(model, _producer(model, "present.fast.up.bias").input[0])
@@ -433,7 +436,7 @@ def dropped_bias() -> Fault:
 
 
 def plain_relu() -> Fault:
-    """Leave the square of the first squared relu out."""
+    """Leave out the square of the first squared ReLU."""
 
     def plant(model: onnx.ModelProto) -> None:
         relu = next(n for n in model.graph.node if n.op_type == "Relu")
@@ -446,7 +449,7 @@ def plain_relu() -> Fault:
 
 
 def last_tile_ignored() -> Fault:
-    """Let the update's body write no gradient of the last token of a call."""
+    """Make the update's function body ignore the last token of each call."""
 
     def plant(model: onnx.ModelProto) -> None:
         (body,) = model.functions
@@ -469,7 +472,7 @@ def last_tile_ignored() -> Fault:
 
 
 def _node_in(model: onnx.ModelProto, module: str, op: str) -> onnx.NodeProto:
-    """Return the first node of a kind that was traced in a module."""
+    """Return the first node of a type that was traced in a module."""
     for node in model.graph.node:
         scopes = [p.value for p in node.metadata_props if p.key.endswith("name_scopes")]
         if node.op_type == op and scopes and f"'{module}'" in scopes[0]:

@@ -1,6 +1,7 @@
-"""The planted faults: what each is, which tensor `check` catches it by, where `bisect` finds it.
+"""The planted faults: which tensor `check` catches each by, and where `bisect` locates it.
 
-`python -m tests.parity.planted` writes the table that ships, fwl_export/parity/FAULTS.md.
+`python -m tests.parity.planted` writes the table that ships with the package,
+fwl_export/parity/FAULTS.md.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ ROWS = 3
 
 @dataclass(frozen=True)
 class Planted:
-    """A fault.
+    """A fault, and how it must be found.
 
     Attributes:
-      plant: changes the ONNX file; or what makes a session wrong.
-      caught_by: an output that must be outside its budget in `check`.
-      module: in which `bisect` must find it; or the state tensor.
-      op: type of the ONNX node; "" for the state.
-      fault: "file", "runtime" or "" (the state).
+      plant: Function that changes the ONNX file, or one that breaks a session.
+      caught_by: Output that must be outside its budget in `check`.
+      module: PyTorch module in which `bisect` must locate it, or the name of a state tensor.
+      op: Type of the ONNX node at fault, or "" if the fault is in the session's state.
+      fault: What `bisect` must blame: "file", "runtime", or "" for the session's state.
     """
 
     plant: Fault | Callable[[Session], None]
@@ -47,7 +48,12 @@ class Planted:
         return f"state carried between calls: `{self.module}`"
 
     def session(self, bundle: Path, folder: Path) -> Session:
-        """Return a session with the fault; `folder` is for a broken copy of the bundle."""
+        """Return a session with the fault.
+
+        Args:
+          bundle: Folder of the unbroken bundle.
+          folder: Folder for the broken copy of the bundle, if the fault is in its file.
+        """
         if self.op:
             broken = broken_bundle(bundle, folder, self.plant)  # type: ignore[arg-type]
             return open_session(broken, "onnxruntime", ROWS, threads=1, plugin="none")
@@ -91,7 +97,7 @@ class StaleRunner(ForwardingRunner):
 
 
 def stale_buffer(tensor: str, when: str) -> Callable[[Session], None]:
-    """Make a session read, or keep, an old buffer of a tensor."""
+    """Make a session read an old buffer of a tensor, or leave it in place."""
 
     def plant(session: Session) -> None:
         session._runner = StaleRunner(session._runner, tensor, when)
@@ -179,7 +185,7 @@ PLANTED = {
 
 
 def table() -> str:
-    """Return FAULTS.md."""
+    """Return the text of FAULTS.md."""
     lines = [
         "<!-- Written by `python -m tests.parity.planted`; do not edit. -->",
         "# Planted faults",
@@ -197,7 +203,7 @@ def table() -> str:
     return "\n".join([*lines, *rows, kernel, ""])
 
 
-# Compiled and found in tests/plugins/test_faulty_kernel.py.
+# tests/plugins/test_faulty_kernel.py compiles this fault and finds it.
 KERNEL_FAULT = "a kernel of `libfwl_ort` that ignores its last tile"
 
 

@@ -1,4 +1,4 @@
-"""Whole checks: an unbroken bundle passes with room to spare, and what is broken fails clearly."""
+"""Whole checks: an unbroken bundle passes with room to spare, and a broken one fails clearly."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ TOKENS = 120
 TEXT = np.random.default_rng(0).integers(0, VOCABULARY, 600)
 
 UNBROKEN = "unbroken"
-# An unbroken bundle uses at most this share of a budget; a broken one at least so many times it.
+# An unbroken bundle uses at most this share of a budget, and a broken one at least this multiple.
 GOOD_USE = 0.6
 CLEAR = 10
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A fault, and how the check must see it.
+    """A fault, and what the check must find.
 
     Attributes:
-      fault: changes the ONNX file.
-      tensor: one that must be outside its budget.
-      untouched: prefix of tensors that it cannot reach and that must be within.
+      fault: Function that changes the ONNX file.
+      tensor: Tensor that must be outside its budget.
+      untouched: Prefix of tensors that the fault cannot reach, so they must be within budget.
     """
 
     fault: Fault
@@ -109,14 +109,14 @@ ROUNDED = {
     ),
 }
 
-# Half precision hides what is smaller than its own roundings: a weight that is 1 % off, or a
-# sum that is rounded once more.
+# Half precision hides faults that are smaller than its own roundings: a weight that is off by 1 %,
+# or a sum that is rounded once more.
 FP32 = {**WEIGHTS, **GRAPH, **ROUNDED}
 FP16 = GRAPH
 
 
 def checked(bundle: Path, planted: dict[str, Planted], folder: Path) -> Report:
-    """Check a bundle and a broken copy for each fault, side by side."""
+    """Check a bundle, and a broken copy of it for each fault, side by side."""
     sessions = {UNBROKEN: session(bundle)}
     for number, (name, entry) in enumerate(planted.items()):
         broken = broken_bundle(bundle, folder / str(number), entry.fault)
@@ -174,6 +174,15 @@ def test_public_names() -> None:
     assert all(hasattr(fwl_export.parity, name) for name in names)
 
 
+@pytest.mark.parametrize("old", ["Backend", "parse_backend", "parse_backends"])
+def test_old_names_work_and_warn(old: str) -> None:
+    new = old.replace("Backend", "Candidate").replace("backend", "candidate")
+    with pytest.warns(DeprecationWarning, match=f"{old} is now fwl_export.parity.{new}"):
+        assert getattr(fwl_export.parity, old) is getattr(fwl_export.parity, new)
+    with pytest.raises(AttributeError, match="has no attribute 'backend'"):
+        _ = fwl_export.parity.backend
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_unbroken_bundle_passes_with_room_to_spare(
     precision: str, request: pytest.FixtureRequest
@@ -218,7 +227,7 @@ def assert_caught(found: CandidateVerdict, planted: Planted) -> None:
             assert use < 1, (name, use)
 
 
-def test_what_went_wrong_is_told_with_tensor_and_depth(fp32: Report) -> None:
+def test_what_went_wrong_is_told_with_tensor_and_tokens(fp32: Report) -> None:
     (problem,) = [p for p in fp32.problems() if p.startswith("stale cache ")]
     assert "is outside its budget, first in 'cache.1.value' (case 'text', free-running) " in problem
     assert UNBROKEN not in "".join(fp32.problems())
@@ -288,20 +297,24 @@ def test_every_kind_of_runtime_and_case_is_within_budget(tiny_bundle: Path) -> N
     assert report.passed, report.problems()
     assert [run.case.name for run in report.cases] == [case.name for case in CASES]
     ort, own, slow = report.candidates
-    assert own.use == pytest.approx(1 / 5)  # it is its own measure, times the factor
+    assert own.use == pytest.approx(
+        1 / 5
+    )  # it is its own yardstick, and the budget is 5 times its error
     assert ort.use > 0
     assert {max(run.tokens_read) for run in slow.runs} < {*range(20, 60)}
     assert {max(run.tokens_read) for run in ort.runs if run.case == "text"} == {60}
     assert "reference evaluator" in slow.runtime
 
 
-def test_a_wrong_step_shows_when_forced_and_slow_drift_only_when_free(fp32: Report) -> None:
+def test_a_wrong_step_shows_when_teacher_forced_and_slow_drift_only_when_free_running(
+    fp32: Report,
+) -> None:
     def use(name: str, mode: str, tensor: str) -> float:
         (run,) = [run for run in verdict(fp32, name).runs if run.mode == mode]
         return next(t.use for t in run.tensors if t.name == tensor)
 
     assert use("up_kernel", "forced", "pending.up") > CLEAR
-    # The wrong sum acts on later logits; set right before every call, it cannot.
+    # The wrong sum affects later logits, unless the state is corrected before every call.
     assert use("stale sum", "free", "logits") > 1 > use("stale sum", "forced", "logits")
 
 

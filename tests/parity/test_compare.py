@@ -1,4 +1,4 @@
-"""Statistics against plain numpy on small arrays."""
+"""The running statistics against plain numpy on small arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_tensor_statistics_are_those_of_numpy() -> None:
     candidate = (reference + rng.standard_normal((3, 4, 5)) * 1e-3).astype(np.float32)
     total = TensorSum(3)
     for row in range(3):
-        for part in (slice(0, 1), slice(1, 4)):  # the same in pieces as at once
+        for part in (slice(0, 1), slice(1, 4)):  # in pieces, as the schedule adds them
             total.add(row, candidate[row, part], reference[row, part], 7, 70, offset=part.start)
     error = total.result()
 

@@ -1,4 +1,4 @@
-"""Sessions side by side: what is measured when, and what happens when one cannot go on."""
+"""Sessions side by side: what is measured at which point, and what happens if one cannot go on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Twist = Callable[[int, np.ndarray, State], np.ndarray]
 
 
 class FakeRunner:
-    """A model in a few lines of numpy; `twist(call, logits, state)` may change its results."""
+    """A fake model in numpy. `twist(call, logits, state)` may change its results."""
 
     def __init__(self, twist: Twist) -> None:
         self.twist = twist
@@ -144,7 +144,7 @@ def test_padding_is_not_compared() -> None:
     assert all(error.max_abs == 0 for error in run_of(drift_of(twist)).errors["logits"])
 
 
-def test_a_pending_tensor_that_is_wrong_for_one_call_between_depths_is_found() -> None:
+def test_a_pending_tensor_that_is_wrong_for_one_call_between_points_is_found() -> None:
     between = next(c.step for c in calls() if c.step > 20 and not c.compare_state)
 
     def twist(call: int, logits: np.ndarray, state: State) -> np.ndarray:
@@ -156,7 +156,7 @@ def test_a_pending_tensor_that_is_wrong_for_one_call_between_depths_is_found() -
     assert sum(error.max_abs == 1 for error in errors) == 1
 
 
-def test_sessions_run_free_so_that_a_wrong_sum_stays_wrong_until_its_row_is_reset() -> None:
+def test_when_free_running_a_wrong_sum_stays_wrong_until_its_row_is_reset() -> None:
     def twist(call: int, logits: np.ndarray, state: State) -> np.ndarray:
         if call == 3:
             state["fast.sum"][2] += 1
@@ -168,23 +168,23 @@ def test_sessions_run_free_so_that_a_wrong_sum_stays_wrong_until_its_row_is_rese
     expected = [1.0 if 3 <= call.step < reset else 0.0 for call in compared]
     assert [e.max_abs for e in run_of(drift).errors["fast.sum"]] == expected
     assert 0 < sum(expected) < len(expected)
-    # Set right before every call, a wrong step stays the only one; call 3 is between depths.
+    # With the state corrected before every call, only call 3 is wrong, between two points.
     assert not calls()[3].compare_state
     assert all(e.max_abs == 0 for e in run_of(drift, TEACHER_FORCED).errors["fast.sum"])
 
 
-def test_an_error_of_every_step_adds_up_only_where_it_runs_free() -> None:
+def test_an_error_of_every_step_adds_up_only_when_free_running() -> None:
     def twist(call: int, logits: np.ndarray, state: State) -> np.ndarray:
         state["fast.sum"] += 0.5
         return logits
 
     drift = drift_of(twist)
-    free, forced = (
+    free_running, teacher_forced = (
         [e.max_abs for e in run_of(drift, mode).errors["fast.sum"]]
         for mode in (FREE_RUNNING, TEACHER_FORCED)
     )
-    assert set(forced) == {0.5}
-    assert free == [0.5 * (call.step + 1) for call in calls() if call.compare_state]
+    assert set(teacher_forced) == {0.5}
+    assert free_running == [0.5 * (call.step + 1) for call in calls() if call.compare_state]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -14,7 +14,7 @@ from tests.bundles import MAX_TOKENS, VOCABULARY, tiny_model, tiny_tokenizer
 def explorer(limits: Limits) -> Explorer:
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 100)
     model = tiny_model()
-    # Beyond float16: the weight here, and what it makes of its input in the next product.
+    # Too large for float16: this weight, and the activations that it gives to the next product.
     model.backbone.get_submodule("blocks.1.up").weight[0, 0] = 1e6
     model.backbone.get_submodule("blocks.1.down").weight[:, 0] = 0.0
     return Explorer(Checkpoint(model, tiny_tokenizer()), ids, "fp16", limits, MAX_TOKENS)

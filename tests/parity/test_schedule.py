@@ -1,4 +1,4 @@
-"""The calls of a check: replayable, in the text's order, and with all that goes wrong in them."""
+"""The calls of a check: replayable, in the text's order, and covering what tends to go wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from fwl_export.errors import TokenError
 from fwl_export.parity.schedule import ROWS, Schedule
 
-TEXT = np.random.default_rng(3).integers(1, 1000, 2500)  # no 0: padding is
+TEXT = np.random.default_rng(3).integers(1, 1000, 2500)  # without 0, which is padding
 MAX_TOKENS = 64
 
 
@@ -85,21 +85,21 @@ def test_one_row_is_reset_once_in_mid_stream(schedule: Schedule) -> None:
     assert resets[0].positions[2] > 0
 
 
-def test_states_are_compared_after_ragged_calls_at_rising_depths(schedule: Schedule) -> None:
+def test_states_are_compared_after_ragged_calls_at_rising_points(schedule: Schedule) -> None:
     calls = list(schedule)
     compared = [call for call in calls if call.compare_state]
-    depths = [call.tokens_read for call in compared]
-    assert depths == sorted(set(depths))
-    assert len(depths) >= 8
-    assert depths[0] < 100
-    assert depths[-1] == 2000
+    points = [call.tokens_read for call in compared]
+    assert points == sorted(set(points))
+    assert len(points) >= 8
+    assert points[0] < 100
+    assert points[-1] == 2000
     assert compared[-1] is calls[-1]
     several = [call for call in compared if call.ids.shape[1] > 2]
     assert sum(len(set(call.lengths.tolist())) > 1 for call in several) >= len(several) - 1
 
 
 @pytest.mark.parametrize(("tokens", "max_tokens"), [(1, 1), (1, 256), (2, 16), (30, 256), (99, 1)])
-def test_short_ways_and_small_calls(tokens: int, max_tokens: int) -> None:
+def test_short_texts_and_small_calls(tokens: int, max_tokens: int) -> None:
     calls = list(Schedule(TEXT[: tokens + 1], tokens, max_tokens))
     assert calls[-1].tokens_read == tokens
     assert calls[-1].compare_state

@@ -1,4 +1,4 @@
-"""A machine with a GPU, on fakes of CUDA and TensorRT."""
+"""A fake machine with a GPU, CUDA and TensorRT."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.tensorrt_fake import Machine, fake_machine
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    """One GPU of SM89 with TensorRT-RTX; fails at the end on what a real one would reject."""
+    """A machine with one GPU (SM89) and TensorRT-RTX; the test fails if it misused either."""
     with fake_machine(tmp_path) as machine:
         yield machine

@@ -1,4 +1,4 @@
-"""Which library a session loads, and that nothing is replaced in silence."""
+"""Which plugin library a session loads; a required one is never silently left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_auto_takes_the_packages_own_where_there_is_one(folder: Path) -> None:
+def test_auto_takes_the_packages_own_library_if_there_is_one(folder: Path) -> None:
     assert find_plugin(ONNXRUNTIME) is None
     (folder / ONNXRUNTIME).touch()
     assert find_plugin(ONNXRUNTIME) == folder / ONNXRUNTIME
@@ -58,7 +58,7 @@ def test_sessions(tiny_bundle: Path, folder: Path) -> None:
         open_session(tiny_bundle, "torch", plugin="required")
 
 
-def test_a_file_that_is_no_library_is_an_error_even_in_auto(
+def test_a_file_that_is_not_a_library_is_an_error_even_with_auto(
     tiny_bundle: Path, folder: Path
 ) -> None:
     (folder / ONNXRUNTIME).write_text("not a library", encoding="utf-8")

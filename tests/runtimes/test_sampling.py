@@ -16,7 +16,7 @@ def shares(sampler: Sampler, count: int = 4000) -> np.ndarray:
     return np.bincount([sampler(LOGITS) for _ in range(count)], minlength=5) / count
 
 
-def test_the_likeliest() -> None:
+def test_the_default_takes_the_most_likely_token() -> None:
     assert shares(Sampler(), 3).tolist() == [0, 1, 0, 0, 0]
     assert Sampler()(np.array([1.0, 2.0, 2.0])) == 1
 
@@ -38,7 +38,7 @@ def test_draws_follow_the_probabilities_of_what_is_kept(
 ) -> None:
     expected = np.zeros(5)
     expected[kept] = PROBABILITIES[kept] / PROBABILITIES[kept].sum()
-    # Four standard deviations of a share of 4000 draws.
+    # Four standard deviations of a relative frequency among 4000 draws.
     assert np.abs(shares(Sampler(1.0, **settings)) - expected).max() < 4 * 0.5 / 4000**0.5
 
 
@@ -47,7 +47,7 @@ def test_temperature_sharpens() -> None:
     assert np.abs(shares(Sampler(0.5)) - expected).max() < 4 * 0.5 / 4000**0.5
 
 
-def test_the_smallest_temperature_takes_the_likeliest() -> None:
+def test_the_smallest_temperature_takes_the_most_likely_token() -> None:
     with np.errstate(all="raise"):
         assert Sampler(temperature=5e-324)(np.float32([1, 3, 2])) == 1
 

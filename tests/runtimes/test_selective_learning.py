@@ -1,4 +1,4 @@
-"""The recipes of selective learning: what is learned from, what is only read, what is forgotten."""
+"""Selective learning: which tokens a session learns from, which it only reads, what it forgets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fwl_export.runtimes import Session, open_session
 from tests.bundles import VOCABULARY
 from tests.tolerances import assert_close
 
-# Larger than any difference of roundings, smaller than any effect of learning from 12 tokens.
+# More than any rounding error, less than any effect of learning from 12 tokens.
 LEARNED = 0.01
 
 Ids = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ def session(tiny_bundle: Path, runtime: str) -> Session:
 
 
 def weights(session: Session) -> dict[str, npt.NDArray[np.float32]]:
-    """Return what a session has learned."""
+    """Return the fast weights of a session, by name."""
     return {name: a for name, a in session.state.items() if name.startswith("fast.")}
 
 
@@ -45,13 +45,13 @@ def test_a_prompt_is_read_without_learning(session: Session) -> None:
     for name, now in weights(session).items():
         np.testing.assert_array_equal(now, learned[name], name)
         assert np.abs(now).max() > 0, name
-    assert session.state["position"] == position + 12, "it was read: the attention sees it"
+    assert session.state["position"] == position + 12, "it was read, and attention sees it"
     following = session.feed([3], [0.0])
 
     other = session.another()
     other.feed(document)
     taught = other.feed(prompt)
-    # The first logits come before any of the prompt was learned from, but for its first token.
+    # The first logits hardly depend on learning from the prompt, the later ones do.
     assert np.abs(taught[0, 4:] - logits[0, 4:]).max() > LEARNED
     assert np.abs(other.feed([3], [0.0]) - following).max() > LEARNED
 
@@ -60,7 +60,7 @@ def test_a_conversation_learns_only_from_the_users_document(session: Session) ->
     system, document, question = ids(2, 9), ids(3, 24), ids(4, 7)
     parts = np.concatenate([system, document, question])
     mask = np.concatenate([np.zeros(9), np.ones(24), np.zeros(7)])
-    # One call with a mask, or a call per part: any split of a text gives the same.
+    # One call with a mask and one call per part give the same result.
     together = session.feed(parts, mask)
     in_parts = session.another()
     logits = [
@@ -71,7 +71,7 @@ def test_a_conversation_learns_only_from_the_users_document(session: Session) ->
     for name, learned in weights(session).items():
         assert_close("runtime.float32", weights(in_parts)[name], learned, name)
 
-    # What the mask leaves out, its own first read did not change the weights at all.
+    # Reading the part that the mask leaves out changes no weights at all.
     silent = session.another()
     silent.feed(system, np.zeros(9))
     assert all(not a.any() for a in weights(silent).values())
@@ -80,18 +80,18 @@ def test_a_conversation_learns_only_from_the_users_document(session: Session) ->
     assert np.abs(everything[0, 12:] - together[0, 12:]).max() > LEARNED
 
 
-def test_the_weight_of_a_token_is_that_of_learning_to_predict_it(session: Session) -> None:
+def test_the_weight_of_a_token_scales_learning_to_predict_it(session: Session) -> None:
     tokens = ids(5, 10)
     mask = np.zeros(10)
     mask[6] = 1
     logits = session.feed(tokens, mask)
     off = session.another().feed(tokens, np.zeros(10))
-    # Token 6 is the label of position 5: its gradient is there when token 6 is read.
+    # Token 6 is the label of position 5, so the model learns from it on reading token 6.
     assert_close("runtime.float32", logits[:, :6], off[:, :6])
     assert np.abs(logits[0, 6] - off[0, 6]).max() > LEARNED / 10
 
 
-def test_rows_forget_by_themselves(tiny_bundle: Path, runtime: str) -> None:
+def test_a_reset_concerns_one_row_only(tiny_bundle: Path, runtime: str) -> None:
     session = open_session(tiny_bundle, runtime, batch=2)
     session.feed(np.stack([ids(6, 20), ids(7, 20)]))
     kept = {name: a[0].copy() for name, a in session.state.items()}
@@ -110,7 +110,7 @@ def test_a_learned_document_is_kept_while_conversations_come_and_go(session: Ses
     document = session.state
     first = session.feed(ids(10, 8))
     session.feed(ids(11, 15))
-    session.state = document  # forgets the conversation, not the document
+    session.state = document  # forget the conversation, but not the document
     assert_close("runtime.float32", session.feed(ids(10, 8)), first)
 
 
@@ -121,15 +121,15 @@ def test_step_sizes_are_scaled_at_run_time(tiny_bundle: Path, runtime: str) -> N
     session.feed(tokens)
     state = session.state
     for name, learned in weights(session).items():
-        assert not state[name][0].any(), "a scale of 0 learns nothing"
-        # One gradient was taken, at the slow weights, so that what is learned is in proportion.
+        assert not state[name][0].any(), "with a scale of 0 nothing is learned"
+        # There was one gradient, at the slow weights, so the update is proportional to the scale.
         assert_close("runtime.float32", learned[1], 0.5 * learned[2], name)
         assert np.abs(learned[2]).max() > 0, name
     session.learning_rate_scale = 0.0
     before = weights(session)["fast.up.kernel"]
     session.feed(np.tile(ids(13, 6), (3, 1)))
     after = weights(session)["fast.up.kernel"]
-    # Learning nothing is not standing still: with a horizon of 30, six tokens fade to exp(-6/30).
+    # A row that learns nothing still forgets: by exp(-6/30) over six tokens with a horizon of 30.
     assert_close("runtime.float32", after, before * np.exp(-6 / 30).astype(np.float32))
 
 
@@ -138,6 +138,6 @@ def test_scale_and_weight_together(session: Session, tiny_bundle: Path, runtime:
     session.learning_rate_scale = 0.25
     session.feed(tokens)
     weighted.feed(tokens, np.full(2, 0.25))
-    # From a fresh state there is nothing to fade, so one gradient counts the same by either.
+    # A fresh state has nothing to forget, so scale and weight have the same effect on one gradient.
     for name, learned in weights(session).items():
         assert_close("runtime.float32", learned, weights(weighted)[name], name)

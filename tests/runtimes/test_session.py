@@ -1,4 +1,4 @@
-"""Sessions: the same for ONNX Runtime and PyTorch, atomic, and strict about their input."""
+"""Sessions: the same in ONNX Runtime and PyTorch, atomic, and strict about their arguments."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_session_learns(tiny_bundle: Path, runtime: str) -> None:
     assert np.abs(learning - not_learning).max() > 0.05
 
 
-def test_the_learning_rate_scale_is_of_rows(tiny_bundle: Path, runtime: str) -> None:
+def test_the_learning_rate_scale_belongs_to_rows(tiny_bundle: Path, runtime: str) -> None:
     tokens = ids(3, 40)
     session = open_session(tiny_bundle, runtime, batch=3)
     plain = session.feed(tokens)
@@ -74,7 +74,7 @@ def test_the_learning_rate_scale_is_of_rows(tiny_bundle: Path, runtime: str) -> 
         assert np.abs(scaled[row] - plain[row]).max() > 0.05
     off = open_session(tiny_bundle, runtime).feed(tokens[1], np.zeros(40))
     assert_close("runtime.float32", scaled[1], off[0])
-    assert session.learning_rate_scale.tolist() == [1, 0, 3], "a reset leaves it"
+    assert session.learning_rate_scale.tolist() == [1, 0, 3], "a reset does not change it"
     session.learning_rate_scale = 0.5
     assert session.learning_rate_scale.tolist() == [0.5] * 3
     with pytest.raises(ShapeError, match=re.escape("shape [2]; expected one number, or 3, one")):
@@ -93,8 +93,9 @@ def test_reads_longer_than_a_call_are_split(tiny_bundle: Path, runtime: str) -> 
     assert same_state(whole.state, parts.state)
 
 
-def test_what_is_kept_of_a_call_is_not_taken_for_another(tiny_bundle: Path) -> None:
-    # Plain calls, whose inputs but for the ids are kept, between others of the same shape.
+def test_reused_inputs_of_a_call_do_not_leak_into_another(tiny_bundle: Path) -> None:
+    # A session reuses the inputs of plain calls, except for the ids; mix them with other calls of
+    # the same shape.
     plain = open_session(tiny_bundle, batch=2)
     explicit = open_session(tiny_bundle, batch=2)
     random = np.random.default_rng(2)
@@ -117,7 +118,7 @@ def test_what_is_kept_of_a_call_is_not_taken_for_another(tiny_bundle: Path) -> N
     assert same_state(plain.state, explicit.state)
 
 
-def test_padding_columns_of_all_rows_are_no_reason_for_a_longer_call(tiny_bundle: Path) -> None:
+def test_columns_that_are_padding_in_all_rows_are_not_read(tiny_bundle: Path) -> None:
     tokens = ids(2, MAX_TOKENS + 5)
     session, expected = (open_session(tiny_bundle, batch=2) for _ in range(2))
     logits = session.feed(tokens, lengths=[3, 1])
@@ -130,7 +131,7 @@ def test_rows_meet_their_anchors_at_different_times(anchored_bundle: Path) -> No
     sessions = [open_session(anchored_bundle, name, batch=3) for name in RUNTIMES]
     interval = sessions[0].anchor_interval
     assert 0 < interval < MAX_TOKENS
-    assert sessions[0].max_tokens == interval, "no call can be longer"
+    assert sessions[0].max_tokens == interval, "no call is longer than that"
     text = ids(3, 50)
     read = [[] for _ in range(3)]
     done = [0, 0, 0]
@@ -152,7 +153,7 @@ def test_rows_meet_their_anchors_at_different_times(anchored_bundle: Path) -> No
     assert_close("runtime.float32", together, single)
 
 
-def test_a_state_and_a_reset_bring_their_position_along(anchored_bundle: Path) -> None:
+def test_a_state_and_a_reset_set_the_position_too(anchored_bundle: Path) -> None:
     a, b = (open_session(anchored_bundle, batch=2) for _ in range(2))
     a.feed(ids(2, 7))
     b.feed(ids(2, 3))
@@ -197,7 +198,7 @@ def test_state_moves_between_runtimes(tiny_bundle: Path) -> None:
     assert_close("runtime.float32", a.feed(ids(9, seed=1)), b.feed(ids(9, seed=1)))
 
 
-def test_the_last_logits_alone_are_those_of_all(anchored_bundle: Path, runtime: str) -> None:
+def test_last_only_gives_the_last_of_all_logits(anchored_bundle: Path, runtime: str) -> None:
     every, last = (open_session(anchored_bundle, runtime, batch=3) for _ in range(2))
     for call, lengths in enumerate(([5, 1, 40], [7, 0, 3], [1, 1, 1], [30, 2, 0])):
         tokens = ids(3, max(lengths), seed=call)
@@ -210,7 +211,7 @@ def test_the_last_logits_alone_are_those_of_all(anchored_bundle: Path, runtime: 
     assert same_state(every.state, last.state)
 
 
-def test_a_fork_goes_on_as_its_source_does(anchored_bundle: Path, runtime: str) -> None:
+def test_a_fork_continues_like_its_source(anchored_bundle: Path, runtime: str) -> None:
     session = open_session(anchored_bundle, runtime, batch=3)
     session.feed(ids(3, 13))
     before = session.state
@@ -272,7 +273,7 @@ def test_threads_share_a_model_and_a_session(tiny_bundle: Path) -> None:
         for expected, found in zip(alone, pool.map(read, texts), strict=True):
             assert_close("runtime.float32", found, expected)
 
-        # One session: each call is whole, and what the threads read together is all they read.
+        # In a shared session each call is atomic, and no token is lost.
         shared = first.another(batch=2)
         for _ in pool.map(lambda text: [shared.feed(np.stack([text, text]))], texts):
             pass
@@ -289,7 +290,7 @@ def test_generate_stops_and_learns(tiny_bundle: Path, runtime: str) -> None:
     assert shown == written
     assert sessions[0].positions == [5 + 11]
     tokens = ids(5)
-    for token in written:  # the likeliest, one after the other
+    for token in written:  # each is the most likely token
         assert token == sessions[1].feed(tokens)[0, -1].argmax()
         tokens = np.array([token])
     stop = written[4]
@@ -358,7 +359,13 @@ def test_wrong_input_moves_no_row(
 
 
 class Failing:
-    """A runner that fails at a given call, after it has overwritten the present buffers."""
+    """A runner that fails at a given call, after it has overwritten the present buffers.
+
+    Args:
+      session: Session whose runner this one wraps and replaces.
+      fail_at: Number of the call that fails, counted from 1.
+      error: What to raise; None returns NaN instead.
+    """
 
     def __init__(self, session: Session, fail_at: int, error: BaseException | None) -> None:
         self._runner, self._left, self._error = session._runner, fail_at, error
@@ -391,7 +398,7 @@ def test_a_call_that_fails_half_way_moves_no_row(
     with pytest.raises(kind, match="not finite" if error is None else None):
         session.feed(ids(2, 3 * MAX_TOKENS))
     assert same_state(before, session.state)
-    for seed in (1, 2):  # all buffers are in use again
+    for seed in (1, 2):  # long enough to use all buffers again
         tokens = ids(2, 3 * MAX_TOKENS, seed=seed)
         np.testing.assert_array_equal(session.feed(tokens), undisturbed.feed(tokens))
 

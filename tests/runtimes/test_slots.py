@@ -1,4 +1,4 @@
-"""Slots: sessions that come and go in the rows of one batch, as if each had its own."""
+"""Slots: texts that come and go in the rows of one batch, as if each had its own session."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_many_sessions_in_few_slots(anchored_bundle: Path) -> None:
     assert len(found) == 20
 
 
-def test_a_slot_goes_on_from_a_state(tiny_bundle: Path) -> None:
+def test_a_slot_continues_from_a_state(tiny_bundle: Path) -> None:
     slots = Slots(open_session(tiny_bundle, batch=2))
     first = slots.add()
     slots.feed({first: np.arange(9)})
@@ -76,7 +76,7 @@ def test_types_of_ids_may_differ_between_slots(tiny_bundle: Path) -> None:
     assert np.array_equal(found[a], found[b])
 
 
-def test_two_threads_take_back_a_slot_once(tiny_bundle: Path) -> None:
+def test_of_two_threads_one_frees_a_slot(tiny_bundle: Path) -> None:
     slots = Slots(open_session(tiny_bundle, batch=2))
 
     def remove(slot: int) -> bool:
@@ -120,7 +120,7 @@ def test_wrong_use_is_named(tiny_bundle: Path) -> None:
         slots.feed({slot: [2**63]})
     with pytest.raises(StateError, match="lacks the tensor"):
         slots.add({})
-    assert slots.used == [0], "the slot whose state was refused is free again"
+    assert slots.used == [0], "the slot stays free if its state is refused"
     slots.add()
     with pytest.raises(ShapeError, match="all 2 slots are in use; remove one"):
         slots.add()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools import build_wheel
-from tools.build_wheel import LIBRARIES, WheelError, check, compilers
+from tools.build_wheel import LIBRARIES, Library, WheelError, check, compilers
 
 OTHER = "aarch64" if platform.machine() == "x86_64" else "x86_64"
 
@@ -43,15 +43,24 @@ def test_a_wheel_without_libraries_is_refused(tmp_path: Path) -> None:
         check(wheel_of(tmp_path, "fwl_export/__init__.py"))
 
 
-def test_a_library_that_exports_more_is_refused(
+def test_libraries_that_a_release_must_not_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = wheel_of(tmp_path, *LIBRARIES)
-    monkeypatch.setattr(build_wheel, "exported", lambda archive, name: LIBRARIES[name])
-    check(wheel)
-    monkeypatch.setattr(build_wheel, "exported", lambda archive, name: {"_ZdlPv"})
-    with pytest.raises(WheelError, match=r"libfwl_ort\.so exports \['_ZdlPv'\]; expected"):
+
+    def read(exports: set[str] | None = None, stays_loaded: bool = True) -> None:
+        monkeypatch.setattr(
+            build_wheel,
+            "read_library",
+            lambda archive, name: Library(exports or LIBRARIES[name], stays_loaded),
+        )
         check(wheel)
+
+    read()
+    with pytest.raises(WheelError, match=r"libfwl_ort\.so exports \['_ZdlPv'\]; expected"):
+        read({"_ZdlPv"})
+    with pytest.raises(WheelError, match="is not linked with -z nodelete"):
+        read(stays_loaded=False)
 
 
 def test_missing_tools_are_named(

@@ -36,11 +36,42 @@ def test_help_that_must_not_be_wrapped_is_code_and_examples_follow_the_options()
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name="verb")(verb)
     app.command(name="other")(lambda: None)
-    lines = list(docs_site._command("app", typer.main.get_command(app), 2))
+    lines = list(docs_site._command("app", typer.main.get_command(app), 2, []))
     text = "\n".join(lines)
     assert "```text\nfirst\n  second\n```" in text
     assert text.index("A name, &lt;any>\\|none.") < text.index("```bash\napp verb x\n```")
     assert "\b" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "prose", "examples"),
+    [
+        ("Do it.\n\nExample: a b\n  c", ["Do it.", ""], ["a b c"]),
+        ("Do it.\n\nExamples:\n  a b\n  a c", ["Do it.", ""], ["a b", "a c"]),
+        ("A:\n\n  b\n    c\n\nD", ["A:", "", "```text", "b\n  c", "```", "", "D", ""], []),
+    ],
+)
+def test_parts_of_a_help_text(text: str, prose: list[str], examples: list[str]) -> None:
+    assert docs_site.help_parts(text) == (prose, examples)
+
+
+def test_options_that_are_documented_above_are_not_repeated() -> None:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+    @app.callback()
+    def common(quiet: bool = typer.Option(False, "--quiet", help="Say less.")) -> None:
+        pass
+
+    @app.command()
+    def verb(
+        quiet: bool = typer.Option(False, "--quiet", help="Say less."),
+        other: bool = typer.Option(False, "--other", help="Say more."),
+    ) -> None:
+        pass
+
+    page = "\n".join(docs_site._command("app", typer.main.get_command(app), 2, []))
+    assert page.count("`--quiet`") == 1
+    assert page.count("`--other`") == 1
 
 
 def test_the_reference_of_python_has_every_public_name() -> None:
@@ -69,9 +100,13 @@ typedef enum fwl_kind {
   FWL_A = 0 /* first */
 } fwl_kind;
 
-/* Opens.
+/** Opens.
  *
- *   name  of it
+ *   code();
+ *
+ * @param name   Name of it,
+ *               which goes on.
+ * @return The kind.
  */
 FWL_API fwl_kind fwl_open(const char* name,
                                   int flags);
@@ -91,7 +126,8 @@ def test_a_comment_belongs_to_what_follows_it_without_a_gap() -> None:
         "`fwl_other`",
     ]
     assert "Opens.\n" in page
-    assert "```text\n  name  of it\n```" in page
+    assert "```text\ncode();\n```" in page
+    assert "- `name` Name of it, which goes on.\n- **Returns** The kind.\n" in page
     assert "fwl_kind fwl_open(const char* name,\n        int flags);" in page
     assert "FWL_API" not in page
 
@@ -111,7 +147,8 @@ def test_the_reference_of_cpp_has_the_public_declarations_without_bodies() -> No
         assert f"## `fwl::{name}`" in page
     assert "std::vector<int64_t> positions() const;" in page
     assert "explicit Error(const fwl_error& error);" in page
-    assert "return" not in re.sub(r"//.*", "", page.partition("```cpp")[2])
+    code = re.sub(r"/\*.*?\*/", "", page.partition("```cpp")[2], flags=re.DOTALL)
+    assert "return" not in re.sub(r"//.*", "", code)
     assert "handle_" not in page
 
 
@@ -121,6 +158,7 @@ def test_the_reference_of_cpp_has_the_public_declarations_without_bodies() -> No
         ("[a](CONTRIBUTING.md#b)", "[a](contributing.md#b)"),
         ("[a](docs/tutorial.md)", "[a](tutorial.md)"),
         ("[a](https://arxiv.org/abs/1)", "[a](https://arxiv.org/abs/1)"),
+        ("[a](docs/train.toml)", "[a](train.toml)"),
         ("[a `b`](fwl_export/op/spec.py)", "a `b`"),
         ("![a](docs/parity-light.png)", "![a](parity-light.png)"),
         ("![a](x/y.png)", "![a](assets/y.png)"),

@@ -16,7 +16,7 @@ from tests.tensorrt_fake import Machine, fake_machine
 from tools import gpu_acceptance
 from tools.gpu_acceptance import Step, assemble, bench, run_step, steps_of
 
-GPU = Device("Double One", 89)
+GPU = Device("Fake One", 89)
 
 
 def test_without_a_gpu(
@@ -50,7 +50,7 @@ def test_the_report() -> None:
     assert not assemble(GPU, [good, bad])["passed"]
     assert not assemble(GPU, [])["passed"]
     report = json.loads(json.dumps(assemble(GPU, [good, bad])))
-    assert report["text"].splitlines()[0].startswith("Double One, SM89")
+    assert report["text"].splitlines()[0].startswith("Fake One, SM89")
     assert "FAILED  False" in report["text"]
     assert report["text"].endswith("not accepted")
 

@@ -34,7 +34,7 @@ def to_html(report: Data) -> str:
     return _PAGE.substitute(
         title=_text(f"Parity of {bundle['name']}"),
         status=_text(status.replace(" ", "-")),
-        verdict=_text(_STATUS.get(status, status)),
+        verdict=_text(_verdict(report)),
         summary=_text(
             f"Reference: {report['settings']['reference']}. Bundle: {bundle['precision']}, model "
             f"{bundle['model_id'][:12]}. Text: {text['name'] or 'token ids'}. Cases: {cases}. "
@@ -63,14 +63,29 @@ def to_html_table(report: Data) -> str:
         for candidate in report["candidates"]
     )
     problems = "".join(f"<li>{_text(problem)}</li>" for problem in report["problems"])
-    verdict = _STATUS.get(str(report["status"]), str(report["status"]))
+    verdict = _verdict(report)
     return (
-        f"<div><p><b>Parity of {_text(report['bundle']['name'])}: {_text(verdict.lower())}</b>, "
+        f"<div><p><b>Parity of {_text(report['bundle']['name'])}: {_text(verdict)}</b>, "
         f"against {_text(report['settings']['reference'])}</p><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table><p>use: error of the tensor beside it divided by its "
         "budget; more than 100% is outside. KL and top-1 agreement: predictions of the first case, "
         f"free-running.</p>{f'<ul>{problems}</ul>' if problems else ''}</div>"
     )
+
+
+def _verdict(report: Data) -> str:
+    """Return the verdict, with the names of the candidates that did not pass."""
+    status = str(report["status"])
+    words = _STATUS.get(status, status)
+    if names := _names(report, status) if status != "within" else "":
+        words += f": {names}"
+    if status == "outside" and (names := _names(report, "could not run")):
+        words += f"; could not run: {names}"
+    return words
+
+
+def _names(report: Data, status: str) -> str:
+    return ", ".join(str(c["name"]) for c in report["candidates"] if c["status"] == status)
 
 
 def _cells(candidate: Data) -> list[str]:
@@ -134,8 +149,8 @@ def _run(run: Data) -> str:
         parts.append(
             f"<p>Predictions against the reference: KL {_number(total['kl'])} nats, top-1 "
             f"agreement {_percent(total['top1'])}, perplexity {_number(total['perplexity'], 5)} "
-            f"instead of {_number(total['reference_perplexity'], 5)} (change "
-            f"{_number(total['perplexity_change'], 2)}).</p>"
+            f"instead of {_number(total['reference_perplexity'], 5)} (relative "
+            f"change {_number(total['perplexity_change'], 2)}).</p>"
         )
     ranked = sorted(run["tensors"], key=lambda t: (t["name"] != LOGITS, -_use(t["use"])))
     parts += [_plot(run["depths"], ranked[:3]), _heat(run), _tensor_table(run["tensors"])]
@@ -277,16 +292,26 @@ _MEASURES = ("max_abs", "relative_rms")
 def _worst(worst: Data) -> str:
     tokens = []
     for place, token in enumerate(worst["tokens"] or ()):
-        text = _text(token["text"])
-        tokens.append(f"<mark>{text}</mark>" if place == worst["at"] else text)
+        text = str(token["text"])
+        if place == worst["at"]:
+            shown = repr(text) if text.isspace() else text
+            tokens.append(f"<mark>{_text(shown)}</mark>")
+        else:
+            tokens.append(_text(text))
     context = f"<blockquote>{''.join(tokens)}</blockquote>" if tokens else ""
     return (
         f"<p>Closest to its limit: <b>{_text(worst['tensor'])}</b> uses {_share(worst['use'])} of "
         f"its budget in case {_text(worst['case'])}, {_text(_mode(worst))}, up to token "
-        f"{_text(worst['depth'])}. Largest difference: {_number(worst['candidate'], 7)} instead "
-        f"of {_number(worst['reference'], 7)} in call {_text(worst['step'])}, row "
-        f"{_text(worst['row'])}{', where the row had read:' if context else '.'}</p>{context}"
+        f"{_text(worst['depth'])}. Largest difference: {_values(worst)} in call "
+        f"{_text(worst['step'])}, row {_text(worst['row'])}."
+        f"{' Text around the place:' if context else ''}</p>{context}"
     )
+
+
+def _values(place: Data) -> str:
+    """Return both values at a place; report.json holds six digits of each."""
+    found, expected = (_number(place[key], 6) for key in ("candidate", "reference"))
+    return f"{found} instead of {expected}" if found != expected else f"{found} in both (rounded)"
 
 
 def _environment(report: Data) -> str:
@@ -368,19 +393,21 @@ text-decoration:underline dotted;text-align:inherit}
 [aria-sort=descending] button::after{content:" \\25BE"}
 [aria-sort=ascending] button::after{content:" \\25B4"}
 thead th{overflow-wrap:normal}
-details{margin:.6rem 0}summary{cursor:pointer}figure{margin:.5rem 0}svg{width:100%;height:auto}
+details{margin:.8rem 0}summary{cursor:pointer}figure{margin:.5rem 0}svg{width:100%;height:auto}
 svg text{fill:var(--dim);font:12px system-ui,sans-serif}.grid{stroke:var(--rule)}
 polyline{fill:none;stroke-width:2}.budget{stroke-dasharray:5 4;stroke-width:1.2}
 .c0{stroke:var(--good);--key:var(--good)}.c1{stroke:var(--c1);--key:var(--c1)}
 .c2{stroke:var(--c2);--key:var(--c2)}.legend{list-style:none;padding:0;margin:0;display:flex;
 flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem}.key{display:inline-block;width:1rem;height:.25rem;
 margin-right:.4rem;vertical-align:middle;background:var(--key)}
-.heat td{min-width:1.2rem;padding:0}.heat{font-size:.75rem}.h0{background:rgba(var(--h),.05)}
+.heat td{min-width:1.2rem;padding:0;position:relative}
+.heat{font-size:.75rem}.h0{background:rgba(var(--h),.05)}
 .h1{background:rgba(var(--h),.25)}.h2{background:rgba(var(--h),.45)}
 .h3{background:rgba(var(--h),.65)}.h4{background:rgba(var(--h),.9)}.h5{background:var(--bad)}
-.hidden{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
+.hidden{position:absolute;left:0;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
 .scroll{position:relative}
-blockquote{margin:.5rem 0;padding:.4rem .8rem;background:rgba(var(--h),.08);white-space:pre-wrap}
+blockquote{margin:.5rem 0 1rem;padding:.4rem .8rem;background:rgba(var(--h),.08);
+white-space:pre-wrap}
 mark{background:var(--bad);color:var(--bg)}pre{white-space:pre-wrap;background:rgba(var(--h),.08);
 padding:.6rem}@media(max-width:500px){svg text{font-size:20px}}
 @media print{body{max-width:none;font-size:11px}figure,tr{break-inside:avoid}

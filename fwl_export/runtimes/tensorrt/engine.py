@@ -139,19 +139,19 @@ def load_model(
     _log.info("loaded engine '%s', %s %s, %s", path, chosen.title, metadata.version, gpu.name)
     largest = [profile.inputs["input_ids"]["max"] for profile in metadata.profiles]
     return TensorRTModel(
-        metadata,
-        bundle.manifest.state,
-        bundle.manifest.config.vocab_size,
-        max(tokens for _, tokens in largest),
-        min(batch for batch, _ in largest),
-        _in_place(bundle, metadata) if metadata.in_place_state else frozenset(),
-        cuda_graph,
-        cuda,
-        trt,
-        engine,
-        log,
-        (runtime, logger),
-        threading.Lock(),
+        metadata=metadata,
+        specs=bundle.manifest.state,
+        vocab_size=bundle.manifest.config.vocab_size,
+        max_tokens=max(tokens for _, tokens in largest),
+        max_batch=min(batch for batch, _ in largest),
+        in_place=_in_place(bundle, metadata) if metadata.in_place_state else frozenset(),
+        cuda_graph=cuda_graph,
+        cuda=cuda,
+        trt=trt,
+        engine=engine,
+        log=log,
+        keep=(runtime, logger),
+        lock=threading.Lock(),
     )
 
 

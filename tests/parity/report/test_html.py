@@ -1,4 +1,4 @@
-"""The HTML report: what it holds, and how it behaves in a browser."""
+"""The HTML page: what it holds, how it behaves in a browser, and the table for notebooks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import pytest
 
 from fwl_export.bundle.manifest import read_bundle
 from fwl_export.parity import check_bundle
+from fwl_export.parity.compare import Place
 from fwl_export.parity.report.html import to_html
+from fwl_export.parity.report.worst_place import WorstPlace
 from tests.bundles import VOCABULARY
+from tests.parity.report import examples
 
 _CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(_CHROMIUM is None, reason="no chromium is installed")
@@ -67,6 +71,24 @@ def test_infinite_errors_and_runtimes_that_did_not_run(report: dict[str, Any]) -
     assert "no GPU" in page
 
 
+def test_notebooks_show_a_table_with_the_verdict_and_everything_escaped() -> None:
+    evil = "<script>alert(1)</script>"
+    lost = replace(examples.LOST, name=evil, reason=evil)
+    place = WorstPlace("text", "free", "logits", 31, 5.0, Place(1, 31, (0, 2), 2.0, 1.0), [], 0)
+    found = replace(
+        examples.report(examples.GOOD, examples.WRONG, lost),
+        bundle=evil,
+        reference=evil,
+        worst=[None, place, None],
+    )
+    page = found._repr_html_()
+    assert f"Outside budget: some runtime; could not run: {escape(evil)}</b>" in page
+    assert page.count("<tr>") == 4
+    assert "<td>500%</td><td>logits (text, free-running)</td>" in page
+    assert evil not in page
+    assert page.count(escape(evil)) == 6
+
+
 @needs_browser
 def test_sorting_works_and_nothing_is_logged_or_fetched(
     report: dict[str, Any], tmp_path: Path
@@ -112,7 +134,7 @@ def test_400_pixels_are_enough(report: dict[str, Any], tmp_path: Path) -> None:
 
 
 def in_browser(folder: Path, page: str) -> tuple[str, str]:
-    """Load a page; return the text of its element #result, and the browser's log."""
+    """Load a page; return the text of its element #result and the browser's log."""
     assert _CHROMIUM is not None
     path = folder / "page.html"
     path.write_text(page, encoding="utf-8")

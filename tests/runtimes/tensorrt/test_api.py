@@ -1,4 +1,4 @@
-"""The doubles against what they double: names and parameters, and what each refuses."""
+"""The fakes of CUDA and TensorRT: names and parameters of the real ones, and what they refuse."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from tests import cuda_fake, tensorrt_fake
 from tests.cuda_fake import FakeCuda, MisuseError
 from tests.tensorrt_fake import Machine
 
-# Methods of `FakeCuda` for tests and for the double of TensorRT.
+# Methods of `FakeCuda` that only tests and the fake of TensorRT use.
 OWN = {"fail_next", "alive", "launches", "misuses", "misuse", "stream", "bytes", "device"}
 
 CLASSES = ("ILogger", "IPluginRegistry", "Runtime", "ICudaEngine", "IRuntimeConfig")
 
 
-def public(double: type) -> dict[str, Any]:
-    return {name: value for name, value in vars(double).items() if not name.startswith("_")}
+def public(fake: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(fake).items() if not name.startswith("_")}
 
 
 def parameters(documented: str, name: str) -> list[set[str]]:
-    """Return the parameters' names of each overload in a docstring."""
+    """Return the names of the parameters of each overload of a method, from its docstring.
+
+    Args:
+      documented: Docstring of the method, as the bindings generate it.
+      name: Name of the method.
+    """
     found = re.findall(rf"\b{name}\((.*?)\)(?: ->|\n|$)", documented or "")
     return [set(re.findall(r"\b(\w+)(?::| =|,|$)", each)) for each in found]
 
@@ -42,15 +47,15 @@ def test_the_fake_of_tensorrt_has_the_real_names(name: str) -> None:
             wanted = set(inspect.signature(value).parameters) - {"self"}
             overloads = parameters(getattr(real, member).__doc__, member)
             fits = any(wanted <= names for names in overloads)
-            # Bindings name some parameters otherwise; all calls of ours are positional.
+            # The bindings name some parameters differently, but the project passes all by position.
             fits = fits or any(len(names - {"self"}) >= len(wanted) for names in overloads)
             assert fits or member == "log", f"{name}.{member}({wanted}) is {overloads}"
 
 
 def test_the_module_has_the_real_names() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    double = tensorrt_fake.tensorrt_module("tensorrt_rtx", FakeCuda())
-    for name in (n for n in vars(double) if not n.startswith("_")):
+    fake = tensorrt_fake.tensorrt_module("tensorrt_rtx", FakeCuda())
+    for name in (n for n in vars(fake) if not n.startswith("_")):
         assert hasattr(trt, name), name
     enums = ("TensorIOMode", "TensorLocation", "DynamicShapesKernelSpecializationStrategy")
     for name in enums:
@@ -78,7 +83,7 @@ def test_the_fake_of_cuda_has_the_real_names() -> None:
 
 
 def test_a_real_runtime_without_a_gpu_loads_nothing(own_bundle: Path) -> None:
-    """The logger works with the real module, whose `deserialize` answers None."""
+    """The real module accepts our logger, and returns None for bytes that are not an engine."""
     trt = pytest.importorskip("tensorrt_rtx")
     from collections import deque
 
@@ -92,33 +97,42 @@ def test_a_real_runtime_without_a_gpu_loads_nothing(own_bundle: Path) -> None:
 
 
 def feed(machine: Machine, bundle: Path, steps: int = 1) -> tuple[Any, Any, Any]:
-    """Return runner, its profile for one token and its context, after some steps."""
+    """Feed a new session one token at a time.
+
+    Args:
+      machine: Fake machine to run on.
+      bundle: Bundle to add an engine to.
+      steps: Number of tokens to feed.
+
+    Returns:
+      The session, its runner's context for calls of one token, and TensorRT's context in it.
+    """
     machine.build(bundle)
     session = open_session(bundle, "tensorrt")
     for _ in range(steps):
         session.feed([1])
     runner = session._runner
-    (profile,) = runner._contexts.values()  # type: ignore[attr-defined]
-    return session, profile, profile._context
+    (decode,) = runner._contexts.values()  # type: ignore[attr-defined]
+    return session, decode, decode._context
 
 
 def stream_of(session: Any) -> Any:
     return session._runner._stream
 
 
-def _other_profile(session: Any, profile: Any, context: Any) -> None:
+def _other_profile(session: Any, decode: Any, context: Any) -> None:
     with stream_of(session).captured():
         context.set_optimization_profile_async(1, stream_of(session).handle)
 
 
-def _shape_in_a_graph(session: Any, profile: Any, context: Any) -> None:
+def _shape_in_a_graph(session: Any, decode: Any, context: Any) -> None:
     session.feed([1])
     context.set_optimization_profile_async(1, stream_of(session).handle)
     session.feed([1])
     session.feed([1])
 
 
-def _cold_capture(session: Any, profile: Any, context: Any) -> None:
+def _cold_capture(session: Any, decode: Any, context: Any) -> None:
     shapes = dict(context._shapes)
     addresses = dict(context._addresses)
     context.set_optimization_profile_async(0, stream_of(session).handle)
@@ -130,33 +144,33 @@ def _cold_capture(session: Any, profile: Any, context: Any) -> None:
         context.execute_async_v3(stream_of(session).handle)
 
 
-def _one_buffer(session: Any, profile: Any, context: Any) -> None:
+def _one_buffer(session: Any, decode: Any, context: Any) -> None:
     context.set_tensor_address("past.position", context._addresses["present.position"])
     context.execute_async_v3(stream_of(session).handle)
 
 
-def _freed(session: Any, profile: Any, context: Any) -> None:
+def _freed(session: Any, decode: Any, context: Any) -> None:
     context.execute_async_v3(stream_of(session).handle)
     machine_cuda = session._runner.model.cuda
-    machine_cuda.call("cudaFree", profile._mirrors["logits"].address)
+    machine_cuda.call("cudaFree", decode._mirrors["logits"].address)
     stream_of(session).synchronize()
 
 
-def _synchronised_capture(session: Any, profile: Any, context: Any) -> None:
+def _synchronized_capture(session: Any, decode: Any, context: Any) -> None:
     with stream_of(session).captured():
         stream_of(session).synchronize()
 
 
-def _default_stream(session: Any, profile: Any, context: Any) -> None:
+def _default_stream(session: Any, decode: Any, context: Any) -> None:
     context.execute_async_v3(0)
 
 
-def _engine_gone(session: Any, profile: Any, context: Any) -> None:
+def _engine_gone(session: Any, decode: Any, context: Any) -> None:
     context._owner = lambda: None
     session.feed([1])
 
 
-def _unaligned(session: Any, profile: Any, context: Any) -> None:
+def _unaligned(session: Any, decode: Any, context: Any) -> None:
     context.set_tensor_address("lengths", 12345)
 
 
@@ -166,26 +180,28 @@ MISUSES: dict[str, Callable[[Any, Any, Any], None]] = {
     "captured that has not run with its shapes": _cold_capture,
     "one address is True": _one_buffer,
     "is used, but not allocated": _freed,
-    "synchronised while it is captured": _synchronised_capture,
+    "synchronized while it is captured": _synchronized_capture,
     "or the default stream": _default_stream,
     "after its engine or runtime has gone": _engine_gone,
     "not aligned": _unaligned,
 }
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # freed twice
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # memory is freed twice
 @pytest.mark.parametrize("said", MISUSES)
 def test_a_misuse_is_found(own_bundle: Path, tmp_path: Path, said: str) -> None:
     with (  # noqa: PT012
-        pytest.raises(AssertionError, match=said),  # again at the end, in the list of all
+        pytest.raises(AssertionError, match=said),  # again at the end, from the list of all misuses
         tensorrt_fake.fake_machine(tmp_path) as machine,
     ):
-        session, profile, context = feed(machine, own_bundle, steps=3)
+        session, decode, context = feed(machine, own_bundle, steps=3)
         with pytest.raises(MisuseError, match=said):
-            MISUSES[said](session, profile, context)
+            MISUSES[said](session, decode, context)
 
 
-def test_what_is_refused_politely(machine: Machine, own_bundle: Path) -> None:
+def test_what_tensorrt_refuses_without_misuse(machine: Machine, own_bundle: Path) -> None:
     session, _, context = feed(machine, own_bundle)
     assert not context.set_input_shape("input_ids", (1, 2)), "the decode profile has one token"
     assert not context.set_input_shape("none", (1,))
@@ -198,11 +214,11 @@ def test_what_is_refused_politely(machine: Machine, own_bundle: Path) -> None:
 
 
 def test_a_host_that_does_not_wait_reads_poison(machine: Machine, own_bundle: Path) -> None:
-    session, profile, _ = feed(machine, own_bundle)
+    session, decode, _ = feed(machine, own_bundle)
     runner = session._runner
-    logits = profile._mirrors["logits"].host((1, 1, 64), np.float32)
+    logits = decode._mirrors["logits"].host((1, 1, 64), np.float32)
     logits.fill(np.nan)
-    profile._enqueue(session._current, session._spare[0])
+    decode._enqueue(session._current, session._spare[0])
     assert np.isnan(logits).all()
     runner._stream.synchronize()
     assert np.isfinite(logits).all()

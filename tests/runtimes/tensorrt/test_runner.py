@@ -1,4 +1,4 @@
-"""Sessions over engines, on fakes of TensorRT and CUDA that compute and refuse misuse."""
+"""Sessions on engines, with fakes of TensorRT and CUDA that compute and refuse misuse."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.tolerances import assert_close
 
 CALLS = ([5, 5, 5], [1, 1, 1], [1, 0, 1], [1, 1, 1], [40, 3, 9], [1, 1, 1], [1, 1, 1], [1, 1, 1])
 
-# How an engine can be built, and what must be true of all.
+# Ways to build an engine, by arguments of `Machine.build`. All must give the same results.
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plugin": {"plugin": True},
@@ -54,7 +54,7 @@ def same_state(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 def exact(bundle: Path, batch: int = 1) -> Session:
-    """What the double computes with: the same session, bit for bit."""
+    """Return a session in ONNX Runtime, which the fake computes with: equal bit for bit."""
     return open_session(bundle, batch=batch, plugin="none", threads=1)
 
 
@@ -119,16 +119,16 @@ def test_graphs_change_nothing(machine: Machine, own_bundle: Path, kind: str) ->
         off_logits = off.feed(tokens)
         assert machine.cuda.launches == before
         np.testing.assert_array_equal(on.feed(tokens), off_logits)
-        assert machine.cuda.launches == before + (step > 0), "all but the first"
+        assert machine.cuda.launches == before + (step > 0), "all calls but the first"
         assert same_state(on.state, off.state)
 
 
-def test_a_graph_is_of_its_buffers_and_goes_with_them(machine: Machine, own_bundle: Path) -> None:
+def test_a_graph_is_dropped_with_its_buffers(machine: Machine, own_bundle: Path) -> None:
     session = session_of(machine, own_bundle, "plain")
     for _ in range(5):
         session.feed(ids(1))
-    assert machine.cuda.alive["graphs"] == 2, "there and back"
-    session.feed(ids(3 * MAX_TOKENS))  # three pairs of buffers; one is given up at the end
+    assert machine.cuda.alive["graphs"] == 2, "one for each direction between two sets of buffers"
+    session.feed(ids(3 * MAX_TOKENS))  # uses three sets of buffers, and releases one at the end
     assert machine.cuda.alive["graphs"] < 2
     for _ in range(5):
         session.feed(ids(1))
@@ -157,7 +157,7 @@ def test_rows_and_files(machine: Machine, own_bundle: Path, tmp_path: Path, kind
     both(lambda s: s.load_state(path))
 
 
-def test_state_files_go_round_all_runtimes(
+def test_state_files_move_between_all_runtimes(
     machine: Machine, own_bundle: Path, tmp_path: Path
 ) -> None:
     build(machine, own_bundle)
@@ -202,7 +202,7 @@ def test_another_device_in_every_thread(own_bundle: Path, tmp_path: Path) -> Non
 
     with fake_machine(tmp_path, gpus=2) as machine:
         session = session_of(machine, own_bundle, "plain", device="cuda:1")
-        with ThreadPoolExecutor(1) as pool:  # whose device is cuda:0
+        with ThreadPoolExecutor(1) as pool:  # a thread whose current device is cuda:0
             found = pool.submit(session.feed, ids(9)).result()
             pool.submit(session.reset).result()
         np.testing.assert_array_equal(found, exact(own_bundle).feed(ids(9)))
@@ -227,7 +227,7 @@ def test_a_call_that_fails_moves_no_row(
     machine: Machine, own_bundle: Path, function: str, after: int, size: int
 ) -> None:
     session, expected = session_of(machine, own_bundle, "in_place", 2), exact(own_bundle, 2)
-    # Memory is allocated in the first call of a kind; one token after one would be captured.
+    # The first call of a kind allocates memory. A second call of one token would be captured.
     warm = () if "Malloc" in function or size == 1 else (size,)
     for length in warm:
         for each in (session, expected):
@@ -254,7 +254,7 @@ def test_an_engine_that_refuses_to_run_moves_no_row(machine: Machine, own_bundle
 
 
 @pytest.mark.parametrize("function", ["cudaStreamEndCapture", "cudaGraphInstantiate"])
-def test_a_failed_capture_is_said_and_decoding_goes_on(
+def test_a_failed_capture_warns_and_decoding_continues(
     machine: Machine, own_bundle: Path, function: str
 ) -> None:
     session, expected = session_of(machine, own_bundle, "in_place"), exact(own_bundle)
@@ -270,7 +270,7 @@ def test_a_failed_capture_is_said_and_decoding_goes_on(
     assert machine.cuda.alive["graphs"] == 0
 
 
-def test_an_interrupted_capture_leaves_a_session_that_goes_on(
+def test_a_session_continues_after_an_interrupted_capture(
     machine: Machine, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, expected = session_of(machine, own_bundle, "plain"), exact(own_bundle)
@@ -307,9 +307,9 @@ def test_a_context_that_cannot_be_captured_runs_without_a_graph(
 
 
 def test_too_many_rows(machine: Machine, own_bundle: Path) -> None:
-    facts = machine.build(own_bundle, max_batch=2)
+    metadata = machine.build(own_bundle, max_batch=2)
     with pytest.raises(
-        ShapeError, match=f"batch is 3, but engine '{facts.name}' takes at most 2 rows; build it"
+        ShapeError, match=f"batch is 3, but engine '{metadata.name}' takes at most 2 rows; build it"
     ):
         open_session(own_bundle, "tensorrt", batch=3)
 
@@ -323,7 +323,7 @@ def refusal(bundle: Path, **options: Any) -> str:
 def test_no_engine_says_how_to_make_one(machine: Machine, own_bundle: Path) -> None:
     command = f"`fwl-export build {own_bundle} --variant {{}} --sm 89`"
     assert refusal(own_bundle) == (
-        f"bundle '{own_bundle}' has no engine of its model for this GPU, Double One, SM89; build "
+        f"bundle '{own_bundle}' has no engine of its model for this GPU, Fake One, SM89; build "
         f"one with {command.format('rtx')}"
     )
     other = machine.build(own_bundle, sm=86)
@@ -331,24 +331,25 @@ def test_no_engine_says_how_to_make_one(machine: Machine, own_bundle: Path) -> N
     assert command.format("tensorrt") in refusal(own_bundle, variant="tensorrt")
     machine.build(own_bundle, version="1.0.0")
     assert refusal(own_bundle) == (
-        "TensorRT-RTX 1.2.3 is installed, and the bundle's engines for SM89 are of version 1.0.0, "
-        f"which only that version runs; build one with {command.format('rtx')}"
+        "TensorRT-RTX 1.2.3 is installed, but the bundle's engines for SM89 were built by 1.0.0, "
+        "and an engine runs only in the version that built it; build one with "
+        f"{command.format('rtx')}"
     )
     assert "variant 'trt' is unknown" in refusal(own_bundle, variant="trt")
 
 
-def test_an_engine_of_another_model_is_none(machine: Machine, own_bundle: Path) -> None:
-    facts = machine.build(own_bundle)
-    edit_facts(own_bundle, facts, model_id="0" * 64)
+def test_an_engine_of_another_model_does_not_count(machine: Machine, own_bundle: Path) -> None:
+    metadata = machine.build(own_bundle)
+    edit_metadata(own_bundle, metadata, model_id="0" * 64)
     assert "has no engine of its model" in refusal(own_bundle)
 
 
-def edit_facts(bundle: Path, facts: EngineMetadata, **changes: Any) -> None:
+def edit_metadata(bundle: Path, metadata: EngineMetadata, **changes: Any) -> None:
     import json
 
     from fwl_export.bundle.manifest import read_bundle
 
-    name = f"engines/{facts.name}.json"
+    name = f"engines/{metadata.name}.json"
     data = {**json.loads((bundle / name).read_text()), **changes}
     (bundle / name).write_text(json.dumps(data))
     read_bundle(bundle).add_files([name])
@@ -364,23 +365,23 @@ def edit_facts(bundle: Path, facts: EngineMetadata, **changes: Any) -> None:
         ({"outputs": []}, "does not fit its metadata or this version of fwl-export: 'logits' diff"),
     ],
 )
-def test_facts_that_are_wrong(
+def test_metadata_that_are_wrong(
     machine: Machine, own_bundle: Path, changes: dict[str, Any], said: str
 ) -> None:
-    edit_facts(own_bundle, machine.build(own_bundle), **changes)
+    edit_metadata(own_bundle, machine.build(own_bundle), **changes)
     assert said in refusal(own_bundle)
 
 
 def test_an_engine_that_is_changed_or_no_engine(machine: Machine, own_bundle: Path) -> None:
     from fwl_export.bundle.manifest import describe_file, read_bundle
 
-    facts = machine.build(own_bundle)
-    path = own_bundle / f"engines/{facts.name}.engine"
+    metadata = machine.build(own_bundle)
+    path = own_bundle / f"engines/{metadata.name}.engine"
     path.write_text("no plan")
     with pytest.raises(BundleError, match="it was changed or cut off"):
         open_session(own_bundle, "tensorrt")
-    read_bundle(own_bundle).add_files([f"engines/{facts.name}.engine"])
-    edit_facts(own_bundle, facts, sha256=describe_file(path)["sha256"])
+    read_bundle(own_bundle).add_files([f"engines/{metadata.name}.engine"])
+    edit_metadata(own_bundle, metadata, sha256=describe_file(path)["sha256"])
     assert "cannot load" in (said := refusal(own_bundle))
     assert "the plan is not a plan; build the engine again" in said
 
@@ -391,18 +392,18 @@ def test_an_input_that_must_lie_on_the_host_is_refused(machine: Machine, own_bun
 
 
 def test_the_plugin_library(machine: Machine, own_bundle: Path, tmp_path: Path) -> None:
-    facts = build(machine, own_bundle, "plugin")
-    assert "the fast-weight updates in the plugin, which is not" in refusal(
+    metadata = build(machine, own_bundle, "plugin")
+    assert "the fast-weight updates in the plugin, but plugin 'none'" in refusal(
         own_bundle, plugin="none"
     )
     assert "does not exist" in refusal(own_bundle, plugin=tmp_path / "none.so")
     wrong = tmp_path / "other.so"
     wrong.touch()
     assert "TensorRT-RTX 1.2.3 cannot load plugin" in refusal(own_bundle, plugin=wrong)
-    for _ in range(2):  # the second time it is loaded already
+    for _ in range(2):  # the second time, the library is loaded already
         opened(machine, own_bundle).feed(ids(3))
     machine.build(own_bundle)
-    assert facts.name == "rtx-1.2.3-sm89-fp32"
+    assert metadata.name == "rtx-1.2.3-sm89-fp32"
     with pytest.raises(PluginError, match="in standard operators, but the plugin was asked for"):
         opened(machine, own_bundle)
 
@@ -433,7 +434,7 @@ def test_variants(machine: Machine, own_bundle: Path) -> None:
     assert machine.module()._runs
 
 
-def test_in_place_is_taken_only_where_there_is_no_other(machine: Machine, own_bundle: Path) -> None:
+def test_an_engine_in_place_is_the_last_choice(machine: Machine, own_bundle: Path) -> None:
     build(machine, own_bundle, "in_place")
     build(machine, own_bundle, "plugin")
     assert opened(machine, own_bundle)._runner.model.in_place == frozenset()
@@ -482,16 +483,16 @@ def test_the_address_table() -> None:
 
 
 @pytest.fixture
-def facts(machine: Machine, own_bundle: Path) -> EngineMetadata:
+def metadata(machine: Machine, own_bundle: Path) -> EngineMetadata:
     return machine.build(own_bundle, max_batch=4)
 
 
-def test_the_choice_of_a_profile(facts: EngineMetadata) -> None:
-    assert [profile.name for profile in facts.profiles] == ["decode", "prefill"]
+def test_the_choice_of_a_profile(metadata: EngineMetadata) -> None:
+    assert [profile.name for profile in metadata.profiles] == ["decode", "prefill"]
 
     def choose(batch: int, tokens: int, positions: int) -> int:
         sizes = {"input_ids": (batch, tokens), "logit_positions": (batch, positions)}
-        return choose_profile(facts, tuple(sizes.items()))
+        return choose_profile(metadata, tuple(sizes.items()))
 
     assert [choose(1, 1, 1), choose(4, 1, 1), choose(1, 2, 1), choose(4, MAX_TOKENS, 16)] == [
         0,
@@ -504,6 +505,6 @@ def test_the_choice_of_a_profile(facts: EngineMetadata) -> None:
             choose(*wrong)
 
 
-def test_profiles_are_named_in_facts(facts: EngineMetadata) -> None:
-    assert EngineMetadata.from_dict(facts.to_dict(), "facts") == facts
-    assert all(isinstance(profile, ProfileMetadata) for profile in facts.profiles)
+def test_profiles_are_named_in_metadata(metadata: EngineMetadata) -> None:
+    assert EngineMetadata.from_dict(metadata.to_dict(), "metadata") == metadata
+    assert all(isinstance(profile, ProfileMetadata) for profile in metadata.profiles)

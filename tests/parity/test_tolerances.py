@@ -1,9 +1,8 @@
-"""The table of tolerances and the budgets that follow from it."""
+"""The table of tolerances of `check`, and the budgets that follow from it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -11,7 +10,6 @@ from fwl_export.bundle.config import FastWeightsConfig, ModelConfig
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import state_specs
 from fwl_export.parity.compare import Error
-from fwl_export.parity.drift import FREE_RUNNING, MODES, TEACHER_FORCED, Drift, RunDrift, RunKey
 from fwl_export.parity.tolerances import (
     ROUNDING,
     TABLE,
@@ -20,7 +18,6 @@ from fwl_export.parity.tolerances import (
     budgets,
     tolerance_for,
 )
-from fwl_export.parity.verdict import judge
 
 EXACT = ("position", "pending.valid")
 
@@ -56,24 +53,6 @@ def test_a_budget_is_a_factor_times_the_largest_distance_so_far() -> None:
     found = budgets(row, own, [10, 20, 30], "fp32", 0.0)
     assert [b.max_abs for b in found] == [0.5, 2.0, 2.0]
     assert [b.relative_rms for b in found] == [0.04, 0.04, 0.08]
-
-
-def test_single_steps_are_measured_by_the_largest_of_the_run() -> None:
-    row = Tolerance("x", 4, 5, 0, 0, "for this test")
-    own = [error(0.1, 0.01, 1.0), error(0.4, 0.02, 8.0), error(0.2, 0.01, 2.0)]
-    errors, dtypes = {"logits": own}, {"logits": "float32"}
-    calls = [RunDrift([10, 20, 30], errors, dtypes=dtypes) for _ in range(2)]
-    found = {}
-    for mode in MODES:
-        runs = {RunKey(name, mode): found for name, found in zip("ab", calls, strict=True)}
-        drift = Drift(runs, largest_call=1)
-        table = [replace(row, prefix="logits")]
-        run = judge("text", drift, RunKey("a", mode), drift, "b", "fp32", 0.0, table)
-        found[mode] = [m.budget for m in run.tensors[0].points]
-    assert [b.relative_rms for b in found[FREE_RUNNING]] == [0.04, 0.08, 0.08]
-    assert [b.relative_rms for b in found[TEACHER_FORCED]] == [0.08, 0.08, 0.08]
-    # A tenth of what is largest in the tensor, at every depth.
-    assert [b.max_abs for b in found[TEACHER_FORCED]] == pytest.approx([0.5, 4.0, 4.0])
 
 
 def test_floors_count_roundings_and_remembered_tokens() -> None:

@@ -1,0 +1,39 @@
+"""The summary on a terminal."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fwl_export.parity import to_text
+from fwl_export.parity.verdict import CandidateVerdict
+from tests.parity.report.examples import DIED, GOOD, LOST, MANY, candidate, report, tensor
+
+
+@pytest.mark.parametrize(
+    "verdicts",
+    [
+        [GOOD],
+        [GOOD] * 9,
+        [candidate(tensor("logits", 0.3), *MANY)] * 4,
+        [candidate(tensor("logits", math.inf), tensor("fast.up.bias", 123456.7))],
+        [candidate(failure=DIED), LOST],
+        [candidate(tensor("logits", 0.3), *MANY, failure=DIED)],
+    ],
+    ids=["good", "many", "many tensors", "far outside", "failed at once", "failed later"],
+)
+def test_a_summary_fits_into_thirty_lines_of_a_hundred_columns(
+    verdicts: list[CandidateVerdict],
+) -> None:
+    lines = to_text(report(*verdicts)).splitlines()
+    assert len(lines) <= 30, len(lines)
+    assert max(map(len, lines)) <= 100, max(lines, key=len)
+
+
+def test_the_summary_says_who_is_closest_to_its_limit() -> None:
+    text = to_text(report(GOOD))
+    assert "within budget: the largest use is 40%, by fast.up.bias of some runtime" in text
+    assert text.index("\nlogits") < text.index("\nfast.up.bias")
+    assert report(GOOD).passed
+    assert report(GOOD).problems() == []

@@ -30,7 +30,7 @@ _MODE = max(map(len, MODE_NAMES.values()))
 
 _VERDICTS = {WITHIN: "within budget", OUTSIDE: "OUTSIDE BUDGET", COULD_NOT_RUN: "COULD NOT RUN"}
 
-_TENSOR_LEGEND = "at their worst points; teacher-forced: calls start from the reference's state"
+_TENSOR_LEGEND = "max, relative RMS errors where worst; teacher-forced: from the reference's state"
 
 
 def to_text(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,10 +97,18 @@ def bisect(
     if json:
         print_json(found.to_dict())
     else:
-        print(found.to_text())
+        print("\n".join(map(_wrapped, found.to_text().splitlines())))
         print(f"{found.seconds:.0f} s")
     if found.finding is not None:
         raise typer.Exit(1)
+
+
+def _wrapped(line: str) -> str:
+    """Return a line of the result at most 80 columns wide; a command stays whole."""
+    if line.startswith("reproduce"):
+        return line
+    indent = " " * 11  # the width of the labels
+    return textwrap.fill(line, 80, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _candidate(name: str, plugin: Path | None) -> Candidate:

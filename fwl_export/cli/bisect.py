@@ -19,7 +19,7 @@ from fwl_export.cli.options import (
     completion,
     list_completion,
 )
-from fwl_export.cli.terminal import print_json, progress_bar
+from fwl_export.cli.terminal import COLUMNS, print_json, progress_bar
 from fwl_export.runtimes.registry import RUNTIMES
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _wrapped(line: str) -> str:
     if line.startswith("reproduce"):
         return line
     indent = " " * 11  # the width of the labels
-    return textwrap.fill(line, 80, subsequent_indent=indent, break_on_hyphens=False)
+    return textwrap.fill(line, COLUMNS, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _candidate(name: str, plugin: Path | None) -> Candidate:

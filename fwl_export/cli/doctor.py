@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import typer
 
 from fwl_export.cli.options import JsonOption
-from fwl_export.cli.terminal import print_json
+from fwl_export.cli.terminal import COLUMNS, print_json
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,6 @@ _VARIANT_COSTS = {
     "rtx": "for engines that are built without a GPU",
     "tensorrt": "for engines for data-centre GPUs such as SM90",
 }
-
-_WIDTH = 80
 
 
 def doctor(json: JsonOption = False) -> None:
@@ -177,7 +175,7 @@ def _report(pieces: Sequence[Piece], can_run: bool, can_export: bool) -> str:
         mark = "ok" if piece.found else ("MISSING" if piece.needed else "no")
         text = f"{mark:7}  {piece.name} {piece.version}".rstrip()
         text += f": {piece.note}" if piece.note else ""
-        lines += textwrap.wrap(text, _WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False)
+        lines += textwrap.wrap(text, COLUMNS, subsequent_indent=" " * 9, break_on_hyphens=False)
     verdict = "cannot run models"
     if can_run:
         verdict = "can export models and run them" if can_export else "can run models, not export"

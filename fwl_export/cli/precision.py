@@ -14,7 +14,7 @@ import typer
 from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
 from fwl_export.cli.logs import is_quiet
 from fwl_export.cli.options import JsonOption, TextOption, complete_checkpoint, completion
-from fwl_export.cli.terminal import print_json, spinner, table
+from fwl_export.cli.terminal import COLUMNS, print_json, spinner, table
 
 if TYPE_CHECKING:
     from fwl_export.parity.precision_search import Distance, Exploration, Limits
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # Typed again because `precision.policy` loads PyTorch; a test compares them.
 TARGETS = ("fp16", "bf16", "int8w")
 
-_WIDTH = 80
 
 _LIMITS = "Limits of the error"
 
@@ -176,7 +175,7 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
     excluded = textwrap.fill(
         f"{len(policy.quantized)} of {len(ranked)} parts in {policy.target}; float32 stays: "
         f"{', '.join(policy.excluded) or 'nothing'}",
-        _WIDTH,
+        COLUMNS,
         break_on_hyphens=False,
     )
     return f"{table(header, rows)}\n\n{excluded}"

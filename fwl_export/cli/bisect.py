@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fwl_export.bisect import Bisection
     from fwl_export.parity import Candidate
 
-# Typed again because `fwl_export.bisect` loads NumPy; a test compares them.
+# Repeated here because `fwl_export.bisect` loads NumPy; a test compares the two.
 DEFAULT_TOKENS = 500
 DEFAULT_CASES = "text,mixed"
 

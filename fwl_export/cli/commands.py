@@ -133,7 +133,7 @@ class _HelpPage:
     help: str | None
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        # Typer marks a required argument with braces; without brackets is how one knows it.
+        # Typer puts required arguments in braces; the usual notation has none.
         pieces: list[str] = super().collect_usage_pieces(ctx)  # type: ignore[misc]
         pieces = [re.sub(r"^\{(.*)\}", r"\1", piece) for piece in pieces]
         return [piece if piece == "[OPTIONS]" else piece.upper() for piece in pieces]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fwl_export.runtimes import Session
 
 
-# Typed again because `precision.policy` loads PyTorch; a test compares them.
+# Repeated here because `precision.policy` loads PyTorch; a test compares the two.
 TARGETS = ("fp16", "bf16", "int8w")
 
 

@@ -100,7 +100,7 @@ def compare_adaptation(
         _count(shape, json)
         return
     if checkpoint is None or not texts:
-        raise typer.BadParameter("a checkpoint and at least one text file are needed, or --shape")
+        raise typer.BadParameter("give a CHECKPOINT and at least one text file, or --shape")
     from fwl_export.adaptation.compare import ComparisonPlan
 
     if output is not None:

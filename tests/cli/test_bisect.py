@@ -67,5 +67,5 @@ def test_a_folder_of_something_else_is_not_replaced(
     arguments = ("--text", text, "--reproducer", tmp_path / "mine")
     result = run(capsys, "bisect", own_bundle, *arguments)
     assert result.code == 2
-    assert "holds something else than a reproducer" in result.err
+    assert "holds files, but not those of a reproducer" in result.err
     assert (tmp_path / "mine" / "thesis.txt").is_file()

@@ -119,9 +119,7 @@ def _candidate(name: str, plugin: Path | None) -> Candidate:
     if plugin is None:
         return chosen
     if chosen.runtime != "onnxruntime" or "plugin" in chosen.arguments:
-        raise ConfigError(
-            f"--plugin is for candidate onnxruntime only; received candidate '{name}'"
-        )
+        raise ConfigError(f"--plugin is for candidate onnxruntime; received candidate '{name}'")
     return replace(chosen, arguments={**chosen.arguments, "plugin": plugin})
 
 

@@ -126,7 +126,7 @@ QuietOption = Annotated[
     typer.Option(
         "--quiet",
         "-q",
-        help="Show no progress and no notes; results and errors stay.",
+        help="Show neither progress nor notes, only results and errors.",
         rich_help_panel=GENERAL,
     ),
 ]

@@ -110,7 +110,7 @@ _PUBLIC = {
     "PrecisionPolicy": "precision.policy",
 }
 
-# What the modules of the PyTorch side import, all in the extra `export`.
+# Parts that need PyTorch, and the packages of the extra `export` that they import.
 _EXPORT_PARTS = ("bisect", "export", "model", "parity", "precision")
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript")
 

@@ -45,7 +45,7 @@ plugins: $(INSTALLED) ## compile the C++ libraries; needs CMake and a compiler
 docs: $(INSTALLED) ## build the documentation site into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-docs-serve: $(INSTALLED) ## show the documentation on this machine, and build it anew on every change
+docs-serve: $(INSTALLED) ## serve the documentation here, rebuilt on every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --livereload
 
 lint: $(INSTALLED) ## check format, lint, docstrings and types

@@ -42,10 +42,10 @@ plugins: $(INSTALLED) ## compile the C++ libraries; needs CMake and a compiler
 	cmake --build build/plugins --parallel
 	cmake --install build/plugins --prefix fwl_export --component runtime
 
-docs: $(INSTALLED) ## build the documentation site into build/site; a broken link is an error
+docs: $(INSTALLED) ## build the documentation into build/site, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-docs-serve: $(INSTALLED) ## show the documentation on this machine, and build it anew on every change
+docs-serve: $(INSTALLED) ## serve the documentation here, rebuilt on every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --livereload
 
 lint: $(INSTALLED) ## check format, lint, docstrings and types

@@ -32,7 +32,7 @@ LIBRARIES = {
     "fwl_export/plugins_lib/libfwl_trt.so": {"getCreators", "setLoggerFinder"},
 }
 _NODELETE = 0x8  # DF_1_NODELETE of elf.h
-_TOOLS = ("auditwheel", "build", "elftools", "ziglang")
+_TOOLS = ("auditwheel", "build", "elftools", "wheel", "ziglang")
 
 
 class WheelError(Exception):
@@ -55,7 +55,6 @@ def compilers(folder: Path, machine: str, glibc: str) -> dict[str, str]:
         path.chmod(0o755)
         environment[variable] = str(path)
     if machine != platform.machine():
-        environment["_PYTHON_HOST_PLATFORM"] = f"linux-{machine}"
         environment["SKBUILD_CMAKE_ARGS"] = (
             f"-DCMAKE_SYSTEM_NAME=Linux;-DCMAKE_SYSTEM_PROCESSOR={machine}"
         )
@@ -84,6 +83,10 @@ def build(output: Path, machine: str, glibc: str) -> list[Path]:
         _run("build", "--outdir", built, REPOSITORY, environment=environment)
         (sdist,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
         check(wheel)
+        if machine != platform.machine():
+            # Told to the build instead, pip would fetch Triton for that machine, not for this one.
+            _run("wheel", "tags", "--remove", "--platform-tag", f"linux_{machine}", wheel)
+            (wheel,) = built.glob("*.whl")
         repaired = Path(folder) / "repaired"
         _run("auditwheel", "repair", "--wheel-dir", repaired, wheel)
         (wheel,) = repaired.glob("*.whl")

@@ -24,9 +24,8 @@ def test_compilers_are_programs_for_the_machine(tmp_path: Path) -> None:
     assert f"-target {platform.machine()}-linux-gnu.2.28" in program.read_text(encoding="utf-8")
 
 
-def test_another_machine_is_told_to_cmake_and_to_the_wheel(tmp_path: Path) -> None:
+def test_another_machine_is_told_to_cmake(tmp_path: Path) -> None:
     found = compilers(tmp_path, OTHER, "2.17")
-    assert found["_PYTHON_HOST_PLATFORM"] == f"linux-{OTHER}"
     assert f"-DCMAKE_SYSTEM_PROCESSOR={OTHER}" in found["SKBUILD_CMAKE_ARGS"]
 
 
@@ -70,7 +69,7 @@ def test_missing_tools_are_named(
     monkeypatch.setattr(build_wheel.importlib.util, "find_spec", lambda name: None)
     assert build_wheel.main() == 1
     assert capsys.readouterr().err == (
-        "error: building a release needs auditwheel, build, elftools, ziglang; "
+        "error: building a release needs auditwheel, build, elftools, wheel, ziglang; "
         "pip install -e '.[release]'\n"
     )
     assert not (tmp_path / "dist").exists()

@@ -281,7 +281,7 @@ def test_a_layer_may_bring_its_own_unembedding(folder: Path) -> None:
         (
             "Mistral",
             {"context": 9},
-            "sliding attention of 5 tokens in all layers and reads without",
+            "sliding-window attention over 5 tokens in all layers and reads without",
         ),
         ("GPT-2", {"slide": True}, "counts positions from the beginning of the text, so its"),
     ],

@@ -17,7 +17,7 @@ Where each thing is:
     a bundle on disk      read_bundle, Bundle
     make a bundle         export_bundle, PrecisionPolicy, build_engines (TensorRT)
     prove it correct      check_bundle, Report, bisect_bundle
-    the PyTorch model     FWLModel, ModelConfig, FastWeightsConfig
+    the PyTorch model     FWLModel, ModelConfig, BackboneConfig, FastWeightsConfig
     its checkpoints       load_checkpoint, save_checkpoint, Checkpoint
     errors                FwlError and its subclasses; their messages say what to do next
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fwl_export.bisect import bisect_bundle as bisect_bundle
     from fwl_export.bundle import Bundle as Bundle
     from fwl_export.bundle import read_bundle as read_bundle
+    from fwl_export.bundle.config import BackboneConfig as BackboneConfig
     from fwl_export.bundle.config import FastWeightsConfig as FastWeightsConfig
     from fwl_export.bundle.config import ModelConfig as ModelConfig
     from fwl_export.engines import build_engines as build_engines
@@ -92,6 +93,7 @@ _PUBLIC = {
     "TrainingError": "errors",
     "Bundle": "bundle",
     "read_bundle": "bundle",
+    "BackboneConfig": "bundle.config",
     "FastWeightsConfig": "bundle.config",
     "ModelConfig": "bundle.config",
     "Sampler": "runtimes",
@@ -110,7 +112,7 @@ _PUBLIC = {
     "PrecisionPolicy": "precision.policy",
 }
 
-# What the modules of the PyTorch side import, all in the extra `export`.
+# Parts that need PyTorch, and the packages of the extra `export` that they import.
 _EXPORT_PARTS = ("bisect", "export", "model", "parity", "precision")
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript")
 

@@ -29,6 +29,7 @@ PUBLIC = {
     "EngineError",
     "ExportError",
     "FWLModel",
+    "BackboneConfig",
     "FastWeightsConfig",
     "FwlError",
     "MissingDependencyError",

@@ -45,6 +45,7 @@ PUBLIC = {
     "Models and checkpoints": (
         "FWLModel",
         "ModelConfig",
+        "BackboneConfig",
         "FastWeightsConfig",
         "load_checkpoint",
         "save_checkpoint",

@@ -1,4 +1,4 @@
-"""Where a way of reading gains: by position, by frequency of the token, by what was read before."""
+"""Where a way of reading gains: by position, by token frequency, by what was read before."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ REPETITIONS = ("new token", "known token, new pair", "known pair")
 
 @dataclass(frozen=True)
 class Class:
-    """Some of a text's tokens, and what was gained on them.
+    """A class of a text's tokens, and the gain on them.
 
     Attributes:
-      name: of the class.
-      tokens: how many.
-      loss: mean of the standard, in nats; None where there are no tokens.
-      gains: by method, how much lower its loss is; mean in nats, and its standard error.
+      name: Name of the class.
+      tokens: Number of tokens in the class.
+      loss: Mean loss of standard inference, in nats; None if the class has no tokens.
+      gains: By method, how much lower its loss is: the mean and its standard error, in nats.
     """
 
     name: str
@@ -34,12 +34,15 @@ class Class:
 
 
 def frequency_classes(labels: Array, reference: Array, vocabulary: int) -> Array:
-    """Return the index in FREQUENCIES of every token: how often it stands in another text.
+    """Classify tokens by how often they occur in another text.
 
     Args:
-      labels: [N] ids.
-      reference: [M] ids of the text that is counted in; the classes are per 10 000 tokens.
-      vocabulary: number of ids.
+      labels: Token ids to classify, [N].
+      reference: Token ids of the text to count in, [M].
+      vocabulary: Number of token ids.
+
+    Returns:
+      The index in FREQUENCIES of every token, [N]; the classes are occurrences per 10 000 tokens.
     """
     counts = np.bincount(reference, minlength=vocabulary)
     found: Array = np.digitize(counts / len(reference) * 1e4, [10, 100]) + 1
@@ -47,9 +50,15 @@ def frequency_classes(labels: Array, reference: Array, vocabulary: int) -> Array
 
 
 def repetition_classes(tokens: Array) -> Array:
-    """Return the index in REPETITIONS of every token but the first: [N] ids -> [N - 1].
+    """Classify every token but the first by whether it was read before in the same text.
 
-    A pair is a token with the one before it; known is what was read before in the same text.
+    A pair is a token together with the token before it.
+
+    Args:
+      tokens: Token ids of the text, [N].
+
+    Returns:
+      The index in REPETITIONS of every token but the first, [N - 1].
     """
     known: set[int] = {int(tokens[0])}
     pairs: set[tuple[int, int]] = set()
@@ -64,13 +73,13 @@ def repetition_classes(tokens: Array) -> Array:
 def gains_by_class(
     names: Sequence[str], classes: Array, standard: Losses, others: Mapping[str, Losses]
 ) -> list[Class]:
-    """Return the gain of other ways of reading over the standard in every class.
+    """Return the gain of other methods over standard inference in every class.
 
     Args:
-      names: of the classes.
-      classes: [N], an index in names for each token.
-      standard: [N] nats.
-      others: by method, [N] nats.
+      names: Names of the classes.
+      classes: Class of each token, an index into `names`, [N].
+      standard: Losses of standard inference in nats, [N].
+      others: Losses of the other methods in nats, [N] each, by method.
     """
     found = []
     for index, name in enumerate(names):
@@ -88,7 +97,15 @@ def gains_by_class(
 
 
 def perplexity_by_position(losses: Losses, bins: int) -> tuple[Array, Array]:
-    """Return positions [bins] in tokens and perplexities [bins] of equal parts of a stream."""
+    """Return the perplexity of equal parts of a stream.
+
+    Args:
+      losses: Losses of all tokens in nats, [N].
+      bins: Number of parts.
+
+    Returns:
+      The middle of each part in tokens, [bins], and its perplexity, [bins].
+    """
     parts = np.array_split(losses.astype(np.float64), bins)
     ends = np.cumsum([len(part) for part in parts])
     middles: Array = ends - np.array([len(part) for part in parts]) / 2

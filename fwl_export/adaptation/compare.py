@@ -1,4 +1,4 @@
-"""The paper's table: standard inference, dynamic evaluation, and fast weights off and on."""
+"""The paper's comparison: standard inference, dynamic evaluation, fast weights off and on."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ from fwl_export.model.language_model import FWLModel
 STANDARD, OFF, ON, SGD, RMS = "standard", "off", "adapting", "sgd", "rms"
 
 SEGMENTS = (128, 32, 16)
-# Where the grids of learning rates begin.
+# The learning rate at which each rule's grid begins.
 FIRST_RATES = {SGD: 0.1, RMS: 5e-4}
-# Krause's lambda, tried with the segment and rate that were best without it.
+# Values of Krause's lambda to try, at the segment and the rate that are best without it.
 DECAYS = (1e-3, 1e-2)
 
-# The first blocks are not timed: what is read first also fills caches and allocators.
+# The first blocks are not timed, because they also fill caches and allocators.
 WARM_UP = 1
 LEAST_BLOCKS = 4
 DECODE_TOKENS, DECODE_BLOCK = 256, 32
@@ -65,7 +65,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @contextmanager
 def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show nothing; see `fwl_export.cli.terminal.progress_bar` for one that does."""
+    """Show no progress; `fwl_export.cli.terminal.progress_bar` shows some."""
     yield lambda tokens: None
 
 
@@ -74,10 +74,10 @@ class ComparisonPlan:
     """How much to measure.
 
     Attributes:
-      segments: tried for dynamic evaluation; divisors of 256.
-      tuning_tokens: of the validation text, at most. Its first half gives the statistics of the
-        RMS rule, the second is what is tuned on.
-      max_tokens: of the texts together, at most; 0 = all.
+      segments: Segment lengths to try for dynamic evaluation, in tokens; divisors of 256.
+      tuning_tokens: Largest number of tokens to use of the validation text. The first half gives
+        the statistics of the RMS rule; settings are tuned on the second half.
+      max_tokens: Largest number of tokens to read of all texts together; 0 means all.
     """
 
     segments: tuple[int, ...] = SEGMENTS
@@ -94,14 +94,15 @@ class ComparisonPlan:
 
 @dataclass(frozen=True)
 class Texts:
-    """What is read.
+    """The texts to read.
 
     Attributes:
-      names: of the texts, in the order they are read.
-      starts: the position of each one's first token.
-      stream: [N] int64, all of them as one stream.
-      validation: [M] int64, on which dynamic evaluation is tuned; not part of the stream.
-      validation_name: what it is.
+      names: Names of the texts, in the order in which they are read.
+      starts: Position of each text's first token.
+      stream: Token ids of all texts as one stream, [N] int64.
+      validation: Token ids of the text that dynamic evaluation is tuned on, [M] int64; not part of
+        the stream.
+      validation_name: What the validation text is.
     """
 
     names: list[str]
@@ -114,12 +115,16 @@ class Texts:
 def read_texts(
     checkpoint: Checkpoint, files: Sequence[Path], validation: Path | None, plan: ComparisonPlan
 ) -> Texts:
-    """Read the texts as one stream, and what to tune on.
+    """Read the texts as one stream, and the validation text.
 
-    Without a validation text that is the stream's beginning, which is then left out.
+    Args:
+      checkpoint: The checkpoint whose tokenizer to use.
+      files: The texts, UTF-8 files.
+      validation: The validation text. None uses the beginning of the stream, and removes it there.
+      plan: How much to read.
 
     Raises:
-      TokenError: a file is no text, or there are too few tokens.
+      TokenError: A file is not text, or there are too few tokens.
     """
     parts = [torch.from_numpy(read_ids(path, checkpoint.tokenizer)) for path in files]
     names = [path.name for path in files]
@@ -151,10 +156,10 @@ def read_texts(
 
 
 def check_pair(first: Checkpoint, second: Checkpoint) -> None:
-    """Check that perplexities of two checkpoints can be compared.
+    """Check that the perplexities of two checkpoints can be compared.
 
     Raises:
-      CheckpointError: vocabulary or tokenizer differ.
+      CheckpointError: Their vocabularies or tokenizers differ.
     """
     sizes = first.config.vocab_size, second.config.vocab_size
     if sizes[0] != sizes[1]:
@@ -171,20 +176,20 @@ def check_pair(first: Checkpoint, second: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """One way of reading, measured. Ratios are relative to standard inference.
+    """The measurements of one way of reading. Ratios are relative to standard inference.
 
     Attributes:
-      name: for people.
-      tokens_per_call: in reading; dynamic evaluation's segment.
-      losses: [N - 1] nats.
-      perplexity: of all of them.
-      milliseconds_per_token: median over blocks.
-      time_ratio: median over paired blocks, with the lower and the upper quartile.
-      decode_ratio: the same in calls of one token; None for dynamic evaluation.
-      flops_by_part: operations of matrix products per token, see `cost.PARTS`.
-      flops_ratio: of their sum.
-      peak_bytes: weights, state and intermediate results.
-      memory_ratio: of that.
+      name: Name for tables and plots.
+      tokens_per_call: Number of tokens per call; for dynamic evaluation, its segment.
+      losses: Loss of each token but the first in nats, [N - 1].
+      perplexity: Perplexity of all these tokens.
+      milliseconds_per_token: Time per token, the median over blocks.
+      time_ratio: Ratio of times over paired blocks: lower quartile, median, upper quartile.
+      decode_ratio: Median ratio of times in calls of one token; None for dynamic evaluation.
+      flops_by_part: Floating-point operations of matrix products per token, see `cost.PARTS`.
+      flops_ratio: Ratio of the sums of these operations.
+      peak_bytes: Peak memory of weights, state and intermediate results.
+      memory_ratio: Ratio of peak memory.
     """
 
     name: str
@@ -202,15 +207,16 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
-      methods: in the order of the table; "standard" is the first.
-      texts: what was read.
-      tuning: by rule of dynamic evaluation: what was chosen, and all trials.
-      frequency, repetition: gains over standard inference by class of token.
-      blocks: how many were timed, of how many tokens.
-      machine: what it was measured on.
+      methods: The ways of reading in the order of the table, by key; the first is "standard".
+      texts: The texts that were read.
+      tuning: The chosen setting and all trials, by rule of dynamic evaluation.
+      frequency: Gains over standard inference by the frequency of tokens.
+      repetition: Gains over standard inference by what was read before.
+      blocks: Number of timed blocks, and tokens per block.
+      machine: Description of the machine, see `machine`.
     """
 
     methods: dict[str, Method]
@@ -222,7 +228,7 @@ class Comparison:
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the losses of single tokens, for JSON."""
+        """Return JSON-ready data: everything except the losses of single tokens."""
         methods = {}
         for key, method in self.methods.items():
             methods[key] = {n: v for n, v in vars(method).items() if n != "losses"}
@@ -244,7 +250,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Way:
-    """A way of reading: its name, how a stream is started, and tokens per call."""
+    """A way of reading: its name, a function that starts a stream, and its tokens per call."""
 
     name: str
     start: Callable[[], Reader]
@@ -261,11 +267,12 @@ def compare(
     """Read a stream in all ways, interleaved, and measure what each gains and costs.
 
     Args:
-      fwl: the model that learns while it reads.
-      plain: for standard inference and dynamic evaluation; None: `fwl` with adaptation off.
-      texts: what to read.
-      plan: how much to measure.
-      progress: shows it; called with a title and a number of tokens.
+      fwl: The model that learns while it reads.
+      plain: The model for standard inference and dynamic evaluation; None uses `fwl` with
+        adaptation off.
+      texts: The texts to read.
+      plan: How much to measure.
+      progress: Shows progress; called with a title and a total number of tokens.
     """
     backbone = plain or fwl
     off = "plain checkpoint" if plain else "adaptation off"
@@ -302,10 +309,20 @@ def compare(
 def tune(
     model: FWLModel, text: Tensor, rule: str, plan: ComparisonPlan, progress: Progress
 ) -> dict[str, Any]:
-    """Choose segment, learning rate and decay of a rule on the validation text's second half.
+    """Choose segment, learning rate and decay of a rule on the second half of a validation text.
 
-    Statistics of the RMS rule come from the first half: on the text that they were taken from
-    every weight that learns has some, and the choice would be too bold.
+    The statistics of the RMS rule come from the first half. If they came from the tuned text, every
+    weight with a gradient there would have some, and the chosen rate would be too large.
+
+    Args:
+      model: The model, which is not changed.
+      text: Token ids of the validation text, [M] int64.
+      rule: The rule of dynamic evaluation, SGD or RMS.
+      plan: How much to measure.
+      progress: Shows progress; called with a title and a total number of tokens.
+
+    Returns:
+      The chosen setting and all trials, JSON-ready.
     """
     trials: dict[tuple[int, float, float], float] = {}
     statistics: dict[int, dict[str, Tensor]] = {}
@@ -352,7 +369,7 @@ def _dynamic_way(model: FWLModel, text: Tensor, tuned: dict[str, Any], rule: str
 def _decode(
     ways: dict[str, _Way], stream: Tensor, advance: Callable[[int], None]
 ) -> dict[str, float]:
-    """Return times in calls of one token, relative to standard inference."""
+    """Return median times in calls of one token, relative to standard inference, by key."""
     readers = {key: (way.start(), 1) for key, way in ways.items()}
     tokens = stream[: DECODE_TOKENS + 1]
     readings = read_interleaved(readers, tokens, DECODE_BLOCK, advance)
@@ -393,7 +410,7 @@ def _methods(
 
 
 def machine() -> dict[str, Any]:
-    """Describe what this runs on."""
+    """Return a JSON-ready description of this machine: processor, load, threads, versions."""
     return {
         "cpu": processor_name() or platform.machine(),
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""What a way of reading costs: seconds, floating-point operations by part, peak memory."""
+"""Measure what a reader costs: seconds, floating-point operations by part, peak memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig, ModelCon
 from fwl_export.model.language_model import FWLModel
 from fwl_export.op import torch_op
 
-# The parts of the model that operations are counted for, in the order of a call.
+# The parts of the model for which operations are counted, in the order of a call.
 BACKBONE = "backbone"
 SLOW = "slow layer"
 SLOW_LOGITS = "slow logits, z U"
@@ -53,10 +53,9 @@ PARTS = (
     BACKWARD,
 )
 
-# Shapes whose operations can be counted without a checkpoint.
+# Model shapes whose operations can be counted without a checkpoint.
 SHAPES = {
-    # 124 M parameters in the paper's GPT-2 small with one embedding for both ends, with the Fast
-    # Weight Layer on top.
+    # The paper's GPT-2 small, 124 M parameters with a tied embedding, plus the Fast Weight Layer.
     "gpt2-small": ModelConfig(
         50257,
         BackboneConfig(width=768, layers=12, heads=12, window=1024),
@@ -67,11 +66,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Reading:
-    """What one reader did on a stream.
+    """The result of one reader on a stream.
 
     Attributes:
-      losses: [N - 1] nats.
-      seconds: of every whole block.
+      losses: Loss of each token but the first in nats, [N - 1].
+      seconds: Time for each whole block.
     """
 
     losses: Losses
@@ -84,14 +83,16 @@ def read_interleaved(
     block: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Reading]:
-    """Read a stream with all readers, block by block, one after the other on every block.
+    """Read a stream with all readers in turn, block by block.
+
+    The reader that goes first changes from block to block.
 
     Args:
-      readers: name -> (reader, tokens per call). Who goes first changes from block to block.
-      tokens: [N] int64.
-      block: tokens per block, a multiple of all tokens per call. The last may be shorter, and is
-        not timed.
-      advance: called with the number of tokens that one reader has read.
+      readers: The readers and their tokens per call, by name.
+      tokens: Token ids of the stream, [N] int64.
+      block: Number of tokens per block, a multiple of every reader's tokens per call. The last
+        block may be shorter, and is then not timed.
+      advance: Called with the number of tokens that a reader has read since the last time.
     """
     names = list(readers)
     losses: dict[str, list[Losses]] = {name: [] for name in names}
@@ -113,30 +114,30 @@ def _reading(reader: tuple[Reader, int], tokens: Tensor) -> tuple[Reader, Tensor
 
 
 def time_ratio(seconds: list[float], base: list[float]) -> tuple[float, float, float]:
-    """Return the quartiles of the ratios of paired times: (lower, median, upper)."""
+    """Return lower quartile, median and upper quartile of the ratios of paired times."""
     low, middle, high = np.quantile(np.array(seconds) / np.array(base), (0.25, 0.5, 0.75))
     return float(low), float(middle), float(high)
 
 
 def count_flops(reader: Reader, chunk: int, tokens: Tensor) -> int:
-    """Return the floating-point operations of the matrix products of reading `tokens[:-1]`.
+    """Return the number of floating-point operations in matrix products to read `tokens[:-1]`.
 
     Args:
-      reader: at any point of a stream; it reads on.
-      chunk: tokens per call.
-      tokens: [N + 1] int64.
+      reader: The reader, at any point of a stream; it reads on from there.
+      chunk: Number of tokens per call.
+      tokens: Token ids, [N + 1] int64.
     """
     return sum(count_parts(reader, chunk, tokens).values())
 
 
 def count_parts(reader: Reader, chunk: int, tokens: Tensor) -> dict[str, int]:
-    """Return what `count_flops` does by part of the model, see PARTS."""
+    """Return the same number as `count_flops`, by part of the model, see PARTS."""
     formulas = {torch.ops.fwl.linear_attention_update: linear_attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     parts = dict.fromkeys(PARTS, 0)
     with _told_apart(reader.model, counter, parts), counter:
         _read_block(reader, chunk, tokens[None])
-    # Whatever is done outside of the model's own functions: gradients of dynamic evaluation.
+    # All else happens outside the model's own functions: the gradients of dynamic evaluation.
     parts[BACKWARD] = int(counter.get_total_flops()) - sum(parts.values())
     return {name: count for name, count in parts.items() if count}
 
@@ -150,7 +151,7 @@ def _read_block(reader: Reader, chunk: int, block: Tensor) -> None:
 
 @contextmanager
 def _told_apart(model: FWLModel, counter: FlopCounterMode, parts: dict[str, int]) -> Iterator[None]:
-    """Add what is counted inside the model's functions to `parts`."""
+    """Context that adds the operations counted inside each of the model's functions to `parts`."""
     layer = model.fast_weights
     in_fast_pass, slow_rows = [False], [0]
 
@@ -165,7 +166,7 @@ def _told_apart(model: FWLModel, counter: FlopCounterMode, parts: dict[str, int]
 
     def logits(done: dict[str, int], result: Tensor) -> None:
         slow = count = sum(done.values())
-        if in_fast_pass[0]:  # with the slow pass's one row, if that had to wait
+        if in_fast_pass[0]:  # in a call of one token, these logits include the slow ones
             slow = 0 if slow_rows[0] else count // result.shape[1]
         slow_rows[0] = result.shape[1]
         parts[SLOW_LOGITS] += slow
@@ -173,7 +174,7 @@ def _told_apart(model: FWLModel, counter: FlopCounterMode, parts: dict[str, int]
         in_fast_pass[0] = False
 
     def fast(done: dict[str, int], _: Any) -> None:
-        in_fast_pass[0] = True  # the next logits are those of this pass
+        in_fast_pass[0] = True  # the next logits belong to this pass
         for op, count in done.items():
             of_sums = VECTORS if "bmm" in op else FAST
             parts[UPDATE if "linear_attention_update" in op else of_sums] += count
@@ -216,7 +217,7 @@ def linear_attention_flops(
     *_: Any,
     out_shape: Any = None,
 ) -> int:
-    """Return the operations of `fwl::linear_attention_update`: the counter cannot see into it."""
+    """Return the operations of `fwl::linear_attention_update`, which is opaque to the counter."""
     batch, length, key_size = query_shape
     value_size = value_shape[2]
     total = 0
@@ -228,14 +229,14 @@ def linear_attention_flops(
 
 
 def count_shape(config: ModelConfig, chunk: int) -> dict[str, dict[str, float]]:
-    """Count the operations of a model of any size without its weights.
+    """Count the operations of a model of any size, without weights.
 
     Args:
-      config: of the model.
-      chunk: tokens per call; two calls are counted.
+      config: The model's configuration.
+      chunk: Number of tokens per call; two calls are counted.
 
     Returns:
-      "standard" and "adapting": operations per token by part.
+      Operations per token by part, for "standard" inference and for "adapting".
     """
     with torch.device("meta"):
         model = FWLModel(config).eval().requires_grad_(False)
@@ -251,14 +252,14 @@ def count_shape(config: ModelConfig, chunk: int) -> dict[str, dict[str, float]]:
 
 
 def peak_memory(start: Callable[[], Reader], chunk: int, tokens: Tensor) -> int:
-    """Return the most bytes that reading needs at once: weights, state and intermediate results.
+    """Return the peak memory of reading in bytes: weights, state and intermediate results.
 
     Args:
-      start: starts a stream.
-      chunk: tokens per call.
-      tokens: [N + 1] int64; as much as it takes to have seen all.
+      start: Returns a reader at the beginning of a stream.
+      chunk: Number of tokens per call.
+      tokens: Token ids, [N + 1] int64; enough of them for memory to reach its peak.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it says on the terminal that it began
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler prints that it started
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         reader = start()
         _read_block(reader, chunk, tokens[None])

@@ -1,4 +1,4 @@
-"""The plot of a comparison: perplexity against position, and gain by class of token."""
+"""The plot of a comparison: perplexity against position, and gain by class of tokens."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from fwl_export.errors import MissingDependencyError
 
 NAME = "adaptation"
 
-# Okabe and Ito's colours: told apart by colour-blind readers.
+# Okabe and Ito's colors, which color-blind readers can tell apart.
 COLORS = {STANDARD: "#555555", OFF: "#E69F00", ON: "#0072B2", SGD: "#009E73", RMS: "#CC79A7"}
 
-# Tokens per point of the curve: at least these, and at most so many points.
+# Smallest number of tokens per point of a curve, and largest number of points.
 POINT_TOKENS, POINTS = 500, 30
 
-# Labels beside a curve, relative to the plot's height.
+# Height of a label beside a curve, relative to the height of the plot.
 _LABEL_HEIGHT = 0.17
 _TEXTS_NAMED = 4
-# Perplexities that lie further apart than this are shown on a logarithmic scale.
+# The ratio of perplexities above which the scale becomes logarithmic.
 _LOG_ABOVE = 10
 
 
 def import_figure() -> type[Any]:
-    """Return matplotlib's Figure.
+    """Return matplotlib's class Figure.
 
     Raises:
-      MissingDependencyError: it is not installed.
+      MissingDependencyError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def import_figure() -> type[Any]:
 
 
 def write_plots(found: Comparison, folder: Path) -> None:
-    """Write adaptation.png, 1000 pixels wide, and adaptation.svg."""
+    """Write adaptation.png, 1000 pixels wide, and adaptation.svg into a folder."""
     figure = import_figure()(figsize=(10, 8), dpi=100)
     grid = figure.add_gridspec(
         2, 2, left=0.075, right=0.965, bottom=0.11, top=0.95, hspace=0.32, wspace=0.2
@@ -97,7 +97,7 @@ def _range(found: Comparison, bins: int) -> tuple[float, float]:
 
 
 def _mark_texts(axes: Any, found: Comparison) -> None:
-    """Name the texts above the curve, or only mark where they begin where there are many."""
+    """Mark where the texts begin, and name them above the curves if there are only a few."""
     names, starts = found.texts.names, found.texts.starts
     ends = [*starts[1:], len(found.texts.stream)]
     for name, start, end in zip(names, starts, ends, strict=True):
@@ -147,15 +147,15 @@ def label_curves(
     height: float,
     columns: int,
 ) -> None:
-    """Write each curve's name right of the axes, near its end but clear of the others.
+    """Write each curve's name to the right of the axes, near the curve's end, without overlaps.
 
     Args:
-      axes: of matplotlib.
-      labels: of the curves.
-      ends: their last values.
-      colors: of the labels.
-      height: of a label, relative to that of the axes.
-      columns: of a label's lines.
+      axes: The matplotlib axes.
+      labels: Names of the curves.
+      ends: Last value of each curve.
+      colors: Colors of the labels.
+      height: Height of a label, relative to the height of the axes.
+      columns: Largest number of characters in a line of a label.
     """
     order = sorted(range(len(ends)), key=lambda i: ends[i])
     pixels = axes.transData.transform([(0, ends[i]) for i in order])
@@ -179,7 +179,13 @@ def label_curves(
 def spread_apart(
     heights: npt.NDArray[np.float64], least: float, passes: int = 200
 ) -> npt.NDArray[np.float64]:
-    """Move ascending heights as little as it takes to be `least` apart."""
+    """Move heights apart until neighbors differ by at least `least`, and as little as possible.
+
+    Args:
+      heights: The heights, ascending, [N].
+      least: Smallest allowed distance of neighbors.
+      passes: Number of passes over all neighbors.
+    """
     placed = heights.astype(np.float64).copy()
     for _ in range(passes):
         for i in range(len(placed) - 1):

@@ -1,7 +1,7 @@
-"""Ways to read a long stream of tokens: standard inference, dynamic evaluation, fast weights.
+"""Readers of a long stream of tokens: standard inference, dynamic evaluation, fast weights.
 
-A reader predicts the next tokens of one stream and keeps what it needs in between. All readers
-predict a token before they learn from it.
+A reader predicts the next tokens of one stream and carries its state from call to call. Every
+reader predicts a token before it learns from it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch.nn.functional import cross_entropy
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import StreamingModel
 
-# Tokens per call where nothing asks for fewer; ring buffers are sized for it.
+# Default number of tokens per call; ring buffers are sized for it.
 CHUNK = 256
 
-# Of the RMS rule, relative to the mean over all weights so that it suits any model; an absolute one
-# does not. Weights that hardly ever had a gradient, e.g. embeddings of rare tokens, would jump
-# without it. On the demo model 1, 3 and 10 are within 0.5 % of each other, 0.1 is 2 % worse.
+# The epsilon of the RMS rule, relative to the mean RMS over all weights, so that it suits any
+# model. Without it, weights that hardly ever had a gradient, such as embeddings of rare tokens,
+# would jump. On the demo model, 1, 3 and 10 give perplexities within 0.5 % of each other; 0.1 is
+# 2 % worse.
 RMS_EPSILON = 1.0
 
 Losses = npt.NDArray[np.float32]
@@ -35,31 +36,36 @@ class Reader(Protocol):
     """Predicts the next tokens of one stream.
 
     Attributes:
-      model: what it reads with.
-      shared_bytes: memory of what it was given and holds on to, e.g. weights.
+      model: The model that reads.
+      shared_bytes: Size of the tensors that the reader was given and still holds, such as weights.
     """
 
     model: FWLModel
     shared_bytes: int
 
     def read(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Read on.
+        """Read the next tokens.
 
         Args:
-          inputs: [1, T] int64, the next tokens.
-          labels: [1, T] int64, the token after each of them; used after the prediction only.
+          inputs: The next tokens, [1, T] int64.
+          labels: The token after each of them, [1, T] int64; used only after the prediction.
 
         Returns:
-          Logits [1, T, V].
+          The logits, [1, T, V].
         """
         ...
 
 
 class PlainReader:
-    """Standard inference with key/value caches: backbone and slow weights, nothing of the FWL."""
+    """Standard inference with key and value caches: backbone and slow weights, no adaptation."""
 
     def __init__(self, model: FWLModel, max_tokens: int = CHUNK) -> None:
-        """Start a stream in which a call brings at most `max_tokens` tokens."""
+        """Start a stream.
+
+        Args:
+          model: The model, whose parameters are shared, not copied.
+          max_tokens: Largest number of tokens per call.
+        """
         self.model = model
         self.shared_bytes = weight_bytes(model)
         self._device = model.fast_weights.unembed.device
@@ -72,7 +78,7 @@ class PlainReader:
 
     @torch.no_grad()
     def read(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Read on, see `Reader.read`."""
+        """Read the next tokens, see `Reader.read`."""
         return self._logits(inputs)
 
     def _logits(self, inputs: Tensor) -> Tensor:
@@ -85,15 +91,16 @@ class PlainReader:
 
 
 class DynamicReader(PlainReader):
-    """Dynamic evaluation (Krause et al., ICML 2018, arXiv 1709.07432): after each segment one
-    step on all weights with the gradient of its mean loss.
+    """Dynamic evaluation (Krause et al., ICML 2018, arXiv 1709.07432).
 
-    The two rules of that paper, with g the gradient and theta_g the weights at the start:
+    After each segment, it takes a gradient step on all weights, with the segment's mean loss. These
+    are the two rules of that paper, with the gradient g, the weights theta, and the weights at the
+    start of the stream theta_g:
 
         SGD   theta += -eta g + lambda (theta_g - theta)
         RMS   theta += -eta g / (rms + epsilon) + min(lambda rms / mean(rms), 1) (theta_g - theta)
 
-    Keys and values of earlier calls stay as the weights of their time computed them.
+    Keys and values of earlier calls stay as the weights at that time computed them.
     """
 
     def __init__(
@@ -107,11 +114,12 @@ class DynamicReader(PlainReader):
         """Start a stream on a copy of the model.
 
         Args:
-          model: is left as it is.
-          segment: the most tokens of a call.
-          learning_rate: eta.
-          decay: lambda, how fast weights go back to where they started; 0 = never.
-          rms: of the gradients of each weight, see `gradient_rms`; None means the SGD rule.
+          model: The model, which is not changed.
+          segment: Largest number of tokens per call.
+          learning_rate: The learning rate eta.
+          decay: lambda, the rate at which weights return to their start; 0 means never.
+          rms: Root mean square of each weight's gradient, see `gradient_rms`, for the RMS rule;
+            None means the SGD rule.
         """
         super().__init__(copy.deepcopy(model).requires_grad_(True), segment)
         self.shared_bytes = weight_bytes(model) if decay else 0
@@ -123,7 +131,7 @@ class DynamicReader(PlainReader):
             self._mean_rms = _mean(rms)
 
     def read(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Read on and learn, see `Reader.read`."""
+        """Read the next tokens and learn from them, see `Reader.read`."""
         with torch.enable_grad():
             logits = self._logits(inputs)
             loss = cross_entropy(logits[0], labels[0])
@@ -150,7 +158,7 @@ class DynamicReader(PlainReader):
 
 
 class _Observer(DynamicReader):
-    """Sums squares of gradients, and leaves the weights alone."""
+    """Sums the squares of gradients, and does not change the weights."""
 
     def __init__(self, model: FWLModel, segment: int) -> None:
         super().__init__(model, segment, 0.0)
@@ -174,13 +182,14 @@ def gradient_rms(
     """Return the root mean square of every weight's gradient over the segments of a text.
 
     Args:
-      model: is left as it is.
-      tokens: [N] int64. Krause et al. take the training text; any text of its kind serves.
-      segment: tokens per gradient.
-      advance: called with the number of tokens read.
+      model: The model, which is not changed.
+      tokens: Token ids of the text, [N] int64. Krause et al. use the training text; any text of
+        the same kind will do.
+      segment: Number of tokens per gradient.
+      advance: Called with the number of tokens read since the last time.
 
     Returns:
-      By the parameter's name, in its shape.
+      A tensor in the shape of each parameter, by the parameter's name.
     """
     reader = _Observer(model, segment)
     for losses in iterate_losses(reader, tokens, segment):
@@ -189,13 +198,13 @@ def gradient_rms(
 
 
 def _mean(rms: Mapping[str, Tensor]) -> float:
-    """Return the mean over all weights, and never 0."""
+    """Return the mean over all weights, but at least a tiny positive number."""
     total = sum(float(tensor.sum()) for tensor in rms.values())
     return max(total / sum(tensor.numel() for tensor in rms.values()), 1e-30)
 
 
 class AdaptingReader:
-    """The streaming Fast Weight Layer model, one row, with the state carried on."""
+    """The streaming model with fast weights, in one row that carries its state."""
 
     def __init__(
         self, model: FWLModel, reset_every: int | None = None, max_tokens: int = CHUNK
@@ -203,10 +212,10 @@ class AdaptingReader:
         """Start a stream.
 
         Args:
-          model: its parameters are shared, not copied.
-          reset_every: tokens after which the sums start again from zero; caches, position and
-            the pending gradient stay. None means never. Calls must end where a reset falls.
-          max_tokens: the most tokens of a call.
+          model: The model, whose parameters are shared, not copied.
+          reset_every: Number of tokens after which the sums are reset to zero; caches, position and
+            the pending gradient stay. None means never. A call must end at each reset.
+          max_tokens: Largest number of tokens per call.
         """
         self.model = model
         self.shared_bytes = weight_bytes(model)
@@ -222,7 +231,7 @@ class AdaptingReader:
 
     @torch.no_grad()
     def read(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Read on, see `Reader.read`; a label is learned from when it comes as an input."""
+        """Read the next tokens, see `Reader.read`; a label teaches when it arrives as an input."""
         self._reset_if_due(inputs.shape[1])
         parts = []
         while inputs.shape[1]:
@@ -259,20 +268,20 @@ class AdaptingReader:
 
 
 def weight_bytes(model: FWLModel) -> int:
-    """Return the memory of a model's parameters."""
+    """Return the size of a model's parameters in bytes."""
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def iterate_losses(reader: Reader, tokens: Tensor, chunk: int) -> Iterator[Losses]:
-    """Read a stream and yield the loss of each token but the first, a call at a time.
+    """Read a stream and yield the loss of each token but the first, call by call.
 
     Args:
-      reader: at the beginning of a stream.
-      tokens: [N] int64.
-      chunk: tokens per call.
+      reader: The reader, at the beginning of a stream.
+      tokens: Token ids of the stream, [N] int64.
+      chunk: Number of tokens per call.
 
     Yields:
-      Losses in nats, [T] each; together [N - 1].
+      The losses of a call in nats, [T]; all calls together have N - 1.
     """
     for start in range(0, len(tokens) - 1, chunk):
         part = tokens[None, start : start + chunk + 1]
@@ -282,6 +291,6 @@ def iterate_losses(reader: Reader, tokens: Tensor, chunk: int) -> Iterator[Losse
 
 
 def perplexity(losses: npt.NDArray[Any]) -> float:
-    """Return exp of the mean loss; infinity where that is too large or not a number."""
+    """Return the exponential of the mean loss; infinity if that overflows or is NaN."""
     mean = float(np.mean(losses, dtype=np.float64))
     return math.exp(mean) if mean < 700 else math.inf

@@ -1,4 +1,4 @@
-"""The tables of a comparison, for a terminal and for a document."""
+"""The tables of a comparison, for a terminal and for a Markdown document."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def number(value: float) -> str:
-    """Return a perplexity for people."""
+    """Return a perplexity as readable text."""
     if not math.isfinite(value):
         return "infinite"
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.2e}"
 
 
 def method_table(found: Comparison) -> Table:
-    """Return perplexity and cost of every way of reading, relative to standard inference."""
+    """Return the perplexity and the cost of every method, relative to standard inference."""
     base = next(iter(found.methods.values()))
     header = ["", "perplexity", "change", "time", "time, T = 1", "FLOPs", "memory"]
     rows = []
@@ -42,10 +42,10 @@ def method_table(found: Comparison) -> Table:
 
 
 def part_table(parts: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return operations per token by part, in millions.
+    """Return the floating-point operations per token by part of the model, in millions.
 
     Args:
-      parts: by way of reading, the first is what the others are relative to.
+      parts: Operations per token by part, by method; ratios are relative to the first method.
     """
     header = ["million FLOPs per token", *parts]
     rows = []
@@ -54,13 +54,19 @@ def part_table(parts: Mapping[str, Mapping[str, float]]) -> Table:
             cells = [found.get(part) for found in parts.values()]
             rows.append([part, *("" if c is None else f"{c / 1e6:.2f}" for c in cells)])
     totals = [sum(found.values()) for found in parts.values()]
-    rows.append(["together", *(f"{total / 1e6:.2f}" for total in totals)])
+    rows.append(["total", *(f"{total / 1e6:.2f}" for total in totals)])
     rows.append(["relative", *(f"{total / totals[0]:.2f}" for total in totals)])
     return header, rows
 
 
 def class_table(title: str, classes: Sequence[Class], methods: Sequence[str]) -> Table:
-    """Return the gain over standard inference by class of token, in nats."""
+    """Return the gain over standard inference by class of tokens, in nats.
+
+    Args:
+      title: Heading of the first column.
+      classes: The classes, one per row.
+      methods: The methods, one per column.
+    """
     rows = []
     for part in classes:
         loss = "" if part.loss is None else f"{part.loss:.2f}"
@@ -83,7 +89,7 @@ def tables(found: Comparison) -> list[Table]:
 
 
 def notes(found: Comparison) -> list[str]:
-    """Return what one has to know to read the tables, a paragraph each."""
+    """Return the explanations that the tables need, one per paragraph."""
     base = next(iter(found.methods.values()))
     machine = found.machine
     texts = (
@@ -93,15 +99,15 @@ def notes(found: Comparison) -> list[str]:
     )
     lines = [
         f"{texts}: {len(found.texts.stream) - 1} tokens predicted, read as one stream. Dynamic "
-        f"evaluation tuned on {found.texts.validation_name} ({len(found.texts.validation)} "
+        f"evaluation was tuned on {found.texts.validation_name} ({len(found.texts.validation)} "
         "tokens).",
-        f"Cost relative to standard inference ({base.milliseconds_per_token:.3f} ms per token, "
-        f"{base.peak_bytes / 1e6:.1f} MB), in calls of {base.tokens_per_call} tokens, dynamic "
-        f"evaluation of its segment. Time: median of {found.blocks[0]} paired, interleaved blocks "
-        f"of {found.blocks[1]} tokens; FLOPs: of matrix products, counted; memory: weights, state "
-        "and intermediate results at their peak.",
-        f"{machine['cpu']}, {machine['cores']} cores, threads used: {machine['threads']}, load "
-        f"{machine['load']}, torch {machine['torch']}.",
+        f"Cost is relative to standard inference ({base.milliseconds_per_token:.3f} ms per token, "
+        f"{base.peak_bytes / 1e6:.1f} MB), in calls of {base.tokens_per_call} tokens; dynamic "
+        f"evaluation reads a segment per call. Time: median of {found.blocks[0]} paired, "
+        f"interleaved blocks of {found.blocks[1]} tokens. FLOPs: matrix products, counted. Memory: "
+        "peak of weights, state and intermediate results.",
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used, "
+        f"load {machine['load']}, torch {machine['torch']}.",
     ]
     for rule, tuned in found.tuning.items():
         edge = "" if tuned["learning_rate_is_interior"] else " (at the edge of the grid)"
@@ -115,14 +121,14 @@ def notes(found: Comparison) -> list[str]:
 
 
 CLASS_NOTES = (
-    "Gain: how much lower the loss is than that of standard inference, nats per token ± standard "
+    "Gain: how much lower the loss is than in standard inference, in nats per token ± standard "
     "error. Frequency: occurrences per 10 000 tokens of the validation text. Repetition: whether "
-    "the token, or the pair of it and the one before, was read before in this stream."
+    "the token, or the pair of it and the token before it, was read before in this stream."
 )
 
 
 def to_markdown(found: Comparison) -> str:
-    """Return all tables and notes, in lines of at most 90 columns but for the tables."""
+    """Return all tables and notes in Markdown; lines outside of tables have at most 90 columns."""
     parts = [markdown(table) for table in tables(found)]
     parts[1:1] = [textwrap.fill(note, 90) for note in notes(found)]
     return "\n\n".join([*parts, textwrap.fill(CLASS_NOTES, 90)]) + "\n"

@@ -1,4 +1,4 @@
-"""Choosing segment length and learning rate of dynamic evaluation on a validation text."""
+"""Choose segment length and learning rate of dynamic evaluation on a validation text."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from fwl_export.adaptation.readers import Reader, iterate_losses, perplexity
 
-# Ratios of the coarse grid of learning rates and of the fine one.
+# Ratio of neighboring learning rates in the coarse and in the fine grid.
 COARSE, FINE = 10**0.5, 10**0.25
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was best.
+    """The best setting of dynamic evaluation.
 
     Attributes:
-      segment: tokens per step.
-      learning_rate: of a step.
-      interior: whether the next smaller and the next larger rate are worse.
+      segment: Number of tokens per gradient step.
+      learning_rate: Learning rate of a gradient step.
+      interior: Whether the next smaller and the next larger rate are both worse.
     """
 
     segment: int
@@ -37,14 +37,16 @@ def choose(
     segments: Sequence[int],
     first_rate: float,
 ) -> Choice:
-    """Choose a segment and a learning rate: for every segment the best rate of a coarse grid,
-    then for the best segment the best of a finer one.
+    """Choose a segment length and a learning rate.
+
+    For every segment length, find the best rate in a coarse grid; then, for the best length, the
+    best rate in a finer grid.
 
     Args:
-      coarse: perplexity of a segment and a rate.
-      fine: the same for the finer grid, e.g. on more text.
-      segments: to try.
-      first_rate: where the grid begins.
+      coarse: Returns the perplexity at a segment length and a rate, for the coarse grid.
+      fine: Returns the same for the fine grid, for example on more text.
+      segments: Segment lengths to try, in tokens.
+      first_rate: Rate at which the first grid begins.
     """
     best: dict[int, tuple[float, float]] = {}
     rate = first_rate
@@ -68,13 +70,20 @@ def stream_perplexity(
     segment: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> float:
-    """Return the perplexity of a stream; infinity for a reader that diverges, given up early."""
+    """Return the perplexity of a stream; infinity if the reader diverges, which ends it early.
+
+    Args:
+      reader: The reader, at the beginning of a stream.
+      tokens: Token ids of the stream, [N] int64.
+      segment: Number of tokens per call.
+      advance: Called with the number of tokens read since the last time.
+    """
     give_up = 1.5 * math.log(reader.model.config.vocab_size)
     total, count = 0.0, 0
     for losses in iterate_losses(reader, tokens, segment):
         total, count = total + float(losses.sum(dtype=np.float64)), count + len(losses)
         advance(len(losses))
-        # "not <" is also true of a NaN.
+        # "not <" instead of ">=": it is true for NaN too.
         if count >= 4 * segment and not total / count < give_up:
             return math.inf
     return perplexity(np.array(total / count))
@@ -83,10 +92,16 @@ def stream_perplexity(
 def minimize_on_grid(
     cost: Callable[[float], float], start: float, factor: float, max_moves: int = 6
 ) -> tuple[float, bool]:
-    """Return the best point of a geometric grid, and whether its neighbours are both worse.
+    """Return the best point of a geometric grid, and whether both its neighbors are worse.
 
-    The grid begins with start / factor, start and start * factor, and grows at an edge for as
-    long as the best point lies there. Equal costs, e.g. infinities, go to the smaller value.
+    The grid begins with start / factor, start and start * factor. As long as the best point is at
+    an edge, the grid grows there. Among equal costs, such as infinities, the smallest value wins.
+
+    Args:
+      cost: Returns the cost of a value.
+      start: The middle of the first grid.
+      factor: Ratio of neighboring values.
+      max_moves: Number of times that the grid may be evaluated around a new center.
     """
     known: dict[int, float] = {}
     center = 0

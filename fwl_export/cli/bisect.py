@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,14 +19,14 @@ from fwl_export.cli.options import (
     completion,
     list_completion,
 )
-from fwl_export.cli.terminal import print_json, progress_bar
+from fwl_export.cli.terminal import COLUMNS, print_json, progress_bar
 from fwl_export.runtimes.registry import RUNTIMES
 
 if TYPE_CHECKING:
     from fwl_export.bisect import Bisection
     from fwl_export.parity import Candidate
 
-# Typed again because `fwl_export.bisect` loads NumPy; a test compares them.
+# Repeated here because `fwl_export.bisect` loads NumPy; a test compares the two.
 DEFAULT_TOKENS = 500
 DEFAULT_CASES = "text,mixed"
 
@@ -96,10 +97,18 @@ def bisect(
     if json:
         print_json(found.to_dict())
     else:
-        print(found.to_text())
+        print("\n".join(map(_wrapped, found.to_text().splitlines())))
         print(f"{found.seconds:.0f} s")
     if found.finding is not None:
         raise typer.Exit(1)
+
+
+def _wrapped(line: str) -> str:
+    """Return a line of the result at most 80 columns wide; a command stays whole."""
+    if line.startswith("reproduce"):
+        return line
+    indent = " " * 11  # the width of the labels
+    return textwrap.fill(line, COLUMNS, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _candidate(name: str, plugin: Path | None) -> Candidate:
@@ -110,7 +119,7 @@ def _candidate(name: str, plugin: Path | None) -> Candidate:
     if plugin is None:
         return chosen
     if chosen.runtime != "onnxruntime" or "plugin" in chosen.arguments:
-        raise ConfigError(f"--plugin is for candidate onnxruntime; received '{name}'")
+        raise ConfigError(f"--plugin is for candidate onnxruntime; received candidate '{name}'")
     return replace(chosen, arguments={**chosen.arguments, "plugin": plugin})
 
 
@@ -121,7 +130,7 @@ def _check_folder(reproducer: Path) -> None:
     is_filled = reproducer.exists() and any(reproducer.iterdir())
     if is_filled and not (reproducer / "repro.onnx").is_file():
         raise ConfigError(
-            f"'{reproducer}' holds something else than a reproducer; name another folder with "
+            f"'{reproducer}' holds files, but not those of a reproducer; name another folder with "
             "--reproducer"
         )
 

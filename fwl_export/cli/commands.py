@@ -35,23 +35,20 @@ EXIT_CODES = (
 # Parameters whose option had another name until 0.2.
 _OLD_NAMES = {"runtime": "backend", "variant": "flavour"}
 
-_COMMON = {
+# What every verb takes: parameters, their options, and their defaults.
+_COMMON: dict[str, tuple[Any, Any]] = {
     "verbose": (VerboseOption, 0),
     "quiet": (QuietOption, False),
-    "log_file": (
-        LogFileOption,
-        None,
-    ),
+    "log_file": (LogFileOption, None),
 }
 
-_TYPES = {
-    "<int>": "N",
-    "<int range>": "N",
-    "<float>": "X",
-    "<float range>": "X",
-    "<path>": "PATH",
-    "<str>": "TEXT",
-}
+# What stands behind an option in its help, by the names that releases of Typer give to types.
+_VALUES = (
+    (r"<int( range)?>|INTEGER( RANGE)?", "N"),
+    (r"<float( range)?>|FLOAT( RANGE)?", "X"),
+    (r"<path>", "PATH"),
+    (r"<str>", "TEXT"),
+)
 
 
 def new_application(**settings: Any) -> typer.Typer:
@@ -136,7 +133,7 @@ class _HelpPage:
     help: str | None
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        # Typer marks a required argument with braces; without brackets is how one knows it.
+        # Typer puts required arguments in braces; the usual notation has none.
         pieces: list[str] = super().collect_usage_pieces(ctx)  # type: ignore[misc]
         pieces = [re.sub(r"^\{(.*)\}", r"\1", piece) for piece in pieces]
         return [piece if piece == "[OPTIONS]" else piece.upper() for piece in pieces]
@@ -213,9 +210,10 @@ def _section(parameter: Any) -> str:
 def _readable(parameter: Any, name: str, text: str) -> tuple[str, str]:
     """Return an entry of a help page without the jargon of type systems."""
     if parameter.param_type_name == "argument":
-        name = name.partition(" ")[0].upper()
-    for label, word in _TYPES.items():
-        name = name.replace(label, word)
+        name = re.sub(r"[\[\]{}]", "", name.partition(" ")[0]).upper()
+    for pattern, word in _VALUES:
+        name = re.sub(pattern, word, name)
+    text = text.replace(r"\[", "[")  # some releases of Typer escape it for rich
     text = re.sub(r"x>=(\S+?)(?=[;\]])", r"at least \1", text)
     text = re.sub(r"default: \((.*?)\)(?=[;\]])", r"default: \1", text)
     return name, text

@@ -15,15 +15,13 @@ from fwl_export.cli.options import (
     complete_checkpoint,
     completion,
 )
-from fwl_export.cli.terminal import print_json, progress_bar, table
+from fwl_export.cli.terminal import COLUMNS, print_json, progress_bar, table
 
 if TYPE_CHECKING:
     from fwl_export.adaptation.compare import Comparison, ComparisonPlan
 
 
 _TUNING = "Tuning of dynamic evaluation"
-
-_WIDTH = 80
 
 
 def compare_adaptation(
@@ -102,7 +100,7 @@ def compare_adaptation(
         _count(shape, json)
         return
     if checkpoint is None or not texts:
-        raise typer.BadParameter("a checkpoint and at least one text file are needed, or --shape")
+        raise typer.BadParameter("give a CHECKPOINT and at least one text file, or --shape")
     from fwl_export.adaptation.compare import ComparisonPlan
 
     if output is not None:
@@ -184,10 +182,10 @@ def _print(found: Comparison) -> None:
     main, parts, *classes = tables(found)
     print(table(*main))
     for note in notes(found):
-        print("\n" + textwrap.fill(note, _WIDTH))
+        print("\n" + textwrap.fill(note, COLUMNS))
     for part in (parts, *classes):
         print("\n" + table(*part))
-    print("\n" + textwrap.fill(CLASS_NOTES, _WIDTH))
+    print("\n" + textwrap.fill(CLASS_NOTES, COLUMNS))
 
 
 def _count(shape: str, json: bool) -> None:

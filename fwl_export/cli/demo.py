@@ -51,7 +51,7 @@ def demo(
     from fwl_export.demo import HELD_OUT_PLAY
 
     began = time.perf_counter()
-    # With --json the steps' own output is progress, like all on standard error.
+    # With --json, what the steps print is progress, so it goes to standard error.
     steps_print_to = sys.stderr if json else sys.stdout
     with contextlib.redirect_stdout(steps_print_to):
         scores = _run_steps(output, sm, HELD_OUT_PLAY)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import typer
 
 from fwl_export.cli.options import JsonOption
-from fwl_export.cli.terminal import print_json
+from fwl_export.cli.terminal import COLUMNS, print_json
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,21 @@ class Piece:
     needed: bool = False
 
 
-# What exporting needs in addition to _RUN, and what cannot be done without it.
+# What exporting needs in addition to _RUN, and what for.
 _EXPORT = {
-    "torch": "no export, no check",
-    "onnx": "no export",
-    "onnxscript": "no export",
+    "torch": "for export, check and train",
+    "onnx": "for export and check",
+    "onnxscript": "for export",
 }
 _RUN = {
-    "safetensors": "no checkpoints, no saved state",
-    "tokenizers": "no text, only token ids",
+    "safetensors": "for checkpoints and saved states",
+    "tokenizers": "for texts; token ids work without",
 }
 
 _VARIANT_COSTS = {
-    "rtx": "no engines from a machine without a GPU",
-    "tensorrt": "no engines for data-centre GPUs such as SM90",
+    "rtx": "for engines that are built without a GPU",
+    "tensorrt": "for engines for data-centre GPUs such as SM90",
 }
-
-_WIDTH = 80
 
 
 def doctor(json: JsonOption = False) -> None:
@@ -104,7 +102,7 @@ def _onnxruntime() -> Piece:
         error = problem.__cause__
         missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
         note = "" if missing else f"installed, but it cannot be loaded ({error}): "
-        note += "no export, no runtime 'onnxruntime'; pip install 'fwl-export[cpu]'"
+        note += "for export and runtime 'onnxruntime'; pip install 'fwl-export[cpu]'"
         return Piece("ONNX Runtime", False, "", note, needed=True)
     providers = onnxruntime.get_available_providers()
     names = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
@@ -177,7 +175,7 @@ def _report(pieces: Sequence[Piece], can_run: bool, can_export: bool) -> str:
         mark = "ok" if piece.found else ("MISSING" if piece.needed else "no")
         text = f"{mark:7}  {piece.name} {piece.version}".rstrip()
         text += f": {piece.note}" if piece.note else ""
-        lines += textwrap.wrap(text, _WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False)
+        lines += textwrap.wrap(text, COLUMNS, subsequent_indent=" " * 9, break_on_hyphens=False)
     verdict = "cannot run models"
     if can_run:
         verdict = "can export models and run them" if can_export else "can run models, not export"

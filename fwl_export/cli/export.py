@@ -144,9 +144,9 @@ class _Source:
             if self.checkpoint is None:
                 raise typer.BadParameter("give a CHECKPOINT, or --backbone and --fwl")
             if self.fwl is not None or self.context is not None or self.slide:
-                raise typer.BadParameter("--fwl, --context and --slide go with --backbone")
+                raise typer.BadParameter("--fwl, --context and --slide need --backbone")
         elif self.checkpoint is not None or self.fwl is None:
-            raise typer.BadParameter("--backbone takes --fwl, and no CHECKPOINT")
+            raise typer.BadParameter("--backbone needs --fwl and takes no CHECKPOINT")
 
     def folder(
         self,

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fwl_export.cli.options import BundleArgument, JsonOption
-from fwl_export.cli.terminal import print_json, size, table
+from fwl_export.cli.terminal import COLUMNS, print_json, size, table
 
 if TYPE_CHECKING:
     from fwl_export.bundle.config import AnyBackboneConfig, FastWeightsConfig
     from fwl_export.bundle.manifest import Bundle, Manifest
-
-_WIDTH = 80
 
 
 def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
@@ -61,7 +59,7 @@ def _sections(
     yield "State of one session"
     yield _state_table(manifest)
     text = "Operators: " + ", ".join(f"{name}\u00a0{count}" for name, count in operators.items())
-    yield textwrap.fill(text, _WIDTH).replace("\u00a0", " ")
+    yield textwrap.fill(text, COLUMNS).replace("\u00a0", " ")
     yield "Files (all hashes match)"
     files = [(name, size(e["bytes"]), e["sha256"][:12]) for name, e in manifest.files.items()]
     yield table(("file", "size", "sha256"), files)

@@ -34,7 +34,7 @@ from fwl_export.cli.score import score
 from fwl_export.cli.train import train
 from fwl_export.errors import FwlError
 
-# Headings of `fwl-export --help`, and what stands below each.
+# Headings of `fwl-export --help`, and the verbs under each.
 SECTIONS: dict[str, tuple[Verb | typer.Typer, ...]] = {
     "Start here": (demo, doctor),
     "Make a bundle": (train, import_block_group, export, build),

@@ -11,11 +11,11 @@ import typer
 from fwl_export.plugins import CHOICES as PLUGIN_CHOICES
 from fwl_export.runtimes.registry import RUNTIMES
 
-# What `--help` groups options under.
+# Headings of option groups on help pages.
 OUTPUT = "Output options"
 GENERAL = "General options"
 
-# Typed again because `parity.cases` loads NumPy; a test compares them.
+# Repeated here because `parity.cases` loads NumPy; a test compares the two.
 CASES = ("text", "mixed", "repeat", "long", "decode")
 
 CANDIDATES = tuple(
@@ -126,7 +126,7 @@ QuietOption = Annotated[
     typer.Option(
         "--quiet",
         "-q",
-        help="Show no progress and no notes; results and errors stay.",
+        help="Show neither progress nor notes, only results and errors.",
         rich_help_panel=GENERAL,
     ),
 ]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
+from fwl_export.cli.logs import is_quiet
 from fwl_export.cli.options import JsonOption, TextOption, complete_checkpoint, completion
-from fwl_export.cli.terminal import print_json, spinner, table
+from fwl_export.cli.terminal import COLUMNS, print_json, spinner, table
 
 if TYPE_CHECKING:
     from fwl_export.parity.precision_search import Distance, Exploration, Limits
@@ -21,10 +22,9 @@ if TYPE_CHECKING:
     from fwl_export.runtimes import Session
 
 
-# Typed again because `precision.policy` loads PyTorch; a test compares them.
+# Repeated here because `precision.policy` loads PyTorch; a test compares the two.
 TARGETS = ("fp16", "bf16", "int8w")
 
-_WIDTH = 80
 
 _LIMITS = "Limits of the error"
 
@@ -101,11 +101,8 @@ def precision(
         return
     print(_summary(found, limits, confirm_tokens))
     print(f"wrote {output}")
-    if target == "bf16":
-        print("bf16 was computed in PyTorch: ONNX Runtime's CPU provider has no bf16 kernels,")
-        print("and `export` takes no bf16 policy.")
-    else:
-        print(f"next: fwl-export export {source} -o BUNDLE --precision-policy {output}")
+    if not is_quiet():
+        print(_next_step(target, source, output))
 
 
 def _search(
@@ -178,10 +175,19 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
     excluded = textwrap.fill(
         f"{len(policy.quantized)} of {len(ranked)} parts in {policy.target}; float32 stays: "
         f"{', '.join(policy.excluded) or 'nothing'}",
-        _WIDTH,
+        COLUMNS,
         break_on_hyphens=False,
     )
     return f"{table(header, rows)}\n\n{excluded}"
+
+
+def _next_step(target: str, source: str, output: Path) -> str:
+    if target == "bf16":
+        return (
+            "bf16 was computed in PyTorch: ONNX Runtime's CPU provider has no bf16 kernels,\n"
+            "and `export` takes no bf16 policy."
+        )
+    return f"next: fwl-export export {source} -o BUNDLE --precision-policy {output}"
 
 
 def _cells(distance: Distance) -> tuple[str, str, str]:

@@ -22,7 +22,7 @@ from fwl_export.cli.terminal import print_json, progress_bar, size
 if TYPE_CHECKING:
     from fwl_export.runtimes import Session
 
-# Typed again because `bundle.state_file` loads NumPy; a test compares them.
+# Repeated here because `bundle.state_file` loads NumPy; a test compares the two.
 COMPRESSIONS = ("none", "fp16", "lowrank")
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fwl_export.cli import logs
+
+# What every table and paragraph fits in.
+COLUMNS = 80
 
 _log = logging.getLogger(logs.PROGRESS)
 
@@ -74,16 +78,42 @@ def _console() -> Any:
     return Console(stderr=True, quiet=logs.is_quiet())
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a plain text table: the first column aligned left, the others right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int = COLUMNS) -> str:
+    """Return a plain text table: the first column aligned left, the others right.
+
+    One that is wider than `columns` gets closer columns, a header of several lines and, if that is
+    not enough, wrapped cells in its first column.
+    """
+    widths = _widths([header, *rows])
+    gap = 2
+    if _total(widths, gap) > columns:
+        gap = 1
+        words = [max(cell.split(), key=len, default="") for cell in header]
+        widths = _widths([words, *rows])
+        widths[0] -= max(0, _total(widths, gap) - columns)
+    lines = []
+    for number, row in enumerate([header, *rows]):
+        cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+        height = max(1, *map(len, cells))
+        for cell in cells:
+            filler = [""] * (height - len(cell))
+            cell[:] = [*filler, *cell] if number == 0 else [*cell, *filler]
+        lines += [_line(line, widths, gap) for line in zip(*cells, strict=True)]
+    return "\n".join(lines)
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _total(widths: Sequence[int], gap: int) -> int:
+    return sum(widths) + gap * (len(widths) - 1)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], gap: int) -> str:
+    first, *others = zip(cells, widths, strict=True)
+    aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+    return (" " * gap).join(aligned).rstrip()
 
 
 def size(count: float) -> str:

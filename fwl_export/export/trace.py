@@ -114,8 +114,8 @@ def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
     declared = {o.domain: o.version for o in proto.opset_import}
     if declared.get("", declared.get("ai.onnx")) != opset or declared.get(DOMAIN) != VERSION:
         raise ExportError(
-            f"{path.name} declares the opsets {declared}; expected opset {opset}, and {VERSION} "
-            f"for domain '{DOMAIN}'"
+            f"{path.name} declares the opsets {declared}; expected opset {opset}, and version "
+            f"{VERSION} of domain '{DOMAIN}'"
         )
     found = count_updates(proto)
     if found != UPDATES_PER_MODEL:

@@ -1,4 +1,4 @@
-"""Import of Fast Weight Layers from the checkpoints of the paper's JAX and TensorFlow code."""
+"""Import Fast Weight Layers from checkpoints of the paper's JAX and TensorFlow code."""
 
 from fwl_export.importers.paper import import_block, with_backbone
 

@@ -1,7 +1,7 @@
-"""Arrays of checkpoints by their paths, read without the framework that wrote them.
+"""Read the arrays of a checkpoint by their paths, without the framework that wrote it.
 
-Paths are written with slashes, e.g. `params/layers_0/Dense_0/kernel`. Only what is asked for is
-read, because the rest of a checkpoint may be large; no format here can hold code.
+Paths have slashes, e.g. `params/layers_0/Dense_0/kernel`. An array is read only when it is asked
+for, because the rest of a checkpoint may be large. None of these formats can hold code.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from fwl_export.bundle.state import Array
 from fwl_export.errors import CheckpointError, MissingDependencyError
 from fwl_export.importers import tensor_bundle
 
-# Path to a function that reads that array.
+# Maps the path of each array to a function that reads it.
 Arrays = Mapping[str, Callable[[], Array]]
 
 _EXTRA = "pip install 'fwl-export[import]'"
 
-# Types of msgpack's extensions in Flax (flax/serialization.py).
+# Codes of Flax's msgpack extensions (flax/serialization.py).
 _FLAX_ARRAY, _FLAX_COMPLEX, _FLAX_SCALAR = 1, 2, 3
 _FLAX_CHUNKED = "__msgpack_chunked_array__"
 
 
 def read_jax(source: Path) -> Arrays:
-    """Return the arrays of Flax parameters: a msgpack file, an orbax folder, or an .npz file.
+    """Return the arrays of Flax parameters.
+
+    Args:
+      source: Path of a msgpack file, an orbax folder, or an .npz file whose names are the paths.
 
     Raises:
-      CheckpointError: it is none of these, or truncated.
-      MissingDependencyError: msgpack or tensorstore is not installed.
+      CheckpointError: The source is none of these, or is truncated.
+      MissingDependencyError: The package that reads the format is not installed.
     """
     _check_exists(source)
     if source.is_dir():
@@ -45,22 +48,25 @@ def read_tensorflow(source: Path) -> Arrays:
     """Return the arrays of a TensorFlow 2 checkpoint or an .npz file.
 
     Args:
-      source: the checkpoint's folder, or its files' path up to ".index", or an .npz file.
+      source: Folder of the checkpoint, the path of its files up to ".index", or an .npz file.
 
     Raises:
-      CheckpointError: it is neither, or truncated.
+      CheckpointError: The source is neither, or is truncated.
       MissingDependencyError: google-crc32c is not installed.
     """
     if source.is_file() and _is_zip(source):
         return _read_npz(source)
-    suffix = "/.ATTRIBUTES/VARIABLE_VALUE"  # of variables, as against what optimisers keep
+    suffix = "/.ATTRIBUTES/VARIABLE_VALUE"  # ends the name of every variable
     arrays = tensor_bundle.read_bundle(tensor_bundle.find_index(source))
     return {name.removesuffix(suffix): read for name, read in arrays.items()}
 
 
 def _check_exists(source: Path) -> None:
     if not source.exists():
-        raise CheckpointError(f"'{source}' does not exist; expected a checkpoint to import")
+        raise CheckpointError(
+            f"'{source}' does not exist; expected the checkpoint to import: a msgpack file, an "
+            "orbax folder, or an .npz file"
+        )
 
 
 def _is_zip(source: Path) -> bool:
@@ -74,14 +80,17 @@ def _read_npz(source: Path) -> Arrays:
             with np.load(source, allow_pickle=False) as file:
                 return file[name]
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{source}: '{name}' cannot be read ({error})") from None
+            raise CheckpointError(
+                f"{source}: array '{name}' cannot be read ({error}); save its numbers again with "
+                "numpy.savez"
+            ) from None
 
     try:
         with np.load(source, allow_pickle=False) as file:
             names = list(file.files)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"{source} cannot be read as .npz ({error}); is it truncated? copy it again"
+            f"{source} cannot be read as .npz ({error}); if it is truncated, copy it again"
         ) from None
     return {name: functools.partial(read, name) for name in names}
 
@@ -91,7 +100,7 @@ def _read_msgpack(source: Path) -> Arrays:
         import msgpack
     except ImportError:
         raise MissingDependencyError(
-            f"Flax's msgpack files need 'msgpack', which is not installed; {_EXTRA}"
+            f"Flax's msgpack files need the package msgpack, which is not installed; {_EXTRA}"
         ) from None
     try:
         tree = msgpack.unpackb(
@@ -99,9 +108,9 @@ def _read_msgpack(source: Path) -> Arrays:
         )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise CheckpointError(
-            f"{source} cannot be read as Flax's msgpack "
-            f"({error or type(error).__name__}); is it truncated, or another format? Expected a "
-            "msgpack file, an orbax folder, or an .npz file"
+            f"{source} cannot be read as Flax's msgpack ({error or type(error).__name__}); "
+            "expected a msgpack file, an orbax folder, or an .npz file. If it is truncated, copy "
+            "it again"
         ) from None
     arrays: dict[str, Array] = {}
     _flatten(tree, "", arrays)
@@ -116,14 +125,14 @@ def _flax_extension(code: int, data: bytes) -> Any:
         array = tensor_bundle.array_from_bytes(raw, kind.decode(), shape)
         return array if code == _FLAX_ARRAY else array[()]
     if code == _FLAX_COMPLEX:
-        return None  # no parameter of ours is complex
+        return None  # the Fast Weight Layer has no complex parameters
     return msgpack.ExtType(code, data)
 
 
 def _flatten(tree: Any, path: str, arrays: dict[str, Array]) -> None:
-    """Collect the arrays of nested dictionaries by their paths."""
+    """Add the arrays of nested dictionaries to `arrays`, by their paths."""
     if isinstance(tree, dict) and _FLAX_CHUNKED in tree:
-        # Flax cuts arrays of more than 2^30 bytes, and writes lists as {"0": ..., "1": ...}.
+        # Flax splits arrays of more than 2^30 bytes, and writes lists as {"0": ..., "1": ...}.
         chunks, shape = (
             [part for _, part in sorted(tree[key].items(), key=lambda item: int(item[0]))]
             for key in ("chunks", "shape")
@@ -137,12 +146,12 @@ def _flatten(tree: Any, path: str, arrays: dict[str, Array]) -> None:
 
 
 def _read_orbax(source: Path) -> Arrays:
-    """Return the arrays of an orbax folder: zarr arrays in files, or in an OCDBT store."""
+    """Return the arrays of an orbax folder: zarr arrays, as files or in an OCDBT store."""
     try:
         import tensorstore
     except ImportError:
         raise MissingDependencyError(
-            f"orbax folders need 'tensorstore', which is not installed; {_EXTRA}"
+            f"orbax folders need the package tensorstore, which is not installed; {_EXTRA}"
         ) from None
     folder = _orbax_item(source)
     store: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
@@ -151,23 +160,24 @@ def _read_orbax(source: Path) -> Arrays:
 
     def read(place: str, driver: str) -> Array:
         part = {**store, "path": f"{store.get('path', '')}{place}/"}
-        # A missing file would read as zeros; orbax writes arrays of zeros like all others.
+        # By default a missing file reads as zeros, which would hide a damaged folder. Orbax itself
+        # writes arrays of zeros like all others.
         spec = {"driver": driver, "kvstore": part, "fill_missing_data_reads": False}
         try:
             array = tensorstore.open(spec, read=True).result()
             return _plain(np.asarray(array.read().result()))
         except (ValueError, OSError) as error:
             raise CheckpointError(
-                f"{source}: '{place}' cannot be read ({_first_line(error)}); is the folder "
-                "complete? copy it again"
+                f"{source}: array '{place}' cannot be read ({_first_line(error)}); if the folder "
+                "is incomplete, copy it again"
             ) from None
 
     try:
         keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{source} cannot be read as an orbax folder ({_first_line(error)}); is it complete? "
-            "copy it again"
+            f"{source} cannot be read as an orbax folder ({_first_line(error)}); if it is "
+            "incomplete, copy it again"
         ) from None
     arrays = {}
     for key in keys:
@@ -184,7 +194,7 @@ def _read_orbax(source: Path) -> Arrays:
 
 
 def _orbax_item(source: Path) -> Path:
-    """Return the folder of the parameters: a CheckpointManager puts them in STEP/default."""
+    """Return the folder of the parameters; orbax's CheckpointManager puts them in STEP/default."""
     if (source / "_METADATA").exists() or (source / "manifest.ocdbt").exists():
         return source
     steps = [path for path in source.iterdir() if path.is_dir() and path.name.isdigit()]
@@ -194,7 +204,7 @@ def _orbax_item(source: Path) -> Path:
 
 
 def _plain(array: Array) -> Array:
-    """Return bfloat16 and other types that numpy does not have itself as float32."""
+    """Return an array as float32 if numpy lacks its type, as it does bfloat16; else unchanged."""
     return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 

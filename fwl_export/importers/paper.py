@@ -1,8 +1,9 @@
-"""The block of the paper's JAX and TensorFlow code (fwl/jax/fwl.py, fwl/tf/fwl.py) as ours.
+"""Turn the block of the paper's JAX or TensorFlow code into our Fast Weight Layer.
 
-Clark et al., EMNLP 2022. The two differ: TensorFlow's has a fast part of the dense biases, a step
-size per tensor and no epsilon in the norm; JAX's has one step size per layer, leaves the dense
-biases alone and uses Flax's epsilon.
+The code is that of Clark et al., EMNLP 2022 (fwl/jax/fwl.py, fwl/tf/fwl.py). Its two versions
+differ. In TensorFlow, the dense biases have fast weights too, every tensor has its own step size,
+and the norm has no epsilon. In JAX, the dense biases have no fast weights, every layer has one step
+size, and the norm has Flax's epsilon.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class _Parameter(NamedTuple):
     """One of our parameters, and its names in the paper's code.
 
     Attributes:
-      axes: The sizes of the source's array, one letter each: d input, h hidden, s output, V
+      axes: The sizes of the source's array, a letter per axis: d input, h hidden, s output, V
         vocabulary.
-      jax: Its path in Flax parameters.
-      keras: The attributes of the Keras layers, as tf.train.Checkpoint names them.
+      jax: The array's path in Flax parameters.
+      keras: The array's path in a TensorFlow checkpoint, made of the attributes of Keras layers.
     """
 
     axes: str
@@ -62,14 +63,14 @@ _JAX_NAMES = {
 }
 _KERAS_NAMES = {
     **{name: parameter.keras for name, parameter in _PARAMETERS.items()},
-    # One step size for each tensor with fast weights, which the unembedding has not.
+    # One step size per tensor with fast weights; the unembedding has none.
     **{
         f"steps.{name}": f"{parameter.keras}_step_size"
         for name, parameter in _PARAMETERS.items()
         if not name.startswith("unembed")
     },
 }
-# Names in an .npz file, which its owner writes: our own, but for the transposed unembedding.
+# Names in an .npz file that a user writes: ours, except for the transposed unembedding.
 _FLAT_NAMES = {
     **{name: name.replace("steps.", "step_") for name in _KERAS_NAMES},
     "unembed": "unembed_kernel",
@@ -77,7 +78,15 @@ _FLAT_NAMES = {
 
 
 class _Framework(NamedTuple):
-    """What a framework's block looks like: how to read it, and its settings in our config."""
+    """What a framework's block looks like.
+
+    Attributes:
+      title: The framework's name, for messages.
+      read: Reads the arrays of a checkpoint.
+      names: The naming schemes that checkpoints may have, our name to the source's.
+      norm_epsilon: The epsilon in the norm's square root.
+      settings: The fields of `FastWeightsConfig` that describe the block.
+    """
 
     title: str
     read: Callable[[Path], Arrays]
@@ -114,27 +123,28 @@ def import_block(
     """Read the Fast Weight Layer of a checkpoint of the paper's code.
 
     Args:
-      framework: which of the two.
-      source: see `read_jax` and `read_tensorflow`.
-      loss_normalizer: N; the training code divides the loss by the sum of its batch's weights,
-        which no checkpoint holds.
-      norm_epsilon: inside the norm's square root; None = that of the framework's code.
-      prefix: path of the block, where a checkpoint has several; None = find it.
+      framework: The framework that wrote the checkpoint.
+      source: Path of the checkpoint, see `read_jax` and `read_tensorflow`.
+      loss_normalizer: N, the sum of the token weights of a training batch, by which the training
+        code divides the loss. Checkpoints do not hold it; None is an error that explains it.
+      norm_epsilon: The epsilon in the norm's square root; None takes that of the framework's code.
+      prefix: Path of the block, for a checkpoint that has several; None finds the only one.
 
     Returns:
-      The layer in the source's precision, float32 or float64; without the unembedding where the
-      source has none.
+      The layer in the source's precision, float32 or float64. It has no unembedding if the source
+      has none.
 
     Raises:
-      CheckpointError: it cannot be read, has no such block, or one of other shapes, with NaN.
-      ConfigError: a number is out of range.
+      CheckpointError: The checkpoint cannot be read or has no such block, or the block's arrays
+        have shapes that do not fit or values that are not finite.
+      ConfigError: A number is out of range.
     """
     if loss_normalizer is None:
         raise CheckpointError(
-            "--loss-normalizer is missing: the training code divides the loss by the sum of its "
-            "batch's token weights and a stream has no batch, so give that sum as a constant, "
-            "texts per batch (of one device) times tokens with weight 1 per text, e.g. 8 x 511 = "
-            "4088 for 8 texts of 512 tokens whose last has weight 0"
+            "--loss-normalizer is missing. The training code divides the loss by the sum of the "
+            "token weights of its batch, which the checkpoint does not hold. Give that sum: texts "
+            "per batch (of one device) times tokens of weight 1 per text, e.g. 8 x 511 = 4088 for "
+            "8 texts of 512 tokens, the last of which has weight 0"
         )
     kind = _FRAMEWORKS[framework]
     arrays = kind.read(source)
@@ -155,17 +165,25 @@ def import_block(
 
 
 def with_backbone(block: FastWeightsCheckpoint, backbone: Checkpoint) -> FWLModel:
-    """Return a model of the imported block on the backbone of a checkpoint.
+    """Return a model with an imported block on the backbone of a checkpoint.
+
+    Args:
+      block: The imported Fast Weight Layer.
+      backbone: The checkpoint whose backbone to copy.
 
     Raises:
-      CheckpointError: the block has no unembedding, or one of another vocabulary.
-      ConfigError: the backbone's width is not the block's input size.
+      CheckpointError: The block has no unembedding, or one for another vocabulary.
+      ConfigError: The backbone's width differs from the block's input size.
     """
     if block.vocab_size != backbone.config.vocab_size:
-        found = "no unembedding" if block.vocab_size is None else f"{block.vocab_size} entries"
+        found = (
+            "no unembedding"
+            if block.vocab_size is None
+            else f"an unembedding of {block.vocab_size} tokens"
+        )
         raise CheckpointError(
             f"the block has {found}, but the backbone's vocabulary has "
-            f"{backbone.config.vocab_size}; is the backbone of another model?"
+            f"{backbone.config.vocab_size} tokens; give the backbone that the block was trained on"
         )
     config = dataclasses.replace(backbone.config, fast_weights=block.config)
     model = FWLModel(config)
@@ -177,7 +195,7 @@ def with_backbone(block: FastWeightsCheckpoint, backbone: Checkpoint) -> FWLMode
 def _find_block(
     source: Path, arrays: Arrays, kind: _Framework, prefix: str | None
 ) -> tuple[Mapping[str, str], str]:
-    """Return the names that the source uses and the path before them."""
+    """Return the naming scheme that the source uses, and the path of the block before its names."""
     found = [
         (names, path.removesuffix(names["up_kernel"]))
         for names in kind.names
@@ -186,34 +204,46 @@ def _find_block(
     ]
     if prefix is not None:
         found = [(n, place) for n, place in found if place.rstrip("/") == prefix.rstrip("/")]
-    else:  # an optimiser keeps averages under the same names
+    else:  # an optimizer's averages have the same names
         found = [(n, p) for n, p in found if "opt_state" not in p.split("/")]
     if not found:
         expected = " or ".join(f"'{names['up_kernel']}'" for names in kind.names)
         where = "" if prefix is None else f" under '{prefix}'"
         shown = ", ".join(sorted(arrays)[:3]) or "nothing"
         raise CheckpointError(
-            f"{source} has no block of the paper's {kind.title} code{where}: no path ends with "
-            f"{expected}; it holds {len(arrays)} arrays, e.g. {shown}"
+            f"{source} has no block of the paper's {kind.title} code{where}: none of its "
+            f"{len(arrays)} arrays has a path that ends with {expected}. It holds e.g. {shown}"
         )
     if len(found) > 1:
         places = " and ".join(sorted(f"'{place.rstrip('/')}'" for _, place in found))
-        raise CheckpointError(f"{source} has several blocks, at {places}; choose with --prefix")
+        raise CheckpointError(
+            f"{source} has several blocks, at {places}; choose one of these with --prefix"
+        )
     return found[0]
 
 
 def _read_block(
     source: Path, arrays: Arrays, names: Mapping[str, str], place: str
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return our tensors and the sizes d, h, s and, with an unembedding, V."""
+    """Read the arrays of a block.
+
+    Args:
+      source: Path of the checkpoint, for messages.
+      arrays: The arrays of the checkpoint.
+      names: The source's names of the wanted parameters, by ours.
+      place: The path of the block, which precedes the names.
+
+    Returns:
+      Our tensors, and the sizes d, h, s and, with an unembedding, V.
+    """
     sizes: dict[str, int] = {}
     tensors = {}
     for name, path in names.items():
         full = place + path
         if full not in arrays:
             raise CheckpointError(
-                f"{source} has no '{full}', which a block beside "
-                f"'{place}{names['up_kernel']}' needs; is it of other code?"
+                f"{source} has '{place}{names['up_kernel']}', but lacks '{full}' of the same "
+                "block; expected a checkpoint of the paper's code"
             )
         array = arrays[full]()
         _check_array(f"{source}: '{full}'", array, _axes(name), sizes)
@@ -228,16 +258,20 @@ def _axes(name: str) -> str:
 
 
 def _check_array(where: str, array: npt.NDArray[Any], letters: str, sizes: dict[str, int]) -> None:
-    """Check a shape against the sizes seen before, which grow; refuse values that are no numbers.
+    """Check the type, the shape and the values of an array.
 
     Args:
-      where: begins the message.
-      array: of any shape.
-      letters: one letter per dimension, see `_Parameter`.
-      sizes: of the letters seen so far.
+      where: Names the array; begins the message.
+      array: The array to check.
+      letters: The expected axes, one letter each, see `_Parameter`.
+      sizes: The size of every letter seen so far; the array's new letters are added.
+
+    Raises:
+      CheckpointError: The array holds other things than finite numbers, or its shape does not fit
+        the sizes seen so far.
     """
     if array.dtype.kind not in "fiu":
-        raise CheckpointError(f"{where} is of type {array.dtype}; expected numbers")
+        raise CheckpointError(f"{where} has type {array.dtype}; expected real numbers")
     fits = array.ndim == len(letters) and all(
         size == sizes.setdefault(letter, size)
         for letter, size in zip(letters, array.shape, strict=True)
@@ -245,10 +279,13 @@ def _check_array(where: str, array: npt.NDArray[Any], letters: str, sizes: dict[
     if not fits:
         expected = ", ".join(str(sizes.get(letter, "any")) for letter in letters)
         raise CheckpointError(
-            f"{where} has shape {list(array.shape)}, but the block's other arrays ask for "
-            f"[{expected}]"
+            f"{where} has shape {list(array.shape)}; expected [{expected}], from the block's other "
+            "arrays"
         )
     if not math.prod(array.shape):
-        raise CheckpointError(f"{where} is empty; expected a parameter")
+        raise CheckpointError(f"{where} is empty; expected the values of a parameter")
     if not np.isfinite(array).all():
-        raise CheckpointError(f"{where} holds NaN or infinite values; train it again")
+        raise CheckpointError(
+            f"{where} holds NaN or infinite values; the training has diverged: take an earlier "
+            "checkpoint"
+        )

@@ -1,9 +1,9 @@
-"""TensorFlow 2 checkpoints ("tensor bundles"), read without TensorFlow.
+"""Read TensorFlow 2 checkpoints ("tensor bundles") without TensorFlow.
 
-NAME.index is a sorted table in the format of LevelDB, from tensor names to where their bytes lie
-in NAME.data-00000-of-0000N. Sources: doc/table_format.md of LevelDB; tensor_bundle.h,
-tensor_bundle.proto and types.proto of TensorFlow. No maintained package reads them: the one
-there is (tensorflow-checkpoint-reader 0.2.2) calls itself a to-do and pins protobuf 3.18.
+NAME.index is a sorted table in LevelDB's format. It maps the name of each tensor to the place of
+its bytes in NAME.data-00000-of-0000N. Sources: LevelDB's doc/table_format.md; TensorFlow's
+tensor_bundle.h, tensor_bundle.proto and types.proto. No maintained package reads these files: the
+only one, tensorflow-checkpoint-reader 0.2.2, is unfinished and pins protobuf 3.18.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fwl_export.errors import CheckpointError, MissingDependencyError
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
-_BLOCK_TRAILER = 5  # how it is compressed, one byte; its crc32c, four
+_BLOCK_TRAILER = 5  # one byte for the compression, four for the crc32c
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protobuf
 
-# types.proto; other types, strings among them, hold no parameters.
+# From types.proto. Tensors of other types, such as strings, are never parameters.
 _TYPES = {1: "float32", 2: "float64", 3: "int32", 9: "int64", 14: "bfloat16", 19: "float16"}
 
 
@@ -34,11 +34,11 @@ def find_index(source: Path) -> Path:
     """Return the .index file of a checkpoint.
 
     Args:
-      source: the folder, whose `checkpoint` file names the latest; or a path with or without
-        ".index".
+      source: Folder of the checkpoint, whose file `checkpoint` names the latest one; or the path of
+        the checkpoint's files, with or without ".index".
 
     Raises:
-      CheckpointError: there is none, or several and no word on which.
+      CheckpointError: There is no .index file, or there are several and none is named.
     """
     if source.is_dir():
         named = source / "checkpoint"
@@ -49,39 +49,45 @@ def find_index(source: Path) -> Path:
         if len(found) == 1:
             return found[0]
         raise CheckpointError(
-            f"'{source}' has {len(found)} .index files and no 'checkpoint' file that names one; "
-            "give the path of a checkpoint up to '.index'"
+            f"folder '{source}' has {len(found)} .index files and no file 'checkpoint' that names "
+            "one of them; give the path of a checkpoint up to '.index'"
         )
     path = source if source.suffix == ".index" else source.with_name(source.name + ".index")
     if not path.is_file():
         raise CheckpointError(
-            f"'{path}' does not exist; expected a TensorFlow 2 checkpoint (its path up to "
-            "'.index', or its folder) or an .npz file"
+            f"'{path}' does not exist; expected a TensorFlow 2 checkpoint (its folder, or its path "
+            "up to '.index') or an .npz file"
         )
     return path
 
 
 def read_bundle(index: Path) -> dict[str, Callable[[], npt.NDArray[Any]]]:
-    """Return, by name, functions that read the tensors of a checkpoint.
+    """Return functions that read the tensors of a checkpoint, by the tensors' names.
+
+    Args:
+      index: Path of the .index file.
 
     Raises:
-      CheckpointError: the index is truncated, changed, or of a kind not known here.
+      CheckpointError: The index is truncated or changed, or its format is not supported.
       MissingDependencyError: google-crc32c is not installed.
     """
     try:
         entries = dict(_table(index.read_bytes()))
         if b"" not in entries:
-            raise ValueError("it has no header")
+            raise ValueError("the header is missing")
         header = _message(entries.pop(b""))
         shards = _integer(header, 1)
         tensors = {name.decode(): _message(value) for name, value in entries.items()}
     except (ValueError, IndexError, struct.error) as error:
         raise CheckpointError(
             f"{index} cannot be read as the index of a TensorFlow checkpoint "
-            f"({error}); is it truncated? copy it again"
+            f"({error}); if it is truncated, copy it again"
         ) from None
     if _integer(header, 2):
-        raise CheckpointError(f"{index} is of a big-endian machine; expected little-endian")
+        raise CheckpointError(
+            f"{index} was written on a big-endian machine; expected little-endian numbers: save "
+            "the checkpoint again on a little-endian machine"
+        )
     prefix = index.with_suffix("")
     return {
         name: functools.partial(_read, prefix, shards, name, entry)
@@ -91,10 +97,15 @@ def read_bundle(index: Path) -> dict[str, Callable[[], npt.NDArray[Any]]]:
 
 
 def array_from_bytes(raw: bytes, kind: str, shape: Sequence[int]) -> npt.NDArray[Any]:
-    """Return an array of little-endian bytes; bfloat16, which numpy lacks, as float32.
+    """Return an array from its little-endian bytes.
+
+    Args:
+      raw: The bytes of the array, in C order.
+      kind: numpy's name of the type, or "bfloat16", which numpy lacks; that becomes float32.
+      shape: The sizes of the array's axes.
 
     Raises:
-      ValueError, TypeError: the type is not known, or the bytes do not fill the shape.
+      ValueError, TypeError: The type is unknown, or the bytes do not fill the shape.
     """
     if kind == "bfloat16":
         wide = np.frombuffer(raw, "<u2").astype("<u4") << 16
@@ -110,8 +121,8 @@ def _read(prefix: Path, shards: int, name: str, entry: dict[int, list[Any]]) -> 
     path = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}")
     if 7 in entry:
         raise CheckpointError(
-            f"{path}: '{name}' is cut into slices, which are not read here; save the checkpoint "
-            "again without partitioned variables"
+            f"{path}: tensor '{name}' is stored in slices, which are not supported; save the "
+            "checkpoint again without partitioned variables"
         )
     try:
         with path.open("rb") as stream:
@@ -125,7 +136,8 @@ def _read(prefix: Path, shards: int, name: str, entry: dict[int, list[Any]]) -> 
         return array_from_bytes(raw, kind, shape)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"{path}: '{name}' cannot be read ({error}); is it truncated? copy it again"
+            f"{path}: tensor '{name}' cannot be read ({error}); if the file is truncated, copy it "
+            "again"
         ) from None
 
 
@@ -134,27 +146,32 @@ def _item_size(kind: str) -> int:
 
 
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the entries of a table: footer, then the index of blocks, then the blocks."""
+    """Yield the keys and values of a table: its footer leads to its index, that to its blocks."""
     if len(data) < _FOOTER or struct.unpack("<Q", data[-8:])[0] != _MAGIC:
-        raise ValueError("the mark at its end is missing")
+        raise ValueError("the magic number at the end is missing")
     footer = data[-_FOOTER:]
     at = 0
-    for _ in range(2):  # the handle of the meta-index, which we do not need
+    for _ in range(2):  # skip the handle of the meta-index
         _, at = _varint(footer, at)
     for _, handle in _block(data, footer[at:]):
         yield from _block(data, handle)
 
 
 def _block(data: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the entries of the block at a handle: offset and size as varints."""
+    """Yield the keys and values of a block.
+
+    Args:
+      data: The whole table.
+      handle: Offset and size of the block in the table, as varints.
+    """
     offset, at = _varint(handle, 0)
     size, _ = _varint(handle, at)
     block = data[offset : offset + size + _BLOCK_TRAILER]
     if len(block) != size + _BLOCK_TRAILER:
-        raise ValueError("a block lies outside of the file")
+        raise ValueError("a block lies beyond the end of the file")
     _check_crc(block[: size + 1], struct.unpack("<I", block[size + 1 :])[0])
     if block[size]:
-        raise ValueError("a block is compressed, which TensorFlow does not do")
+        raise ValueError("a block is compressed, but TensorFlow writes none")
     restarts = struct.unpack("<I", block[size - 4 : size])[0]
     end, at, key = size - 4 * (restarts + 1), 0, b""
     while at < end:
@@ -167,21 +184,21 @@ def _block(data: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _check_crc(data: bytes, masked: int) -> None:
-    """Compare with a crc32c as LevelDB stores it: rotated, plus a constant."""
+    """Check data against its crc32c, which LevelDB stores rotated and plus a constant."""
     try:
         import google_crc32c
     except ImportError:
         raise MissingDependencyError(
-            "TensorFlow checkpoints need 'google-crc32c', which is not installed; "
+            "TensorFlow checkpoints need the package google-crc32c, which is not installed; "
             "pip install 'fwl-export[import]'"
         ) from None
     crc = google_crc32c.value(data)
     if (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF != masked:
-        raise ValueError("its checksum is wrong")
+        raise ValueError("the checksum is wrong")
 
 
 def _message(data: bytes) -> dict[int, list[Any]]:
-    """Return the fields of a protobuf message: number to values, integers or bytes."""
+    """Return the values of each field of a protobuf message, integers or bytes, by its number."""
     fields: dict[int, list[Any]] = {}
     at = 0
     while at < len(data):
@@ -199,17 +216,20 @@ def _message(data: bytes) -> dict[int, list[Any]]:
             raise ValueError(f"a field has wire type {tag & 7}")
         fields.setdefault(tag >> 3, []).append(value)
     if at != len(data):
-        raise ValueError("a field ends outside of its message")
+        raise ValueError("a field ends beyond its message")
     return fields
 
 
 def _integer(message: dict[int, list[Any]], field: int) -> int:
-    """Return an integer field; protobuf leaves out those that are 0."""
+    """Return an integer field of a message; protobuf omits fields that are 0."""
     return int(message.get(field, [0])[-1])
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return an integer in groups of seven bits, the lowest first, and where it ends."""
+    """Return the varint at a place, and the place after it.
+
+    A varint holds an integer in groups of seven bits, the lowest first.
+    """
     value = shift = 0
     while True:
         byte = data[at]

@@ -1,6 +1,6 @@
-"""Checkpoints: a folder with config.json, model.safetensors and tokenizer.json.
+"""Read and write checkpoints: folders with config.json, model.safetensors and tokenizer.json.
 
-Nothing in it can run code: JSON and safetensors only, never pickle.
+A checkpoint cannot run code when it is loaded: it holds only JSON and safetensors, never pickle.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Checkpoint:
     """A model with its tokenizer.
 
     Attributes:
-      model: float32, in evaluation mode, on the CPU.
-      tokenizer: of `config.vocab_size` entries.
+      model: The model, in float32, in evaluation mode and on the CPU.
+      tokenizer: Its tokenizer, with `config.vocab_size` entries.
     """
 
     model: FWLModel
@@ -50,12 +50,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder.
 
     Raises:
-      CheckpointError: a file is missing, truncated, or does not fit the config.
+      CheckpointError: A file is missing, truncated, or does not fit the config.
       ConfigError: config.json has an unknown key or a value out of range.
     """
     if not folder.is_dir():
+        found = "is not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(
-            f"checkpoint '{folder}' is not a folder; expected one with config.json"
+            f"checkpoint '{folder}' {found}; expected a folder with {CONFIG_FILE}, {WEIGHTS_FILE} "
+            f"and {TOKENIZER_FILE}, as `fwl-export train` and `fwl-export import` write it"
         )
     for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
         if not (folder / name).is_file():
@@ -72,17 +74,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_config(path: Path) -> ModelConfig:
-    """Read a config.json.
+    """Read a model's config.json.
 
     Raises:
-      CheckpointError: it is not JSON.
-      ConfigError: it is not a model's config.
+      CheckpointError: The file is not JSON.
+      ConfigError: The file is not the configuration of a model.
     """
     return ModelConfig.from_dict(read_json(path, CheckpointError), str(path))
 
 
 def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None:
-    """Write a checkpoint folder, all of it or nothing; an older one there is replaced."""
+    """Write a checkpoint folder, replacing an older one. On failure, nothing changes there."""
     with replaced_folder(folder) as beside:
         text = json.dumps(model.config.to_dict(), indent=2)
         (beside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -92,10 +94,10 @@ def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None
 
 
 def check_checkpoint_output(folder: Path, force: bool) -> None:
-    """Refuse to write a checkpoint over anything but a checkpoint that may be replaced.
+    """Check that a checkpoint may be written to a folder; see `files.check_output`.
 
     Raises:
-      OutputExistsError: There is something else, or `force` is off; see `files.check_output`.
+      OutputExistsError: The folder exists and `force` is off, or it is not a checkpoint.
     """
     check_output(folder, "a checkpoint", _is_checkpoint, force)
 

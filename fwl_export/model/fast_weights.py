@@ -1,7 +1,15 @@
-"""The Fast Weight Layer and its parallel form: Clark et al., EMNLP 2022 (arXiv 2212.02475).
+"""The Fast Weight Layer and its parallel form, after Clark et al., EMNLP 2022 (arXiv 2212.02475).
 
-Formulas are those of section 3 of the paper, in the notation of the README of this folder:
-a = h W1 + b1, r = relu(a)^2, m = r W2 + b2, n = norm(m), z = gamma n + beta, p = softmax(z U + c).
+The layer learns while it reads: each token's gradient changes its weights for the tokens after it.
+The formulas are those of section 3 of the paper; README.md in this folder derives them and explains
+every symbol. In short, with h the output of the backbone:
+
+    a = h W1 + b1    r = relu(a)^2    m = r W2 + b2
+    n = norm(m)      z = gamma n + beta      p = softmax(z U + c)
+
+The *slow* weights are the trained ones. The *fast* weights are the slow ones plus the steps of all
+gradients so far. They are never built as matrices of their own: the layer keeps the sums of the
+gradients and applies each sum to its input.
 """
 
 from __future__ import annotations
@@ -17,25 +25,26 @@ from torch.utils.checkpoint import checkpoint
 from fwl_export.bundle.config import FastWeightsConfig
 from fwl_export.model.numerics import linear, product, wide
 
-# The tensors of the layer that have a fast part, in the order used everywhere.
+# The tensors of the layer that have fast weights, in the order that the whole package uses.
 FAST_TENSORS = ("up.kernel", "up.bias", "down.kernel", "down.bias", "norm.scale", "norm.bias")
 DENSE_BIASES = ("up.bias", "down.bias")
 
-
+# The sum of all gradients so far for each of FAST_TENSORS, with a row per text: [B, *shape].
 Sums = Mapping[str, Tensor]
 
 
 class Pending(NamedTuple):
-    """What a position leaves for its gradient, which waits for the label; [B, T, size] each.
+    """What each position stores for its gradient, which must wait for the label.
 
-    With an anchor, all but `hidden` are of the anchored weights.
+    The label of a position is the token after it. All tensors are [B, T, size]. With an anchor, all
+    but `hidden` are computed with the anchor's weights.
 
     Attributes:
-      hidden: the backbone's output h, size input_size.
-      up: a = h W1 + b1, before the activation, size hidden_size.
-      normed: n, size output_size.
-      inv_std: 1 / sigma of the norm, size 1, float32 or better.
-      expected: p U^T, from `FastWeights.expected_embedding`, size output_size.
+      hidden: The backbone's output h; size input_size.
+      up: a = h W1 + b1, before the activation; size hidden_size.
+      normed: n, the normalized m; size output_size.
+      inv_std: 1 / sigma, the reciprocal standard deviation of m, in float32 or better; size 1.
+      expected: p U^T, see `FastWeights.expected_embedding`; size output_size.
     """
 
     hidden: Tensor
@@ -45,8 +54,11 @@ class Pending(NamedTuple):
     expected: Tensor
 
     def one_later(self, last: Pending | None) -> Pending:
-        """Return what the position before each left; `last` is of the one before the first,
-        [B, size] each, None where there is none.
+        """Return at each position what the position before it stored.
+
+        Args:
+          last: What the position before the first one stored, [B, size] each; None means zeros, at
+            the beginning of a text.
         """
         if last is None:
             last = Pending(*(torch.zeros_like(tensor[:, 0]) for tensor in self))
@@ -54,12 +66,12 @@ class Pending(NamedTuple):
 
 
 class SlowPass(NamedTuple):
-    """The layer with its slow weights, or those of an anchor; [B, T, size] each.
+    """What the layer computes with its slow weights, or with an anchor's; [B, T, size] each.
 
     Attributes:
-      hidden, up, normed, inv_std: see `Pending`.
-      base: h W1 + b1 with the slow weights always, size hidden_size.
-      output: z, size output_size.
+      hidden, up, normed, inv_std: The same as in `Pending`.
+      base: h W1 + b1, always with the slow weights; size hidden_size.
+      output: z, the input of the unembedding; size output_size.
     """
 
     hidden: Tensor
@@ -70,14 +82,18 @@ class SlowPass(NamedTuple):
     output: Tensor
 
     def pending(self, expected: Tensor) -> Pending:
-        """Return what is left for the gradients."""
+        """Return what the positions store for their gradients."""
         return Pending(self.hidden, self.up, self.normed, self.inv_std, expected)
 
 
 class Gradients(NamedTuple):
-    """Gradients of the unnormalised loss per token; [B, T, size] each, float32 or better.
+    """Gradients of each token's unnormalized loss; [B, T, size] each, in float32 or better.
 
-    `up` is at a (g1), `down` at m (g2), `norm_scale` and `norm_bias` at gamma and beta.
+    Attributes:
+      up: g1, the gradient at a; size hidden_size.
+      down: g2, the gradient at m; size output_size.
+      norm_scale: The gradient at gamma; size output_size.
+      norm_bias: The gradient at beta; size output_size.
     """
 
     up: Tensor
@@ -90,14 +106,14 @@ class FastWeights(nn.Module):
     """Two dense layers with a squared relu between them, a layer norm, and the unembedding.
 
     Parameters: `up_kernel` [input, hidden], `up_bias` [hidden], `down_kernel` [hidden, output],
-    `down_bias`, `norm_scale`, `norm_bias` [output], `unembed` [V, output], `unembed_bias` [V],
-    `steps`: the step sizes (one per tensor or layer), `horizon` []: tokens after which a
-    gradient has faded to 1/e (only with decay "learned").
+    `down_bias`, `norm_scale` and `norm_bias` [output], `unembed` [V, output], `unembed_bias` [V];
+    `steps`, the step sizes, one per tensor or per layer; and, with decay "learned", `horizon` [],
+    the number of tokens after which a gradient has faded to 1/e.
 
-    For training, two attributes of the parallel form that change no output: `first_order` takes
-    the gradient steps for constants (no gradient goes through them, but for step sizes and
-    horizon), and `gradient_checkpointing` computes each chunk again in the backward pass instead
-    of keeping what it computed.
+    Two attributes affect training, but no output. With `first_order`, training treats the gradient
+    steps as constants: only the step sizes and the horizon get gradients through them. With
+    `gradient_checkpointing`, training computes each chunk again in the backward pass instead of
+    storing its activations.
     """
 
     first_order = False
@@ -113,7 +129,7 @@ class FastWeights(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(s))
         self.norm_scale = nn.Parameter(torch.ones(s))
         self.norm_bias = nn.Parameter(torch.zeros(s))
-        # [V, output]: with [output, V] an engine would hold a second, transposed copy.
+        # Stored as U^T [V, output]: with [output, V], an engine would hold a transposed copy too.
         self.unembed = nn.Parameter(torch.randn(vocab_size, s) * 0.03)
         self.unembed_bias = nn.Parameter(torch.zeros(vocab_size))
         self.steps = nn.ParameterDict(
@@ -123,46 +139,59 @@ class FastWeights(nn.Module):
             self.horizon = nn.Parameter(torch.tensor(500.0))
 
     def scaled_step(self, tensor: str) -> Tensor:
-        """Return step size / loss_normalizer of one of FAST_TENSORS: [] or [input features]."""
+        """Return a tensor's step size divided by the loss normalizer N.
+
+        Args:
+          tensor: One of FAST_TENSORS.
+
+        Returns:
+          The step size, [], or one per input feature, [input features].
+        """
         return self.steps[step_name(self.config, tensor)] / self.config.loss_normalizer
 
     def log_decay(self, weights: Tensor) -> Tensor:
-        """Return the log of the per-token decay, in float32 or better, shaped like `weights`.
+        """Return the logarithm of each token's decay, in the shape and dtype of `weights`.
 
-        A token of weight 1 fades the sums by exp(-1 / horizon); a token of weight 0, which
-        teaches nothing, fades nothing.
+        A token of weight w multiplies the sums by exp(-w / horizon). So a token of weight 0, from
+        which nothing is learned, fades nothing.
+
+        Args:
+          weights: How much to learn from each token, in float32 or better.
         """
         if self.config.decay == "none":
             return torch.zeros_like(weights)
         return -weights / self.horizon.to(weights.dtype)
 
     def normalize(self, m: Tensor) -> tuple[Tensor, Tensor]:
-        """Return n = (m - mean) / sigma [..., output] and 1 / sigma [..., 1]."""
+        """Normalize m [..., output]: return n = (m - mean) / sigma, and 1 / sigma [..., 1]."""
         centered = m - m.mean(-1, keepdim=True)
         variance = centered.square().mean(-1, keepdim=True)
         inv_std = torch.rsqrt(variance + self.config.norm_epsilon)
         return centered * inv_std, inv_std
 
     def learned(self, tensor: str, query: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return what was learned in a kernel, as seen by a query: its share of q W.
+        """Return step size x query x sum of a kernel's gradients: what learning changed in q W.
 
         Args:
           tensor: "up.kernel" or "down.kernel".
-          query: [B, T, input features].
-          read: multiplies a query with the sum of that kernel's gradients, [B, T, columns].
+          query: The input of the kernel, [B, T, input features].
+          read: Multiplies a query by the sum of the kernel's gradients; returns [B, T, columns].
         """
         step = self.scaled_step(tensor)
-        if step.ndim:  # one per input feature: the ratios go to the query, where they fit
+        if step.ndim:  # one step size per input feature: scale the query's features by their ratios
             ratio = step / step.abs().max().clamp_min(torch.finfo(step.dtype).tiny)
             query, step = (wide(query) * ratio).to(query.dtype), step.abs().max()
         return step * wide(read(query))
 
     def slow(self, hidden: Tensor, anchor: Sums | None = None) -> SlowPass:
-        """Run the layer with its slow weights, or those of the anchor.
+        """Run the layer with its slow weights, or with an anchor's.
+
+        An anchor is a copy of the sums at an earlier position. Its weights are the slow ones plus
+        the steps of those sums; gradients are taken at these weights.
 
         Args:
-          hidden: [B, T, input].
-          anchor: the sums of gradients [B, ...] whose steps the weights include; None = none.
+          hidden: The backbone's output, [B, T, input].
+          anchor: The sums of the anchor; None runs the slow weights.
         """
         base = product(hidden, self.up_kernel) + self.up_bias
         scale: Tensor = self.norm_scale
@@ -189,7 +218,7 @@ class FastWeights(nn.Module):
         return SlowPass(hidden, base, up, normed.to(hidden.dtype), inv_std, output)
 
     def _learned_vector(self, name: str, total: Tensor | None) -> Tensor | float:
-        """Return step size x sum, [B, 1, size]; zero where the tensor does not learn."""
+        """Return step size x sum, [B, 1, size], or 0 for a tensor without fast weights."""
         if total is None:
             return 0.0
         return self.scaled_step(name) * total[:, None]
@@ -200,18 +229,22 @@ class FastWeights(nn.Module):
         return wide(self.norm_scale) - self._learned_vector("norm.scale", anchor["norm.scale"])
 
     def logits(self, output: Tensor) -> Tensor:
-        """Return z U + c, soft-capped where the config says so: [B, T, output] -> [B, T, V]."""
+        """Return z U + c, with a soft cap if the config has one: [B, T, output] -> [B, T, V]."""
         logits = linear(output, self.unembed, self.unembed_bias)
         if cap := self.config.logit_softcap:
             logits = (cap * torch.tanh(wide(logits) / cap)).to(logits.dtype)
         return logits
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
-        """Return p U^T, the unembedding row expected under the prediction: [B, T, output].
+        """Return p U^T, the unembedding that the prediction expects of the label: [B, T, output].
 
-        With soft-capped logits l = cap tanh(u / cap), where dl/du = 1 - (l / cap)^2, the gradient
-        at z is sum_v (p_v - [v = label]) dl_v/du_v U_v: this returns the part with p, and
-        `_label_embedding` the rest.
+        A soft cap makes the logits l = cap tanh(u / cap) of u = z U + c, with the slope
+        dl/du = 1 - (l / cap)^2. Then the gradient at z is
+        sum_v (p_v - [v = label]) dl_v/du_v U_v. This function returns the terms with p_v, and
+        `_label_embedding` the term of the label.
+
+        Args:
+          logits: The logits l, [B, T, V].
         """
         weights = torch.softmax(wide(logits), -1)
         if cap := self.config.logit_softcap:
@@ -219,11 +252,11 @@ class FastWeights(nn.Module):
         return product(weights.to(logits.dtype), self.unembed)
 
     def _label_embedding(self, at: Pending, labels: Tensor, anchor: Sums | None) -> Tensor:
-        """Return what is subtracted from the expected embedding: U of the label [B, T, output].
+        """Return the unembedding of the label, U_label: [B, T, output].
 
-        With soft-capped logits it is scaled by the cap's slope at the label's own logit. That
-        takes one product of size output, z being the norm's result again: no state of the
-        vocabulary's size is kept.
+        With a soft cap it is multiplied by the cap's slope at the label's logit. That logit is
+        computed again from n, with one scalar product per position, so that the state need not hold
+        logits of the size of the vocabulary.
         """
         embedding = wide(F.embedding(labels, self.unembed))
         if not (cap := self.config.logit_softcap):
@@ -242,13 +275,14 @@ class FastWeights(nn.Module):
         weights: Tensor,
         anchor: Sums | None = None,
     ) -> Gradients:
-        """Return the unnormalised loss gradients of each position.
+        """Return the gradients of each position's unnormalized loss.
 
         Args:
-          at: what the positions left.
-          labels: [B, T] int64, the token that followed.
-          weights: [B, T], 1 to learn from it, 0 not to.
-          anchor: see `slow`; the gradient goes back through these weights.
+          at: What the positions stored.
+          labels: The token after each position, [B, T] int64.
+          weights: How much to learn from each label, [B, T]; 1 fully, 0 not at all.
+          anchor: The sums of the anchor, see `slow`, through whose weights the loss is
+            differentiated.
         """
         surprise = wide(at.expected) - self._label_embedding(at, labels, anchor)
         norm_bias = surprise * weights[..., None]
@@ -269,16 +303,16 @@ class FastWeights(nn.Module):
     def fast(
         self, slow: SlowPass, before: Pending, gradients: Gradients, sums: GradientSums
     ) -> Tensor:
-        """Learn from the gradients, then run the layer with its fast weights.
+        """Add the gradients to the sums, then run the layer with the fast weights.
 
         Args:
-          slow: the slow pass of the positions that are read.
-          before: what the positions before each left, to which `gradients` belong.
-          gradients: of the positions before.
-          sums: to which the gradients are added, and from which the positions read.
+          slow: The slow pass of the positions to read.
+          before: At each of them, what the position before it stored.
+          gradients: At each of them, the gradients of the position before it.
+          sums: The sums of all gradients so far, to add to and to read from.
 
         Returns:
-          z, [B, T, output].
+          z with the fast weights, [B, T, output].
         """
         kind = slow.hidden.dtype
 
@@ -302,25 +336,25 @@ class FastWeights(nn.Module):
     def parallel(
         self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None, chunk: int = 256
     ) -> tuple[Tensor, Tensor]:
-        """Read whole texts at once, each from a fresh state: the form for training.
+        """Read whole texts at once, each from a fresh state. This is the form for training.
 
-        Differentiable, through the gradients too (second order). Memory for the sums over
-        earlier positions is O(T * chunk) instead of O(T^2).
+        It is differentiable, through the gradient steps too (second order). The sums over earlier
+        positions take O(T * chunk) memory instead of O(T^2).
 
         Args:
-          hidden: [B, T, input] of the backbone.
-          labels: [B, T] int64, the next token of each position.
-          weights: [B, T] of each position's own gradient; None means 1 everywhere.
-          chunk: positions handled by one masked matrix product, at most.
+          hidden: The backbone's output, [B, T, input].
+          labels: The token after each position, [B, T] int64.
+          weights: How much to learn from each label, [B, T]; None means 1 everywhere.
+          chunk: Largest number of positions in one masked matrix product.
 
         Returns:
-          Logits with fast weights [B, T, V] and with the slow weights alone, or those of the
-          anchor, [B, T, V].
+          The logits with the fast weights, [B, T, V], and those with the slow weights, or with the
+          anchor's, [B, T, V].
         """
         if weights is None:
             weights = torch.ones_like(labels, dtype=hidden.dtype)
         interval = self.config.anchor_interval
-        # As in the streaming form, each position comes with the gradient of the one before.
+        # As in the streaming form, each position first learns from the gradient of the one before.
         known = F.pad(labels[:, :-1], (1, 0))
         taught = F.pad(weights[:, :-1], (1, 0))
         totals: dict[str, Tensor] = {}
@@ -356,19 +390,19 @@ class FastWeights(nn.Module):
         anchor: Sums | None,
         last: Pending | None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], Pending]:
-        """Read the next positions of every text.
+        """Read the next C positions of every text.
 
         Args:
-          hidden: [B, C, input].
-          known: [B, C] label of the position before each.
-          taught: [B, C] weight of the position before each.
-          totals: the sums over all positions before the chunk.
-          anchor: see `slow`.
-          last: what the position before the chunk left.
+          hidden: The backbone's output, [B, C, input].
+          known: At each position the label of the one before, [B, C] int64.
+          taught: At each position the weight of the one before, [B, C].
+          totals: The sums over all positions before the chunk.
+          anchor: The sums of the anchor, see `slow`.
+          last: What the last position before the chunk stored.
 
         Returns:
-          z [B, C, output] with the fast weights, logits [B, C, V] with the slow ones, and totals
-          and last for the next chunk.
+          z with the fast weights, [B, C, output]; the logits with the slow ones, [B, C, V]; and
+          `totals` and `last` for the next chunk.
         """
         slow = self.slow(hidden, anchor)
         slow_logits = self.logits(slow.output)
@@ -384,19 +418,29 @@ class FastWeights(nn.Module):
 
 
 class GradientSums(Protocol):
-    """Sums of gradients over the positions so far, faded by the decay: update, then read."""
+    """Decayed sums of the gradients so far. At each position they are updated first, then read."""
 
     def matrix(self, name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Add key (outer) value of each position to a sum; return query x sum, [B, T, Dv]."""
+        """Add the outer product key x value at each position to a kernel's sum, then read it.
+
+        Args:
+          name: The kernel, one of FAST_TENSORS.
+          query: What to multiply the sum by, [B, T, Dk].
+          key: The kernel's input at the position before, [B, T, Dk].
+          value: The gradient at the kernel's output there, [B, T, Dv].
+
+        Returns:
+          query x sum at each position, [B, T, Dv].
+        """
 
     def vector(self, name: str, value: Tensor) -> Tensor:
-        """Add value of each position to a sum; return the sum at each position, [B, T, Dv]."""
+        """Add the value at each position, [B, T, Dv], to a vector's sum; return the sums there."""
 
 
 class _DecayedSums:
-    """`GradientSums` of one chunk of positions, differentiable; `totals` is carried on.
+    """The `GradientSums` of one chunk, differentiable; `totals` holds the sums at its end.
 
-    In float32 under autocast too: thousands of small updates vanish in bfloat16.
+    The sums are float32 even under autocast: in bfloat16, thousands of small updates would vanish.
     """
 
     def __init__(self, totals: dict[str, Tensor], log_decay: Tensor) -> None:
@@ -405,8 +449,8 @@ class _DecayedSums:
         so_far = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril()
         exponent = faded[:, :, None] - faded[:, None, :]
         self._mask = torch.exp(exponent.masked_fill(~so_far, -torch.inf))  # [B, C, C]
-        self._read = torch.exp(faded)[..., None]  # of the sums at the chunk's start
-        self._keep = torch.exp(faded[:, -1:] - faded)[..., None]  # to the chunk's end
+        self._read = torch.exp(faded)[..., None]  # decay from the chunk's start to each position
+        self._keep = torch.exp(faded[:, -1:] - faded)[..., None]  # from each position to its end
         self._total = torch.exp(faded[:, -1:])[..., None]
         self.totals = totals
 
@@ -437,7 +481,12 @@ class _DecayedSums:
 
 
 def shift(before: Tensor, now: Tensor) -> Tensor:
-    """Return what belongs to the position before: [B, ...] and [B, T, ...] -> [B, T, ...]."""
+    """Return at each position the value of the one before it.
+
+    Args:
+      before: The value before the first position, [B, ...].
+      now: The values at all positions, [B, T, ...].
+    """
     return torch.cat((before[:, None], now[:, :-1]), 1)
 
 
@@ -447,13 +496,13 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def step_name(config: FastWeightsConfig, tensor: str) -> str:
-    """Return the key in `FastWeights.steps` of one of FAST_TENSORS."""
+    """Return the key of a tensor, one of FAST_TENSORS, in `FastWeights.steps`."""
     name = tensor if config.step_sizes == "per_tensor" else tensor.partition(".")[0]
-    return name.replace(".", "_")  # a dot is not allowed in a parameter's name
+    return name.replace(".", "_")  # PyTorch allows no dots in names of parameters
 
 
 def step_shapes(config: FastWeightsConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Return name and shape of every step size that the config has."""
+    """Return the name and the shape of every step size of a layer."""
     inputs = {"up.kernel": config.input_size, "down.kernel": config.hidden_size}
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor in FAST_TENSORS:

@@ -1,7 +1,7 @@
-"""Checkpoints of a Fast Weight Layer alone: a folder with config.json and model.safetensors.
+"""Checkpoints of a Fast Weight Layer alone: folders with config.json and model.safetensors.
 
-The config has `schema_version` and `fast_weights`, the tensors have the names of the parameters
-of `FastWeights`. The unembedding may be absent: then it is the backbone's own.
+The config has the keys `schema_version` and `fast_weights`. The tensors have the names of the
+parameters of `FastWeights`. The unembedding may be absent; a model then uses its backbone's.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class FastWeightsCheckpoint:
     """The parameters of a Fast Weight Layer.
 
     Attributes:
-      config: of the layer.
-      tensors: by the names of the parameters of `FastWeights`; either all of them, or all but
-        the unembedding and its bias.
+      config: The layer's configuration.
+      tensors: The parameters by their names in `FastWeights`: all of them, or all but the
+        unembedding and its bias.
     """
 
     config: FastWeightsConfig
@@ -46,22 +46,22 @@ class FastWeightsCheckpoint:
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the unembedding, None where there is none."""
+        """The number of tokens that the unembedding has; None if there is no unembedding."""
         return len(self.tensors["unembed"]) if "unembed" in self.tensors else None
 
 
 def load_fast_weights(folder: Path) -> FastWeightsCheckpoint:
-    """Read the folder of a layer alone; its tensors come as float32.
+    """Read the folder of a layer alone, in float32.
 
     Raises:
-      CheckpointError: a file is missing, truncated, or does not fit the config.
+      CheckpointError: A file is missing, truncated, or does not fit the config.
       ConfigError: config.json has an unknown key or a value out of range.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"'{folder}' has no {name}; the checkpoint of a Fast Weight Layer is a folder with "
-                f"{CONFIG_FILE} and {WEIGHTS_FILE}, see `fwl-export import`"
+                f"'{folder}' has no {name}; expected the folder of a Fast Weight Layer, with "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE}, as `fwl-export import` writes it"
             )
     config = _read_config(folder / CONFIG_FILE)
     tensors = load_tensors(folder / WEIGHTS_FILE)
@@ -75,7 +75,7 @@ def load_fast_weights(folder: Path) -> FastWeightsCheckpoint:
 
 
 def save_fast_weights(folder: Path, checkpoint: FastWeightsCheckpoint) -> None:
-    """Write the folder of a layer alone, in float32; an older one there is replaced."""
+    """Write the folder of a layer alone, in float32, replacing an older one."""
     data = {
         "schema_version": SCHEMA_VERSION,
         "fast_weights": dataclasses.asdict(checkpoint.config),
@@ -87,7 +87,7 @@ def save_fast_weights(folder: Path, checkpoint: FastWeightsCheckpoint) -> None:
 
 
 def expected_tensors(config: FastWeightsConfig, vocab_size: int) -> dict[str, Tensor]:
-    """Return a tensor of the right shape, without memory, for each parameter of the layer."""
+    """Return a meta tensor, with a shape but without memory, for each parameter of a layer."""
     with torch.device("meta"):
         return dict(FastWeights(config, vocab_size).state_dict())
 
@@ -97,8 +97,8 @@ def _read_config(path: Path) -> FastWeightsConfig:
     if not isinstance(data, dict) or set(data) != {"schema_version", "fast_weights"}:
         found = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__
         raise ConfigError(
-            f"{path}: expected an object with schema_version and fast_weights, got {found}; the "
-            "checkpoint of a whole model is not that of a Fast Weight Layer"
+            f"{path}: expected an object with schema_version and fast_weights, got {found}; give "
+            "the folder of a Fast Weight Layer alone, not the checkpoint of a whole model"
         )
     check_schema(data, SCHEMA_VERSION, str(path), ConfigError, OLD_SCHEMA)
     return config_from_dict(FastWeightsConfig, data["fast_weights"], str(path), "fast_weights.")

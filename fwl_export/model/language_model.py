@@ -1,4 +1,4 @@
-"""The whole model: a backbone with a Fast Weight Layer between it and the softmax."""
+"""The whole model: a backbone, and a Fast Weight Layer between it and the softmax."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ _TIED = "fast_weights.unembed"
 
 
 class FWLModel(nn.Module):
-    """A language model that learns while it reads; this is its parallel form, for training."""
+    """A language model that learns while it reads, in its parallel form, which serves training.
+
+    `StreamingModel` wraps it into the form that reads token by token.
+    """
 
     def __init__(self, config: ModelConfig, backbone: Backbone | None = None) -> None:
-        """Build a model with random weights, but for those of a backbone that is given."""
+        """Build a model with random weights.
+
+        Args:
+          config: The model's configuration.
+          backbone: The backbone to use, with its weights; None builds a random one.
+        """
         super().__init__()
         self.config = config
         self.backbone = backbone or build_backbone(config.backbone, config.vocab_size)
@@ -40,20 +48,21 @@ class FWLModel(nn.Module):
         """Put a Fast Weight Layer on top of a language model of Hugging Face's transformers.
 
         Args:
-          backbone: folder with config.json and safetensors, or a model of transformers, which is
+          backbone: Folder with config.json and safetensors, or a model of transformers, which is
             copied. Its head becomes the unembedding.
-          fast_weights: folder of a trained layer (see `fwl_checkpoint`); or the config of a new
-            one with random weights, for training; None: a new one of the usual sizes.
-          context: tokens that layers with full attention see; None: as many as the model was made
-            for, at most 2048 of them where positions are relative.
-          slide: read on past the context, each token seeing the `context - 1` before it, instead
-            of ending there; not possible where positions count from the beginning of the text.
+          fast_weights: Folder of a trained layer, see `fwl_checkpoint`; or the configuration of a
+            new layer with random weights, to train; None for a new layer of the usual sizes.
+          context: Number of tokens that layers with full attention see. None means as many as the
+            model was made for, but at most 2048 if its positions are relative.
+          slide: Whether to read on past the context, where each token sees the `context - 1` tokens
+            before it. This needs relative positions. Otherwise, reading ends at the context.
 
         Returns:
-          The model in float32, in evaluation mode.
+          The model, in float32 and in evaluation mode.
 
         Raises:
-          CheckpointError, ConfigError: backbone or layer cannot be used, or they do not fit.
+          CheckpointError, ConfigError: The backbone or the layer cannot be used, or they do not fit
+            each other.
           MissingDependencyError: transformers is not installed.
         """
         from fwl_export.model.backbones.huggingface_import import import_backbone
@@ -75,15 +84,15 @@ class FWLModel(nn.Module):
         return model.eval()
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds by name: a tied unembedding is the backbone's."""
+        """Return the tensors of a checkpoint by name; it holds a tied unembedding only once."""
         tensors = self.state_dict()
         if isinstance(self.backbone, HuggingFaceBackbone) and self.backbone.config.tied:
-            # Wherever the architecture itself keeps its embedding, it is there once.
+            # The backbone holds it already, as its embedding.
             del tensors[_TIED]
         return tensors
 
     def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `stored_tensors` returned; names and shapes were checked."""
+        """Load what `stored_tensors` returned; names and shapes must have been checked before."""
         tied = self.state_dict().keys() - tensors.keys()
         assert tied <= {_TIED}, tied
         self.load_state_dict(dict(tensors), strict=not tied)
@@ -94,16 +103,16 @@ class FWLModel(nn.Module):
         """Read whole texts, each from a fresh state.
 
         Args:
-          input_ids: [B, T] int64.
-          labels: [B, T] int64, the next token of each position.
-          weights: [B, T] how much to learn from each label; None means 1 everywhere.
+          input_ids: Token ids, [B, T] int64.
+          labels: The token after each position, [B, T] int64.
+          weights: How much to learn from each label, [B, T]; None means 1 everywhere.
 
         Returns:
-          Logits of the adapting model [B, T, V] and of the weights at which the gradients were
-          taken [B, T, V]: with adaptation off, unless the config has an anchor.
+          The logits of the adapting model, [B, T, V], and those of the weights at which the
+          gradients are taken, [B, T, V]: the slow weights, or the anchor's if the model has one.
         """
         return self.fast_weights.parallel(self.backbone(input_ids), labels, weights)
 
     def plain(self, input_ids: Tensor) -> Tensor:
-        """Return logits [B, T, V] with adaptation off, without the cost of adapting."""
+        """Return the logits with adaptation off, [B, T, V], at the cost of a plain model."""
         return self.fast_weights.logits(self.fast_weights.slow(self.backbone(input_ids)).output)

@@ -1,7 +1,7 @@
-"""Muon (Jordan et al., 2024) with its iteration in float32.
+"""The optimizer Muon (Jordan et al., 2024), with its iteration in float32.
 
-`torch.optim.Muon` iterates in bfloat16, which CPUs without bfloat16 units emulate: there it
-takes three quarters of a training step of the demo model, this one about a tenth.
+`torch.optim.Muon` iterates in bfloat16, which CPUs without bfloat16 units emulate. There it takes
+three quarters of a training step of the demo model; this one takes about a tenth.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is replaced by the nearest orthogonal matrix; for 2-D parameters.
+    """Gradient descent with momentum that replaces each update by the nearest orthogonal matrix.
 
     Args:
-      params: matrices.
-      lr: scaled by 0.2 sqrt(larger size), which gives an update the size of one of AdamW.
-      momentum: Nesterov momentum.
-      weight_decay: decoupled.
-      iterations: of the orthogonalisation.
+      params: The matrices to train.
+      lr: Learning rate. It is scaled by 0.2 sqrt(larger size), so that updates are as large as
+        AdamW's.
+      momentum: Factor of the Nesterov momentum.
+      weight_decay: Decoupled weight decay, as in AdamW.
+      iterations: Number of Newton-Schulz iterations per update.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
-    """Return roughly U V^T of the singular value decomposition of a matrix [m, n].
+    """Return approximately U V^T of the singular value decomposition U S V^T of a matrix [m, n].
 
-    The iteration leaves singular values between about 0.7 and 1.2, which is all Muon needs.
+    The singular values of the result lie between about 0.7 and 1.2, which is enough for Muon.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

@@ -1,4 +1,4 @@
-"""One checkpoint folder out of a Hugging Face backbone and a Fast Weight Layer."""
+"""Join a Hugging Face backbone and a Fast Weight Layer into one checkpoint folder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ def join_checkpoint(
     context: int | None = None,
     slide: bool = False,
 ) -> FWLModel:
-    """Write a checkpoint folder that holds everything, as `load_checkpoint` reads it.
+    """Write a checkpoint folder that `load_checkpoint` reads.
 
     Args:
-      backbone: folder with config.json, safetensors and tokenizer.json.
-      fast_weights: folder of a layer (see `fwl_checkpoint`).
-      folder: where to write.
-      context: see `FWLModel.from_pretrained`.
-      slide: see there.
+      backbone: Folder with config.json, safetensors and tokenizer.json.
+      fast_weights: Folder of a Fast Weight Layer, see `fwl_checkpoint`.
+      folder: Folder to write.
+      context: Number of tokens that full attention sees, see `FWLModel.from_pretrained`.
+      slide: Whether to read on past the context, see `FWLModel.from_pretrained`.
+
+    Returns:
+      The joined model.
 
     Raises:
-      CheckpointError, ConfigError, MissingDependencyError: see there.
+      CheckpointError, ConfigError, MissingDependencyError: As in `FWLModel.from_pretrained`; or the
+        backbone has no tokenizer that fits.
     """
     model = FWLModel.from_pretrained(backbone, fast_weights, context, slide)
     path = backbone / TOKENIZER_FILE

@@ -1,4 +1,4 @@
-"""What checkpoints are read from, JSON and safetensors, with what is wrong in one sentence."""
+"""Read the tensors of a safetensors file, and say in one sentence what is wrong with it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class ZeroWeights(TorchFunctionMode):
-    """Within it modules are made with zeros for random weights: those that are loaded right after.
+    """Context in which new modules get zeros instead of random weights.
 
-    Random numbers take several times as long as reading weights from a file.
+    Use it for weights that are loaded right afterwards: to draw random numbers takes several times
+    as long as to read weights from a file.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Of tensors, and of torch.nn.init, which names its argument.
+        # Both the methods of tensors and the functions of torch.nn.init, which name their argument.
         if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):
             with torch.no_grad():
                 return (args[0] if args else kwargs["tensor"]).zero_()
@@ -36,20 +37,20 @@ class ZeroWeights(TorchFunctionMode):
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether no element is NaN or infinite, without a copy as `isfinite` makes."""
+    """Return whether no element is NaN or infinite, without the copy that `isfinite` makes."""
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, as float32.
+    """Return the tensors of a safetensors file in float32, after checking them.
 
     Args:
-      path: of the file.
-      expected: a tensor of the right shape for every name that the file must have.
+      path: Path of the file.
+      expected: A tensor of the expected shape for every name that the file must have.
 
     Raises:
-      CheckpointError: the file cannot be read, or a tensor is missing, unknown, of another
-        shape, or not finite.
+      CheckpointError: The file cannot be read, or a tensor is missing, unknown, not finite, or has
+        another shape.
     """
     tensors = {name: tensor.float() for name, tensor in load_tensors(path).items()}
     _check_names(path, set(tensors), set(expected))
@@ -59,16 +60,16 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
+    """Return the tensors of a safetensors file, by name.
 
     Raises:
-      CheckpointError: it cannot be read.
+      CheckpointError: The file cannot be read.
     """
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}); is it truncated? copy it again"
+            f"{path} cannot be read as safetensors ({error}); if it is truncated, copy it again"
         ) from None
 
 
@@ -76,24 +77,29 @@ def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
     missing, unknown = sorted(expected - found), sorted(found - expected)
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors that config.json asks for, e.g. '{missing[0]}'; "
-            "is it of another model?"
+            f"{path} lacks {len(missing)} of the tensors that {CONFIG_FILE} requires, e.g. "
+            f"'{missing[0]}'; expected both files from the same model"
         )
     if unknown:
         raise CheckpointError(
-            f"{path} has {len(unknown)} tensors that config.json has no place for, e.g. "
-            f"'{unknown[0]}'; is it of another model?"
+            f"{path} holds tensors that {CONFIG_FILE} does not provide for ({len(unknown)}, e.g. "
+            f"'{unknown[0]}'); expected both files from the same model"
         )
 
 
 def _check_tensor(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
     if found.shape != expected.shape:
         raise CheckpointError(
-            f"{path}: '{name}' has shape {list(found.shape)}, but config.json says "
-            f"{list(expected.shape)}"
+            f"{path}: tensor '{name}' has shape {list(found.shape)}, but {CONFIG_FILE} requires "
+            f"{list(expected.shape)}; expected both files from the same model"
         )
     if not all_finite(found):
-        raise CheckpointError(f"{path}: '{name}' holds NaN or infinite values; train it again")
+        raise CheckpointError(
+            f"{path}: tensor '{name}' holds NaN or infinite values; the training has diverged: "
+            "take an earlier checkpoint, or train again with a lower learning rate"
+        )
     positive = name.endswith("horizon")
     if positive and not (found > 0).all():
-        raise CheckpointError(f"{path}: '{name}' is {found.item():g}; expected more than 0")
+        raise CheckpointError(
+            f"{path}: tensor '{name}' is {found.item():g}; expected a number of tokens above 0"
+        )

@@ -1,11 +1,12 @@
-"""The streaming form: some tokens per call, with the fast weights as explicit state.
+"""The streaming form of the model: it reads some tokens per call and carries an explicit state.
 
-The label of a position is the token after it. So a call first finishes the *pending* gradient
-of the last position of the call before, and from then on "update, then read" is inclusive:
-queries of positions t ... t+T-1 meet keys of positions t-1 ... t+T-2.
+This is the form that is exported. The label of a position is the token after it, so the gradient of
+a call's last position must wait for the next call: it is *pending*. Each position first adds the
+gradient of the one before it to the sums, then reads the sums: the queries of positions t to t+T-1
+meet the keys of positions t-1 to t+T-2. README.md in this folder has the equations.
 
-With an anchor (`FastWeightsConfig.anchor_interval`) no row of a call may cross a position
-divisible by the interval; `fwl_export.runtimes.Session` splits calls there.
+With an anchor (`FastWeightsConfig.anchor_interval`), no row of a call may cross a position that the
+interval divides; `fwl_export.runtimes.Session` splits calls there.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ OUTPUTS = ("logits",)
 
 
 def state_specs(config: ModelConfig, model: FWLModel, max_tokens: int) -> list[TensorSpec]:
-    """Return the state of a model, in the order of inputs and outputs.
+    """Return the state tensors of a model, in the order of its inputs and outputs.
 
     Args:
-      config: of the model.
-      model: its norms give the type of activations, its matrices may be of another; sums
-        are float32, or float64 in a float64 model.
-      max_tokens: largest T of a call. Ring buffers hold `window + max_tokens - 1` tokens.
+      config: The model's configuration.
+      model: The model. Activations have the dtype of its norms, which its matrices need not have;
+        sums are float32, or float64 in a float64 model.
+      max_tokens: Largest number of tokens per call. Ring buffers hold `window + max_tokens - 1`
+        tokens.
     """
     layer = config.fast_weights
     activation = str(model.fast_weights.norm_scale.dtype).removeprefix("torch.")
@@ -70,7 +72,7 @@ def state_specs(config: ModelConfig, model: FWLModel, max_tokens: int) -> list[T
 
 
 class StreamingModel(nn.Module):
-    """One call of the model on the next tokens of every row."""
+    """The model as a function of the next tokens and the state of every row."""
 
     def __init__(
         self, model: FWLModel, max_tokens: int, update: UpdateOp = linear_attention_update
@@ -78,9 +80,10 @@ class StreamingModel(nn.Module):
         """Wrap a model.
 
         Args:
-          model: its parameters are shared, not copied.
-          max_tokens: largest T of a call.
-          update: the op, see `fwl_export.op`; the exporter passes a symbolic one.
+          model: The model, whose parameters are shared, not copied.
+          max_tokens: Largest number of tokens per call.
+          update: The implementation of the fast-weight update, see `fwl_export.op`; the exporter
+            passes a symbolic one.
         """
         super().__init__()
         self.model = model
@@ -97,23 +100,24 @@ class StreamingModel(nn.Module):
         learning_rate_scale: Tensor,
         *state: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Read the next tokens.
+        """Read the next tokens of every row.
 
         Args:
-          input_ids: [B, T] int64; row b brings `lengths[b]` tokens, then padding.
-          label_weights: [B, T] float32, how much to learn from each token: 1 = fully, 0 = read
+          input_ids: Token ids, [B, T] int64; row b has `lengths[b]` tokens, then padding.
+          label_weights: How much to learn from each token, [B, T] float32; 1 fully, and 0 to read
             it without learning or forgetting.
-          lengths: [B] int64 in 0..T; a row of length 0 is left as it is.
-          logit_positions: [B, P] int64 in 0..T-1, the places in this call whose logits are
-            wanted; all T, or only the last, which saves the product with the vocabulary.
-          learning_rate_scale: [B] float32, times the step sizes for what this call's tokens
-            teach; what was learned before stays as it is, and forgetting does not change.
-          state: past tensors in the order of `specs`, [B, ...] each.
+          lengths: Number of tokens in each row, [B] int64 in 0..T. The state of a row of length 0
+            does not change.
+          logit_positions: The columns of the call to return logits for, [B, P] int64 in 0..T-1. One
+            column instead of all T saves most of the product with the unembedding.
+          learning_rate_scale: Factor on the step sizes for what this call's tokens teach, [B]
+            float32. It changes neither what was learned before nor the decay.
+          state: The past state tensors in the order of `specs`, [B, ...] each.
 
         Returns:
-          logits [B, P, V] float32 (float64 in a float64 model; those of padding mean nothing),
-          then the present tensors in the order of `specs`. All logits of a row that crosses an
-          anchor, or goes beyond the backbone's `max_positions`, are NaN.
+          The logits [B, P, V], float32, or float64 in a float64 model, then the present state
+          tensors in the order of `specs`. Logits of padding are meaningless. All logits of a row
+          are NaN if it crosses an anchor or goes beyond the backbone's `max_positions`.
         """
         layer = self.model.fast_weights
         past = dict(zip((s.name for s in self.specs), state, strict=True))
@@ -123,9 +127,10 @@ class StreamingModel(nn.Module):
         )
         anchor = self._anchor(past, lengths)
         slow = layer.slow(hidden, anchor)
-        # The last position's gradient waits for its label, so where it is the only one its slow
-        # logits can wait too, for the pass over the unembedding that the fast logits need. Until
-        # then its output stands in for its expected embedding, which `one_later` drops.
+        # The last position's gradient waits for the next call. So if it is the call's only position
+        # (`early` is 0), its slow logits can wait for the fast ones: a single product with the
+        # unembedding then yields both. Until then its slow output takes the place of its expected
+        # embedding, which `one_later` drops.
         length = input_ids.shape[1]
         early = length - 1 // length
         expected = layer.expected_embedding(layer.logits(slow.output[:, :early]))
@@ -134,7 +139,7 @@ class StreamingModel(nn.Module):
 
         valid = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
         weights = torch.where(valid, label_weights.to(past["pending.valid"].dtype), 0.0)
-        # A fresh row has no position before its first token, hence nothing to learn from it.
+        # A fresh row has no position before its first token, and learns nothing from that token.
         started = shift(past["pending.valid"], torch.ones_like(weights))
         scale = learning_rate_scale.to(weights.dtype)[:, None]
         gradients = layer.gradients(before, input_ids, weights * started * scale, anchor)
@@ -166,9 +171,9 @@ class StreamingModel(nn.Module):
         return logits, *(present[s.name] for s in self.specs)
 
     def _anchor(self, past: dict[str, Tensor], lengths: Tensor) -> dict[str, Tensor] | None:
-        """Return the sums in the weights at which this call's gradients are taken.
+        """Return the anchor's sums for this call, or None in a model without an anchor.
 
-        They are taken anew from the sums at every position divisible by the interval.
+        At every position that the interval divides, a row's anchor becomes a copy of its sums.
         """
         interval = self.model.fast_weights.config.anchor_interval
         if not interval:
@@ -185,7 +190,7 @@ class StreamingModel(nn.Module):
 
 
 class _StateSums:
-    """The `GradientSums` of a call: from the past state to the present one."""
+    """The `GradientSums` of a call, from the past state to the present one."""
 
     def __init__(self, update: UpdateOp, past: dict[str, Tensor], decay: Tensor) -> None:
         self._update = update
@@ -208,12 +213,12 @@ class _StateSums:
 
 
 def _of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with the prefix, by the rest of their names."""
+    """Return the tensors whose names begin with a prefix, by the rest of their names."""
     return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
 
 def _at_last_token(now: Tensor, past: Tensor, lengths: Tensor) -> Tensor:
-    """Return each row's value at its last real token, the past one where it brought none."""
+    """Return each row's value at its last token, or its past value if the row has no token."""
     row = torch.arange(now.shape[0], device=now.device)
     last = now[row, torch.clamp(lengths - 1, min=0)]
     some = (lengths > 0).reshape(-1, *[1] * (past.ndim - 1))

@@ -1,9 +1,9 @@
-"""The traced model as data: what PyTorch computes between inputs and outputs, tensor by tensor.
+"""The traced graph: the PyTorch operators of the exported model as data, which can be run.
 
-The exporter translates a graph of PyTorch's operators to ONNX and keeps the tensors' names. That
-graph lies beside the ONNX file, as JSON: `bisect` runs it with the checkpoint's weights, in
-float64 too, and compares it with the ONNX file's tensors by name. It needs no tracing, which
-takes long, and holds no paths.
+The exporter translates a graph of PyTorch operators to ONNX and preserves the tensors' names. It
+writes that graph beside the ONNX file, as JSON. `bisect` runs it with the checkpoint's weights, in
+float64 too, and compares its tensors with the ONNX file's by name. So `bisect` need not trace the
+model again, which takes long. The file holds no paths of the machine that wrote it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ _OPERATORS = (
     *("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "getitem"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"),
 )
-# Beside these, an operator that takes text could be one that opens files.
+# The only text arguments that an operator may have; one with others might open files.
 _TEXT_ARGUMENTS = ("approximate", "reduce", "rounding_mode", "indexing", "equation")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an input of the graph is.
+    """Where an input of the graph comes from.
 
     Attributes:
-      kind: "parameter", of the checkpoint's model; "constant"; or "input", of the ONNX graph.
-      name: of the parameter (a path in the model) or of the ONNX graph's input.
-      value: of a constant, as nested lists.
-      dtype: of a constant.
+      kind: "parameter" for a parameter of the checkpoint's model, "constant", or "input" for an
+        input of the ONNX graph.
+      name: Path of the parameter in the model, or name of the ONNX graph's input.
+      value: Value of a constant, as nested lists.
+      dtype: Name of a constant's dtype, e.g. "int64".
     """
 
     kind: str
@@ -55,13 +56,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operator.
+    """One operator of the graph.
 
     Attributes:
-      name: of its result, as in the ONNX file.
-      target: such as "aten.mul.Tensor", "operator.getitem" or "fwl::LinearAttentionUpdate".
-      arguments, options: {"ref": name} stands for another result.
-      scope: path of the module or method it was traced in.
+      name: Name of its result, the same as in the ONNX file.
+      target: Name of the operator, e.g. "aten.mul.Tensor", "operator.getitem" or
+        "fwl::LinearAttentionUpdate".
+      arguments: Positional arguments; {"ref": name} stands for another operator's result.
+      options: Keyword arguments, in the same form.
+      scope: Path of the module or method that it was traced in.
     """
 
     name: str
@@ -71,7 +74,7 @@ class Operation:
     scope: str = ""
 
     def references(self) -> Iterator[str]:
-        """Yield the names of the results it takes."""
+        """Yield the names of the results that it takes as arguments."""
         yield from _references(self.arguments)
         yield from _references(list(self.options.values()))
 
@@ -81,12 +84,12 @@ class Operation:
 
 @dataclass(frozen=True)
 class TracedGraph:
-    """A model's operators in the order they run.
+    """A model's operators in the order in which they run.
 
     Attributes:
-      sources: by name in the graph.
-      operations: in order.
-      outputs: names of results, by the name of the ONNX graph's output.
+      sources: Where each input of the graph comes from, by its name in the graph.
+      operations: The operators, in order.
+      outputs: The name of the result that is each output of the ONNX graph, by the output's name.
     """
 
     sources: Mapping[str, Source]
@@ -96,16 +99,16 @@ class TracedGraph:
     def run(
         self, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Compute every tensor.
+        """Compute every tensor of the graph.
 
         Args:
-          parameters: of the model, by path.
-          inputs: of the ONNX graph, by name.
-          dtype: torch.float64: everything is computed in float64, whatever the graph says;
-            otherwise each operator computes in the type the graph says.
+          parameters: Parameters of the model, by path.
+          inputs: Inputs of the ONNX graph, by name.
+          dtype: torch.float64 computes everything in float64, whatever the graph says. With any
+            other, each operator computes in the dtype that the graph says.
 
         Returns:
-          The tensors by name: inputs, constants, results.
+          All tensors by name: inputs, constants and results.
         """
         exact = dtype == torch.float64
         values: dict[str, Any] = {}
@@ -134,7 +137,7 @@ def read_graph(path: Path) -> TracedGraph:
     """Read what `TracedGraph.write` wrote.
 
     Raises:
-      BundleError: it is of another schema, or malformed.
+      BundleError: The file has another schema version, or is malformed.
     """
     data = read_json(path, BundleError, _REMEDY)
     check_schema(data, SCHEMA_VERSION, path.name, BundleError, _REMEDY)
@@ -146,7 +149,7 @@ def read_graph(path: Path) -> TracedGraph:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(
-            f"{path.name} is malformed ({type(error).__name__}: {error}); export the model again"
+            f"{path.name} is malformed ({type(error).__name__}: {error}); {_REMEDY}"
         ) from None
 
 
@@ -172,10 +175,12 @@ def _decode(value: Any, values: Mapping[str, Any], exact: bool) -> Any:
 
 
 def _function(target: str) -> Any:
-    """Return a function by name: operators on tensors and numbers, and nothing else.
+    """Return the function of an operator on tensors and numbers.
+
+    Only such operators run: a graph comes with a bundle, which may be malicious.
 
     Raises:
-      BundleError: it is none of these.
+      BundleError: The name stands for something else.
     """
     namespace, _, name = target.partition(".")
     if namespace == "operator" and name in _OPERATORS:
@@ -183,7 +188,7 @@ def _function(target: str) -> Any:
     if namespace == "torch" and name in ("sym_max", "sym_min", "sym_not"):
         return getattr(torch, name)
     if name in ("view.default", "_unsafe_view.default"):
-        return torch.reshape  # the graph's memory layout was dropped
+        return torch.reshape  # the graph does not record the memory layout that a view needs
     packet, _, overload = name.partition(".")
     found = None
     if namespace in ("aten", "prims"):
@@ -195,7 +200,7 @@ def _function(target: str) -> Any:
     if found is None or takes_text:
         raise BundleError(
             f"the traced graph has the operator '{target}', which this fwl-export does not run; "
-            "export the model again with this version"
+            f"{_REMEDY} with this version"
         )
     return found
 

@@ -1,12 +1,12 @@
-"""Training of a model on one long sequence of tokens: resumable, on one process.
+"""Train a model on one long sequence of tokens, in one process, so that a run can be resumed.
 
-The recipe: Muon for the matrices inside the network, AdamW for the rest, and a learning rate
-of their own for step sizes and horizon, which are trained in log space (they stay positive
-and move by ratios). The loss is that of the adapting logits, differentiated through the
-gradient step (second order).
+The recipe: Muon trains the matrices inside the network, AdamW the rest. Step sizes and horizon have
+a learning rate of their own and are trained in log space, where they stay positive and change by
+ratios. The loss is that of the adapting logits, differentiated through the gradient steps (second
+order).
 
-A loop of one's own, under DDP or FSDP for example, needs `log_space`, then the wrapper, then
-`build_optimizers`, and `model(inputs, labels)`, which is an ordinary `nn.Module`.
+To write your own loop, for example under DDP or FSDP, enter `log_space`, wrap the model, call
+`build_optimizers`, and call `model(inputs, labels)`; the model is an ordinary `nn.Module`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from fwl_export.model.muon import Muon
 from fwl_export.model.numerics import wide
 from fwl_export.model.training_files import load_progress, save_progress
 
-# Where the step sizes of unnormalised gradients start. Short runs of the demo model moved
-# them to about 4e-2, 2e-3, 1e-3, 2e-3, 2e-2, 5e-3; starting there makes the first updates erratic.
+# Initial step sizes, for gradients that are not divided by the loss normalizer. Short runs of the
+# demo model moved them to about 4e-2, 2e-3, 1e-3, 2e-3, 2e-2, 5e-3, but starting there makes the
+# first updates erratic.
 INITIAL_STEPS = {
     "up_kernel": 4e-3,
     "up_bias": 3e-3,
@@ -40,7 +41,7 @@ INITIAL_STEPS = {
     "down_bias": 3e-3,
     "norm_scale": 1.5e-2,
     "norm_bias": 8e-3,
-    # One per layer: that of its kernel or scale.
+    # With one step size per layer: that of the layer's kernel or scale.
     "up": 4e-3,
     "down": 1e-3,
     "norm": 1.5e-2,
@@ -49,27 +50,28 @@ INITIAL_STEPS = {
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train.
+    """How to train; the table [training] of a run's TOML file.
 
     Attributes:
-      adapt: train the adapting logits; False trains the same network as a plain model.
-      steps: number of updates.
-      sequence_length: tokens per text of a batch.
-      batch_size: texts per batch.
-      learning_rate: of the weights.
-      step_learning_rate: of the logs of step sizes and horizon.
-      weight_decay: of the matrices trained by Muon.
-      warmup: updates until the full learning rate.
-      cooldown: last fraction of the updates, over which the learning rate falls.
-      clip: largest norm of the gradient.
-      seed: of the order of the texts, and of dropout where a backbone has it.
-      first_order: take the gradient steps for constants instead of differentiating through them:
-        less time and memory per update, a worse model.
-      train_backbone: False trains the Fast Weight Layer on the backbone as it is.
-      optimizer: of the matrices: "muon", or "adamw" like the rest.
-      precision: "float32", or "bfloat16": autocast; weights, sums and losses stay float32.
-      gradient_checkpointing: compute activations again in the backward pass: less memory, more
-        time, the same result.
+      adapt: Whether to train the adapting logits; False trains the same network as a plain model.
+      steps: Number of updates.
+      sequence_length: Number of tokens in each text of a batch.
+      batch_size: Number of texts per batch.
+      learning_rate: Learning rate of the weights.
+      step_learning_rate: Learning rate of the logarithms of step sizes and horizon.
+      weight_decay: Weight decay of the matrices inside the network.
+      warmup: Number of updates over which the learning rate rises to its full value.
+      cooldown: The last fraction of the updates, in (0, 1], over which the learning rate falls.
+      clip: Largest norm of the gradient; larger gradients are scaled down to it.
+      seed: Seed of the choice of texts, and of dropout in a backbone that has it.
+      first_order: Whether to treat the gradient steps as constants instead of differentiating
+        through them. An update takes less time and memory; the model becomes worse.
+      train_backbone: Whether to train the backbone too; False trains only the Fast Weight Layer.
+      optimizer: Optimizer of the matrices: "muon", or "adamw" as for the rest.
+      precision: "float32", or "bfloat16" for autocast, which leaves weights, sums and losses in
+        float32.
+      gradient_checkpointing: Whether to compute activations again in the backward pass. It takes
+        less memory and more time, for the same result.
     """
 
     adapt: bool = True
@@ -95,7 +97,9 @@ class TrainingConfig:
             if not 0 < value < math.inf:
                 raise ConfigError(f"training.{name} is {value}; expected more than 0")
         if not 0 < self.cooldown <= 1:
-            raise ConfigError(f"training.cooldown is {self.cooldown}; expected 0 to 1, without 0")
+            raise ConfigError(
+                f"training.cooldown is {self.cooldown}; expected more than 0, at most 1"
+            )
 
 
 def train(
@@ -106,26 +110,27 @@ def train(
     report: Callable[[dict[str, float]], None],
     save_every: int = 50,
 ) -> None:
-    """Train `model` in place.
+    """Train a model in place.
 
     Args:
-      model: in float32, on any device.
-      tokens: [N] int64, the training text.
-      config: how to train.
-      resume_file: written every `save_every` updates; where it exists, training goes on from
-        it and ends with the same weights as an uninterrupted run.
-      report: called after every update with step, losses, seconds, and the highest memory so
-        far in MB: of the process on a CPU, of its tensors on a GPU.
-      save_every: updates between two writes of `resume_file`.
+      model: The model, in float32, on any device.
+      tokens: The training text, [N] int64.
+      config: How to train.
+      resume_file: File to write every `save_every` updates. If it exists, training resumes from it
+        and ends bit for bit like an uninterrupted run.
+      report: Called after every update with the step, the losses, the norm of the gradient, the
+        seconds, and the peak memory so far in MB, see `peak_memory`.
+      save_every: Number of updates between two writes of `resume_file`.
 
     Raises:
-      TrainingError: the text is shorter than a text of a batch, or the loss is not finite.
-      CheckpointError: `resume_file` is of other settings.
+      TrainingError: The training text is too short for one text of a batch, or the loss is not
+        finite.
+      CheckpointError: `resume_file` cannot be read, or was written with other settings.
     """
     if len(tokens) <= config.sequence_length:
         raise TrainingError(
-            f"the texts have {len(tokens)} tokens; expected more than sequence_length, "
-            f"{config.sequence_length}"
+            f"the texts have {len(tokens)} tokens; expected more than training.sequence_length, "
+            f"{config.sequence_length}: give more text, or lower it"
         )
     device = model.fast_weights.unembed.device
     _prepare(model, config)
@@ -142,8 +147,8 @@ def train(
             loss, slow_loss = _losses(model, inputs, labels, config)
             if not math.isfinite(loss.item()):
                 raise TrainingError(
-                    f"the loss of step {step} is {loss.item()}; lower learning_rate or "
-                    f"step_learning_rate and remove {resume_file}"
+                    f"the loss of step {step} is {loss.item()}: the training has diverged; lower "
+                    f"learning_rate or step_learning_rate, remove {resume_file}, and start again"
                 )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(others, config.clip)
@@ -167,21 +172,21 @@ def train(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the highest memory so far in bytes: of the process, or of tensors on a GPU."""
+    """Return the peak memory so far in bytes: the process's on a CPU, its tensors' on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def initialize_steps(model: FWLModel) -> None:
-    """Set the step sizes to where training starts."""
+    """Set the step sizes to their initial values for training."""
     with torch.no_grad():
         for name, step in model.fast_weights.steps.items():
             step.fill_(INITIAL_STEPS[name] * model.fast_weights.config.loss_normalizer)
 
 
 def _prepare(model: FWLModel, config: TrainingConfig) -> None:
-    """Set what is trained, and how the forward pass is done; no number changes."""
+    """Set which parameters are trained, and how the forward pass runs; no weight changes."""
     model.train().requires_grad_(True)
     model.backbone.train(config.train_backbone).requires_grad_(config.train_backbone)
     model.fast_weights.first_order = config.first_order
@@ -204,7 +209,7 @@ def _losses(
 
 
 def _batch(tokens: Tensor, config: TrainingConfig, step: int) -> tuple[Tensor, Tensor]:
-    """Return the inputs and labels of an update; they depend on seed and step alone."""
+    """Return the inputs and labels of an update, [B, T] each; they depend only on seed and step."""
     generator = torch.Generator().manual_seed(_step_seed(config, step))
     last = len(tokens) - config.sequence_length
     starts = torch.randint(0, last, (config.batch_size, 1), generator=generator)
@@ -221,7 +226,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _adaptive_parameters(model: FWLModel) -> list[nn.Parameter]:
-    """Return step sizes and horizon, as trained."""
+    """Return the trained parameters of step sizes and horizon: their logarithms in `log_space`."""
     layer = model.fast_weights
     return list(layer.steps.parameters()) + [
         p for name, p in layer.named_parameters() if "horizon" in name
@@ -229,11 +234,11 @@ def _adaptive_parameters(model: FWLModel) -> list[nn.Parameter]:
 
 
 def build_optimizers(model: FWLModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Return the optimisers of what requires a gradient, with their learning rates.
+    """Return the optimizers of all parameters that require a gradient, with their learning rates.
 
     Args:
-      model: in `log_space`.
-      config: how to train.
+      model: The model, in `log_space`.
+      config: How to train.
     """
     adaptive = _adaptive_parameters(model)
     layer = model.fast_weights
@@ -254,7 +259,7 @@ def build_optimizers(model: FWLModel, config: TrainingConfig) -> list[torch.opti
 
 
 def _matrices(backbone: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices inside a backbone that are trained: all but embeddings."""
+    """Return the matrices of a backbone that are trained, without embeddings."""
     return [
         parameter
         for module in backbone.modules()
@@ -275,7 +280,10 @@ def _set_learning_rate(
 
 
 class _Exp(nn.Module):
-    """Parametrization of a positive tensor [] or [n] by its log [1] or [n]: FSDP has no scalars."""
+    """Parametrizes a positive tensor, [] or [n], by its logarithm, [1] or [n].
+
+    A scalar becomes [1] because FSDP does not shard scalars.
+    """
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -290,10 +298,11 @@ class _Exp(nn.Module):
 
 @contextmanager
 def log_space(model: FWLModel) -> Iterator[None]:
-    """Train step sizes and horizon as logs; afterwards they are plain parameters again.
+    """Context in which step sizes and horizon are parameters in log space.
 
-    In a model that `fully_shard` of FSDP has sharded meanwhile they stay logs. For a checkpoint,
-    load its full state dict into another model, in `log_space` too.
+    Afterwards they are plain parameters again, except in a model that FSDP's `fully_shard` has
+    sharded in the meantime. To write a checkpoint of such a model, load its full state dict into
+    another model that is in `log_space` too.
     """
     layer = model.fast_weights
     places: list[tuple[nn.Module, str]] = [(layer.steps, name) for name in layer.steps]
@@ -306,5 +315,5 @@ def log_space(model: FWLModel) -> Iterator[None]:
     finally:
         for module, name in places:
             log = cast(Any, module).parametrizations[name].original
-            if not hasattr(log, "full_tensor"):  # a DTensor, whose import takes a second
+            if not hasattr(log, "full_tensor"):  # FSDP's DTensor, whose import takes a second
                 parametrize.remove_parametrizations(module, name)

@@ -1,4 +1,4 @@
-"""What a training writes while it runs: the resume file and the log."""
+"""The files that a training run writes while it runs: the resume file and the log."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def save_progress(
     config: Any,
     step: int,
 ) -> None:
-    """Write all that training needs to go on: trained parameters, optimisers, settings.
+    """Write all that training needs to resume: trained parameters, optimizer states, settings.
 
-    A process killed while writing leaves the file as it was.
+    If the process is killed while it writes, the old file stays.
 
     Args:
-      path: of the file, safetensors.
-      model: what does not require a gradient is not saved: it is as it was at the beginning.
-      optimizers: their state must be tensors.
-      config: a dataclass; training goes on with the same one only.
-      step: updates done.
+      path: The safetensors file to write.
+      model: The model. Only parameters that require a gradient are saved; the others never change.
+      optimizers: The optimizers, whose states must consist of tensors.
+      config: The settings, a dataclass; training resumes only with equal ones.
+      step: Number of updates done.
     """
     tensors = {f"model.{name}": tensor.detach() for name, tensor in _trained(model).items()}
     for number, optimizer in enumerate(optimizers):
@@ -51,10 +51,19 @@ def save_progress(
 def load_progress(
     path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], config: Any
 ) -> int:
-    """Put what `save_progress` wrote into model and optimisers; return the updates done.
+    """Restore a model and its optimizers from a resume file.
+
+    Args:
+      path: The file that `save_progress` wrote.
+      model: The model to restore, built and prepared as for a new run.
+      optimizers: The optimizers to restore, in the same order.
+      config: The settings of this run, a dataclass.
+
+    Returns:
+      The number of updates done.
 
     Raises:
-      CheckpointError: the file is of other settings or another model, or cannot be read.
+      CheckpointError: The file cannot be read, or belongs to other settings or another model.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -62,7 +71,7 @@ def load_progress(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}); remove it to start again"
+            f"{path} cannot be read ({error}); remove it to start the training again"
         ) from None
     trained = _trained(model)
     found = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
@@ -71,8 +80,8 @@ def load_progress(
         name: tensor.shape for name, tensor in trained.items()
     }:
         raise CheckpointError(
-            f"{path} is of a run with other settings; remove it to start again, or train with the "
-            "settings it had"
+            f"{path} belongs to a run with other settings; train with the settings of that run to "
+            "resume it, or remove the file to start again"
         )
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -97,21 +106,22 @@ def _settings(config: Any) -> str:
 
 
 class TrainingLog:
-    """A line of a CSV file per update, and TensorBoard's files if wanted.
+    """The log of a training run: a CSV file with a line per update, and TensorBoard's files.
 
-    A resumed training begins a few updates before the last line; the lines that it writes anew
-    are dropped first, so that each update has one; TensorBoard is told to hide what it has of them.
+    A resumed run begins a few updates before the last line of the log. The first update removes the
+    lines that will be written again, so that every update has one line, and tells TensorBoard to
+    hide its old values of these updates.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
-        """Open the log with its first line.
+        """Prepare the log; the files are opened by the first `add`.
 
         Args:
-          path: of the CSV file.
-          tensorboard: folder for TensorBoard's files, None = none.
+          path: Path of the CSV file.
+          tensorboard: Folder for TensorBoard's files; None writes none.
 
         Raises:
-          MissingDependencyError: TensorBoard is wanted and not installed.
+          MissingDependencyError: `tensorboard` is given, but TensorBoard is not installed.
         """
         self._path = path
         self._stream: io.TextIOWrapper | None = None
@@ -120,7 +130,11 @@ class TrainingLog:
         self._writer = None if tensorboard is None else _summary_writer()
 
     def add(self, row: Mapping[str, float]) -> None:
-        """Write the line of an update; every row has the same keys, "step" among them."""
+        """Write the line of an update.
+
+        Args:
+          row: The values by column. Every row has the same columns, among them "step".
+        """
         if self._stream is None:
             step = int(row["step"])
             self._stream = self._open([*row, "time"], step)
@@ -141,29 +155,30 @@ class TrainingLog:
             self._board.close()
 
     def _open(self, names: list[str], step: int) -> io.TextIOWrapper:
-        kept: list[list[str]] = []
+        earlier: list[list[str]] = []
         if self._path.exists():
             with self._path.open(newline="", encoding="utf-8") as stream:
                 rows = list(csv.reader(stream))
             if rows and rows[0] != names:
                 raise CheckpointError(
-                    f"{self._path} has the columns {', '.join(rows[0])}; this training writes "
-                    f"{', '.join(names)}: move it away"
+                    f"log {self._path} has the columns {', '.join(rows[0])}, but this training "
+                    f"writes {', '.join(names)}; move the old log away"
                 )
-            # A line that a kill cut off has too few columns.
-            kept = [r for r in rows[1:] if len(r) == len(names) and int(r[0]) < step]
+            # If the process was killed while it wrote a line, that line has too few columns.
+            earlier = [r for r in rows[1:] if len(r) == len(names) and int(r[0]) < step]
         with replaced_file(self._path) as beside, beside.open("w", newline="") as stream:
-            csv.writer(stream).writerows([names, *kept])
+            csv.writer(stream).writerows([names, *earlier])
         return self._path.open("a", newline="", encoding="utf-8")
 
 
 def _summary_writer() -> Any:
-    """Return TensorBoard's class of writers."""
+    """Return TensorBoard's writer class."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingDependencyError(
-            f"TensorBoard's files need 'tensorboard', which cannot be imported ({error}); "
-            "pip install 'fwl-export[tensorboard]', or leave `tensorboard` out of the config"
+            f"TensorBoard's files need the package tensorboard, which cannot be imported "
+            f"({error}); pip install 'fwl-export[tensorboard]', or leave `tensorboard` out of the "
+            "config"
         ) from None
     return SummaryWriter

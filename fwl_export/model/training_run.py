@@ -1,4 +1,4 @@
-"""A training as a TOML file says it: texts and a tokenizer in, a checkpoint out."""
+"""Run a training that a TOML file describes, from texts and a tokenizer to a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ _TABLES = ("model", "training")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The keys of a training's TOML file; paths are relative to the file.
+    """A training run, as its TOML file describes it; paths are relative to that file.
 
     Attributes:
-      output: folder of the run: resume file, log, and in the end the checkpoint.
-      texts: UTF-8 files, or patterns such as "plays/*.txt"; read in order of names.
-      tokenizer: tokenizer.json; not with `checkpoint`, which has its own.
-      checkpoint: whose weights training starts from; without it they are random.
-      save_every: updates between two writes of the resume file.
-      device: "cpu", or "cuda".
-      tensorboard: write TensorBoard's files too.
-      backbone: of a new model, table [model.backbone]; keys that are missing have defaults.
-      fast_weights: of a new model, table [model.fast_weights]; sizes fit the backbone.
-      training: table [training].
+      output: Folder of the run, for the resume file, the log, and in the end the checkpoint.
+      texts: UTF-8 files, or patterns such as "plays/*.txt", whose files are read in order of their
+        names.
+      tokenizer: Path of a tokenizer.json; not allowed with `checkpoint`, which has its own.
+      checkpoint: Checkpoint whose weights training starts from; None starts from random weights.
+      save_every: Number of updates between two writes of the resume file.
+      device: Device to train on, "cpu" or "cuda".
+      tensorboard: Whether to write TensorBoard's files too.
+      backbone: Backbone of a new model, the table [model.backbone]; missing keys have defaults.
+      fast_weights: Fast Weight Layer of a new model, the table [model.fast_weights]; missing sizes
+        are derived from the backbone.
+      training: How to train, the table [training]; missing keys have defaults.
     """
 
     output: Path
@@ -75,11 +77,11 @@ _TYPES: dict[str, tuple[type, str]] = {
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """Read the TOML file of a training.
+    """Read the TOML file of a training run.
 
     Raises:
-      ConfigError: it is not TOML, a key is unknown, missing or of another type, or a value is
-        out of range.
+      ConfigError: The file is not TOML, a key is unknown, missing or of the wrong type, or a value
+        is out of range.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -97,7 +99,7 @@ def read_run_config(path: Path) -> RunConfig:
         kind, expected = _TYPES[key]
         if type(value) is not kind:
             raise ConfigError(f"{path}: '{key}' is {value!r}; expected {expected}")
-        # "demo" is a checkpoint's name, which the caller knows.
+        # "demo" is not a path: it names the checkpoint that ships with the package.
         place = key in ("output", "tokenizer", "checkpoint") and value != "demo"
         values[key] = path.parent / str(value) if place else value
     for key in ("output", "texts"):
@@ -114,23 +116,27 @@ def read_run_config(path: Path) -> RunConfig:
 def _check_start(path: Path, data: dict[str, Any]) -> None:
     if "checkpoint" in data and ("tokenizer" in data or "model" in data):
         raise ConfigError(
-            f"{path}: a 'checkpoint' brings its own tokenizer and model; remove 'tokenizer' and "
-            "[model], or 'checkpoint'"
+            f"{path}: a 'checkpoint' has its own tokenizer and model; remove either 'checkpoint', "
+            "or 'tokenizer' and [model]"
         )
     if "checkpoint" not in data and "tokenizer" not in data:
         raise ConfigError(
-            f"{path}: key 'tokenizer' is missing; or give a 'checkpoint' to start from"
+            f"{path}: key 'tokenizer' is missing; give the path of a tokenizer.json, or a "
+            "'checkpoint' to start from"
         )
 
 
 def _model_tables(path: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """Return backbone and fast_weights; sizes of the latter that are missing fit the former."""
+    """Return the configs of backbone and fast weights, with sizes to fit the backbone."""
     tables = data.get("model", {})
     if not isinstance(tables, dict) or (
         unknown := sorted(set(tables) - {"backbone", "fast_weights"})
     ):
         name = unknown[0] if isinstance(tables, dict) else tables
-        raise ConfigError(f"{path}: 'model' has {name!r}; expected tables backbone, fast_weights")
+        raise ConfigError(
+            f"{path}: 'model' has {name!r}; expected the tables [model.backbone] and "
+            "[model.fast_weights]"
+        )
     backbone = config_from_dict(
         BackboneConfig, tables.get("backbone", {}), str(path), "model.backbone.", partial=True
     )
@@ -150,18 +156,19 @@ def run_training(
     report: Callable[[dict[str, float]], None] = lambda row: None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """Train as the config says, going on where an earlier run was interrupted.
+    """Train as the config says, and resume where an earlier run was interrupted.
 
     Args:
-      config: see `read_run_config`.
-      report: called after every update, see `train`.
-      say: called with what is being done.
+      config: The training run, see `read_run_config`.
+      report: Called after every update, see `train`.
+      say: Called with a line of text about what is being done.
 
     Returns:
-      The folder of the checkpoint.
+      The folder of the new checkpoint.
 
     Raises:
-      ConfigError, CheckpointError, TokenError, TrainingError: something cannot be used.
+      ConfigError, CheckpointError, TokenError, TrainingError: The config, a checkpoint, a text or
+        the training cannot be used.
     """
     folder = config.output / CHECKPOINT_FOLDER
     check_checkpoint_output(folder, force=True)
@@ -190,7 +197,7 @@ def run_training(
 def _start(config: RunConfig) -> tuple[FWLModel, Tokenizer]:
     """Return the model that training starts from, and its tokenizer."""
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch finds no CUDA device; expected 'cpu' here")
+        raise ConfigError("device is 'cuda', but torch finds no CUDA device here; use 'cpu'")
     if config.device not in ("cpu", "cuda"):
         raise ConfigError(f"device is '{config.device}'; expected 'cpu' or 'cuda'")
     if config.checkpoint is not None:
@@ -206,12 +213,14 @@ def _start(config: RunConfig) -> tuple[FWLModel, Tokenizer]:
 
 
 def _tokens(config: RunConfig, tokenizer: Tokenizer) -> Tensor:
-    """Return the ids [N] of all texts, one after the other."""
+    """Return the token ids of all texts, one after the other, [N] int64."""
     parts = []
     for pattern in config.texts:
         path = Path(pattern)
         files = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
         if not files:
-            raise ConfigError(f"texts: no file fits '{pattern}'")
+            raise ConfigError(
+                f"texts: no file matches '{pattern}'; patterns are relative to the TOML file"
+            )
         parts += [torch.from_numpy(read_ids(file, tokenizer)) for file in files]
     return torch.cat(parts)

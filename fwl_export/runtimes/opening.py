@@ -72,7 +72,7 @@ def open_session(
     options = Options(precision, threads, plugin, device, variant, cuda_graph)
     with opened.unchanged():
         loaded = registry.load(runtime, opened, options)
-    _log.info("opened '%s' in runtime %s, %d rows", opened.folder, runtime, batch)
+    _log.info("opened '%s' in runtime %s, batch %d", opened.folder, runtime, batch)
     config = opened.manifest.config
     spec = SessionSpec(
         loaded.state,

@@ -1,4 +1,4 @@
-"""Readers, cost, classes of tokens, comparison, report and plots, on tiny random models."""
+"""Readers, costs, classes of tokens, the comparison, its report and plots, on random models."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tokens() -> torch.Tensor:
 
 
 def gradients(model: FWLModel, text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return those of the mean loss of a text read by a fresh reader, by autograd alone."""
+    """Return the gradients of a text's mean loss in a fresh reader, computed by autograd alone."""
     copied = copy.deepcopy(model).requires_grad_(True)
     loss = cross_entropy(copied.plain(text[None, :-1])[0], text[1:])
     torch.autograd.backward(loss)
@@ -100,7 +100,7 @@ def test_rms_rule_and_decay_are_those_of_the_paper(model: FWLModel, tokens: torc
 def test_decay_of_the_sgd_rule_leads_back(model: FWLModel, tokens: torch.Tensor) -> None:
     text = tokens[: SEGMENT + 1]
     reader = DynamicReader(model, SEGMENT, 0.1, decay=1.0)
-    for _ in range(2):  # with a decay of 1 all that is left is the last step
+    for _ in range(2):  # with a decay of 1, only the last step is left
         before = gradients(reader.model, text)
         reader = _at_start_of_stream(reader)
         reader.read(text[None, :-1], text[None, 1:])
@@ -133,7 +133,7 @@ def test_parts_are_the_products_of_the_model(anchor: bool, tokens: torch.Tensor)
     layer = 2 * length * 16 * 32
     assert plain["slow layer"] == 2 * layer
     assert parts["fast second layer"] == layer
-    # With an anchor, what it has learned takes part in the slow pass and in the gradient.
+    # With an anchor, the slow pass and the gradient use what the anchor has learned.
     assert parts["slow layer"] == 2 * layer * (1 + anchor)
     assert parts["gradient"] == layer * (1 + anchor)
     within = 2 * 2 * length * length * (16 + 32)
@@ -141,7 +141,7 @@ def test_parts_are_the_products_of_the_model(anchor: bool, tokens: torch.Tensor)
     dynamic = count_parts(DynamicReader(model, length, 0.1), length, text)
     assert set(dynamic) == {*plain, "backward"}
     assert dynamic["backward"] > 1.8 * sum(plain.values())
-    assert "stream" not in vars(model.backbone), "the model is as it was"
+    assert "stream" not in vars(model.backbone), "the model is changed"
 
 
 def test_a_shape_is_counted_as_its_model_is(model: FWLModel, tokens: torch.Tensor) -> None:
@@ -279,7 +279,7 @@ def test_report_says_what_was_measured(found: Comparison) -> None:
     assert rows == [
         ["backbone", "2.00", "2.00"],
         ["gradient", "", "1.00"],
-        ["together", "2.00", "3.00"],
+        ["total", "2.00", "3.00"],
         ["relative", "1.00", "1.50"],
     ]
 

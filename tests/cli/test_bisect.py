@@ -12,7 +12,7 @@ from tests.parity import faults
 from tests.parity.faults import broken_bundle
 
 
-def test_nothing_found_is_0(
+def test_a_good_bundle_exits_with_0(
     own_bundle: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(capsys, "bisect", own_bundle, "--text", text, "--tokens", 20)
@@ -21,7 +21,7 @@ def test_nothing_found_is_0(
     assert not (own_bundle / "reports").exists()
 
 
-def test_a_fault_is_1_and_leaves_a_reproducer(
+def test_a_fault_exits_with_1_and_leaves_a_reproducer(
     tiny_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = broken_bundle(tiny_bundle, tmp_path / "broken", faults.plain_relu()).folder
@@ -46,7 +46,7 @@ def test_a_fault_is_1_and_leaves_a_reproducer(
         (("--tokens", 500), "the text has"),
     ],
 )
-def test_what_could_not_run_is_2(
+def test_a_search_that_cannot_run_exits_with_2(
     options: tuple[object, ...],
     message: str,
     own_bundle: Path,
@@ -67,5 +67,5 @@ def test_a_folder_of_something_else_is_not_replaced(
     arguments = ("--text", text, "--reproducer", tmp_path / "mine")
     result = run(capsys, "bisect", own_bundle, *arguments)
     assert result.code == 2
-    assert "holds something else than a reproducer" in result.err
+    assert "holds files, but not those of a reproducer" in result.err
     assert (tmp_path / "mine" / "thesis.txt").is_file()

@@ -1,4 +1,4 @@
-"""`fwl-export build`: its table, its JSON, and command lines that make no sense."""
+"""`fwl-export build`: its table, its JSON, and wrong command lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fwl_export.errors import EngineError
 from tests.cli.run import run
 
 
-def facts(name: str, sm: int, path: str = "function body") -> EngineMetadata:
+def metadata(name: str, sm: int, path: str = "function body") -> EngineMetadata:
     shapes = {"input_ids": {"min": [1, 1], "opt": [1, 256], "max": [8, 256]}}
     return EngineMetadata(
         name=name,
@@ -43,12 +43,12 @@ def facts(name: str, sm: int, path: str = "function body") -> EngineMetadata:
 
 
 class Builder:
-    """Stands for `build_engines`."""
+    """A fake of `build_engines`."""
 
     def __init__(self) -> None:
         self.result = [
-            facts("tensorrt-10.14.1.48-sm120-fp32", 120),
-            facts("rtx-1.7.1.116-sm80-fp32", 80, "plugin"),
+            metadata("tensorrt-10.14.1.48-sm120-fp32", 120),
+            metadata("rtx-1.7.1.116-sm80-fp32", 80, "plugin"),
         ]
         self.arguments: list[Any] = []
 
@@ -94,7 +94,7 @@ def test_defaults_and_options_reach_the_builder(
 
 def test_json(builder: Builder, capsys: pytest.CaptureFixture[str]) -> None:
     printed = json.loads(run(capsys, "build", "b", "--json").out)
-    assert printed == [json.loads(json.dumps(facts.to_dict())) for facts in builder.result]
+    assert printed == [json.loads(json.dumps(metadata.to_dict())) for metadata in builder.result]
 
 
 def test_an_engine_with_plugins_only_says_nothing_of_a_function_body(
@@ -118,7 +118,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(
     assert builder.arguments == []
 
 
-def test_a_folder_that_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = run(capsys, "build", tmp_path)
     assert printed.code == 1
     assert "is not a bundle: it has no manifest.json" in printed.err
@@ -128,7 +128,7 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("text", "sms"),
     [("80", [80]), ("80, 86,120", [80, 86, 120]), ("sm89,SM_90,8.6,12.0", [89, 90, 86, 120])],
 )
-def test_sms_are_read(text: str, sms: list[int]) -> None:
+def test_architectures_are_read(text: str, sms: list[int]) -> None:
     assert verb.parse_sms(text) == sms
 
 
@@ -136,6 +136,6 @@ def test_sms_are_read(text: str, sms: list[int]) -> None:
     ("text", "wrong"),
     [("eighty", "eighty"), ("", ""), ("80,", ""), ("80 86", "80 86"), ("8", "8"), ("-80", "-80")],
 )
-def test_sms_that_are_none(text: str, wrong: str) -> None:
+def test_what_is_not_an_architecture(text: str, wrong: str) -> None:
     with pytest.raises(EngineError, match=re.escape(f"'{wrong}' is not a GPU architecture")):
         verb.parse_sms(text)

@@ -103,7 +103,7 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(
     [
         (("{checkpoint}", "{folder}/none.txt"), 1, "cannot read"),
         (("{checkpoint}", "{text}", "--max-tokens", "500"), 1, "leave 500 tokens to read"),
-        (("{folder}/none", "{text}"), 1, "is not a folder"),
+        (("{folder}/none", "{text}"), 1, "does not exist; expected a folder with"),
         (("{checkpoint}", "{text}", "--segments", "100"), 1, "expected divisors of 256"),
         (("{checkpoint}", "{text}", "--segments", "x"), 2, "expected numbers such as"),
         (("{checkpoint}",), 2, "at least one text file"),

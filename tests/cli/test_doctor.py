@@ -60,7 +60,7 @@ def test_a_machine_that_can_export(doctor: Doctor) -> None:
         "ok ONNX Runtime",
         "providers",
         "ok TensorRT-RTX 1.2.3: builds engines for SM 80, 120, without a GPU; Polygraphy 0.5",
-        "no TensorRT: no engines for data-centre GPUs such as SM90; TensorRT is not installed",
+        "no TensorRT: for engines for data-centre GPUs such as SM90; TensorRT is not installed",
         "no CUDA driver: libcuda is not here: engines can be built here, but not run",
         "no libfwl_ort.so: ONNX Runtime runs the fast-weight update in standard operators",
         "no libfwl_trt.so: TensorRT runs the fast-weight update in standard operators",
@@ -86,7 +86,7 @@ def test_a_missing_onnxruntime_costs_exit_code_1(
     hide(monkeypatch, "onnxruntime")
     code, output = doctor()
     assert code == 1
-    assert "MISSING  ONNX Runtime: no export, no runtime 'onnxruntime'; pip install" in output
+    assert "MISSING  ONNX Runtime: for export and runtime 'onnxruntime'; pip install" in output
     assert "'fwl-export[cpu]'" in output
     assert output.endswith("This machine cannot run models.\n")
 
@@ -97,7 +97,8 @@ def test_a_machine_without_torch_runs_models(
     hide(monkeypatch, "torch")
     code, output = doctor()
     assert code == 0
-    assert "no       torch: no export, no check; pip install 'fwl-export[export]'" in output
+    assert "no       torch: for export, check and train; pip install" in output
+    assert "'fwl-export[export]'" in output
     assert output.endswith("This machine can run models, not export.\n")
 
 

@@ -98,7 +98,7 @@ def test_a_command_line_without_a_verb(capsys: pytest.CaptureFixture[str]) -> No
     assert "Missing command" in result.err
 
 
-def test_values_that_are_typed_again_are_those_of_the_library() -> None:
+def test_values_that_are_repeated_are_those_of_the_library() -> None:
     assert set(options.CASES) == {case.name for case in CASES}
     assert set(precision.TARGETS) == set(TARGETS)
     assert read.COMPRESSIONS == COMPRESSIONS

@@ -1,3 +1,5 @@
+"""`fwl-export import`: the layer alone, and on a backbone."""
+
 from __future__ import annotations
 
 from pathlib import Path

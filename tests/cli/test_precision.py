@@ -23,7 +23,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_policy_is_found_written_and_told(
+def test_a_policy_is_found_written_and_printed(
     tiny_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "policy.json"
@@ -41,7 +41,7 @@ def test_a_policy_is_found_written_and_told(
     assert json.loads(again.out) == json.loads(target.read_text())
 
 
-def test_a_target_that_is_none_is_refused_in_one_sentence(
+def test_an_unknown_target_is_refused_in_one_sentence(
     tiny_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "policy.json"

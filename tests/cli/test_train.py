@@ -1,3 +1,5 @@
+"""`fwl-export train` as a user meets it."""
+
 from __future__ import annotations
 
 import json

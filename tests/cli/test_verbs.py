@@ -61,7 +61,7 @@ def test_export_and_refusal_to_overwrite(
 def test_export_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(capsys, "export", tmp_path / "nothing", "-o", tmp_path / "out")
     assert (result.code, result.out) == (1, "")
-    assert "is not a folder; expected one with config.json" in result.err
+    assert "does not exist; expected a folder with config.json" in result.err
     result = run(capsys, "export", tmp_path, "-o", tmp_path / "out", "--precision", "fp8")
     assert result.code == 1
     assert "precision is 'fp8'; expected fp32 or fp16" in result.err

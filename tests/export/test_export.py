@@ -145,7 +145,7 @@ def test_a_failed_export_leaves_the_old_bundle(
 def test_a_broken_checkpoint_writes_nothing(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     (checkpoint / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="is it truncated"):
+    with pytest.raises(CheckpointError, match="if it is truncated, copy"):
         export_bundle(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -67,8 +67,8 @@ def test_absolute_positions_end_in_every_runtime(tmp_path: Path) -> None:
     with pytest.raises(TokenError, match=re.escape("(`--tokens 97`)")):
         score_ids(other, random_ids(LIMIT + 2))
     assert score_ids(other, ids).tokens == LIMIT
-    (facts,) = build_engines(bundle, sms=[89], plugin="none", max_batch=2)
-    assert (facts.sm, facts.precision) == (89, "fp32")
+    (engine,) = build_engines(bundle, sms=[89], plugin="none", max_batch=2)
+    assert (engine.sm, engine.precision) == (89, "fp32")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The formats: files that the frameworks wrote, and ones that are cut off, changed or of others."""
+"""The formats: files of the frameworks, and files that are truncated, changed or foreign."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_flax_arrays_in_half_precision_in_chunks_and_alone(tmp_path: Path) -> No
 def test_a_truncated_msgpack_file(tmp_path: Path, size: int) -> None:
     path = tmp_path / "params"
     path.write_bytes(MSGPACK.read_bytes()[:size])
-    refused(path, "is it truncated, or another format?")
+    refused(path, "or an .npz file. If it is truncated, copy it again")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_missing_part_of_an_array_is_not_read_as_zeros(tmp_path: Path) -> None
     write_zarr(tmp_path / "params.a", np.ones(3), "zarr")
     (tmp_path / "params.a" / "0").unlink()
     with pytest.raises(
-        CheckpointError, match=r"'params\.a' cannot be read .* is the folder complete"
+        CheckpointError, match=r"'params\.a' cannot be read .* if the folder is incomplete"
     ):
         read_jax(tmp_path)["params/a"]()
 
@@ -147,7 +147,7 @@ def test_the_checkpoint_is_named_by_folder_or_path(tmp_path: Path) -> None:
     (copy / "checkpoint").unlink()
     assert set(read_tensorflow(copy)) == names
     shutil.copy(copy / "ckpt-1.index", copy / "ckpt-2.index")
-    refused(copy, "has 2 .index files and no 'checkpoint' file that names one", read_tensorflow)
+    refused(copy, "has 2 .index files and no file 'checkpoint' that names", read_tensorflow)
     refused(copy / "ckpt-3", "ckpt-3.index' does not exist; expected a TensorFlow", read_tensorflow)
 
 
@@ -159,7 +159,7 @@ def test_a_truncated_index(tmp_path: Path, size: int) -> None:
 
 
 def test_any_changed_byte_of_an_index_is_found_or_harmless(tmp_path: Path) -> None:
-    """A reader of binary files meets anything; it must end, and with our error or the truth."""
+    """Whatever the bytes, a reader ends with our error or with the true values."""
     whole, path = (BUNDLE / "ckpt-1.index").read_bytes(), tmp_path / "a.index"
     expected = set(read_tensorflow(BUNDLE))
     found = 0
@@ -169,7 +169,7 @@ def test_any_changed_byte_of_an_index_is_found_or_harmless(tmp_path: Path) -> No
             assert set(read_tensorflow(path)) == expected, at
         except CheckpointError:
             found += 1
-    # Not found: the footer's padding, and the block of statistics that is not read.
+    # Changes go unnoticed in the footer's padding and in the block of statistics, which is skipped.
     assert found > len(whole) - 80
 
 
@@ -207,7 +207,7 @@ def test_a_missing_package_is_named_with_the_extra(
 
 
 def test_no_source(tmp_path: Path) -> None:
-    refused(tmp_path / "nothing", "does not exist; expected a checkpoint to import")
+    refused(tmp_path / "nothing", "does not exist; expected the checkpoint to import")
 
 
 def refused(source: Path, message: str, read=read_jax, kind: type[FwlError] = CheckpointError):

@@ -1,4 +1,4 @@
-"""What is imported, and how sources that do not fit are refused."""
+"""The block that is imported, and how sources that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_both_variants_have_their_settings() -> None:
 
 def test_a_missing_loss_normalizer_says_what_it_is_and_how_to_find_it(tmp_path: Path) -> None:
     path = write(tmp_path / "a.npz", jax_tree())
-    fails(path, "divides the loss by the sum of its batch's token weights", loss_normalizer=None)
-    fails(path, "a stream has no batch", loss_normalizer=None)
+    fails(path, "divides the loss by the sum of the token weights", loss_normalizer=None)
+    fails(path, "which the checkpoint does not hold. Give that sum", loss_normalizer=None)
     fails(path, "8 x 511 = 4088", loss_normalizer=None)
     fails(path, "loss_normalizer is 0.0; expected more than 0", ConfigError, loss_normalizer=0)
 
@@ -79,7 +79,7 @@ def test_of_several_blocks_one_is_chosen(tmp_path: Path) -> None:
     first, second = jax_tree(), jax_tree(h=10)
     trees = {"a/": first, "b/": second}
     np.savez(tmp_path / "a.npz", **{p + n: a for p, tree in trees.items() for n, a in tree.items()})
-    fails(tmp_path / "a.npz", "has several blocks, at 'a' and 'b'; choose with --prefix")
+    fails(tmp_path / "a.npz", "has several blocks, at 'a' and 'b'; choose one of these")
     assert import_block("jax", tmp_path / "a.npz", 4.0, prefix="b").config.hidden_size == 10
     fails(tmp_path / "a.npz", "has no block of the paper's JAX code under 'c'", prefix="c")
 
@@ -96,17 +96,17 @@ def test_without_an_unembedding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("layers_2/Dense_0/kernel", np.zeros((13, 4)), "has shape [13, 4], but the block's other"),
-        ("layers_2/Dense_0/kernel", np.zeros((13, 4)), "ask for [12, any]"),
+        ("layers_2/Dense_0/kernel", np.zeros((13, 4)), "has shape [13, 4]; expected [12, any]"),
+        ("layers_2/Dense_0/kernel", np.zeros((13, 4)), "expected [12, any], from the block's"),
         ("layers_0/Dense_0/bias", np.zeros((8, 12)), "has shape [8, 12]"),
-        ("unembed/bias", np.zeros(65), "ask for [64]"),
-        ("step_size_3", np.zeros(2), "has shape [2], but the block's other arrays ask for []"),
+        ("unembed/bias", np.zeros(65), "expected [64]"),
+        ("step_size_3", np.zeros(2), "has shape [2]; expected [], from the block's other arrays"),
         ("step_size_0", np.float32("nan"), "'step_size_0' holds NaN or infinite values"),
         ("layers_0/Dense_0/kernel", np.full((16, 12), np.inf), "holds NaN or infinite values"),
-        ("unembed/kernel", np.zeros((4, 64), complex), "is of type complex128; expected numbers"),
-        ("layers_3/LayerNorm_0/scale", None, "has no 'layers_3/LayerNorm_0/scale', which a block"),
-        ("unembed/bias", None, "has no 'unembed/bias'"),
-        ("layers_0/Dense_0/kernel", None, "no path ends with 'layers_0/Dense_0/kernel'"),
+        ("unembed/kernel", np.zeros((4, 64), complex), "has type complex128; expected real"),
+        ("layers_3/LayerNorm_0/scale", None, "lacks 'layers_3/LayerNorm_0/scale' of"),
+        ("unembed/bias", None, "lacks 'unembed/bias' of the same block"),
+        ("layers_0/Dense_0/kernel", None, "has a path that ends with 'layers_0/Dense_0/kernel'"),
         ("layers_0/Dense_0/kernel", np.zeros((0, 12)), "is empty"),
     ],
 )
@@ -136,6 +136,6 @@ def test_on_a_backbone(tmp_path: Path) -> None:
         with_backbone(narrow, checkpoint)
     other = import_block("jax", write(tmp_path / "c.npz", jax_tree(v=63)), 4.0)
     with pytest.raises(
-        CheckpointError, match="has 63 entries, but the backbone's vocabulary has 64"
+        CheckpointError, match="unembedding of 63 tokens, but the backbone's vocabulary has 64"
     ):
         with_backbone(other, checkpoint)

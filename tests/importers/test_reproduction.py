@@ -33,7 +33,7 @@ Feeds = dict[str, np.ndarray]
 
 
 class TableBackbone(Decoder):
-    """Gives the hidden states of the reference, whatever the tokens are."""
+    """A backbone that returns the reference's hidden states, whatever the tokens are."""
 
     table: Tensor
 
@@ -55,7 +55,7 @@ def reference(variant: str) -> dict[str, np.ndarray]:
 
 
 def imported(variant: Variant, source: str) -> FastWeights:
-    """Return the layer, float64, imported from a file in tests/data."""
+    """Return the layer that is imported from a file in tests/data, in float64."""
     block = import_block(variant, DATA / source, float(reference(variant)["loss_normalizer"]))
     assert block.vocab_size is not None
     layer = FastWeights(block.config, block.vocab_size).double().requires_grad_(False)
@@ -64,7 +64,7 @@ def imported(variant: Variant, source: str) -> FastWeights:
 
 
 def model_of(variant: Variant) -> FWLModel:
-    """Return a model of the imported block on a backbone that gives the reference's states."""
+    """Return a model with the imported block on a backbone that returns the reference's states."""
     layer = imported(variant, SOURCES[variant][1])
     size, vocabulary = layer.config.input_size, len(layer.unembed)
     backbone = BackboneConfig(width=size, layers=1, heads=1, window=4)
@@ -76,8 +76,9 @@ def model_of(variant: Variant) -> FWLModel:
 
 
 def calls(variant: str, lengths: list[int]) -> Iterator[Feeds]:
-    """Yield the calls that read the reference's texts: the label of a position is the token
-    after it, and its weight is that of this token.
+    """Yield the calls that read the reference's texts, in parts of the given lengths.
+
+    The label of a position is the token after it, and its weight is that token's.
     """
     arrays = reference(variant)
     tokens = np.pad(arrays["labels"], ((0, 0), (1, 0)))[:, :-1]
@@ -94,7 +95,7 @@ def calls(variant: str, lengths: list[int]) -> Iterator[Feeds]:
 def stream(
     run: Callable[[Feeds], Feeds], specs: list[TensorSpec], variant: str, lengths: list[int]
 ) -> np.ndarray:
-    """Return the logits [B, T, V] of all calls, the state carried through."""
+    """Return the logits [B, T, V] of all calls, each continuing from the state of the last."""
     state, logits = zeros(specs, 2), []
     for feeds in calls(variant, lengths):
         results = run({**feeds, **{PAST + name: array for name, array in state.items()}})

@@ -12,7 +12,7 @@ from fwl_export.model.language_model import FWLModel
 
 VOCABULARY = 37
 
-# Both published variants, and ours: learned decay, a step per input feature, an anchor.
+# Both published forms, and ours: learned decay, a step size per input feature, an anchor.
 VARIANTS: dict[str, dict[str, Any]] = {
     "tensorflow": {"decay": "none", "norm_epsilon": 0.0, "loss_normalizer": 3.0},
     "jax": {

@@ -37,15 +37,18 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     fails(folder, f"has no {name}; a checkpoint holds config.json, model.safetensors and")
 
 
-def test_no_folder(tmp_path: Path) -> None:
-    fails(tmp_path / "nothing", "is not a folder; expected one with config.json")
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    fails(
+        tmp_path / "nothing",
+        "does not exist; expected a folder with config.json",
+    )
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 3000, -1])
 def test_truncated_weights(folder: Path, size: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    fails(folder, "is it truncated? copy it again")
+    fails(folder, "if it is truncated, copy it again")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
@@ -71,15 +74,15 @@ def test_weights_that_do_not_fit(folder: Path) -> None:
     tensors = load_file(path)
     name = "fast_weights.up_bias"
     save_file({k: v for k, v in tensors.items() if k != name}, path)
-    fails(folder, f"lacks 1 tensors that config.json asks for, e.g. '{name}'")
+    fails(folder, f"lacks 1 of the tensors that config.json requires, e.g. '{name}'")
     save_file({**tensors, "extra": torch.zeros(1)}, path)
-    fails(folder, "has 1 tensors that config.json has no place for, e.g. 'extra'")
+    fails(folder, "holds tensors that config.json does not provide for (1, e.g. 'extra')")
     save_file({**tensors, name: torch.zeros(31)}, path)
-    fails(folder, f"'{name}' has shape [31], but config.json says [32]")
+    fails(folder, f"'{name}' has shape [31], but config.json requires [32]")
     save_file({**tensors, name: torch.full((32,), np.nan)}, path)
     fails(folder, f"'{name}' holds NaN or infinite values")
     save_file({**tensors, "fast_weights.horizon": torch.tensor(0.0)}, path)
-    fails(folder, "'fast_weights.horizon' is 0; expected more than 0")
+    fails(folder, "'fast_weights.horizon' is 0; expected a number of tokens above 0")
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(

@@ -1,4 +1,4 @@
-"""The model as an ordinary module under DDP and FSDP, in two processes with gloo."""
+"""The model trains as an ordinary module under DDP and FSDP, in two processes with gloo."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def texts(rows: slice) -> Tensor:
 
 
 def as_it_is(model: FWLModel) -> nn.Module:
-    """Return the model, for one process."""
+    """Return the model unwrapped, for one process."""
     return model
 
 
 def replicated(model: FWLModel) -> nn.Module:
-    """Return the model wrapped for training with a copy in each process."""
+    """Return the model wrapped in DDP, with a copy in each process."""
     return DistributedDataParallel(model)
 
 
 def sharded(model: FWLModel) -> nn.Module:
-    """Return the model with each block, and then the rest, split over the processes."""
+    """Return the model sharded over the processes by FSDP, block by block."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.backbone.blocks:
         fully_shard(block, mesh=mesh)
@@ -48,14 +48,14 @@ def sharded(model: FWLModel) -> nn.Module:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a copy of the whole tensor of which a process may hold a part."""
+    """Return a copy of a whole tensor, of which this process may hold only a part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def trained(
     model: FWLModel, rows: slice, wrap: Callable[[FWLModel], nn.Module] = as_it_is
 ) -> dict[str, Tensor]:
-    """Return losses and gradients of the updates and weights after all, by name."""
+    """Return the losses and gradients of all updates and the final weights, by name."""
     results: dict[str, Tensor] = {}
     with log_space(model.requires_grad_(True)):
         module = wrap(model)

@@ -1,4 +1,4 @@
-"""The parallel form against the paper's own code and against a literal gradient step."""
+"""The parallel form equals the paper's own code, and literal gradient steps."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def slow_logits(layer: FastWeights, weights: dict[str, Tensor], hidden: Tensor) 
 
 
 def gradient_step(layer: FastWeights, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return the layer's weights after a gradient step of autograd on [T] tokens, T >= 0."""
+    """Return the layer's weights after an autograd gradient step on T tokens; T may be 0."""
     names = [tensor.replace(".", "_") for tensor in FAST_TENSORS]
     weights = {n: getattr(layer, n).detach().clone().requires_grad_() for n in names}
     if len(labels):
@@ -79,7 +79,7 @@ def gradient_step(layer: FastWeights, hidden: Tensor, labels: Tensor) -> dict[st
 
 
 def logits_by_autograd(layer: FastWeights, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Return the logits [T, V] of one text by taking a gradient step before every token."""
+    """Return the logits of one text, [T, V], with a literal gradient step before every token."""
     return torch.cat(
         [
             slow_logits(layer, gradient_step(layer, hidden[:t], labels[:t]), hidden[t : t + 1])
@@ -114,9 +114,9 @@ def test_chunks_do_not_change_the_result(variant: str) -> None:
 
 
 def test_an_anchor_is_a_literal_gradient_step_at_the_weights_of_then() -> None:
-    """With two intervals: gradients of the second are those at the weights after the first.
+    """The gradients of a second interval are taken at the weights after the first interval.
 
-    The last position of the first interval is left out: its label comes with the second.
+    Those weights lack the last position of the first interval, whose label comes with the second.
     """
     interval, length = 6, 12
     anchored = small_model("jax").fast_weights
@@ -181,7 +181,7 @@ def test_gradients_flow_through_the_gradient_step() -> None:
 
 
 def tiny_layer(variant: str) -> tuple[FastWeights, Tensor, Tensor, Tensor]:
-    """Return a layer of few parameters, float64, with hidden states, labels and weights."""
+    """Return a small float64 layer, with hidden states, labels and weights to run it on."""
     sizes = {"input_size": 3, "hidden_size": 4, "output_size": 3}
     layer = FastWeights(dataclasses.replace(FastWeightsConfig(**sizes), **VARIANTS[variant]), 5)
     layer = layer.double()
@@ -201,7 +201,7 @@ def tiny_layer(variant: str) -> tuple[FastWeights, Tensor, Tensor, Tensor]:
     [("tensorflow", False), ("jax", False), ("learned decay", False), ("step per feature", True)],
 )
 def test_second_order_gradients_are_those_of_differences(variant: str, checkpointing: bool) -> None:
-    """Every parameter and the hidden states, through the gradient step, in chunks."""
+    """Check the gradients of all parameters and hidden states through the gradient steps."""
     layer, hidden, labels, weights = tiny_layer(variant)
     layer.gradient_checkpointing = checkpointing
     names = [name for name, _ in layer.named_parameters()]
@@ -241,7 +241,7 @@ def test_first_order_gradients_take_the_steps_for_constants() -> None:
     layer.first_order = True
     first = gradients(layer.parallel(hidden, labels, weights)[0])
 
-    # The same by hand: what the steps are made of comes from a layer that is not trained.
+    # Do the same by hand: take what the steps consist of from a layer that is not trained.
     known, taught = (F.pad(x[:, :-1], (1, 0)) for x in (labels, weights))
     slow = frozen.slow(hidden)
     before = slow.pending(frozen.expected_embedding(frozen.logits(slow.output))).one_later(None)
@@ -251,7 +251,7 @@ def test_first_order_gradients_take_the_steps_for_constants() -> None:
     assert set(first) == set(by_hand) == set(second)
     for name, gradient in by_hand.items():
         assert_close("model.float64", first[name], gradient, name)
-    # Step sizes and horizon only scale the steps: for them the two orders agree.
+    # Step sizes and horizon only scale the steps, so for them first and second order agree.
     scales = {name for name in first if name.startswith("steps.") or name == "horizon"}
     for name in first:
         assert torch.allclose(first[name], second[name]) == (name in scales), name

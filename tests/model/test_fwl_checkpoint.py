@@ -55,22 +55,26 @@ def test_round_trip(tmp_path: Path, saved, vocabulary: int | None) -> None:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    fails(folder, f"has no {name}; the checkpoint of a Fast Weight Layer is a folder with")
+    fails(folder, f"has no {name}; expected the folder of a Fast Weight Layer, with")
 
 
 def test_tensors_that_do_not_fit(folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
     save_file({k: v for k, v in tensors.items() if k != "unembed_bias"}, path)
-    fails(folder, "lacks 1 tensors that config.json asks for, e.g. 'unembed_bias'")
+    fails(folder, "lacks 1 of the tensors that config.json requires, e.g. 'unembed_bias'")
     save_file({**tensors, "unembed": torch.zeros(VOCABULARY, 15)}, path)
-    fails(folder, "'unembed' has shape [64, 15], but config.json says [64, 16]")
+    fails(folder, "'unembed' has shape [64, 15], but config.json requires [64, 16]")
     save_file({**tensors, "down_bias": torch.full((16,), torch.inf)}, path)
     fails(folder, "'down_bias' holds NaN or infinite values")
 
 
 def test_a_config_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
-    fails(write_checkpoint(tmp_path / "whole"), "is not that of a Fast Weight Layer", ConfigError)
+    fails(
+        write_checkpoint(tmp_path / "whole"),
+        "folder of a Fast Weight Layer alone",
+        ConfigError,
+    )
     path = folder / "config.json"
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "schema_version": 99}))

@@ -1,4 +1,4 @@
-"""Backbones of transformers: streamed in ragged parts they are the model's own forward pass."""
+"""Backbones of transformers, read in ragged parts, equal the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MAX_TOKENS = 7
 
 
 def ragged(rows: int, length: int) -> list[list[int]]:
-    """Return calls that bring `length` tokens to each row, at most MAX_TOKENS at a time."""
+    """Return calls that give each row `length` tokens, at most MAX_TOKENS at a time."""
     rng = np.random.default_rng(0)
     left, calls = np.full(rows, length), []
     while left.any():
@@ -51,7 +51,7 @@ def ragged(rows: int, length: int) -> list[list[int]]:
 
 
 def streamed(backbone: Any, ids: Tensor) -> Tensor:
-    """Read ids [B, T] in ragged parts, padded with garbage; returns hidden states."""
+    """Read ids [B, T] in ragged parts, padded with garbage; return the hidden states."""
     capacity = backbone.config.window + MAX_TOKENS - 1
     kind = backbone.body.dtype
     caches = [torch.zeros(len(ids), *s, dtype=kind) for _, s in backbone.cache_specs(capacity)]
@@ -140,7 +140,7 @@ def test_beyond_the_end_there_are_no_numbers() -> None:
     logits, *_ = streaming(ids, weights, torch.tensor([4, 7]), places, ones, *state)
     assert logits[0].isnan().all()
     assert logits[1].isfinite().all(), "the other row ends at the limit"
-    with pytest.raises(ConfigError, match="texts have 11 tokens; this model takes 10 at most"):
+    with pytest.raises(ConfigError, match="texts have 11 tokens, but this model takes at most 10"):
         model.backbone(torch.zeros(1, 11, dtype=torch.int64))
 
 
@@ -212,9 +212,9 @@ def test_damaged_weights_of_a_backbone(folder: Path) -> None:
     tensors = load_file(path)
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, path)
-    joining_fails(folder, "has no weights of the head ('lm_head.weight'), and its config does not")
+    joining_fails(folder, "has no weights of the head ('lm_head.weight'), and its config.json")
     save_file({k: v for k, v in tensors.items() if k != name}, path)
-    joining_fails(folder, f"lacks 1 weights that its config asks for, e.g. '{name}'")
+    joining_fails(folder, f"lacks 1 of the weights that its config.json requires, e.g. '{name}'")
     save_file({**tensors, name: torch.full_like(tensors[name], np.nan)}, path)
     joining_fails(folder, f"'{name}' holds NaN or infinite values")
     path.write_bytes(path.read_bytes()[:1000])
@@ -229,11 +229,11 @@ def test_unusable_folders_of_a_backbone(folder: Path) -> None:
     tiny_tokenizer(VOCABULARY + 1).save(str(folder / "backbone" / "tokenizer.json"))
     joining_fails(folder, "has 65 entries, but the model's vocab_size is 64")
     change_config(folder / "backbone", quantization_config={"quant_method": "gptq"})
-    joining_fails(folder, "is quantised; expected float weights")
+    joining_fails(folder, "is quantized; give the model with float weights")
     (folder / "backbone" / "config.json").unlink()
-    joining_fails(folder, "has no config.json; is it of transformers?")
+    joining_fails(folder, "has no config.json; expected the folder of a transformers model")
     (folder / "backbone").rename(folder / "elsewhere")
-    joining_fails(folder, "is not a folder; expected one of transformers")
+    joining_fails(folder, "is not a folder; expected the folder of a transformers model")
 
 
 def test_a_config_that_would_run_code_is_refused(folder: Path) -> None:
@@ -251,12 +251,12 @@ def test_a_layer_of_another_backbone(folder: Path) -> None:
     save_file(
         {**own, "unembed": torch.zeros(9, 16), "unembed_bias": torch.zeros(9)}, weights(folder)
     )
-    joining_fails(folder, "have a vocabulary of 9, but the backbone has 64", ConfigError)
+    joining_fails(folder, "has a vocabulary of 9 tokens, but the backbone has 64", ConfigError)
     other = write_backbone(folder / "other", "OPT")
     save_file(own, weights(folder))
     (folder / "backbone").rename(folder / "llama")
     other.rename(folder / "backbone")
-    joining_fails(folder, "fast_weights.input_size is 16, but the backbone's is 12", ConfigError)
+    joining_fails(folder, "fast_weights.input_size is 16, but the backbone requires", ConfigError)
 
 
 def weights(folder: Path) -> Path:
@@ -294,9 +294,9 @@ def test_contexts_that_are_not_possible(name: str, options: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("bloom", {}, "architecture 'bloom' does not follow the interface ("),
+        ("bloom", {}, "architecture 'bloom' cannot be a backbone ("),
         ("mamba", {}, "has layers of type 'linear_attention'; expected full_attention or"),
-        ("bert", {}, "does not follow the interface (read in parts, its hidden states are not"),
+        ("bert", {}, "cannot be a backbone (read in parts, its hidden states are not"),
         (
             "Llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -310,13 +310,13 @@ def test_what_does_not_fit_is_named(kind: str, changes: dict[str, Any], message:
 
 
 def test_something_else_is_not_a_backbone() -> None:
-    with pytest.raises(ConfigError, match="backbone is a Linear; expected a folder or a language"):
+    with pytest.raises(ConfigError, match="backbone is a Linear; expected the path of a folder,"):
         FWLModel.from_pretrained(torch.nn.Linear(2, 2))
 
 
 def test_a_planted_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HuggingFaceBackbone, "window", lambda self, kind: 2)
-    with pytest.raises(ConfigError, match="does not follow the interface"):
+    with pytest.raises(ConfigError, match="cannot be a backbone"):
         FWLModel.from_pretrained(tiny_causal("Llama"))
 
 

@@ -1,4 +1,4 @@
-"""The project's central identity: any split of a text gives what the parallel form gives."""
+"""The central identity: however a text is split into calls, it equals the parallel form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read(
     state: list[Tensor] | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Read ids [B, T] in calls that bring `calls[i][row]` tokens; garbage pads shorter rows."""
+    """Read ids [B, T] in calls of `calls[i][row]` tokens per row; garbage pads shorter rows."""
     rows = len(ids)
     state = state or fresh(streaming, rows)
     position, outputs = [0] * rows, [[] for _ in range(rows)]
@@ -65,7 +65,7 @@ def read(
 
 
 def uncrossed(calls: list[list[int]], interval: int) -> list[list[int]]:
-    """Split calls so that no row crosses a position divisible by the interval."""
+    """Split calls so that no row crosses a position that the interval divides."""
     position = np.zeros(len(calls[0]), np.int64)
     found = []
     for call in calls:
@@ -80,7 +80,7 @@ def uncrossed(calls: list[list[int]], interval: int) -> list[list[int]]:
 
 
 def parallel(model: FWLModel, ids: Tensor, weights: Tensor) -> Tensor:
-    """Return the logits of the parallel form; a label's weight is that of its token."""
+    """Return the logits of the parallel form, where each label has the weight of its token."""
     return model.fast_weights.parallel(
         model.backbone(ids[:, :-1]), ids[:, 1:], weights[:, 1:], chunk=16
     )[0]
@@ -88,11 +88,11 @@ def parallel(model: FWLModel, ids: Tensor, weights: Tensor) -> Tensor:
 
 @st.composite
 def splits(draw: st.DrawFn, length: int, rows: int) -> list[list[int]]:
-    """Draw calls that bring `length` tokens to each row, at most MAX_TOKENS at a time."""
+    """Draw calls that give each row `length` tokens, at most MAX_TOKENS at a time."""
     left, calls = [length] * rows, []
     while any(left):
         call = [draw(st.integers(0, min(MAX_TOKENS, rest))) for rest in left]
-        if not any(call):  # at least one row moves, so that it ends
+        if not any(call):  # at least one row moves in every call, so that the loop ends
             row = next(i for i, rest in enumerate(left) if rest)
             call[row] = 1
         calls.append(call)
@@ -224,7 +224,7 @@ def test_the_learning_rate_scale_is_a_factor_of_the_step_sizes(variant: str) -> 
 
 
 def test_what_was_learned_stays_when_the_learning_rate_changes() -> None:
-    model = small_model("tensorflow")  # it forgets nothing
+    model = small_model("tensorflow")  # it has no decay
     streaming = StreamingModel(model, MAX_TOKENS)
     ids, ones = torch.randint(0, VOCABULARY, (1, 18)), torch.ones(1, 18, dtype=torch.float64)
     _, learned = read(streaming, ids, ones, [[9], [9]])

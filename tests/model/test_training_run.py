@@ -54,7 +54,12 @@ def test_texts_and_a_tokenizer_in_a_checkpoint_out(folder: Path) -> None:
 def test_the_example_has_every_key_and_trains(tmp_path: Path) -> None:
     data = tomllib.loads(EXAMPLE.read_text(encoding="utf-8"))
     tables = data.pop("model")
-    without = {"type", "checkpoint", "backbone", "fast_weights"}  # of no choice, or told otherwise
+    without = {
+        "type",
+        "checkpoint",
+        "backbone",
+        "fast_weights",
+    }  # fixed, or described elsewhere
     for kind, table in (
         (RunConfig, data),
         (TrainingConfig, data["training"]),
@@ -79,7 +84,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(fold
     run_training(read_run_config(write(folder, text)), rows.append)
     assert rows == []
     other = read_run_config(write(folder, text + "seed = 3\n"))
-    with pytest.raises(CheckpointError, match="is of a run with other settings"):
+    with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
         run_training(other)
 
 
@@ -103,10 +108,10 @@ def test_training_goes_on_from_a_checkpoint(folder: Path) -> None:
         (HEAD + TOKENIZER + "[training]\nstepz = 3\n", "unknown key 'training.stepz'"),
         (HEAD + TOKENIZER + '[training]\nsteps = "3"\n', "'training.steps' is '3'; expected int"),
         (HEAD + TOKENIZER + '[training]\nprecision = "fp8"\n', "expected 'float32' or 'bfloat16'"),
-        (HEAD + TOKENIZER + "[model.layers]\n", "'model' has 'layers'; expected tables backbone"),
+        (HEAD + TOKENIZER + "[model.layers]\n", "'model' has 'layers'; expected the tables"),
         (HEAD + TOKENIZER + "[model.backbone]\nheads = 5\n", "expected an even whole number"),
-        (HEAD + TOKENIZER + 'checkpoint = "a"\n', "brings its own tokenizer and model; remove"),
-        (HEAD, "key 'tokenizer' is missing; or give a 'checkpoint' to start from"),
+        (HEAD + TOKENIZER + 'checkpoint = "a"\n', "has its own tokenizer and model; remove"),
+        (HEAD, "key 'tokenizer' is missing; give the path of a tokenizer.json"),
         (TOKENIZER + 'texts = ["a"]\n', "key 'output' is missing or empty"),
         (TOKENIZER + 'output = "a"\ntexts = []\n', "key 'texts' is missing or empty"),
     ],

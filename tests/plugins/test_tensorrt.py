@@ -163,7 +163,7 @@ def test_the_verb(
     command = ("build", str(folder), "--sm", "89", "--plugin", str(trt_library))
     result = run(capsys, *command)
     assert result.code == 0, result.err
-    assert "run where the plugin library libfwl_trt.so is loaded" in result.out
+    assert "the plugin library libfwl_trt.so must be loaded" in result.out
     result = run(capsys, *command, "--in-place-state", "--embed-plugin", "--json")
     (metadata,) = json.loads(result.out)
     assert metadata["in_place_state"]

@@ -1,10 +1,13 @@
-"""Backbones: what turns token ids into hidden states, whole texts at once or as a stream.
+"""Backbones: models that turn token ids into hidden states, for whole texts or as a stream.
 
-A backbone is an `nn.Module` with
-  `forward(input_ids [B, T]) -> hidden [B, T, width]` for whole texts,
-  `stream(input_ids [B, T], position [B], lengths [B], caches) -> (hidden, caches)`, and
-  `cache_specs(capacity) -> list of (name, shape without batch)` for its recurrent state.
-To add one: write its file, give it a config with a `type`, and name it in `build_backbone`.
+A backbone is an `nn.Module` with three functions:
+
+- `forward(input_ids [B, T]) -> hidden [B, T, width]` reads whole texts;
+- `stream(input_ids [B, T], position [B], lengths [B], caches) -> (hidden, caches)` reads the next
+  tokens;
+- `cache_specs(capacity) -> list of (name, shape without batch)` describes its recurrent state.
+
+To add a backbone, write its file, give it a config with a `type`, and name it in `build_backbone`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ Backbone = Decoder | HuggingFaceBackbone
 
 
 def build_backbone(config: AnyBackboneConfig, vocab_size: int) -> Backbone:
-    """Return a randomly initialised backbone of the configured type."""
+    """Return a randomly initialized backbone of the configured type."""
     if isinstance(config, HuggingFaceConfig):
         return HuggingFaceBackbone(config, vocab_size)
     return Decoder(config, vocab_size)

@@ -1,7 +1,7 @@
-"""A small decoder-only transformer: pre-norm, rotary positions, sliding attention window.
+"""A small decoder-only transformer with pre-norm, rotary positions and sliding-window attention.
 
-It reads a whole text at once for training, or streams: keys and values live in ring buffers
-of fixed capacity with a position per row, so a session reads without end at constant memory.
+It reads whole texts at once for training, or reads a stream. In a stream, keys and values live in
+ring buffers of fixed capacity, so a session reads without end in constant memory.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from fwl_export.bundle.config import BackboneConfig
 from fwl_export.model.backbones.ring import Ring, float_mask
 from fwl_export.model.numerics import wide
 
-# Rotary frequencies are whole multiples of 2 pi / ROTARY_PERIOD. The phase of a position is
-# then an integer product modulo the period: exact at any position, where a float32 angle
-# would have lost 0.06 rad after a million tokens.
+# Rotary frequencies are integer multiples of 2 pi / ROTARY_PERIOD. So the phase of a position is an
+# integer product modulo the period, which is exact at any position. A float32 angle would be off by
+# 0.06 rad after a million tokens.
 ROTARY_PERIOD = 1 << 20
 
 
 class Decoder(nn.Module):
     """Token embedding, `layers` blocks, and a norm: ids [B, T] -> hidden states [B, T, width].
 
-    With the attribute `gradient_checkpointing`, training computes each block again in the
-    backward pass instead of keeping what it computed.
+    With the attribute `gradient_checkpointing`, training computes each block again in the backward
+    pass instead of storing its activations.
     """
 
     rotary_cycles: Tensor
@@ -51,10 +51,10 @@ class Decoder(nn.Module):
         """Read whole texts from their beginning.
 
         Args:
-          input_ids: [B, T] int64.
+          input_ids: Token ids, [B, T] int64.
 
         Returns:
-          Hidden states [B, T, width].
+          The hidden states, [B, T, width].
         """
         length = input_ids.shape[1]
         window = self.config.window
@@ -75,14 +75,15 @@ class Decoder(nn.Module):
         """Read the next tokens of every row.
 
         Args:
-          input_ids: [B, T] int64; row b brings `lengths[b]` tokens and then padding.
-          position: [B] int64, tokens read before.
-          lengths: [B] int64 in 0..T.
-          caches: in the order of `cache_specs`, [B, heads, capacity, head size] each.
+          input_ids: Token ids, [B, T] int64; row b has `lengths[b]` tokens, then padding.
+          position: Number of tokens that each row has read before, [B] int64.
+          lengths: Number of tokens in each row, [B] int64 in 0..T.
+          caches: Keys and values in the order of `cache_specs`, [B, heads, capacity, head size]
+            each.
 
         Returns:
-          Hidden states [B, T, width] (those of padding mean nothing) and the next caches.
-          A row of length 0 keeps its caches bit for bit.
+          The hidden states, [B, T, width], and the new caches. Hidden states of padding are
+          meaningless. A row of length 0 keeps its caches bit for bit.
         """
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.embedding(input_ids)
@@ -100,8 +101,11 @@ class Decoder(nn.Module):
         return self.norm(x), present
 
     def cache_specs(self, capacity: int) -> list[tuple[str, tuple[int, ...]]]:
-        """Return name and shape without batch of the caches for calls of at most
-        `capacity - window + 1` tokens.
+        """Return the names of the caches, and their shapes without the batch axis.
+
+        Args:
+          capacity: Number of tokens that a cache holds; it suffices for calls of up to
+            `capacity - window + 1` tokens.
         """
         head_size = self.config.width // self.config.heads
         shape = (self.config.heads, capacity, head_size)
@@ -115,15 +119,16 @@ class Decoder(nn.Module):
         return cast("Iterable[Block]", self.blocks)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine [B, 1, T, head size / 2] of the positions [B, T]."""
+        """Return the cosine and the sine of positions [B, T], [B, 1, T, head size / 2] each."""
         phase = torch.remainder(positions[..., None] * self.rotary_cycles, ROTARY_PERIOD)
         angle_type = torch.float64 if dtype == torch.float64 else torch.float32
         angle = phase.to(angle_type) * (2 * math.pi / ROTARY_PERIOD)
         return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
 
     def _block_mask(self, x: Tensor) -> Tensor:
-        """Return the mask [1, 1, blocks, window, 2 * window]: a block of queries meets the keys
-        of its own block and of the one before; the first block has none before.
+        """Return the attention mask of blocks of queries, [1, 1, blocks, window, 2 * window].
+
+        A block of queries sees keys of the block before and of its own; the first has none before.
         """
         window = self.config.window
         query = torch.arange(window, device=x.device)[:, None] + window
@@ -135,7 +140,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a norm and added to what came in."""
+    """Attention and MLP, each after a norm and with a residual connection."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -151,12 +156,12 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, window: int
     ) -> Tensor:
-        """Return the block's output [B, T, width] for whole texts; T is a multiple of window."""
+        """Return the block's output for whole texts, [B, T, width]; window must divide T."""
         query, key, value = self.attention.project(self.norm_1(x), rotary)
         return self.rest(x, _windowed_attention(query, key, value, mask, window))
 
     def rest(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Add the attention's result [B, heads, T, head size] and then the MLP to x."""
+        """Add the attention's result, [B, heads, T, head size], and then the MLP's to x."""
         merged = attended.transpose(1, 2).flatten(2)
         x = x + self.attention.out(merged)
         return x + self.down(torch.relu(self.up(self.norm_2(x))).square())
@@ -172,7 +177,7 @@ class _Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key, value [B, heads, T, head size]; query and key normed and rotated."""
+        """Return normalized and rotated query and key, and value; [B, heads, T, head size] each."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return rotate(_rms(query, 1e-6), rotary), rotate(_rms(key, 1e-6), rotary), value
 
@@ -202,7 +207,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tenso
 def _windowed_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, window: int
 ) -> Tensor:
-    """Attend within a sliding window, in blocks: [B, heads, T, size] with T a multiple."""
+    """Attend within a sliding window, block by block.
+
+    Args:
+      query: Queries, [B, heads, T, size]; T is a multiple of the window.
+      key: Keys in the same shape.
+      value: Values in the same shape.
+      mask: The mask of `Decoder._block_mask`.
+      window: Number of tokens that a query sees, and the size of a block.
+    """
     blocks = (query.shape[2] // window, window)
     q, k, v = (x.unflatten(2, blocks) for x in (query, key, value))
     k, v = (torch.cat((F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), 3) for x in (k, v))
@@ -210,13 +223,13 @@ def _windowed_attention(
 
 
 def _rms(x: Tensor, epsilon: float) -> Tensor:
-    # In half precision the sum of squares would overflow.
+    # In half precision, the sum of squares would overflow.
     mean_square = wide(x).square().mean(-1, keepdim=True)
     return (wide(x) * torch.rsqrt(mean_square + epsilon)).to(x.dtype)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + size / 2) of x [B, heads, T, size] by the angles of `rotary`."""
+    """Rotate the pairs (i, i + size / 2) of x [B, heads, T, size] by the angles of `rotary`."""
     cos, sin = rotary
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

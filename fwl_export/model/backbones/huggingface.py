@@ -1,9 +1,9 @@
 """A decoder-only language model of Hugging Face's transformers as a backbone.
 
-Any architecture fits whose attention keeps keys and values in transformers' `Cache` and takes
-`position_ids` and a four-dimensional mask. Its cache is ours: ring buffers of fixed capacity with
-a position per row (see `ring.py`), so that rows, lengths and resets work as in the decoder.
-`huggingface_import.py` finds out whether an architecture fits, when a model is taken in.
+An architecture fits if its attention stores keys and values in transformers' `Cache` and takes
+`position_ids` and a four-dimensional mask. We give it a cache of our own: ring buffers of fixed
+capacity with a position per row (see `ring.py`), so that rows, lengths and resets work as in
+`decoder.py`. When a model is imported, `huggingface_import.py` finds out whether it fits.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from fwl_export.bundle.config import HuggingFaceConfig
 from fwl_export.errors import ConfigError, MissingDependencyError
 from fwl_export.model.backbones.ring import Ring, float_mask
 
-# Rotary phases are integers modulo this, so exact at any position, as in the decoder: a float32
-# angle has lost 0.06 rad after a million tokens. The period is that large because frequencies are
-# given here, and must become multiples of 2 pi / period: they move by 7e-10 rad per token.
+# Rotary phases are integers modulo this period, which are exact at any position, as in decoder.py.
+# A float32 angle would be off by 0.06 rad after a million tokens. The period is larger than there,
+# because the architecture prescribes the frequencies. Rounding them to multiples of 2 pi / period
+# changes them by at most 7e-10 rad per token.
 ROTARY_PERIOD = 1 << 32
 
-# How architectures lay out cosine and sine over a head's features.
+# The ways in which architectures lay out cosine and sine over a head's features.
 _LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda angle: torch.cat((angle, angle), -1),
     lambda angle: angle.repeat_interleave(2, -1),
@@ -38,7 +39,7 @@ _LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 class HuggingFaceBackbone(nn.Module):
-    """Ids [B, T] -> hidden states [B, T, width] before the head; see `Decoder` for the calls."""
+    """Turns ids [B, T] into the hidden states before the head, [B, T, width]; see `Decoder`."""
 
     def __init__(self, config: HuggingFaceConfig, vocab_size: int) -> None:
         super().__init__()
@@ -46,7 +47,8 @@ class HuggingFaceBackbone(nn.Module):
         causal = causal_model(config.model)
         if causal.config.vocab_size != vocab_size:
             raise ConfigError(
-                f"vocab_size is {vocab_size}, but backbone.model says {causal.config.vocab_size}"
+                f"vocab_size is {vocab_size}, but backbone.model has {causal.config.vocab_size}; "
+                "expected both the same"
             )
         self.body: Any = causal.base_model
         replace_rotary(self.body)
@@ -55,7 +57,7 @@ class HuggingFaceBackbone(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The token embedding, whose weights a tied head shares."""
+        """The token embedding; a tied head shares its weights."""
         embedding: nn.Embedding = self.body.get_input_embeddings()
         return embedding
 
@@ -69,18 +71,21 @@ class HuggingFaceBackbone(nn.Module):
         """Read whole texts from their beginning; see `Decoder.forward`.
 
         Args:
-          input_ids: [B, T] int64.
-          first: position of the first token.
+          input_ids: Token ids, [B, T] int64.
+          first: Position of the first token.
 
         Returns:
-          Hidden states [B, T, width].
+          The hidden states, [B, T, width].
 
         Raises:
-          ConfigError: the texts are longer than the model can take.
+          ConfigError: The texts are longer than the model's context.
         """
         length, limit = input_ids.shape[1], self.config.max_positions
         if limit and length > limit:
-            raise ConfigError(f"texts have {length} tokens; this model takes {limit} at most")
+            raise ConfigError(
+                f"the texts have {length} tokens, but this model takes at most {limit}; give "
+                "shorter texts"
+            )
         positions = torch.arange(first, first + length, device=input_ids.device)
         masks = {}
         for kind in set(self.layer_types):
@@ -95,7 +100,7 @@ class HuggingFaceBackbone(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Read the next tokens of every row; see `Decoder.stream`.
 
-        A row that goes beyond `max_positions` gets hidden states that mean nothing.
+        A row that goes beyond `max_positions` gets meaningless hidden states.
         """
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = position[:, None] + steps
@@ -110,20 +115,23 @@ class HuggingFaceBackbone(nn.Module):
             kind: ring.mask(positions, self.window(kind), self._dtype)
             for kind, ring in rings.items()
         }
-        if limit := self.config.max_positions:  # a table of positions ends there
+        if limit := self.config.max_positions:  # the model's table of positions ends there
             positions = positions.clamp(max=limit - 1)
         hidden = self._run(input_ids, positions, masks, layers)
         return hidden, [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
     def window(self, kind: str) -> int:
-        """Return how many tokens a layer of the type sees."""
+        """Return the number of tokens that a query sees in layers of a type, itself included."""
         if kind == "sliding_attention":
             return int(self.body.config.sliding_window)
         return self.config.window
 
     def cache_specs(self, capacity: int) -> list[tuple[str, tuple[int, ...]]]:
-        """Return name and shape without batch of the caches for calls of at most
-        `capacity - window + 1` tokens.
+        """Return the names of the caches, and their shapes without the batch axis.
+
+        Args:
+          capacity: Number of tokens that a layer with full attention holds; it suffices for calls
+            of up to `capacity - window + 1` tokens.
         """
         max_tokens = capacity - self.config.window + 1
         specs: list[tuple[str, tuple[int, ...]]] = []
@@ -132,7 +140,7 @@ class HuggingFaceBackbone(nn.Module):
         ):
             slots = self.window(kind) + max_tokens - 1
             if kind != "sliding_attention" and self.config.max_positions:
-                slots = max(self.config.max_positions, max_tokens)  # never goes round
+                slots = max(self.config.max_positions, max_tokens)  # the ring never wraps around
             for name, (heads, size) in zip(("key", "value"), shapes, strict=True):
                 specs.append((f"cache.{layer}.{name}", (heads, slots, size)))
         return specs
@@ -148,7 +156,7 @@ class HuggingFaceBackbone(nn.Module):
         masks: dict[str, Tensor],
         layers: list[Any] | None,
     ) -> Tensor:
-        # An architecture with one type of layer takes a mask, one with several takes them by type.
+        # An architecture with one type of layers takes a mask; one with several takes one per type.
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         with _Double() if self._dtype == torch.float64 else contextlib.nullcontext():
             output = self.body(
@@ -163,18 +171,19 @@ class HuggingFaceBackbone(nn.Module):
 
 
 class ExactRotary(nn.Module):
-    """Cosine and sine of positions as exact phases, in place of an architecture's own module.
+    """Computes cosine and sine from exact phases; replaces an architecture's own rotary module.
 
     Buffers: `<kind>cycles` [pairs] int64, the frequencies in 1 / ROTARY_PERIOD turns per token.
     """
 
     def __init__(self, frequencies: dict[str, Tensor], scales: dict[str, float], layout: int):
-        """Take over the frequencies.
+        """Build the module from an architecture's frequencies.
 
         Args:
-          frequencies: [pairs] rad per token, by type of layer ("" where all are alike).
-          scales: factor on cosine and sine, by type of layer.
-          layout: index into the layouts of a head's features.
+          frequencies: Frequencies in rad per token, [pairs], by type of layer; "" is the only key
+            if all layers have the same.
+          scales: Factor on cosine and sine, by type of layer.
+          layout: Layout of a head's features, an index into `_LAYOUTS`.
         """
         super().__init__()
         self._scales, self._layout = scales, layout
@@ -185,7 +194,7 @@ class ExactRotary(nn.Module):
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine [B, T, features] in the type of x for positions [B, T]."""
+        """Return cosine and sine of positions [B, T], [B, T, features] each, in the dtype of x."""
         kind = f"{layer_type}_" if layer_type else ""
         positions = torch.remainder(position_ids, ROTARY_PERIOD)[..., None]
         phase = torch.remainder(positions * getattr(self, f"{kind}cycles"), ROTARY_PERIOD)
@@ -196,10 +205,10 @@ class ExactRotary(nn.Module):
 
 
 def replace_rotary(body: nn.Module) -> None:
-    """Put `ExactRotary` in the place of every rotary module that it can stand for.
+    """Replace every rotary module that computes the same as an `ExactRotary` by one.
 
     Raises:
-      ConfigError: the frequencies depend on the length of the text, which a stream does not have.
+      ConfigError: The frequencies depend on the length of the text, which a stream does not know.
     """
     for name, module in list(body.named_modules()):
         buffers = [key for key, _ in module.named_buffers(recurse=False)]
@@ -214,7 +223,7 @@ def _exact_rotary(module: nn.Module) -> ExactRotary | None:
         if kind in ("dynamic", "longrope"):
             raise ConfigError(
                 f"rope_type '{kind}' changes the rotary frequencies with the length of the text, "
-                "which a stream does not know; choose a model or a rope_type with fixed ones"
+                "which a stream does not know; choose a model with another rope_type"
             )
     frequencies = {
         name.removesuffix("inv_freq"): buffer
@@ -238,8 +247,8 @@ def _same_rotary(
         own, ours = module(*arguments), exact(*arguments)
     except (TypeError, RuntimeError, KeyError, AttributeError):
         return False
-    # Ours rounds a frequency by pi / ROTARY_PERIOD at most, 4.5e-5 rad at position 15; twice that.
-    # Another layout is off by 0.1 and more.
+    # Rounded frequencies change an angle by at most 4.5e-5 rad at position 15; allow twice that.
+    # With another layout, values differ by 0.1 or more.
     return (
         isinstance(own, tuple)
         and len(own) == 2
@@ -251,10 +260,13 @@ def _same_rotary(
 
 
 def causal_model(config: dict[str, Any]) -> Any:
-    """Return a randomly initialised language model of transformers, float32.
+    """Return a randomly initialized language model of transformers, in float32.
+
+    Args:
+      config: The model's configuration as transformers writes it, with its `model_type`.
 
     Raises:
-      ConfigError: transformers has no such language model.
+      ConfigError: transformers cannot build a language model from the configuration.
       MissingDependencyError: transformers is not installed.
     """
     transformers = import_transformers()
@@ -272,31 +284,34 @@ def causal_model(config: dict[str, Any]) -> Any:
 
 
 def import_transformers() -> Any:
-    """Return the package, offline and quiet about what does not matter here.
+    """Import the package transformers.
 
     Raises:
-      MissingDependencyError: it is not installed, or too old.
+      MissingDependencyError: The package is not installed, or is too old.
     """
     try:
         import transformers
     except ImportError:
         raise MissingDependencyError(
-            "Hugging Face backbones need transformers, which is not installed; "
+            "Hugging Face backbones need the package transformers, which is not installed; "
             "pip install 'fwl-export[hf]'"
         ) from None
     if int(transformers.__version__.split(".")[0]) < 5:
         raise MissingDependencyError(
-            f"Hugging Face backbones need transformers 5 or newer, this is "
-            f"{transformers.__version__}; pip install -U 'fwl-export[hf]'"
+            f"Hugging Face backbones need transformers 5 or newer, but {transformers.__version__} "
+            "is installed; pip install -U 'fwl-export[hf]'"
         )
     return transformers
 
 
 def layer_types(config: Any) -> list[str]:
-    """Return "full_attention" or "sliding_attention" for every layer of a transformers config.
+    """Return the type of every layer, "full_attention" or "sliding_attention".
+
+    Args:
+      config: The configuration object of transformers.
 
     Raises:
-      ConfigError: a layer is of another type.
+      ConfigError: A layer has another type.
     """
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -306,14 +321,14 @@ def layer_types(config: Any) -> list[str]:
         if kind not in ("full_attention", "sliding_attention"):
             raise ConfigError(
                 f"architecture '{config.model_type}' has layers of type '{kind}'; expected "
-                "full_attention or sliding_attention, whose keys and values can be kept in a ring"
+                "full_attention or sliding_attention, whose keys and values fit into ring buffers"
             )
     return list(kinds)
 
 
 @functools.cache
 def _ring_layer() -> Any:
-    """Return the class of a layer of our cache; transformers is an optional package."""
+    """Return the class of our cache's layers, defined here because transformers is optional."""
     from transformers.cache_utils import CacheLayerMixin
 
     class RingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -330,12 +345,12 @@ def _ring_layer() -> Any:
             self.is_initialized = True
 
         def lazy_initialization(self, *_: Any, **__: Any) -> None:
-            """Nothing is left to do."""
+            """Do nothing; the constructor has initialized the layer."""
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
         ) -> tuple[Tensor, Tensor]:
-            """Write the call's keys and values; the layer then attends to all slots."""
+            """Write the call's keys and values, and return all slots to attend to."""
             self.keys = self._ring.write(self.keys, key_states)
             self.values = self._ring.write(self.values, value_states)
             return self.keys, self.values
@@ -345,7 +360,7 @@ def _ring_layer() -> Any:
             return self.keys.shape[2], 0
 
         def get_seq_length(self, *_: Any) -> int:
-            """Return 0: positions are given, and must not be counted from here."""
+            """Return 0, because positions are passed in and must not be counted from here."""
             return 0
 
         def get_max_length(self) -> int:
@@ -353,7 +368,7 @@ def _ring_layer() -> Any:
             return self.keys.shape[2]
 
         def get_max_cache_shape(self) -> int:
-            """Return the number of slots; the name of early releases of transformers 5."""
+            """Return the number of slots; early releases of transformers 5 call this method."""
             return self.keys.shape[2]
 
     return RingLayer
@@ -366,10 +381,10 @@ def _cache(layers: list[Any]) -> Any:
 
 
 def cache_argument(body: nn.Module) -> str:
-    """Return the name under which a model takes its cache; releases of transformers differ.
+    """Return the name of a model's argument for its cache, which depends on transformers' release.
 
     Raises:
-      ConfigError: it takes none.
+      ConfigError: The model takes no cache.
     """
     parameters = inspect.signature(body.forward).parameters
     for name in ("cache", "past_key_values"):
@@ -382,10 +397,10 @@ def cache_argument(body: nn.Module) -> str:
 
 
 def _cache_shapes(body: Any) -> list[list[tuple[int, int]]]:
-    """Return (heads, size) of key and value of every layer, as the architecture itself has them.
+    """Return the (heads, size) of the key and the value of every layer, found by a trial call.
 
     Raises:
-      ConfigError: a layer does not write to the cache.
+      ConfigError: A layer does not write to the cache.
     """
     from transformers.cache_utils import DynamicCache
 
@@ -400,17 +415,17 @@ def _cache_shapes(body: Any) -> list[list[tuple[int, int]]]:
     if len(layers) != body.config.num_hidden_layers:
         raise ConfigError(
             f"architecture '{body.config.model_type}': {len(layers)} of its "
-            f"{body.config.num_hidden_layers} layers keep keys and values in transformers' Cache; "
-            "expected all"
+            f"{body.config.num_hidden_layers} layers store keys and values in transformers' Cache; "
+            "expected all of them to"
         )
     return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in layers]
 
 
 class _Double(TorchFunctionMode):
-    """Computes in float64 where an architecture asks for float32.
+    """Context in which a float64 model computes in float64 where its code asks for float32.
 
-    Norms and softmax of transformers go to float32 whatever the model's type is. That is meant
-    for half precision; a float64 model is a reference here and must not lose half of its digits.
+    The norms and softmax of transformers compute in float32 whatever the model's dtype. That suits
+    half precision, but a float64 model is a reference here and must not lose half of its digits.
     """
 
     def __torch_function__(

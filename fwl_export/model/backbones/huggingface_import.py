@@ -1,8 +1,9 @@
-"""Take a language model of transformers in: load it safely, and find out whether it fits.
+"""Import a language model of transformers: load it safely, and find out whether it fits.
 
-Nobody has to name an architecture here. A model is read twice, by its own forward pass and in
-ragged parts with our cache, and refused if the two differ; read again far from the beginning, it
-shows whether positions count from the start of the text (then it ends where its table ends).
+There is no list of architectures. Instead, a trial reads some tokens with the model's own forward
+pass and, in ragged parts, with our cache, and rejects the model if the results differ. A second
+trial, with positions far from the beginning, shows whether positions are relative. If they are not,
+a session ends where the model's table of positions ends.
 """
 
 from __future__ import annotations
@@ -28,26 +29,27 @@ from fwl_export.model.backbones.huggingface import (
 )
 from fwl_export.model.stored import ZeroWeights, all_finite
 
-# A cache for a model's whole context may not fit into memory; `context` asks for more.
+# Caches for a model's whole context may not fit into memory; pass `context` for more than this.
 DEFAULT_CONTEXT = 2048
 
 _PROBE_WINDOW = 3
-_PROBE_CALLS = ((2, 0), (1, 3), (4, 2), (2, 4))  # tokens per row
+_PROBE_CALLS = ((2, 0), (1, 3), (4, 2), (2, 4))  # tokens of each of two rows
 _PROBE_OFFSET = 3 << 20
-# Errors of float32 are below 1e-5; a token that sees a wrong key makes a difference of 0.1.
+# Relative to the largest value: float32 errors are below 1e-5, but a token that sees a wrong key
+# changes the result by 0.1.
 _SAME = 1e-3
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A backbone and what its head becomes.
+    """A backbone, and the unembedding that its head becomes.
 
     Attributes:
-      backbone: with the model's weights, float32.
-      vocab_size: V.
-      unembed: [V, size], the head's weights times a factor on the logits.
-      unembed_bias: [V], the same of its bias; zeros where it has none.
-      logit_softcap: see `FastWeightsConfig`.
+      backbone: The backbone, with the model's weights in float32.
+      vocab_size: Number of tokens in the vocabulary, V.
+      unembed: The head's weights times the model's factor on the logits, [V, size].
+      unembed_bias: The head's bias times the same factor, [V]; zeros if it has no bias.
+      logit_softcap: Soft cap of the logits, see `FastWeightsConfig`; 0 for none.
     """
 
     backbone: HuggingFaceBackbone
@@ -59,22 +61,22 @@ class Imported:
     def layer_config(
         self, layer: FastWeightsConfig | None, vocab_size: int | None
     ) -> FastWeightsConfig:
-        """Return the config of a layer between this backbone and its head.
+        """Return the config of a Fast Weight Layer between this backbone and its head.
 
         Args:
-          layer: None: one of the usual sizes. The head's soft cap becomes the layer's.
-          vocab_size: with which the layer was trained, where that is known.
+          layer: The layer's config, which gets the head's soft cap; None for the usual sizes.
+          vocab_size: The vocabulary that the layer was trained with; None if unknown.
 
         Raises:
-          ConfigError: they do not fit.
+          ConfigError: The layer and the backbone do not fit each other.
         """
         width, size = self.backbone.config.width, self.unembed.shape[1]
         if layer is None:
             layer = FastWeightsConfig(width, 4 * width, size)
         if vocab_size not in (None, self.vocab_size):
             raise ConfigError(
-                f"the fast weights have a vocabulary of {vocab_size}, but the backbone has "
-                f"{self.vocab_size}; give the backbone they were trained on"
+                f"the Fast Weight Layer has a vocabulary of {vocab_size} tokens, but the backbone "
+                f"has {self.vocab_size}; give the backbone that the layer was trained on"
             )
         for name, found, expected in (
             ("input_size", layer.input_size, width),
@@ -83,31 +85,31 @@ class Imported:
         ):
             if found != expected:
                 raise ConfigError(
-                    f"fast_weights.{name} is {found}, but the backbone's is {expected}; give the "
-                    "backbone they were trained on"
+                    f"fast_weights.{name} is {found}, but the backbone requires {expected}; give "
+                    "the backbone that the layer was trained on"
                 )
         return replace(layer, logit_softcap=self.logit_softcap)
 
     def untie(self) -> None:
-        """Let the layer have an unembedding of its own."""
+        """Give the Fast Weight Layer an unembedding that it does not share with the backbone."""
         self.backbone.config = replace(self.backbone.config, tied=False)
 
 
 def import_backbone(
     source: str | Path | Any, context: int | None = None, slide: bool = False
 ) -> Imported:
-    """Take in a language model.
+    """Import a language model.
 
     Args:
-      source: folder with config.json and safetensors, or a model of transformers.
-      context: tokens that layers with full attention see; None: as many as the model was made
-        for, at most DEFAULT_CONTEXT.
-      slide: read on past the context, each token seeing the `context - 1` before it, instead of
-        ending there.
+      source: Folder with config.json and safetensors, or a model of transformers.
+      context: Number of tokens that layers with full attention see. None means as many as the model
+        was made for, but at most DEFAULT_CONTEXT if its positions are relative.
+      slide: Whether to read on past the context, where each token sees the `context - 1` tokens
+        before it, instead of ending there.
 
     Raises:
-      CheckpointError: files are missing or damaged, or weights are not finite.
-      ConfigError: the architecture does not fit, or the context is not possible.
+      CheckpointError: Files are missing or damaged, or weights are not finite.
+      ConfigError: The architecture does not fit, or the context is not possible.
       MissingDependencyError: transformers is not installed.
     """
     with _quiet():
@@ -143,26 +145,36 @@ def _window(
     context: int | None,
     slide: bool,
 ) -> tuple[int, int]:
-    """Return the window and how many tokens a session may read, 0 for no end."""
+    """Return the attention window, and the number of tokens that a session may read (0: no end).
+
+    Args:
+      config: The configuration object of transformers.
+      kinds: The type of every layer.
+      limit: The number of tokens that the model was made for, or None.
+      relative: Whether the model's positions are relative.
+      context: The argument of `import_backbone`.
+      slide: The argument of `import_backbone`.
+    """
     if context is not None and context < 1:
         raise ConfigError(f"context is {context}; expected 1 or more")
     if context is not None and limit is not None and context > limit:
         raise ConfigError(
             f"context is {context}, but this {config.model_type} model was made for {limit} tokens "
-            "(max_position_embeddings); choose that or fewer"
+            f"(max_position_embeddings); give {limit} or less"
         )
     full = "full_attention" in kinds
     if not full and relative:
         if context is not None or slide:
             raise ConfigError(
-                f"this {config.model_type} model has sliding attention of {config.sliding_window} "
-                "tokens in all layers and reads without end; leave context and slide out"
+                f"this {config.model_type} model has sliding-window attention over "
+                f"{config.sliding_window} tokens in all layers and reads without end; leave out "
+                "context and slide"
             )
         return int(config.sliding_window), 0
     if slide and not relative:
         raise ConfigError(
             f"this {config.model_type} model counts positions from the beginning of the text, so "
-            "its context cannot slide; leave slide out"
+            "its context cannot slide; leave out slide"
         )
     size = context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT if relative else 1 << 30)
     return size, 0 if slide else size
@@ -176,7 +188,19 @@ def _probe(
     softcap: float,
     limit: int | None,
 ) -> bool:
-    """Compare the model's own forward pass with ours; return whether positions are relative."""
+    """Compare the model's own forward pass with ours, and return whether positions are relative.
+
+    Args:
+      causal: The model of transformers.
+      backbone: The backbone with the same weights.
+      head: The model's head, a linear layer.
+      scale: The model's factor on the logits.
+      softcap: The model's soft cap of the logits, or 0.
+      limit: The number of tokens that the model was made for, or None.
+
+    Raises:
+      ConfigError: The two differ, or ours does not run.
+    """
     name = causal.config.model_type
     length = min(sum(call[0] for call in _PROBE_CALLS), limit or 1 << 30)
     ids = (torch.arange(2 * length) * 7919 + 1).remainder(len(head.weight)).reshape(2, length)
@@ -196,20 +220,20 @@ def _probe(
             raise _unfit(name, "its logits are not those of its head at the last hidden state")
         try:
             return _same(backbone(ids, _PROBE_OFFSET), hidden)
-        except (IndexError, RuntimeError):  # beyond the end of a table of positions
+        except (IndexError, RuntimeError):  # the position is beyond the model's table
             return False
 
 
 def _unfit(name: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"architecture '{name}' does not follow the interface ({reason}); expected attention that "
-        "keeps keys and values in transformers' Cache and takes position_ids and a 4-D mask: see "
-        "'A backbone' in CONTRIBUTING.md"
+        f"architecture '{name}' cannot be a backbone ({reason}); expected attention that stores "
+        "keys and values in transformers' Cache and takes position_ids and a 4-D mask. To add an "
+        "architecture that does not, see 'A backbone' in CONTRIBUTING.md"
     )
 
 
 def _streamed(backbone: HuggingFaceBackbone, ids: Tensor) -> Tensor:
-    """Read ids [2, T] in ragged parts; returns hidden states [2, T, width]."""
+    """Read ids [2, T] in ragged parts; return the hidden states, [2, T, width]."""
     specs = backbone.cache_specs(backbone.config.window + 7)
     caches = [torch.zeros(2, *shape) for _, shape in specs]
     done = torch.zeros(2, dtype=torch.int64)
@@ -234,7 +258,7 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _short_windows(*configs: Any) -> Iterator[None]:
-    """Let sliding windows be so short that the probe goes beyond them."""
+    """Context in which sliding windows are so short that the trial goes beyond them."""
     before = [(c, w) for c in configs if (w := getattr(c, "sliding_window", None))]
     try:
         for config, _ in before:
@@ -258,7 +282,7 @@ def _load(folder: Path) -> Any:
             attn_implementation="eager",
             output_loading_info=True,
         )
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # transformers raises exceptions of many unrelated classes
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot load '{folder}' as a language model "
@@ -269,14 +293,15 @@ def _load(folder: Path) -> Any:
     head_names = {n for n, module in causal.named_modules() if module is head}
     if any(name.rpartition(".")[0] in head_names for name in missing):
         raise CheckpointError(
-            f"'{folder}' has no weights of the head ('{missing[0]}'), and its config does not tie "
-            "them to the token embedding; set tie_word_embeddings to true if they are tied, or "
-            "save the model again"
+            f"backbone '{folder}' has no weights of the head ('{missing[0]}'), and its config.json "
+            "does not tie them to the token embedding; set tie_word_embeddings to true there if "
+            "they are tied, or save the model again"
         )
     if missing:
         raise CheckpointError(
-            f"'{folder}' lacks {len(missing)} weights that its config asks for, e.g. "
-            f"'{missing[0]}'; is it complete, and a language model?"
+            f"backbone '{folder}' lacks {len(missing)} of the weights that its config.json "
+            f"requires, e.g. '{missing[0]}'; expected a complete language model, not an encoder or "
+            "a model without its head"
         )
     return causal.eval()
 
@@ -284,11 +309,14 @@ def _load(folder: Path) -> Any:
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(
-            f"backbone '{folder}' is not a folder; expected one of transformers, with config.json "
-            "and safetensors (nothing is downloaded here)"
+            f"backbone '{folder}' is not a folder; expected the folder of a transformers model, "
+            "with config.json and safetensors. Nothing is downloaded here: save the model with "
+            "save_pretrained first"
         )
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"backbone '{folder}' has no config.json; is it of transformers?")
+        raise CheckpointError(
+            f"backbone '{folder}' has no config.json; expected the folder of a transformers model"
+        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -296,11 +324,12 @@ def _check_folder(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"backbone '{folder}' has no safetensors; other formats can run code when they are "
-            "loaded: convert it with save_pretrained of transformers"
+            "loaded: convert it with transformers' save_pretrained"
         )
     if isinstance(config, dict) and config.get("quantization_config"):
         raise CheckpointError(
-            f"backbone '{folder}' is quantised; expected float weights, from which it was made"
+            f"backbone '{folder}' is quantized; give the model with float weights that it was made "
+            "from"
         )
 
 
@@ -308,8 +337,8 @@ def _copied(model: Any) -> Any:
     transformers = import_transformers()
     if not isinstance(model, transformers.PreTrainedModel):
         raise ConfigError(
-            f"backbone is a {type(model).__name__}; expected a folder or a language model of "
-            "transformers"
+            f"backbone is a {type(model).__name__}; expected the path of a folder, or a language "
+            "model of transformers"
         )
     causal = copy.deepcopy(model).float().cpu().eval()
     causal.set_attn_implementation("eager")
@@ -320,7 +349,8 @@ def _check_finite(causal: Any, source: str) -> None:
     for name, tensor in causal.state_dict().items():
         if tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError(
-                f"'{source}': '{name}' holds NaN or infinite values; get the weights again"
+                f"backbone '{source}': tensor '{name}' holds NaN or infinite values; get the "
+                "weights again"
             )
 
 
@@ -328,20 +358,20 @@ def _head(causal: Any) -> Any:
     head = causal.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise ConfigError(
-            f"architecture '{causal.config.model_type}' has no language model's head; expected "
-            "one linear layer (get_output_embeddings)"
+            f"architecture '{causal.config.model_type}' has no language-model head; expected "
+            "get_output_embeddings to return one linear layer"
         )
     return head
 
 
 def _logit_scale(config: Any) -> float:
-    """Return the constant factor on the logits; Cohere multiplies, Granite divides."""
+    """Return the model's constant factor on the logits; Cohere multiplies them, Granite divides."""
     factor = getattr(config, "logit_scale", None) or 1.0
     return float(factor) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Return the config as plain JSON data, without what is of this machine or of its loading."""
+    """Return the config as JSON data, without what depends on this machine or on the loading."""
     data = json.loads(json.dumps(config.to_dict(), default=str))
     dropped = ("dtype", "torch_dtype", "transformers_version", "auto_map")
     return {k: v for k, v in data.items() if not k.startswith("_") and k not in dropped}
@@ -349,7 +379,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what transformers logs: what matters is raised here."""
+    """Context in which transformers logs nothing; what matters is raised as an error."""
     logging = import_transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -16,23 +16,21 @@ from fwl_export.parity.verdict import (
     Spot,
 )
 
-LINES, COLUMNS = 30, 100
+LINES, COLUMNS = 30, 80
 
 # Largest numbers of rows and columns in the tables.
 _CANDIDATES = 5
 _TENSORS = 7
 _DRIFT_CANDIDATES = 3
-_DRIFT_POINTS = 8
+_DRIFT_POINTS = 5
 # Widths of columns.
-_NAME = 26
+_NAME = 21
 _TENSOR_NAME = 18
 _MODE = max(map(len, MODE_NAMES.values()))
 
 _VERDICTS = {WITHIN: "within budget", OUTSIDE: "OUTSIDE BUDGET", COULD_NOT_RUN: "COULD NOT RUN"}
 
-_TENSOR_LEGEND = (
-    "each tensor at its worst point; teacher-forced: every call starts from the reference's state"
-)
+_TENSOR_LEGEND = "max, relative RMS errors where worst; teacher-forced: from the reference's state"
 
 
 def to_text(report: Report) -> str:
@@ -118,7 +116,7 @@ def _first_case(report: Report) -> str:
 def _candidate_table(report: Report) -> Iterator[str]:
     yield (
         f"{'candidate':{_NAME}} {'verdict':14} {'use':>6} {'KL, nats':>9} {'top-1':>8} "
-        f"{'top-5':>8} {'perplexity':>10} {'rel. change':>11}"
+        f"{'perplexity':>10} {'change':>6}"
     )
     ranked = sorted(report.candidates, key=lambda c: c.passed)
     shown = ranked if len(ranked) <= _CANDIDATES else ranked[: _CANDIDATES - 1]
@@ -127,15 +125,12 @@ def _candidate_table(report: Report) -> Iterator[str]:
         if overall := _text_predictions(candidate):
             cells += (
                 f" {share(candidate.use):>6} {overall.kl:9.1e} {overall.top1:8.2%} "
-                f"{overall.top5:8.2%} {overall.perplexity:10.3f} {overall.perplexity_change:+11.0e}"
+                f"{overall.perplexity:10.3f} {overall.perplexity_change:+6.0e}"
             )
         yield cells.rstrip()
     if len(shown) < len(ranked):
         yield f"and {len(ranked) - len(shown)} more"
-    yield (
-        "use: error / budget (allowed error); KL, top-k agreement, perplexity: "
-        f"case {_first_case(report)}, free-running"
-    )
+    yield (f"use: error / budget; KL, top-1, perplexity: case {_first_case(report)}, free-running")
 
 
 def _prediction_cells(candidate: CandidateVerdict) -> list[str]:
@@ -175,15 +170,15 @@ def _most_used(candidates: Sequence[CandidateVerdict]) -> list[tuple[str, Spot]]
 
 def _tensor_table(spots: Sequence[tuple[str, Spot]]) -> Iterator[str]:
     yield (
-        f"{'tensor':{_TENSOR_NAME}} {'candidate':13} {'case':6} {'mode':{_MODE}} {'max abs':>7} "
-        f"{'budget':>7} {'rel RMS':>7} {'budget':>7} {'use':>6} {'tokens':>6}"
+        f"{'tensor':{_TENSOR_NAME}} {'candidate':13} {'case':6} {'mode':{_MODE}} {'max':>5} "
+        f"{'RMS':>5} {'use':>6} {'tokens':>6}"
     )
     for name, (run, tensor, at) in spots:
         yield (
             f"{_short(tensor.name, _TENSOR_NAME):{_TENSOR_NAME}} {_short(name, 13):13} "
             f"{run.case:6} {MODE_NAMES[run.mode]:{_MODE}} "
-            f"{at.error.max_abs:7.1e} {at.budget.max_abs:7.1e} {at.error.relative_rms:7.1e} "
-            f"{at.budget.relative_rms:7.1e} {share(at.use):>6} {at.tokens_read:>6}"
+            f"{at.error.max_abs:5.0e} {at.error.relative_rms:5.0e} {share(at.use):>6} "
+            f"{at.tokens_read:>6}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Old names of modules and arguments, which changed in 0.2 and work with a warning until 0.3."""
+"""Old names of modules, attributes and arguments: they work with a warning until 0.3."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -62,6 +62,27 @@ def install() -> None:
     """Make the old names in `MODULES` importable."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())
+
+
+def renamed_attributes(module: str, **names: str) -> Callable[[str], Any]:
+    """Return a module's `__getattr__`, which finds attributes by their old names, with a warning.
+
+    Args:
+      module: Name of the module.
+      **names: New name of each attribute, by its old name.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is now {module}.{names[name]}; the old name stops working in 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(sys.modules[module], names[name])
+
+    return find
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:

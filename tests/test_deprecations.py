@@ -25,6 +25,16 @@ def test_a_module_is_imported_by_its_old_name(old: str) -> None:
     assert all(getattr(moved, name) is getattr(new, name) for name in names)
 
 
+@pytest.mark.parametrize("module", ["parity", "parity.candidates", "parity.backends"])
+def test_candidates_by_their_old_names(module: str) -> None:
+    candidates = importlib.import_module("fwl_export.parity.candidates")
+    with pytest.warns(DeprecationWarning, match="parse_backend is now .*parse_candidate"):
+        found = importlib.import_module(f"fwl_export.{module}").parse_backend
+    assert found is candidates.parse_candidate
+    with pytest.raises(AttributeError, match="has no attribute 'Front'"):
+        importlib.import_module(f"fwl_export.{module}").Front  # noqa: B018
+
+
 def test_a_module_that_never_was_is_still_not_found() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"fwl_export\.stat"):
         importlib.import_module("fwl_export.stat")

@@ -92,14 +92,14 @@ def usable_variants(sm: int) -> list[str]:
 
 def build(bundle: Bundle, variant: str, sm: int) -> Outcome:
     """Build the bundle's engine for a compute capability."""
-    (facts,) = build_engines(bundle, variant, [sm], progress=say)
-    return True, f"{facts.name}: {facts.update_path}, {facts.build_seconds} s", facts.to_dict()
+    (built,) = build_engines(bundle, variant, [sm], progress=say)
+    return True, f"{built.name}: {built.update_path}, {built.build_seconds} s", built.to_dict()
 
 
 def parity(bundle: Bundle, variant: str) -> Outcome:
     """Check a session over the engine against PyTorch in float64."""
     from fwl_export.bundle.tokenizer import read_ids
-    from fwl_export.parity import check_bundle
+    from fwl_export.parity import check_bundle, to_text
     from fwl_export.parity.schedule import ROWS
     from fwl_export.runtimes import open_session
     from fwl_export.runtimes.text import bundle_tokenizer
@@ -108,7 +108,7 @@ def parity(bundle: Bundle, variant: str) -> Outcome:
     session = open_session(bundle, "tensorrt", ROWS, variant=variant)
     ids = read_ids(HELD_OUT_PLAY, bundle_tokenizer(bundle))
     report = check_bundle(bundle, ids, TOKENS, candidates={name: session}, text=HELD_OUT_PLAY.name)
-    return report.passed, report.to_text(), report.to_dict()
+    return report.passed, to_text(report), report.to_dict()
 
 
 def bench(bundle: Bundle, variant: str, cuda_graph: bool) -> Outcome:

@@ -12,11 +12,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import queue
 import re
 import subprocess
 import sys
+import textwrap
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -96,7 +100,9 @@ def install(venv: Path, extras: str, pip_options: Iterable[str]) -> int:
     began = time.monotonic()
 
     def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:4.0f} s] {text}", flush=True)
+        start = f"[{time.monotonic() - began:4.0f} s] "
+        indent = " " * len(start)
+        print(textwrap.fill(start + text, 79, subsequent_indent=indent), flush=True)
 
     python = venv / "bin" / "python"
     if not python.exists():
@@ -156,12 +162,48 @@ def run_pip(command: list[str], log: Path, say: Say) -> int:
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            stream.write(line)
-            stream.flush()
-            if text := progress(line):
-                say(text)
+        with heartbeat(say) as doing:
+            for line in process.stdout:
+                stream.write(line)
+                stream.flush()
+                if text := progress(line):
+                    doing(text)
     return process.returncode
+
+
+@contextmanager
+def heartbeat(say: Say, seconds: float = 15) -> Iterator[Say]:
+    """Repeat what is being done whenever nothing was said for some time.
+
+    Args:
+      say: Function that shows a line to the user.
+      seconds: Time without a line before the last one is repeated.
+
+    Yields:
+      The function to call with what is being done; it shows that at once.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def repeat() -> None:
+        last = "waiting for pip"
+        while True:
+            try:
+                line = lines.get(timeout=seconds)
+            except queue.Empty:
+                say(f"still {last}")
+                continue
+            if line is None:
+                return
+            last = line
+            say(line)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield lines.put
+    finally:
+        lines.put(None)
+        thread.join()
 
 
 def progress(line: str) -> str:

@@ -8,9 +8,7 @@ through them, `compare` measures, `tolerances` says what is allowed and why, `ve
 `report` presents the result. README.md in this folder describes the method.
 """
 
-import warnings
-from typing import Any
-
+from fwl_export.deprecations import renamed_attributes
 from fwl_export.parity.candidates import Candidate, parse_candidate, parse_candidates
 from fwl_export.parity.cases import CASES, Case, choose_cases
 from fwl_export.parity.check import check_bundle
@@ -46,21 +44,9 @@ __all__ = [
     "write_junit",
 ]
 
-_RENAMED = {
-    "Backend": "Candidate",
-    "parse_backend": "parse_candidate",
-    "parse_backends": "parse_candidates",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Return what an old name stands for, with a DeprecationWarning."""
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    new = _RENAMED[name]
-    warnings.warn(
-        f"{__name__}.{name} is now {__name__}.{new}; the old name goes away in 0.3",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return globals()[new]
+__getattr__ = renamed_attributes(
+    __name__,
+    Backend="Candidate",
+    parse_backend="parse_candidate",
+    parse_backends="parse_candidates",
+)

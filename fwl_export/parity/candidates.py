@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fwl_export.bundle.manifest import Bundle
+from fwl_export.deprecations import renamed_attributes
 from fwl_export.errors import ConfigError
 from fwl_export.machine import installed_versions
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
@@ -132,3 +133,11 @@ def parse_candidates(text: str | Sequence[str]) -> list[Candidate]:
             raise ConfigError(f"'{candidate.name}' is named twice; name every candidate once")
         seen.add(candidate.name)
     return candidates
+
+
+__getattr__ = renamed_attributes(
+    __name__,
+    Backend="Candidate",
+    parse_backend="parse_candidate",
+    parse_backends="parse_candidates",
+)

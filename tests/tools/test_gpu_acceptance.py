@@ -14,7 +14,7 @@ from fwl_export.engines.device import Device, Driver
 from fwl_export.errors import EngineError
 from tests.tensorrt_fake import Machine, fake_machine
 from tools import gpu_acceptance
-from tools.gpu_acceptance import Step, assemble, bench, run_step, steps_of
+from tools.gpu_acceptance import Step, assemble, bench, parity, run_step, steps_of
 
 GPU = Device("Fake One", 89)
 
@@ -75,6 +75,22 @@ def test_all_steps_with_stand_ins(
     assert gpu_acceptance.accept(output) == 1
     assert "no installed variant builds for SM89" in json.loads(output.read_text())["text"]
     assert list(steps_of(read_bundle(own_bundle), GPU, []))[-1] == "build"
+
+
+def test_the_parity_check_on_fakes(
+    own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_acceptance, "TOKENS", 40)
+    play = tmp_path / "play.txt"
+    play.write_text("ONCE MORE UNTO THE BREACH, DEAR FRIENDS. " * 4, encoding="utf-8")
+    monkeypatch.setattr(gpu_acceptance, "HELD_OUT_PLAY", play)
+    machine: Machine
+    with fake_machine(tmp_path) as machine:
+        machine.build(own_bundle)
+        passed, text, data = parity(read_bundle(own_bundle), "rtx")
+        assert passed, text
+        assert "within budget" in text
+        assert data["passed"]
 
 
 def test_the_bench_on_fakes(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from tools import install
-from tools.install import expected, explain, fingerprint, progress, run_pip
+from tools.install import expected, explain, fingerprint, heartbeat, progress, run_pip
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,34 @@ def test_output_goes_to_the_log_and_the_exit_code_comes_back(tmp_path: Path) -> 
     assert code == 1
     assert said == ["unpacking 2 packages"]
     assert (tmp_path / "log").read_text().splitlines()[1:] == ["no such package"]
+
+
+def test_a_long_step_is_repeated_while_it_lasts() -> None:
+    said: list[str] = []
+    repeated = threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("still"):
+            repeated.set()
+
+    with heartbeat(say, seconds=0.01) as doing:
+        doing("unpacking 2 packages")
+        assert repeated.wait(60)
+    assert "unpacking 2 packages" in said
+    assert said[-1] in {"still unpacking 2 packages", "unpacking 2 packages"}
+
+
+def test_lines_fit_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    monkeypatch.setattr(install, "run_pip", lambda command, log, say: 0)
+    assert install.install(tmp_path, "export,cpu,rtx,hf,dev", []) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "[   0 s] installing fwl-export[export,cpu,rtx,hf,dev]" in lines[0]
+    assert max(map(len, lines[:-1])) < 80
 
 
 def test_a_failure_shows_the_end_of_the_log_and_what_to_do(

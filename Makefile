@@ -67,7 +67,7 @@ sbom: $(INSTALLED) ## list installed packages and licences in build/sbom.json
 	$(BIN)/python -m tools.write_sbom -o build/sbom.json
 
 docker: ## print the commands that build and run the images
-	@echo 'docker build -f docker/cpu.Dockerfile -t fwl-export:cpu .'
+	@echo 'docker build -f docker/cpu.Dockerfile --build-arg TORCH_INDEX=ADDRESS -t fwl-export:cpu .'
 	@echo 'docker run --rm -v "$$PWD:/work" fwl-export:cpu export demo -o demo-bundle'
 	@echo 'docker build -f docker/nvidia.Dockerfile -t fwl-export:nvidia .'
 	@echo 'docker run --rm --gpus all -v "$$PWD:/work" fwl-export:nvidia build demo-bundle'

@@ -1,6 +1,6 @@
 # fwl-export for the CPU: export, check, score, and sessions over ONNX Runtime.
 #
-#   docker build -f docker/cpu.Dockerfile -t fwl-export:cpu .
+#   docker build -f docker/cpu.Dockerfile --build-arg TORCH_INDEX=ADDRESS -t fwl-export:cpu .
 #   docker run --rm -v "$PWD:/work" fwl-export:cpu export demo -o demo-bundle
 #
 # This image has not been built: no Docker engine was available. The file passes hadolint, and the
@@ -16,8 +16,9 @@ RUN apt-get update \
 
 WORKDIR /source
 COPY . .
-# The index of torch's builds without CUDA; given empty, pip takes the CUDA build of PyPI.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Address of an index with torch's builds without CUDA, as PyTorch's installation page gives it. Empty:
+# pip takes the build of its own index, which brings several GB of CUDA.
+ARG TORCH_INDEX=""
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && python -m venv /opt/fwl \
     && wheel="$(echo /wheels/fwl_export-*.whl)" \

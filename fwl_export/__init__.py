@@ -120,7 +120,7 @@ __all__ = list(_PUBLIC)
 
 
 deprecations.install()
-# The package prints nothing of its own; whoever wants its records adds a handler.
+# The package prints nothing of its own; an application that wants its log records adds a handler.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 

@@ -1,4 +1,4 @@
-"""Facts about this machine, for reports."""
+"""Describes this machine, for reports."""
 
 from __future__ import annotations
 

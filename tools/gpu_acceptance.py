@@ -92,8 +92,8 @@ def usable_variants(sm: int) -> list[str]:
 
 def build(bundle: Bundle, variant: str, sm: int) -> Outcome:
     """Build the bundle's engine for a compute capability."""
-    (facts,) = build_engines(bundle, variant, [sm], progress=say)
-    return True, f"{facts.name}: {facts.update_path}, {facts.build_seconds} s", facts.to_dict()
+    (engine,) = build_engines(bundle, variant, [sm], progress=say)
+    return True, f"{engine.name}: {engine.update_path}, {engine.build_seconds} s", engine.to_dict()
 
 
 def parity(bundle: Bundle, variant: str) -> Outcome:

@@ -189,14 +189,16 @@ class Bundle:
             raise BundleError(f"bundle '{self.folder}' has no '{name}' in its manifest")
         if not path.is_file():
             raise BundleError(
-                f"bundle '{self.folder}' lacks the file '{name}'; copy it again or export again"
+                f"bundle '{self.folder}' lacks the file '{name}'; copy the bundle again, or export "
+                "the model again"
             )
         found = describe_file(path)
         if found != entry:
             raise BundleError(
                 f"'{name}' in bundle '{self.folder}' has sha256 {found['sha256'][:12]}… and "
                 f"{found['bytes']} bytes, but the manifest says {entry['sha256'][:12]}… and "
-                f"{entry['bytes']} bytes; it was changed or cut off: copy it again or export again"
+                f"{entry['bytes']} bytes; it was changed or truncated: copy the bundle again, or "
+                "export the model again"
             )
         return path
 

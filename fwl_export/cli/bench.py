@@ -187,7 +187,7 @@ def _numbers(option: str, text: str) -> list[int]:
 def _sizes(text: str) -> list[tuple[int, int]]:
     pairs = [part.split("x") for part in text.split(",")]
     if not all(len(p) == 2 and all(n.strip().isdecimal() and int(n) > 0 for n in p) for p in pairs):
-        raise typer.BadParameter(f"--sizes is '{text}'; expected for example 768x3072,1024x4096")
+        raise typer.BadParameter(f"--sizes is '{text}'; expected sizes such as 768x3072,1024x4096")
     return [(int(key_size), int(value_size)) for key_size, value_size in pairs]
 
 

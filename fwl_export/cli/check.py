@@ -219,8 +219,9 @@ def _replayed(
     data = read_report(replay)
     if data["bundle"]["model_id"] != bundle.manifest.model_id:
         raise ReportError(
-            f"report '{replay}' is of the model {data['bundle']['model_id'][:12]}…, but the "
-            f"bundle's is {bundle.manifest.model_id[:12]}…; give the bundle it was made of"
+            f"report '{replay}' was made with the model {data['bundle']['model_id'][:12]}…, but "
+            f"this bundle has the model {bundle.manifest.model_id[:12]}…; give the bundle that the "
+            "report was made with"
         )
     keys = ("reference", "candidates", "cases", "tokens", "seed")
     settings = {key: data["settings"][key] for key in keys}
@@ -303,7 +304,7 @@ def _read_tolerances(path: Path | None) -> Any:
     except ValueError as error:
         raise ConfigError(
             f"--tolerances '{path}' is not JSON ({error}); expected an object whose keys are the "
-            "beginnings of tensors' names"
+            "prefixes of tensor names"
         ) from None
 
 

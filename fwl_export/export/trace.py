@@ -129,7 +129,7 @@ def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
     if inputs.get("input_ids") != "int64 [batch, tokens]":
         raise ExportError(
             f"{path.name} takes 'input_ids' as {inputs.get('input_ids')}; expected int64 [batch, "
-            "tokens] with both sizes free"
+            "tokens] with both axes dynamic"
         )
     for spec in specs:
         past, present = inputs.get(PAST + spec.name), outputs.get(PRESENT + spec.name)

@@ -1,4 +1,4 @@
-"""Read the tensors of a safetensors file, and say in one sentence what is wrong with it."""
+"""Read the tensors of a safetensors file; an error names the tensor and the fault."""
 
 from __future__ import annotations
 

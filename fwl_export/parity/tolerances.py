@@ -172,7 +172,8 @@ def changed_table(changes: Mapping[str, Any], strict: bool = False) -> tuple[Tol
     table = tuple(_half(row) for row in TABLE) if strict else TABLE
     if not isinstance(changes, Mapping):
         raise ConfigError(
-            f"tolerances are a {type(changes).__name__}; expected an object with prefixes as keys"
+            f"tolerances are a {type(changes).__name__}; expected an object whose keys are "
+            "prefixes of tensor names"
         )
     rows = []
     for prefix, change in changes.items():
@@ -180,7 +181,7 @@ def changed_table(changes: Mapping[str, Any], strict: bool = False) -> tuple[Tol
         if base is None:
             known = ", ".join(row.prefix for row in TABLE)
             raise ConfigError(
-                f"tolerances: no tensor begins with '{prefix}'; expected one of {known}"
+                f"tolerances: no tensor name begins with '{prefix}'; expected one of {known}"
             )
         rows.append(_changed(base, prefix, change))
     return tuple(sorted((*rows, *table), key=lambda row: -len(row.prefix)))

@@ -128,7 +128,7 @@ class Slots:
     ) -> dict[int, Array]:
         given = {slot: self._checked_ids(slot, ids) for slot, ids in tokens.items()}
         if not given:
-            raise ShapeError("no slot was given tokens")
+            raise ShapeError("tokens is empty; expected token ids for at least one slot")
         shape = (self.session.batch, max(map(len, given.values())))
         batch, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         lengths = np.zeros(shape[0], np.int64)

@@ -340,7 +340,7 @@ def test_a_model_file_that_is_broken(
     quick_worker: QuickWorker, own_bundle: Path, content: bytes
 ) -> None:
     (own_bundle / MODEL_FILE).write_bytes(content)
-    with pytest.raises(BundleError, match="it was changed or cut off"):
+    with pytest.raises(BundleError, match="it was changed or truncated"):
         build_quickly(own_bundle)
 
 

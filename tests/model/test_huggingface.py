@@ -229,7 +229,7 @@ def test_unusable_folders_of_a_backbone(folder: Path) -> None:
     tiny_tokenizer(VOCABULARY + 1).save(str(folder / "backbone" / "tokenizer.json"))
     joining_fails(folder, "has 65 entries, but the model's vocab_size is 64")
     change_config(folder / "backbone", quantization_config={"quant_method": "gptq"})
-    joining_fails(folder, "is quantized; give the model with float weights")
+    joining_fails(folder, "is quantized; give the original model with float weights")
     (folder / "backbone" / "config.json").unlink()
     joining_fails(folder, "has no config.json; expected the folder of a transformers model")
     (folder / "backbone").rename(folder / "elsewhere")
@@ -281,7 +281,7 @@ def test_a_layer_may_bring_its_own_unembedding(folder: Path) -> None:
         (
             "Mistral",
             {"context": 9},
-            "sliding attention of 5 tokens in all layers and reads without",
+            "sliding-window attention over 5 tokens in all layers and can read any",
         ),
         ("GPT-2", {"slide": True}, "counts positions from the beginning of the text, so its"),
     ],

@@ -1,4 +1,4 @@
-"""Sessions side by side: what is measured at which point, and what happens if one cannot go on."""
+"""Sessions side by side: what is measured at which point, and what happens if one fails."""
 
 from __future__ import annotations
 

@@ -333,12 +333,12 @@ WRONG_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"tokens": ids(2, 2), "label_weights": [[1, np.nan], [1, 1]]},
         TokenError,
-        "label_weights must be finite and 0 or more",
+        "label_weights contains nan; expected finite numbers of 0 or more",
     ),
     (
         {"tokens": ids(2, 2), "label_weights": [[1, -1], [1, 1]]},
         TokenError,
-        "label_weights must be finite and 0 or more",
+        "label_weights contains -1; expected finite numbers of 0 or more",
     ),
     ({"tokens": ids(2, 3), "lengths": [1, 4]}, TokenError, "lengths are [1, 4]; expected 0 to 3"),
     ({"tokens": ids(2, 3), "lengths": [1]}, ShapeError, "expected 2 whole numbers"),

@@ -139,7 +139,7 @@ def _run(run: Data) -> str:
     parts = []
     if failure:
         parts.append(
-            f"<p>{_text(failure['runtime'])} could not go on at call {_text(failure['step'])} (up "
+            f"<p>{_text(failure['runtime'])} failed at call {_text(failure['step'])} (up "
             f"to token {_text(failure['depth'])}): {_text(failure['message'])}</p>"
         )
     if not run["tensors"] or not run["depths"]:

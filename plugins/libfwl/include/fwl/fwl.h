@@ -1,6 +1,7 @@
 /**
  * @file
- * libfwl runs the bundles of fwl-export in any program: token ids in, logits out, state kept.
+ * libfwl runs the bundles of fwl-export in any program: it takes token ids, returns logits and
+ * keeps the state.
  *
  *     fwl_model *model;
  *     fwl_session *session;

@@ -342,11 +342,7 @@ def inside(folder: Path, name: str) -> Path:
 def describe_file(path: Path) -> dict[str, Any]:
     """Return a file's entry for the manifest: "sha256", and size in "bytes"."""
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
-        if digest is None:  # Python 3.10
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        digest = hashlib.file_digest(stream, "sha256")
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 

@@ -46,9 +46,9 @@ def bench_op_command(
 ) -> None:
     """Compare implementations of the fast-weight update.
 
-    Runs in turns our kernel, the LinearAttention operators of ONNX Runtime and of the ONNX
-    standard, the op's function body, PyTorch and NumPy; and what limits this machine, memory
-    bandwidth in decode and a matrix product in prefill. Lists are separated by commas; every
+    Measures in turns our kernel, the LinearAttention operators of ONNX Runtime and of the ONNX
+    standard, the op's function body, PyTorch and NumPy; and the limits of this machine: memory
+    bandwidth for decode, a matrix product for prefill. Lists are separated by commas; every
     combination of their values is measured. The last line printed is JSON.
 
     Example:

@@ -41,7 +41,7 @@ def check(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Runtime that counts as right.",
+            help="Runtime to compare the candidates with.",
             show_default="torch:float64",
             autocompletion=list_completion(CANDIDATES),
         ),
@@ -95,8 +95,7 @@ def check(
     tolerances: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file with other factors or limits, keyed by the beginning of the tensors' "
-            "names.",
+            help="JSON file with other factors or limits, keyed by prefixes of tensor names.",
             rich_help_panel=_JUDGING,
         ),
     ] = None,
@@ -119,7 +118,7 @@ def check(
         Path | None,
         typer.Option(
             help="HTML page to write.",
-            show_default="beside the report, with suffix .html",
+            show_default="next to the report, with suffix .html",
             rich_help_panel=OUTPUT,
         ),
     ] = None,

@@ -21,7 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 class ZeroWeights(TorchFunctionMode):
     """Context in which new modules get zeros instead of random weights.
 
-    Use it for weights that are loaded right afterwards: to draw random numbers takes several times
+    Use it for weights that are loaded right afterwards: drawing random numbers takes several times
     as long as to read weights from a file.
     """
 

@@ -59,7 +59,7 @@ def test_what_a_manifest_says_is_escaped_in_a_notebook(own_bundle: Path) -> None
     assert "<img" not in page
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle(tmp_path: Path) -> None:
     refused(tmp_path, "is not a bundle: it has no manifest.json; `fwl-export export` writes one")
 
 

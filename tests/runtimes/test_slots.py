@@ -76,7 +76,7 @@ def test_types_of_ids_may_differ_between_slots(tiny_bundle: Path) -> None:
     assert np.array_equal(found[a], found[b])
 
 
-def test_of_two_threads_one_frees_a_slot(tiny_bundle: Path) -> None:
+def test_only_one_of_two_threads_frees_a_slot(tiny_bundle: Path) -> None:
     slots = Slots(open_session(tiny_bundle, batch=2))
 
     def remove(slot: int) -> bool:

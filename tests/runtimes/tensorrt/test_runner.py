@@ -365,14 +365,14 @@ def edit_metadata(bundle: Path, metadata: EngineMetadata, **changes: Any) -> Non
         ({"outputs": []}, "does not fit its metadata or this version of fwl-export: 'logits' diff"),
     ],
 )
-def test_metadata_that_are_wrong(
+def test_wrong_metadata(
     machine: Machine, own_bundle: Path, changes: dict[str, Any], said: str
 ) -> None:
     edit_metadata(own_bundle, machine.build(own_bundle), **changes)
     assert said in refusal(own_bundle)
 
 
-def test_an_engine_that_is_changed_or_no_engine(machine: Machine, own_bundle: Path) -> None:
+def test_a_file_that_is_changed_or_is_not_an_engine(machine: Machine, own_bundle: Path) -> None:
     from fwl_export.bundle.manifest import describe_file, read_bundle
 
     metadata = machine.build(own_bundle)

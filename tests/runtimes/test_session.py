@@ -77,7 +77,9 @@ def test_the_learning_rate_scale_belongs_to_rows(tiny_bundle: Path, runtime: str
     assert session.learning_rate_scale.tolist() == [1, 0, 3], "a reset does not change it"
     session.learning_rate_scale = 0.5
     assert session.learning_rate_scale.tolist() == [0.5] * 3
-    with pytest.raises(ShapeError, match=re.escape("shape [2]; expected one number, or 3, one")):
+    with pytest.raises(
+        ShapeError, match=re.escape("shape [2]; expected one number, or one for each of the 3")
+    ):
         session.learning_rate_scale = [1, 2]
     for wrong in (-1, np.nan, np.inf):
         with pytest.raises(ConfigError, match="expected finite numbers of 0 or more"):

@@ -13,8 +13,8 @@
  *       fprintf(stderr, "%s\n", error.message);
  *     }
  *
- * A session holds `rows` independent texts, one per row. A call either succeeds and moves its rows
- * on, or returns an error and leaves every row and every output argument as it was.
+ * A session holds `rows` independent texts, one per row. A call either succeeds and advances its
+ * rows, or returns an error and leaves every row and every output argument as it was.
  *
  * Conventions: arrays are contiguous, in row-major order, and stay the caller's; the library copies
  * what it needs before a call returns. V is the size of the vocabulary. Functions that can fail

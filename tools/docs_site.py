@@ -304,7 +304,7 @@ def _declarations(text: str) -> Iterator[tuple[str, str]]:
     for match in pattern.finditer(text):
         if (
             not match["comment"] and text[end : match.start()] == "\n"
-        ):  # what is said above is of both
+        ):  # the comment above belongs to both
             code += f"\n{match['code']}"
         else:
             yield comment, code

@@ -1,6 +1,6 @@
 """A state file that is a named pipe into which nobody writes.
 
-The attacker wants a server to wait forever. Anything but an ordinary file must be refused.
+The attacker wants a server to wait forever. Anything but a regular file must be refused.
 
 Open. To do: "FIFO and device files" must be refused.
 """

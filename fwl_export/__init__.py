@@ -9,7 +9,7 @@ text with it:
 
     session = open_session("demo-bundle")  # from `fwl-export export demo -o demo-bundle`
     logits = session.feed([5, 7, 11])  # reads three tokens, learns from them, predicts the next
-    session.save_state("after.state")  # what it has learned; load_state() takes it up again
+    session.save_state("after.state")  # what it has learned; load_state() restores it
 
 Where each thing is:
 
@@ -120,7 +120,7 @@ __all__ = list(_PUBLIC)
 
 
 deprecations.install()
-# The package prints nothing of its own; whoever wants its records adds a handler.
+# The package prints nothing of its own; an application that wants its log records adds a handler.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
@@ -147,7 +147,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the module's names, but for those that cannot be imported without PyTorch."""
+    """Return the module's names, except those that cannot be imported without PyTorch."""
     from importlib.util import find_spec
 
     names = set(globals()) | set(_PUBLIC)

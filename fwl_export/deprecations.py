@@ -104,7 +104,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P,
                 new = names[old]
                 if new in kwargs:
                     raise TypeError(
-                        f"{function.__name__}: '{old}' is the old name of '{new}'; pass one"
+                        f"{function.__name__}: '{old}' is the old name of '{new}'; pass only one"
                     )
                 warnings.warn(
                     f"{function.__name__}: argument '{old}' is now '{new}'; the old name stops "

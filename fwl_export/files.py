@@ -94,7 +94,9 @@ def replaced_file(target: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_file():
-        raise FileExistsError(errno.EEXIST, "not an ordinary file, and left as it is", str(target))
+        raise FileExistsError(
+            errno.EEXIST, "not a regular file, so it was not replaced", str(target)
+        )
     target, folder = _names(target)
     try:
         folder.mkdir()
@@ -140,5 +142,6 @@ def check_output(
     resolved, precious = folder.resolve(), (Path.cwd().resolve(), Path.home().resolve())
     if not ours and any(path.is_relative_to(resolved) for path in precious):
         raise OutputExistsError(
-            f"output '{folder}' holds the current or your home folder; --force will not replace it"
+            f"output '{folder}' is or contains the current folder or your home folder; --force "
+            "does not replace it"
         )

@@ -11,7 +11,7 @@ from typing import Any
 from fwl_export.errors import FwlError
 
 
-def read_json(path: Path, error: type[FwlError], hint: str = "was it cut off?") -> Any:
+def read_json(path: Path, error: type[FwlError], hint: str = "was it truncated?") -> Any:
     """Return the data of a JSON file.
 
     Args:

@@ -1,4 +1,4 @@
-"""Facts about this machine, for reports."""
+"""Describes this machine, for reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return facts about the machine that measurements depend on, as data for JSON.
+    """Return the properties of the machine that measurements depend on, as data for JSON.
 
     Keys are "processor", "cores", "load" (one-minute average), "system", and the versions of
     "onnxruntime" and "torch", which are None if not installed.

@@ -307,7 +307,7 @@ def _dtype(tensor: Any) -> np.dtype[Any]:
 
 
 def _profile(scope: Range, inputs: list[TensorMetadata]) -> ProfileMetadata:
-    """Return the profile that the parser makes of a range: its sizes on the inputs' free axes."""
+    """Return the profile that the parser makes of a range: sizes of the inputs' dynamic axes."""
     shapes: dict[str, dict[str, list[int]]] = {tensor.name: {} for tensor in inputs}
     for bound, batch, tokens in zip(("min", "opt", "max"), scope.batch, scope.tokens, strict=True):
         for tensor in inputs:

@@ -216,7 +216,7 @@ def _imports(path: Path, names: set[str], top: str) -> Iterator[str]:
 
 
 def _circles(graph: dict[str, set[str]], top: str) -> list[str]:
-    """Return one line per circle that a walk in depth runs into."""
+    """Return one line per circle that a depth-first walk finds."""
     lines: list[str] = []
     done: set[str] = set()
 

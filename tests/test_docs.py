@@ -1,5 +1,5 @@
 """The documents: their code runs, what they tell a reader to type exists, their site builds, and
-they name nobody's machine.
+they name no private machine.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def shell_commands(text: str) -> Iterator[list[str]]:
 
 
 def wrong_command(words: list[str]) -> str:
-    """Return what is wrong with a command of ours, or "": others are not judged."""
+    """Return the fault of a command of this project, or "". Other commands are not checked."""
     program, *arguments = words
     plain = [word for word in arguments if not word.startswith("-") and "=" not in word]
     if program == "make":
@@ -217,7 +217,7 @@ def wrong_command(words: list[str]) -> str:
 
 
 def wrong_names(code: str) -> list[str]:
-    """Return names of ours that a piece of Python uses and the package does not have."""
+    """Return the names that Python code imports from this package and that it does not have."""
     used = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fwl_export"):

@@ -82,7 +82,7 @@ def test_links_stay_and_only_regular_files_are_replaced(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     for other in (pipe, tmp_path):
         with (
-            pytest.raises(FileExistsError, match="not an ordinary file, and left as it is"),
+            pytest.raises(FileExistsError, match="not a regular file, so it was not replaced"),
             replaced_file(other),
         ):
             pass

@@ -14,7 +14,7 @@ from fwl_export.json_files import check_schema, read_json, without_non_finite
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}"])
 def test_a_file_that_is_not_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"a\.json is not JSON \(.+\); was it cut off\?"):
+    with pytest.raises(BundleError, match=r"a\.json is not JSON \(.+\); was it truncated\?"):
         read_json(tmp_path / "a.json", BundleError)
 
 

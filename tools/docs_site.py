@@ -1,8 +1,8 @@
-"""Pages of the documentation site that are made from the code: a hook of MkDocs, see mkdocs.yml.
+"""Documentation pages that are generated from the code: a hook of MkDocs, see mkdocs.yml.
 
 `on_files` adds the command-line reference (from the Typer app), the Python reference (from
 `fwl_export.__all__`), the C and C++ references (from libfwl's headers), and Markdown files that
-live beside the code, such as CHANGELOG.md. They are made anew on every build.
+live next to the code, such as CHANGELOG.md. They are generated again on every build.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def _declarations(text: str) -> Iterator[tuple[str, str]]:
     for match in pattern.finditer(text):
         if (
             not match["comment"] and text[end : match.start()] == "\n"
-        ):  # what is said above is of both
+        ):  # the comment above belongs to both
             code += f"\n{match['code']}"
         else:
             yield comment, code

@@ -20,7 +20,7 @@ END_TOKENS = 10_000
 # Share of the plot's height that a label of three lines needs.
 LABEL_HEIGHT = 0.16
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, which color-blind readers can tell apart.
 COLORS = {"a": "#555555", "c": "#0072B2", "c0": "#CC79A7", "c'": "#D55E00", "d": "#009E73"}
 
 

@@ -92,8 +92,8 @@ def usable_variants(sm: int) -> list[str]:
 
 def build(bundle: Bundle, variant: str, sm: int) -> Outcome:
     """Build the bundle's engine for a compute capability."""
-    (built,) = build_engines(bundle, variant, [sm], progress=say)
-    return True, f"{built.name}: {built.update_path}, {built.build_seconds} s", built.to_dict()
+    (engine,) = build_engines(bundle, variant, [sm], progress=say)
+    return True, f"{engine.name}: {engine.update_path}, {engine.build_seconds} s", engine.to_dict()
 
 
 def parity(bundle: Bundle, variant: str) -> Outcome:

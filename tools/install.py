@@ -238,7 +238,7 @@ def explain(log: Path) -> None:
         "  No network, or a mirror:  make install PIP_ARGS='--index-url URL'\n"
         "  No room on the disk:      make install EXTRAS=export,cpu (leaves out RTX and tests)\n"
         "  torch without CUDA:       make install PIP_ARGS='--extra-index-url URL of its builds'\n"
-        "  To begin anew:            remove the folder of the environment, then make install",
+        "  To start over:            remove the folder of the environment, then make install",
         file=sys.stderr,
     )
 

@@ -83,7 +83,7 @@ def described(model: FWLModel) -> tuple[str, str]:
         return " and ".join(kinds), "without end"
     slides = _attempt("", lambda: bool(FWLModel.from_pretrained(_copy(model), slide=True)))
     return " and ".join(kinds), (
-        "context, or on with `--slide`" if slides == "yes" else "to its last position"
+        "the context, or any length with `--slide`" if slides == "yes" else "to its last position"
     )
 
 

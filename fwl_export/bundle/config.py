@@ -55,7 +55,7 @@ class BackboneConfig:
         _positive(self, "width", "layers", "heads", "window", "mlp_ratio", "rotary_base")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ConfigError(
-                f"backbone.width {self.width} over {self.heads} heads is "
+                f"backbone.width {self.width} divided by {self.heads} heads is "
                 f"{self.width / self.heads:g}; expected an even whole number"
             )
 

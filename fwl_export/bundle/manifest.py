@@ -189,14 +189,16 @@ class Bundle:
             raise BundleError(f"bundle '{self.folder}' has no '{name}' in its manifest")
         if not path.is_file():
             raise BundleError(
-                f"bundle '{self.folder}' lacks the file '{name}'; copy it again or export again"
+                f"bundle '{self.folder}' lacks the file '{name}'; copy the bundle again, or export "
+                "the model again"
             )
         found = describe_file(path)
         if found != entry:
             raise BundleError(
                 f"'{name}' in bundle '{self.folder}' has sha256 {found['sha256'][:12]}… and "
                 f"{found['bytes']} bytes, but the manifest says {entry['sha256'][:12]}… and "
-                f"{entry['bytes']} bytes; it was changed or cut off: copy it again or export again"
+                f"{entry['bytes']} bytes; it was changed or truncated: copy the bundle again, or "
+                "export the model again"
             )
         return path
 
@@ -340,11 +342,7 @@ def inside(folder: Path, name: str) -> Path:
 def describe_file(path: Path) -> dict[str, Any]:
     """Return a file's entry for the manifest: "sha256", and size in "bytes"."""
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
-        if digest is None:  # Python 3.10
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        digest = hashlib.file_digest(stream, "sha256")
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 

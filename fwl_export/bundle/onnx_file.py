@@ -1,4 +1,4 @@
-"""Reads a few facts from ONNX files without the package onnx, which running a model does not need.
+"""Reads a few properties of ONNX files without the package onnx, which sessions do not need.
 
 An ONNX file is a protobuf message; this module decodes only the fields that it wants.
 """
@@ -51,7 +51,9 @@ def external_data_locations(path: Path) -> set[str]:
             if _text(entry, _ENTRY_KEY) == "location"
         }
     except (IndexError, ValueError) as error:
-        raise BundleError(f"'{path}' is not an ONNX file ({error}); export again") from None
+        raise BundleError(
+            f"'{path}' is not an ONNX file ({error}); export the model again"
+        ) from None
 
 
 def count_ops(path: Path) -> dict[str, int]:
@@ -72,7 +74,9 @@ def count_ops(path: Path) -> dict[str, int]:
                 domain, name = _text(node, _NODE_DOMAIN), _text(node, _NODE_OP_TYPE)
                 counts[f"{domain}::{name}" if domain else name] += 1
     except (IndexError, ValueError) as error:
-        raise BundleError(f"'{path}' is not an ONNX file ({error}); export again") from None
+        raise BundleError(
+            f"'{path}' is not an ONNX file ({error}); export the model again"
+        ) from None
     ranked = sorted(counts.items(), key=lambda item: ("::" not in item[0], -item[1], item[0]))
     return dict(ranked)
 
@@ -97,7 +101,9 @@ def op_inputs(path: Path, domain: str, name: str) -> list[list[str]]:
             if (_text(node, _NODE_DOMAIN), _text(node, _NODE_OP_TYPE)) == (domain, name)
         ]
     except (IndexError, ValueError) as error:
-        raise BundleError(f"'{path}' is not an ONNX file ({error}); export again") from None
+        raise BundleError(
+            f"'{path}' is not an ONNX file ({error}); export the model again"
+        ) from None
 
 
 def _text(message: bytes, field: int) -> str:

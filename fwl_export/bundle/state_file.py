@@ -37,7 +37,7 @@ _LOWRANK_TOLERANCE = 2.0**-20
 
 @dataclass(frozen=True)
 class SavedState:
-    """Facts about a state file that was written.
+    """What `save_state` reports about the file that it wrote.
 
     Attributes:
       file_bytes: Size of the file.
@@ -119,27 +119,36 @@ def load_state(path: Path, specs: Sequence[TensorSpec], model_id: str) -> State:
     content = Path(path).read_bytes()
     tensors, metadata = _parsed(content, path)
     if metadata.get("format") != FORMAT:
-        raise StateError(f"'{path}' is a safetensors file, but not one of a session's state")
+        raise StateError(
+            f"'{path}' is a safetensors file, but not a state file; expected a file that "
+            "`fwl-export read` or a session's save_state wrote"
+        )
     if metadata.get("version") != str(VERSION):
         raise StateError(
-            f"'{path}' has version {metadata.get('version')} of the format, but this fwl-export "
-            f"reads {VERSION}; update fwl-export, or save the state again"
+            f"'{path}' is a state file of version {metadata.get('version')}, but this fwl-export "
+            f"reads version {VERSION}; update fwl-export, or save the state again"
         )
     if metadata.get("model_id") != model_id:
         raise StateError(
-            f"'{path}' was saved from another model (its id is "
-            f"{str(metadata.get('model_id'))[:12]}…, this bundle's {model_id[:12]}…); a state goes "
-            "on only in the model that wrote it, at the same precision"
+            f"'{path}' was saved from another model (its model_id is "
+            f"{str(metadata.get('model_id'))[:12]}…, this bundle's is {model_id[:12]}…); only the "
+            "model that wrote a state can load it, at the same precision"
         )
     try:
         rows = int(metadata["rows"])
         state = {spec.name: _restored(spec, tensors, rows) for spec in specs}
     except (KeyError, ValueError) as error:
-        raise StateError(f"'{path}' lacks a part or holds a malformed one ({error})") from None
+        raise StateError(
+            f"'{path}' lacks a tensor or an entry of its metadata, or has a malformed one "
+            f"({error}); save it again"
+        ) from None
     states.check(specs, state, rows)
     states.check_finite(state)
     if rows < 1 or (state["position"] < 0).any():
-        raise StateError(f"'{path}' holds {rows} rows at positions {state['position'].tolist()}")
+        raise StateError(
+            f"'{path}' has {rows} rows at positions {state['position'].tolist()}; expected one "
+            "row or more, at positions of 0 or more. Save it again"
+        )
     return state
 
 
@@ -153,7 +162,7 @@ def _parsed(content: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str
         header = json.loads(content[8 : 8 + size])
     except (SafetensorError, KeyError, ValueError) as error:
         raise StateError(
-            f"'{path}' is not a state file, or was cut off or changed ({error}); save it again"
+            f"'{path}' is not a state file, or was truncated or changed ({error}); save it again"
         ) from None
     return tensors, header.get("__metadata__", {})
 

@@ -30,7 +30,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None, padded: bool = Fal
     if vocab_size is not None and (found > vocab_size or (found < vocab_size and not padded)):
         raise CheckpointError(
             f"{path} has {found} entries, but the model's vocab_size is {vocab_size}; "
-            "is the tokenizer of another model?"
+            "is it the tokenizer of another model?"
         )
     return tokenizer
 

@@ -46,9 +46,9 @@ def bench_op_command(
 ) -> None:
     """Compare implementations of the fast-weight update.
 
-    Runs in turns our kernel, the LinearAttention operators of ONNX Runtime and of the ONNX
-    standard, the op's function body, PyTorch and NumPy; and what limits this machine, memory
-    bandwidth in decode and a matrix product in prefill. Lists are separated by commas; every
+    Measures in turns our kernel, the LinearAttention operators of ONNX Runtime and of the ONNX
+    standard, the op's function body, PyTorch and NumPy; and the limits of this machine: memory
+    bandwidth for decode, a matrix product for prefill. Lists are separated by commas; every
     combination of their values is measured. The last line printed is JSON.
 
     Example:
@@ -187,7 +187,7 @@ def _numbers(option: str, text: str) -> list[int]:
 def _sizes(text: str) -> list[tuple[int, int]]:
     pairs = [part.split("x") for part in text.split(",")]
     if not all(len(p) == 2 and all(n.strip().isdecimal() and int(n) > 0 for n in p) for p in pairs):
-        raise typer.BadParameter(f"--sizes is '{text}'; expected for example 768x3072,1024x4096")
+        raise typer.BadParameter(f"--sizes is '{text}'; expected sizes such as 768x3072,1024x4096")
     return [(int(key_size), int(value_size)) for key_size, value_size in pairs]
 
 

@@ -119,7 +119,7 @@ def _candidate(name: str, plugin: Path | None) -> Candidate:
     if plugin is None:
         return chosen
     if chosen.runtime != "onnxruntime" or "plugin" in chosen.arguments:
-        raise ConfigError(f"--plugin is for candidate onnxruntime; received candidate '{name}'")
+        raise ConfigError(f"--plugin works only with candidate onnxruntime, not '{name}'")
     return replace(chosen, arguments={**chosen.arguments, "plugin": plugin})
 
 
@@ -130,7 +130,7 @@ def _check_folder(reproducer: Path) -> None:
     is_filled = reproducer.exists() and any(reproducer.iterdir())
     if is_filled and not (reproducer / "repro.onnx").is_file():
         raise ConfigError(
-            f"'{reproducer}' holds files, but not those of a reproducer; name another folder with "
+            f"'{reproducer}' contains files that are not a reproducer; choose another folder with "
             "--reproducer"
         )
 

@@ -41,7 +41,7 @@ def check(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Runtime that counts as right.",
+            help="Runtime to compare the candidates with.",
             show_default="torch:float64",
             autocompletion=list_completion(CANDIDATES),
         ),
@@ -95,8 +95,7 @@ def check(
     tolerances: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file with other factors or limits, keyed by the beginning of the tensors' "
-            "names.",
+            help="JSON file with other factors or limits, keyed by prefixes of tensor names.",
             rich_help_panel=_JUDGING,
         ),
     ] = None,
@@ -119,7 +118,7 @@ def check(
         Path | None,
         typer.Option(
             help="HTML page to write.",
-            show_default="beside the report, with suffix .html",
+            show_default="next to the report, with suffix .html",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -219,8 +218,9 @@ def _replayed(
     data = read_report(replay)
     if data["bundle"]["model_id"] != bundle.manifest.model_id:
         raise ReportError(
-            f"report '{replay}' is of the model {data['bundle']['model_id'][:12]}…, but the "
-            f"bundle's is {bundle.manifest.model_id[:12]}…; give the bundle it was made of"
+            f"report '{replay}' was made with the model {data['bundle']['model_id'][:12]}…, but "
+            f"this bundle has the model {bundle.manifest.model_id[:12]}…; give the bundle that the "
+            "report was made with"
         )
     keys = ("reference", "candidates", "cases", "tokens", "seed")
     settings = {key: data["settings"][key] for key in keys}
@@ -303,7 +303,7 @@ def _read_tolerances(path: Path | None) -> Any:
     except ValueError as error:
         raise ConfigError(
             f"--tolerances '{path}' is not JSON ({error}); expected an object whose keys are the "
-            "beginnings of tensors' names"
+            "prefixes of tensor names"
         ) from None
 
 

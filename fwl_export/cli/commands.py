@@ -42,7 +42,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "log_file": (LogFileOption, None),
 }
 
-# What stands behind an option in its help, by the names that releases of Typer give to types.
+# Placeholders for the values of options in help pages, by the names that releases of Typer use.
 _VALUES = (
     (r"<int( range)?>|INTEGER( RANGE)?", "N"),
     (r"<float( range)?>|FLOAT( RANGE)?", "X"),

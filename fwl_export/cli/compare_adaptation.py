@@ -1,4 +1,4 @@
-"""`fwl-export compare-adaptation`: what adapting gains and costs, beside dynamic evaluation."""
+"""`fwl-export compare-adaptation`: what adapting gains and costs, and dynamic evaluation too."""
 
 from __future__ import annotations
 

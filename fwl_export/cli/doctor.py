@@ -46,7 +46,7 @@ _RUN = {
 
 _VARIANT_COSTS = {
     "rtx": "for engines that are built without a GPU",
-    "tensorrt": "for engines for data-centre GPUs such as SM90",
+    "tensorrt": "for engines for data-center GPUs such as SM90",
 }
 
 

@@ -81,7 +81,7 @@ def main() -> None:
             if name not in _EXPORT_PACKAGES:
                 raise
             extra = "pip install 'fwl-export[export]'"
-            _fail(logger, f"this needs '{name}', which is not installed; {extra}")
+            _fail(logger, f"this command needs '{name}', which is not installed; {extra}")
         except OSError as error:
             if error.filename is None and error.errno is None:
                 raise

@@ -37,7 +37,7 @@ def score(
     no_plugin: NoPluginOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure a text's perplexity, adapting and not.
+    """Measure a text's perplexity with and without adaptation.
 
     Reads the text twice: once while the fast weights learn from it, once while they stay as they
     are.

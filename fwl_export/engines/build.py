@@ -284,7 +284,7 @@ def _update_path(plugin_layers: int, updates: int) -> str:
     if plugin_layers not in (0, updates):
         raise EngineError(
             f"{plugin_layers} of {updates} fast-weight updates became plugin layers; expected "
-            "all or none. Were the plugin library and the bundle made by one version of "
+            "all or none. Were the plugin library and the bundle made by the same version of "
             "fwl-export?"
         )
     return PLUGIN if plugin_layers else FUNCTION_BODY

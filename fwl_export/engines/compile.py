@@ -152,7 +152,7 @@ def _tensor(tensor: Any) -> TensorMetadata:
 
 
 def _profile(span: Range, inputs: Sequence[TensorMetadata]) -> ProfileMetadata:
-    """Replace the free axes of the inputs by the sizes of a range."""
+    """Replace the dynamic axes of the inputs by the sizes of a range."""
     shapes = {}
     for tensor in inputs:
         sizes = {}

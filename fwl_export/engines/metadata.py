@@ -28,7 +28,7 @@ class TensorMetadata:
 
     Attributes:
       name: The tensor's name in the ONNX file.
-      shape: The sizes of its axes; -1 where the size is free.
+      shape: The sizes of its axes; -1 where the size is dynamic.
       dtype: numpy's name of its type, e.g. "float32".
     """
 

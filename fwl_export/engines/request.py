@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Range:
-    """Sizes of the free axes in one optimization profile, each as (min, opt, max).
+    """Sizes of the dynamic axes in one optimization profile, each as (min, opt, max).
 
     Attributes:
       name: The profile's name, "decode" or "prefill".

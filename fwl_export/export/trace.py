@@ -124,12 +124,12 @@ def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
         )
     inputs = {i.name: _shape_and_type(i) for i in proto.graph.input}
     outputs = {o.name: _shape_and_type(o) for o in proto.graph.output}
-    # The exporter may silently turn a free axis into a constant; such a model would reject calls of
-    # other sizes.
+    # The exporter may silently turn a dynamic axis into a constant; such a model would reject calls
+    # of other sizes.
     if inputs.get("input_ids") != "int64 [batch, tokens]":
         raise ExportError(
             f"{path.name} takes 'input_ids' as {inputs.get('input_ids')}; expected int64 [batch, "
-            "tokens] with both sizes free"
+            "tokens] with both axes dynamic"
         )
     for spec in specs:
         past, present = inputs.get(PAST + spec.name), outputs.get(PRESENT + spec.name)

@@ -53,8 +53,8 @@ def store_int8(model: onnx.ModelProto, weights: Mapping[str, Int8Weight]) -> Non
     for name, weight in weights.items():
         if weight.values.tobytes() not in found:
             raise ExportError(
-                f"weight '{name}' cannot be stored in int8: the traced graph has no matrix of its "
-                "values"
+                f"weight '{name}' cannot be stored in int8: the traced graph has no matrix with "
+                "its values"
             )
     nodes += model.graph.node
     del model.graph.initializer[:], model.graph.node[:]

@@ -1,4 +1,4 @@
-"""Read the tensors of a safetensors file, and say in one sentence what is wrong with it."""
+"""Read the tensors of a safetensors file; an error names the tensor and the fault."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 class ZeroWeights(TorchFunctionMode):
     """Context in which new modules get zeros instead of random weights.
 
-    Use it for weights that are loaded right afterwards: to draw random numbers takes several times
+    Use it for weights that are loaded right afterwards: drawing random numbers takes several times
     as long as to read weights from a file.
     """
 

@@ -130,7 +130,7 @@ def train(
     if len(tokens) <= config.sequence_length:
         raise TrainingError(
             f"the texts have {len(tokens)} tokens; expected more than training.sequence_length, "
-            f"{config.sequence_length}: give more text, or lower it"
+            f"{config.sequence_length}: give more text, or lower training.sequence_length"
         )
     device = model.fast_weights.unembed.device
     _prepare(model, config)

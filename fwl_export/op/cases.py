@@ -19,7 +19,7 @@ class Case:
         middle token, else 1) or "tiny" (1e-30 for the first half, then 0.9).
       fresh: Whether the past state is zero; "rows" means in every other row.
       silent: Share of tokens that write nothing (value 0, decay 1), like tokens with weight 0.
-      seed: Seed of the random numbers, beside the name.
+      seed: Seed of the random numbers, used together with the name.
     """
 
     name: str

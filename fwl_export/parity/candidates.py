@@ -95,7 +95,7 @@ def parse_candidate(text: str) -> Candidate:
     if found is None or name not in RUNTIMES:
         raise ConfigError(
             f"'{text}' is not a runtime; expected {', '.join(RUNTIMES)}, then options after colons "
-            "and, to stop it early, a number of tokens, say onnx-reference@200"
+            "and, to stop it early, a number of tokens, for example onnx-reference@200"
         )
     known = RUNTIMES[name].candidate_options
     arguments: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def parse_candidate(text: str) -> Candidate:
             choices = ", ".join(known) or "none"
             raise ConfigError(f"'{text}': {name} has no option '{option}'; it has: {choices}")
         if arguments.keys() & added.keys():
-            raise ConfigError(f"'{text}': two of its options set the same thing; give one of them")
+            raise ConfigError(f"'{text}': two of its options set the same thing; give only one")
         arguments |= added
     tokens = int(found[2]) if found[2] else None
     if tokens == 0:
@@ -126,7 +126,9 @@ def parse_candidates(text: str | Sequence[str]) -> list[Candidate]:
     names = text.split(",") if isinstance(text, str) else list(text)
     candidates = [parse_candidate(name) for name in names if name.strip()]
     if not candidates:
-        raise ConfigError("no candidate was named; expected, say, onnxruntime,torch:float32")
+        raise ConfigError(
+            "no candidate was named; expected, for example, onnxruntime,torch:float32"
+        )
     seen: set[str] = set()
     for candidate in candidates:
         if candidate.name in seen:

@@ -72,7 +72,7 @@ CASES = (
     Case(TEXT, "real text in uneven calls: ragged rows, label weights of 0, a reset", ROWS, 2000),
     Case(
         MIXED,
-        "rows that are reset often beside one that never is; step sizes that change by row",
+        "rows that are reset often next to one that never is; step sizes that change by row",
         4,
         96,
     ),

@@ -202,7 +202,7 @@ def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _OpenedCandidat
     try:
         session = candidate.open(bundle, 1, threads)
         return _OpenedCandidate(*known, candidate.describe(), candidate.tokens, session)
-    except Exception as error:  # runtimes raise exceptions of any type; the others go on
+    except Exception as error:  # runtimes raise exceptions of any type; the others continue
         reason = str(error) or type(error).__name__
         return _OpenedCandidate(*known, tokens=candidate.tokens, reason=reason)
 

@@ -18,7 +18,7 @@ ULP_BINS = 26
 _EXPONENT_BIAS = 1023
 _BLOCK = 1 << 13  # elements compared at a time: few enough to stay in the cache
 _PREDICTIONS = 1 << 18  # logits compared at a time as float64 distributions
-_LIKELY = 5  # number of likeliest tokens whose overlap is measured
+_LIKELY = 5  # number of most likely tokens whose overlap is measured
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class Prediction:
       tokens: Number of predictions that were compared.
       kl: Mean KL(reference || candidate) per prediction, in nats.
       kl_max: Largest KL(reference || candidate) of a prediction, in nats.
-      top1: Share of predictions in which both have the same likeliest token.
-      top5: Mean share of the reference's five likeliest tokens that are among the candidate's five.
+      top1: Share of predictions in which both have the same most likely token.
+      top5: Mean share of the reference's five most likely tokens that are among the
+        candidate's five.
       loss: Mean negative log probability of the next token in the candidate, in nats.
       reference_loss: Mean negative log probability of the next token in the reference, in nats.
     """
@@ -256,7 +257,7 @@ def _exponent_bits(values: Array) -> Array:
 
 
 def _shared_likely(found: Array, expected: Array) -> float:
-    """Return, summed over predictions, the share of likeliest tokens that both have."""
+    """Return, summed over predictions, the share of most likely tokens that both have."""
     count = min(_LIKELY, found.shape[-1])
     best, right = (
         np.argpartition(values, -count, axis=-1)[:, -count:] for values in (found, expected)

@@ -30,7 +30,7 @@ FREE_RUNNING, TEACHER_FORCED = "free", "forced"
 MODES = (FREE_RUNNING, TEACHER_FORCED)
 MODE_NAMES = {FREE_RUNNING: "free-running", TEACHER_FORCED: "teacher-forced"}
 
-# Every call writes these tensors anew, so an error may be gone after the next call: they are
+# Every call overwrites these tensors, so an error may be gone after the next call: they are
 # compared after each. Caches and fast weights persist; they are compared at the comparison points.
 _COMPARED_EVERY_CALL = ("position", "pending.")
 
@@ -44,7 +44,7 @@ class RunKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a session could not go on.
+    """Why a session failed.
 
     Attributes:
       runtime: Name of the session.
@@ -117,7 +117,7 @@ def measure_drift(
     """Feed every session the same calls and compare its logits and states with the reference's.
 
     A session that raises, or whose output has the wrong shape or is not finite, drops out with a
-    `Failure`; the others go on.
+    `Failure`; the others continue.
 
     Args:
       reference: Name and session of the reference, whose results count as correct.
@@ -259,7 +259,7 @@ class _CandidateRun:
             )
         try:
             self.session.write_rows(range(self.session.batch), state)
-        except Exception as error:  # runtimes raise exceptions of any type; the others go on
+        except Exception as error:  # runtimes raise exceptions of any type; the others continue
             return Failure(self.key.name, call.step, call.tokens_read, _text(error))
         return _feed(self.key.name, self.session, call)
 
@@ -330,7 +330,7 @@ def _feed(
         output = _Output(logits, session.state if keep else session.peek())
     except NotFiniteError as error:
         return Failure(*at, str(error), "not finite", LOGITS)
-    except Exception as error:  # runtimes raise exceptions of any type; the others go on
+    except Exception as error:  # runtimes raise exceptions of any type; the others continue
         return Failure(*at, _text(error))
     shapes = {LOGITS: (*call.ids.shape, session.vocab_size)}
     shapes |= {spec.name: (session.batch, *spec.shape) for spec in session.specs}

@@ -56,7 +56,7 @@ class Distance:
       perplexity_increase: Relative increase of the perplexity, negative if it decreased.
       state_error: Largest relative RMS error of a state tensor, over all comparison points.
       furthest: Name of that state tensor.
-      failure: Why the model could not go on, or "".
+      failure: Why the model failed, or "".
     """
 
     kl: float
@@ -95,7 +95,7 @@ class Exploration:
     runs: int
 
 
-# Opens sessions of the model under a policy in other runtimes, by name, to measure beside PyTorch.
+# Opens sessions of the model under a policy in other runtimes, by name, to measure them too.
 OpenOthers = Callable[[PrecisionPolicy], Mapping[str, Session]]
 
 
@@ -189,8 +189,8 @@ class Explorer:
                 outside = middle
         if within == len(ranked) and not self._is_within(ranked, tokens):
             raise ConfigError(
-                "even float32 is outside the limits, which are smaller than float32's own "
-                "roundings; give larger limits"
+                "even float32 is outside the limits, which are smaller than float32's own rounding "
+                "errors; give larger limits"
             )
         return list(ranked[:within])
 

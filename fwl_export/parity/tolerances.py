@@ -4,10 +4,10 @@ A runtime in a lower precision cannot agree with float64 exactly, and how far it
 the model and the text. So PyTorch in the same precision, on the same text in the same calls, is the
 yardstick: its distance from float64 is what the precision costs. The budget of a tensor, that is
 its largest allowed error, is a factor times that distance. There is one budget for the largest
-absolute difference and one for the relative root mean square (RMS); both must be kept. When a
-session runs free, the distance is the largest up to the comparison point. When the state is set to
-the reference's before each call, errors cannot grow, and the distance is the largest of the whole
-run, because at a single point of a small tensor it depends on chance.
+absolute difference and one for the relative root mean square (RMS); both must be kept. In
+free-running mode, the distance is the largest up to the comparison point. In teacher-forced mode,
+errors cannot grow, and the distance is the largest of the whole run, because at a single point of a
+small tensor it depends on chance.
 
 PyTorch can also be right by chance, so a budget never falls below a floor, which counts roundings:
 `floor` times the rounding error of a sum of some hundred terms in the precision, plus `per_token`
@@ -172,7 +172,8 @@ def changed_table(changes: Mapping[str, Any], strict: bool = False) -> tuple[Tol
     table = tuple(_half(row) for row in TABLE) if strict else TABLE
     if not isinstance(changes, Mapping):
         raise ConfigError(
-            f"tolerances are a {type(changes).__name__}; expected an object with prefixes as keys"
+            f"tolerances are a {type(changes).__name__}; expected an object whose keys are "
+            "prefixes of tensor names"
         )
     rows = []
     for prefix, change in changes.items():
@@ -180,7 +181,7 @@ def changed_table(changes: Mapping[str, Any], strict: bool = False) -> tuple[Tol
         if base is None:
             known = ", ".join(row.prefix for row in TABLE)
             raise ConfigError(
-                f"tolerances: no tensor begins with '{prefix}'; expected one of {known}"
+                f"tolerances: no tensor name begins with '{prefix}'; expected one of {known}"
             )
         rows.append(_changed(base, prefix, change))
     return tuple(sorted((*rows, *table), key=lambda row: -len(row.prefix)))

@@ -75,7 +75,7 @@ class RunVerdict:
         compared.
       predictions: Distance of the candidate's predictions from the reference's, one per point.
       own_predictions: The same of PyTorch in the candidate's precision.
-      failure: Why it could not go on, or None if it got to the end.
+      failure: Why it failed, or None if it got to the end.
     """
 
     case: str

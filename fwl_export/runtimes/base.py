@@ -106,5 +106,7 @@ def parse_device(device: str) -> tuple[str, int]:
     """
     found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
     if found is None:
-        raise ConfigError(f"device is '{device}'; expected cpu, cuda or, say, cuda:1")
+        raise ConfigError(
+            f"device is '{device}'; expected cpu, cuda, or a numbered GPU such as cuda:1"
+        )
     return found[1], int(found[2] or 0)

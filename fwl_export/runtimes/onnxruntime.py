@@ -62,7 +62,7 @@ def load_model(
       bundle: Bundle whose ONNX file and external data are checked first.
       threads: Threads inside one operator; None lets ONNX Runtime choose.
       plugin: Choice of the plugin library, see `open_session`.
-      device: Device to run on: "cpu", "cuda" or, say, "cuda:1".
+      device: Device to run on: "cpu", "cuda" or, for example, "cuda:1".
 
     Raises:
       BundleError: ONNX Runtime cannot load the model.
@@ -162,7 +162,7 @@ class OnnxRuntimeRunner:
 class BoundCall:
     """A call whose inputs and outputs are bound to memory, and which may run again.
 
-    If the next call has another shape, everything but the state is bound anew.
+    If the next call has another shape, everything but the state is bound again.
     """
 
     def __init__(self, model: OnnxRuntimeModel, call: Call, past: Any, present: Any) -> None:

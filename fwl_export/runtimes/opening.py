@@ -49,7 +49,7 @@ def open_session(
         operators; "none" uses standard operators; "required" fails without the library; a path
         names another library. It runs inside this process: only load one you trust. A TensorRT
         engine was built with the kernel or without; "auto" is always right for it.
-      device: Where to compute: "cpu", "cuda" or, say, "cuda:1" for "onnxruntime"; "cuda" or
+      device: Where to compute: "cpu", "cuda" or, for example, "cuda:1" for "onnxruntime"; "cuda" or
         "cuda:1" for "tensorrt". None means "cuda" for "tensorrt", else "cpu".
       variant: For "tensorrt" only: "rtx" (TensorRT-RTX) or "tensorrt". None takes one that is
         installed and has an engine for this GPU.

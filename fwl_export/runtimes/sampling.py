@@ -30,7 +30,7 @@ class Sampler:
 
         Args:
           temperature: 0 takes the most likely token, the lowest id among equals. 1 samples from
-            the model's own probabilities; less makes likely tokens likelier still.
+            the model's own probabilities; less makes likely tokens even more likely.
           top_k: Sample from the k most likely tokens; 0 means all.
           top_p: Sample from the most likely tokens that hold this share of the probability; more
             than 0, and 1 means all.

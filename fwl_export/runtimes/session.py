@@ -69,7 +69,7 @@ class Session:
       anchor_interval: Tokens between the anchors at which gradients are taken; 0 means none.
       model_id: Identity of the model, as hex; state files load only into the same model.
       specs: Names, shapes and dtypes of the state's tensors, in the model's order.
-      spec: The same facts as one `SessionSpec`.
+      spec: The attributes above, except `batch`, as one `SessionSpec`.
     """
 
     def __init__(self, runner: Runner, spec: SessionSpec, batch: int = 1) -> None:
@@ -177,8 +177,8 @@ class Session:
         for row, (position, count) in enumerate(zip(self._positions, counts, strict=True)):
             if position + count > self.max_positions:
                 raise TokenError(
-                    f"row {row} has read {position} tokens and is to read {count} more, but this "
-                    f"model takes {self.max_positions} at most; reset the row, or read a shorter "
+                    f"row {row} has read {position} tokens and would read {count} more, but this "
+                    f"model reads at most {self.max_positions}; reset the row, or read a shorter "
                     "text"
                 )
 
@@ -317,7 +317,7 @@ class Session:
           TokenError: A token of the prompt is out of range; see `feed`.
         """
         if self.batch != 1:
-            raise ShapeError(f"generate needs a session of one row; this one has {self.batch}")
+            raise ShapeError(f"generate needs a session of one row; this one has {self.batch} rows")
         tokens = np.asarray(prompt)
         return self._generate(tokens, count, sampler or Sampler(), stop_tokens, learn, on_token)
 
@@ -362,7 +362,7 @@ class Session:
         if given.shape not in ((), (self.batch,)):
             raise ShapeError(
                 f"learning_rate_scale has shape {list(given.shape)}; expected one number, or "
-                f"{self.batch}, one for each row"
+                f"one for each of the {self.batch} rows"
             )
         if not (np.isfinite(given) & (given >= 0)).all():
             raise ConfigError(
@@ -506,7 +506,10 @@ class Session:
         chosen = self._checked_rows(range(self.batch) if rows is None else rows)
         found = len(state["position"])
         if found != len(chosen):
-            raise ShapeError(f"'{path}' holds {found} rows, but {len(chosen)} are to be loaded")
+            raise ShapeError(
+                f"'{path}' holds {found} rows, but they would be loaded into {len(chosen)}; name "
+                f"{found} rows of the session with rows="
+            )
         self.write_rows(chosen, state)
 
     def _checked_rows(self, rows: Sequence[int]) -> list[int]:
@@ -518,7 +521,7 @@ class Session:
             if not 0 <= row < self.batch:
                 raise ShapeError(f"row {row} does not exist; expected 0 to {self.batch - 1}")
         if len(set(chosen)) < len(chosen) or not chosen:
-            raise ShapeError(f"rows are {chosen}; expected one or more, each once")
+            raise ShapeError(f"rows are {chosen}; expected one or more rows, each once")
         return chosen
 
     def _checked(
@@ -579,8 +582,12 @@ class Session:
             raise ShapeError(
                 f"label_weights have shape {list(weights.shape)}; expected {list(real.shape)}"
             )
-        if not (np.isfinite(weights) & (weights >= 0))[real].all():
-            raise TokenError("label_weights must be finite and 0 or more")
+        wrong = real & ~(np.isfinite(weights) & (weights >= 0))
+        if wrong.any():
+            raise TokenError(
+                f"label_weights contains {weights[wrong][0]:g}; expected finite numbers of 0 or "
+                "more"
+            )
         return weights
 
     def _all_in_range(self, ids: Array) -> bool:

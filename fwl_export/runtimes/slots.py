@@ -33,7 +33,7 @@ class Slots:
         """Take over a session.
 
         Args:
-          session: Session with as many rows as there shall be slots. Nothing else should feed or
+          session: Session with one row for each slot. Nothing else should feed or
             reset its rows from now on.
         """
         self.session = session
@@ -103,8 +103,8 @@ class Slots:
     ) -> dict[int, Array]:
         """Read the next tokens of some slots, in one batch; the other slots do not move.
 
-        A call takes as long as its longest read. To let long prompts not hold up others, feed them
-        in parts.
+        A call takes as long as its longest read. Feed long prompts in parts, so that they do not
+        hold up others.
 
         Args:
           tokens: Token ids [T] of each slot to move, by slot; T is 1 or more and may differ.
@@ -128,7 +128,7 @@ class Slots:
     ) -> dict[int, Array]:
         given = {slot: self._checked_ids(slot, ids) for slot, ids in tokens.items()}
         if not given:
-            raise ShapeError("no slot was given tokens")
+            raise ShapeError("tokens is empty; expected token ids for at least one slot")
         shape = (self.session.batch, max(map(len, given.values())))
         batch, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         lengths = np.zeros(shape[0], np.int64)

@@ -76,7 +76,7 @@ def score_ids(
     room = session.max_positions - session.positions[0]
     if session.max_positions and len(ids) - 1 > room:
         raise TokenError(
-            f"the text has {len(ids)} tokens, but this model can read {room} more at most; score "
+            f"the text has {len(ids)} tokens, but this model can read at most {room} more; score "
             f"fewer (`--tokens {room + 1}`)"
         )
     total, seconds = 0.0, 0.0

@@ -78,7 +78,7 @@ class TorchRunner:
         return TorchRunner(self.streaming)
 
     def new_buffers(self, batch: int) -> Buffers:
-        """See `Runner.new_buffers`. A call puts new tensors in the place of these."""
+        """See `Runner.new_buffers`. A call replaces these tensors by new ones."""
         return {
             spec.name: torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype))
             for spec in self.specs

@@ -7,13 +7,13 @@ function(fwl_plugin_library target)
     if(FWL_SANITIZE)
       target_link_options(${target} PRIVATE -Wl,--exclude-libs,ALL)
     else()
-      # Of the C++ runtime too, nothing is exported, whichever compiler brings it: see exports.map of
-      # libfwl. Compilers without --exclude-libs, such as zig, know version scripts.
+      # The library exports nothing of the C++ runtime either, whichever compiler brings it: see
+      # exports.map of libfwl. Compilers without --exclude-libs, such as zig, know version scripts.
       set(map "${CMAKE_CURRENT_BINARY_DIR}/${target}.map")
       string(REPLACE ";" "; " entries "${ARGN}")
       file(WRITE "${map}" "{ global: ${entries}; local: *; };\n")
-      # A library stays loaded once it is: what zig links does not run its destructors when ONNX
-      # Runtime unloads it, but at the end of the process, when its code would be gone.
+      # nodelete, because a library that zig links runs its destructors not when ONNX Runtime unloads
+      # it but at the end of the process, when its code would be gone.
       target_link_options(${target} PRIVATE -Wl,--no-undefined "-Wl,--version-script=${map}"
                           -Wl,-z,nodelete)
     endif()

@@ -1,5 +1,5 @@
 // A fake CUDA driver for tests of code that keeps memory on the GPU. Work stays queued in its
-// stream until somebody waits for the stream. Calls fail where the real driver would fail, and
+// stream until a call waits for the stream. Calls fail where the real driver would fail, and
 // races are recorded as violations.
 #pragma once
 

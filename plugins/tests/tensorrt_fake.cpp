@@ -94,7 +94,7 @@ struct EngineSettings {
   int64_t rows = 0, tokens = 0;
   bool in_place = false, plugin = false, embedded = false, other_type = false;
 
-  // Sizes of the free axes in profile 0, decode, and 1, prefill.
+  // Sizes of the dynamic axes in profile 0, decode, and 1, prefill.
   int64_t most(int32_t profile, int64_t axis) const {
     return axis == -1 ? rows : profile == 0 ? 1 : tokens;
   }
@@ -303,7 +303,7 @@ private:
 
   Engine& engine_;
   int32_t profile_ = 0;
-  std::map<std::string, std::vector<std::pair<int64_t, int64_t>>> shapes_; // free axes
+  std::map<std::string, std::vector<std::pair<int64_t, int64_t>>> shapes_; // dynamic axes
   std::map<std::string, void*> addresses_;
 };
 

@@ -284,7 +284,7 @@ def test_report_says_what_was_measured(found: Comparison) -> None:
     ]
 
 
-def test_what_diverged_is_said_and_does_not_break_files(found: Comparison, tmp_path: Path) -> None:
+def test_divergence_is_reported_and_files_stay_valid(found: Comparison, tmp_path: Path) -> None:
     losses = np.full_like(found.methods["sgd"].losses, np.nan)
     sgd = dataclasses.replace(found.methods["sgd"], losses=losses, perplexity=perplexity(losses))
     broken = dataclasses.replace(found, methods={**found.methods, "sgd": sgd})

@@ -193,7 +193,7 @@ def test_nan_is_located(tiny_bundle: Path, tmp_path: Path) -> None:
     assert json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_a_fault_of_the_runtimes_optimisation_is_told_from_one_in_a_node(
+def test_a_fault_of_graph_optimization_is_told_from_one_in_a_node(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runtime's optimized graph is wrong, but right when the inner tensors are outputs."""
@@ -212,7 +212,7 @@ def test_a_fault_of_the_runtimes_optimisation_is_told_from_one_in_a_node(
     assert "optimization" in result.finding.note
 
 
-def test_a_trace_that_is_not_the_module_is_said(own_bundle: Path) -> None:
+def test_a_trace_that_differs_from_the_module_is_reported(own_bundle: Path) -> None:
     path = own_bundle / GRAPH_FILE
     data = json.loads(path.read_text())
     (decay,) = [o for o in data["operations"] if o["target"] == "aten.neg.default"]

@@ -34,7 +34,7 @@ def test_round_trip() -> None:
         ("vocab_size", 0, "vocab_size is 0; expected more than 0"),
         ("vocab_size", True, "expected int"),
         ("backbone.norm", "batch", "'backbone.norm' is 'batch'; expected 'rms' or 'layer'"),
-        ("backbone.heads", 5, "192 over 5 heads is 38.4; expected an even whole number"),
+        ("backbone.heads", 5, "192 divided by 5 heads is 38.4; expected an even whole number"),
         ("backbone", 3, "'backbone' must be an object, got 3"),
         ("fast_weights.input_size", 191, "input_size is 191, but the backbone's width is 192"),
         ("fast_weights.norm_epsilon", -1.0, "norm_epsilon is -1.0; expected 0 or more"),

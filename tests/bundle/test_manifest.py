@@ -59,7 +59,7 @@ def test_what_a_manifest_says_is_escaped_in_a_notebook(own_bundle: Path) -> None
     assert "<img" not in page
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle(tmp_path: Path) -> None:
     refused(tmp_path, "is not a bundle: it has no manifest.json; `fwl-export export` writes one")
 
 
@@ -96,14 +96,14 @@ def test_a_changed_file(own_bundle: Path) -> None:
     content[100] ^= 1
     path.write_bytes(content)
     refused(own_bundle, "'model.onnx.data' in bundle")
-    with pytest.raises(BundleError, match="it was changed or cut off"):
+    with pytest.raises(BundleError, match="it was changed or truncated"):
         read_bundle(own_bundle).model_files()
 
 
 def test_a_truncated_file(own_bundle: Path) -> None:
     path = own_bundle / "tokenizer.json"
     path.write_bytes(path.read_bytes()[:-1])
-    refused(own_bundle, "it was changed or cut off: copy it again or export again")
+    refused(own_bundle, "it was changed or truncated: copy the bundle again, or export")
 
 
 def test_a_missing_file(own_bundle: Path) -> None:

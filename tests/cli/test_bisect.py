@@ -41,7 +41,10 @@ def test_a_fault_exits_with_1_and_leaves_a_reproducer(
     ("options", "message"),
     [
         (("--candidate", "tensorrt:rtx"), "'tensorrt:rtx' cannot run here"),
-        (("--candidate", "torch", "--plugin", "x.so"), "--plugin is for candidate onnxruntime"),
+        (
+            ("--candidate", "torch", "--plugin", "x.so"),
+            "--plugin works only with candidate onnxruntime",
+        ),
         (("--plugin", "nowhere.so", "--tokens", 20), "plugin 'nowhere.so' does not exist"),
         (("--tokens", 500), "the text has"),
     ],
@@ -67,5 +70,5 @@ def test_a_folder_of_something_else_is_not_replaced(
     arguments = ("--text", text, "--reproducer", tmp_path / "mine")
     result = run(capsys, "bisect", own_bundle, *arguments)
     assert result.code == 2
-    assert "holds files, but not those of a reproducer" in result.err
+    assert "contains files that are not a reproducer" in result.err
     assert (tmp_path / "mine" / "thesis.txt").is_file()

@@ -107,7 +107,7 @@ def test_nan_exits_with_1_and_names_the_first_step(
         capsys, "check", broken, "--text", text, "--tokens", 40, "--cases", "text", "--json"
     )
     assert result.code == 1
-    assert "could not go on in case 'text', free-running, at call" in result.err
+    assert "onnxruntime failed in case 'text', free-running, at call" in result.err
     assert "state 'fast.down.bias' is nan in row " in result.err
     assert json.loads(result.out)["candidates"][0]["runs"][0]["failure"]["runtime"] == "onnxruntime"
 
@@ -177,9 +177,9 @@ def test_a_report_is_replayed_with_its_own_command(
         (("--baseline", "none.json"), "cannot read report 'none.json'"),
         (
             ("--tolerances", "tolerances.json"),
-            "no tensor begins with 'logit'; expected one of position",
+            "no tensor name begins with 'logit'; expected one of position",
         ),
-        (("--tolerances", "report.json"), "tolerances: no tensor begins with"),
+        (("--tolerances", "report.json"), "tolerances: no tensor name begins with"),
     ],
 )
 def test_what_cannot_be_used_ends_with_2_and_says_why(

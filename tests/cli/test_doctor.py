@@ -60,7 +60,7 @@ def test_a_machine_that_can_export(doctor: Doctor) -> None:
         "ok ONNX Runtime",
         "providers",
         "ok TensorRT-RTX 1.2.3: builds engines for SM 80, 120, without a GPU; Polygraphy 0.5",
-        "no TensorRT: for engines for data-centre GPUs such as SM90; TensorRT is not installed",
+        "no TensorRT: for engines for data-center GPUs such as SM90; TensorRT is not installed",
         "no CUDA driver: libcuda is not here: engines can be built here, but not run",
         "no libfwl_ort.so: ONNX Runtime runs the fast-weight update in standard operators",
         "no libfwl_trt.so: TensorRT runs the fast-weight update in standard operators",

@@ -18,7 +18,7 @@ from tests.importers.test_paper import jax_tree
 
 
 @pytest.mark.parametrize("path", RUNNABLE)
-def test_every_verb_takes_it(path: str) -> None:
+def test_every_verb_accepts_json(path: str) -> None:
     assert "json" in {parameter.name for parameter in COMMANDS[path].params}
 
 

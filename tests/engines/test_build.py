@@ -256,7 +256,7 @@ def test_power_that_fails_between_files_and_manifest_leaves_a_bundle_that_verifi
     read_bundle(own_bundle).verify()
 
 
-def test_a_full_disk_is_told_with_the_engines_name(
+def test_a_full_disk_is_reported_with_the_engines_name(
     quick_worker: QuickWorker, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(request: BuildRequest, tick: object) -> None:
@@ -340,7 +340,7 @@ def test_a_model_file_that_is_broken(
     quick_worker: QuickWorker, own_bundle: Path, content: bytes
 ) -> None:
     (own_bundle / MODEL_FILE).write_bytes(content)
-    with pytest.raises(BundleError, match="it was changed or cut off"):
+    with pytest.raises(BundleError, match="it was changed or truncated"):
         build_quickly(own_bundle)
 
 

@@ -9,7 +9,7 @@ from fwl_export.engines.metadata import TensorMetadata
 from fwl_export.engines.request import Range
 
 
-def test_a_profile_fills_the_free_axes() -> None:
+def test_a_profile_fills_the_dynamic_axes() -> None:
     inputs = [
         TensorMetadata("input_ids", (-1, -1), "int64"),
         TensorMetadata("lengths", (-1,), "int64"),

@@ -108,7 +108,9 @@ def test_force_does_not_replace_the_current_folder(
     (tmp_path / "work").mkdir()
     (tmp_path / "a.txt").write_text("precious")
     monkeypatch.chdir(tmp_path / "work")
-    with pytest.raises(OutputExistsError, match="holds the current or your home folder"):
+    with pytest.raises(
+        OutputExistsError, match="is or contains the current folder or your home folder"
+    ):
         write_bundle.check_bundle_output(tmp_path, force=True)
 
 

@@ -55,7 +55,7 @@ def test_absolute_positions_end_in_every_runtime(tmp_path: Path) -> None:
     for runtime in ("onnxruntime", "torch"):
         session = open_session(bundle, runtime, batch=2)
         session.feed(np.stack([ids[:90], ids[:90]]), lengths=[90, 3])
-        message = "row 0 has read 90 tokens and is to read 7 more, but this model takes 96 at most"
+        message = "row 0 has read 90 tokens and would read 7 more, but this model reads at most 96"
         with pytest.raises(TokenError, match=message):
             session.feed(np.stack([ids[90:97], ids[3:10]]))
         assert session.positions == [90, 3]

@@ -102,7 +102,7 @@ def test_a_wrong_array_in_a_msgpack_file(tmp_path: Path, array: msgpack.ExtType)
     refused(write_flax(tmp_path / "params", {"a": array}), "cannot be read as Flax's msgpack")
 
 
-def test_an_npz_file_that_is_cut_off_or_holds_pickled_objects(tmp_path: Path) -> None:
+def test_an_npz_file_that_is_truncated_or_holds_pickled_objects(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     path.write_bytes((DATA / "fwl_reference_jax.npz").read_bytes()[:5000])
     refused(path, "cannot be read as .npz")
@@ -206,7 +206,7 @@ def test_a_missing_package_is_named_with_the_extra(
         read(source)
 
 
-def test_no_source(tmp_path: Path) -> None:
+def test_a_source_that_does_not_exist(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "does not exist; expected the checkpoint to import")
 
 

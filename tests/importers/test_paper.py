@@ -75,7 +75,7 @@ def test_the_block_is_found_wherever_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(block.tensors["steps.down"], tree["step_size_2"])
 
 
-def test_of_several_blocks_one_is_chosen(tmp_path: Path) -> None:
+def test_a_prefix_chooses_one_of_several_blocks(tmp_path: Path) -> None:
     first, second = jax_tree(), jax_tree(h=10)
     trees = {"a/": first, "b/": second}
     np.savez(tmp_path / "a.npz", **{p + n: a for p, tree in trees.items() for n, a in tree.items()})

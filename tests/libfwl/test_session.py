@@ -157,14 +157,15 @@ def test_wrong_arguments_move_no_row(model: Model) -> None:
         ("token", "token id 64 (row 1, position 1) is out of range; expected 0 to 63",
          {"tokens": [[1, 2], [3, 64]]}),
         ("token", "token id -1 (row 0, position 0)", {"tokens": [[-1], [1]]}),
-        ("token", "label_weights must be finite and 0 or more",
+        ("token", "label_weights contains nan; expected finite numbers of 0 or more",
          {"tokens": [[1], [1]], "label_weights": [[1], [np.nan]]}),
-        ("token", "label_weights must be finite and 0 or more",
+        ("token", "label_weights contains -1.000000; expected finite numbers",
          {"tokens": [[1], [1]], "label_weights": [[-1], [1]]}),
         ("token", "the length of row 1 is 3; expected 0 to 2",
          {"tokens": ids(2, 2), "lengths": [1, 3]}),
         ("argument", "there are no tokens", {"tokens": np.zeros((2, 0))}),
-        ("argument", "which is 3; expected 0, 1 or 2", {"tokens": ids(2, 2), "which": 3}),
+        ("argument", "argument 'which' is 3; expected 0, 1 or 2",
+         {"tokens": ids(2, 2), "which": 3}),
         ("argument", "logits has room for 127 floats; expected 128",
          {"tokens": ids(2, 2), "which": LAST, "room": 127}),
     ]  # fmt: skip
@@ -220,7 +221,7 @@ def test_paths_of_folders_pipes_and_links(model: Model, tmp_path: Path) -> None:
     os.mkfifo(pipe)
     refused("io", "it is a folder", lambda: session.load_state(tmp_path))
     for other in (tmp_path, pipe):
-        refused("io", "it is not an ordinary file", lambda other=other: session.save_state(other))
+        refused("io", "it is not a regular file", lambda other=other: session.save_state(other))
     assert pipe.is_fifo()
     link.symlink_to(path)
     before = path.read_bytes()
@@ -240,7 +241,7 @@ def test_damaged_state_files(model: Model, tmp_path: Path) -> None:
     header = 8 + int.from_bytes(content[:8], "little")
     for size in reversed(range(len(content))):
         os.truncate(path, size)
-        refused("state", "was cut off or changed", lambda: session.load_state(path))
+        refused("state", "was truncated or changed", lambda: session.load_state(path))
     rng, kinds = np.random.default_rng(0), set()
     for _ in range(3000):  # must not crash
         changed = bytearray(content)
@@ -258,8 +259,8 @@ def test_damaged_state_files(model: Model, tmp_path: Path) -> None:
     path.write_bytes(content)
     tensors = load_file(path)
     for change, message in (
-        ({"format": "other"}, "but not one of a session's state"),
-        ({"version": "2"}, 'has version "2" of the format, but this libfwl reads 1'),
+        ({"format": "other"}, "is a safetensors file, but not a state file; expected a file"),
+        ({"version": "2"}, 'is a state file of version "2", but this libfwl reads version 1'),
         ({"model_id": "x"}, "was saved from another model"),
         ({"rows": "many"}, "its row count is not a number"),
         ({"rows": "2"}, "but the model says"),

@@ -74,7 +74,7 @@ def streamed(backbone: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_streaming_is_the_own_forward_pass(name: str) -> None:
+def test_streaming_equals_the_models_own_forward_pass(name: str) -> None:
     own, model = tiny_causal(name), tiny_pretrained(name)
     ids = torch.randint(0, VOCABULARY, (3, LENGTH))
     expected = own.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -114,7 +114,7 @@ def test_any_split_gives_the_parallel_result(name: str) -> None:
     assert_close("model.float64", torch.stack([torch.cat(part) for part in parts]), expected)
 
 
-def test_where_a_model_ends() -> None:
+def test_the_last_position_of_each_model() -> None:
     ends = {
         name: (b.window, b.max_positions)
         for name in ("GPT-2", "Llama", "Mistral")
@@ -129,7 +129,7 @@ def test_where_a_model_ends() -> None:
         assert_close("model.float64", streamed(backbone, ids), backbone(ids))
 
 
-def test_beyond_the_end_there_are_no_numbers() -> None:
+def test_positions_beyond_the_last_give_nan() -> None:
     model = tiny_pretrained("GPT-2", context=10)
     streaming = StreamingModel(model, MAX_TOKENS)
     state = [torch.zeros(2, *s.shape, dtype=getattr(torch, s.dtype)) for s in streaming.specs]
@@ -229,7 +229,7 @@ def test_unusable_folders_of_a_backbone(folder: Path) -> None:
     tiny_tokenizer(VOCABULARY + 1).save(str(folder / "backbone" / "tokenizer.json"))
     joining_fails(folder, "has 65 entries, but the model's vocab_size is 64")
     change_config(folder / "backbone", quantization_config={"quant_method": "gptq"})
-    joining_fails(folder, "is quantized; give the model with float weights")
+    joining_fails(folder, "is quantized; give the original model with float weights")
     (folder / "backbone" / "config.json").unlink()
     joining_fails(folder, "has no config.json; expected the folder of a transformers model")
     (folder / "backbone").rename(folder / "elsewhere")
@@ -281,12 +281,12 @@ def test_a_layer_may_bring_its_own_unembedding(folder: Path) -> None:
         (
             "Mistral",
             {"context": 9},
-            "sliding-window attention over 5 tokens in all layers and reads without",
+            "sliding-window attention over 5 tokens in all layers and can read any",
         ),
         ("GPT-2", {"slide": True}, "counts positions from the beginning of the text, so its"),
     ],
 )
-def test_contexts_that_are_not_possible(name: str, options: dict[str, Any], message: str) -> None:
+def test_impossible_contexts_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         FWLModel.from_pretrained(tiny_causal(name), **options)
 
@@ -304,12 +304,14 @@ def test_contexts_that_are_not_possible(name: str, options: dict[str, Any], mess
         ),
     ],
 )
-def test_what_does_not_fit_is_named(kind: str, changes: dict[str, Any], message: str) -> None:
+def test_an_unsuitable_architecture_is_named(
+    kind: str, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         FWLModel.from_pretrained(tiny_causal(kind, **changes))
 
 
-def test_something_else_is_not_a_backbone() -> None:
+def test_an_object_that_is_not_a_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="backbone is a Linear; expected the path of a folder,"):
         FWLModel.from_pretrained(torch.nn.Linear(2, 2))
 
@@ -320,7 +322,7 @@ def test_a_planted_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         FWLModel.from_pretrained(tiny_causal("Llama"))
 
 
-def test_a_model_that_is_given_stays_as_it_is() -> None:
+def test_the_given_model_is_not_changed() -> None:
     causal = tiny_causal("GPT-2").to(torch.bfloat16)
     model = FWLModel.from_pretrained(causal, tiny_layer(16, 16))
     assert causal.dtype == torch.bfloat16

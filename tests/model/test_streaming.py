@@ -141,7 +141,7 @@ def test_the_backbone_streams_far_beyond_its_ring_buffer(norm: str) -> None:
     assert_close("model.float64", logits, parallel(model, ids, weights))
 
 
-def test_a_call_across_an_anchor_gives_no_numbers() -> None:
+def test_a_call_across_an_anchor_gives_nan() -> None:
     streaming = StreamingModel(small_model("anchor"), MAX_TOKENS)
     state = fresh(streaming, 2)
     ids = torch.randint(0, VOCABULARY, (2, 9))

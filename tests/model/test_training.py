@@ -45,7 +45,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapt", [True, False])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, adapt: bool) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, adapt: bool) -> None:
     config = TrainingConfig(adapt=adapt, steps=12, sequence_length=24, batch_size=2, warmup=3)
     whole, parts = fresh_model(), fresh_model()
     train(whole, repeated_text(), config, tmp_path / "a.pt", lambda row: None)
@@ -91,7 +91,7 @@ def trained(tmp_path: Path, **settings: Any) -> tuple[FWLModel, list[dict[str, f
     return model, rows
 
 
-def test_a_run_killed_while_it_writes_goes_on_and_its_log_has_every_update_once(
+def test_a_run_killed_while_it_writes_resumes_and_logs_every_update_once(
     tmp_path: Path,
 ) -> None:
     """A SIGKILL while the second resume file is written leaves the first one."""
@@ -149,7 +149,7 @@ def test_a_run_killed_while_it_writes_goes_on_and_its_log_has_every_update_once(
     }
 
 
-def test_a_resume_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_resume_file_is_refused(tmp_path: Path) -> None:
     train(fresh_model(), repeated_text(), SETTINGS, tmp_path / "a", lambda row: None)
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"cannot be read .* remove it to start the training"):
@@ -195,14 +195,14 @@ def test_step_sizes_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
     assert not torch.allclose(fast.fast_weights.horizon, before.horizon, rtol=1e-2)
 
 
-def test_every_row_says_the_memory(tmp_path: Path) -> None:
+def test_every_row_of_the_log_has_the_memory(tmp_path: Path) -> None:
     _, rows = trained(tmp_path)
     peaks = [row["peak_memory_mb"] for row in rows]
     assert peaks == sorted(peaks)
     assert peaks[0] > 50  # a process with torch takes more
 
 
-def test_what_cannot_be_trained_is_said(tmp_path: Path) -> None:
+def test_texts_and_settings_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"have 24 tokens; expected more than training\.sequence_length, 24"
     ):
@@ -229,7 +229,7 @@ def test_initial_steps_fit_the_loss_normalizer_and_one_step_per_layer() -> None:
         assert torch.allclose(scaled(tensor), first(tensor)), tensor
 
 
-def test_the_log_drops_what_is_written_anew_and_lines_that_were_cut_off(tmp_path: Path) -> None:
+def test_the_log_replaces_repeated_rows_and_drops_truncated_lines(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("step,loss,time\n0,1.5,7\n1,1.25,7\n2,1.")
     log = TrainingLog(path)

@@ -88,7 +88,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(fold
         run_training(other)
 
 
-def test_training_goes_on_from_a_checkpoint(folder: Path) -> None:
+def test_training_starts_from_a_checkpoint(folder: Path) -> None:
     write_checkpoint(folder / "start")
     text = HEAD + 'checkpoint = "start"\n' + TRAINING + "train_backbone = false\n"
     trained = load_checkpoint(run_training(read_run_config(write(folder, text)))).model
@@ -129,7 +129,7 @@ def test_a_wrong_config_is_named(folder: Path, text: str, message: str) -> None:
         ('output = "a.txt/x"\ntexts = ["*.txt"]\n', OSError, "Not a directory"),
     ],
 )
-def test_what_cannot_be_run_is_said(
+def test_a_config_that_cannot_run_is_refused(
     folder: Path, head: str, kind: type[FwlError], message: str
 ) -> None:
     config = read_run_config(write(folder, head + TOKENIZER + MODEL + TRAINING))

@@ -30,12 +30,12 @@ def test_a_gpu_runs_the_plan_of_its_capability_or_the_one_below(
     assert cuda._planned(capability) == planned
 
 
-def test_an_old_gpu_is_told_so() -> None:
+def test_an_old_gpu_causes_a_warning() -> None:
     with pytest.warns(RuntimeWarning, match=r"capability is 7\.0, and its kernels need 7\.5"):
         assert cuda._planned((7, 0)) is None
 
 
-def test_without_triton_the_user_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_triton_causes_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     # None makes the import fail, as a missing triton does.
     monkeypatch.setitem(sys.modules, "plugins.kernels.gpu.launch", None)
     with pytest.warns(RuntimeWarning, match="pip install triton"):

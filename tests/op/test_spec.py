@@ -68,7 +68,7 @@ def test_check_shapes_names_the_input_that_does_not_fit(
         (0, 3, "B (rows) is 0; expected 1 or more"),
     ],
 )
-def test_check_shapes_refuses_nothing_to_do(batch: int, length: int, message: str) -> None:
+def test_check_shapes_refuses_sizes_of_zero(batch: int, length: int, message: str) -> None:
     shapes = {
         "query": (batch, length, 8),
         "key": (batch, length, 8),

@@ -188,7 +188,7 @@ def test_errors_name_the_argument(argument, change, message) -> None:
         ((0, 3, 8, 5), "B (rows) is 0; expected 1 or more"),
     ],
 )
-def test_refuses_nothing_to_do(sizes: tuple[int, int, int, int], message: str) -> None:
+def test_refuses_sizes_of_zero(sizes: tuple[int, int, int, int], message: str) -> None:
     tensors = _tensors(rounded_inputs(Case("empty", sizes), "float32"), "float32")
     with pytest.raises(ShapeError) as error:
         linear_attention_update(*tensors)

@@ -12,7 +12,7 @@ TEXT = np.random.default_rng(0).integers(1, 100, 300)
 MAX_TOKENS = 16
 
 
-def test_numbers_of_tokens_are_the_users_the_texts_or_the_cases() -> None:
+def test_the_number_of_tokens_comes_from_the_user_the_text_or_the_case() -> None:
     chosen = choose_cases("text,long,mixed@500,decode", 40, MAX_TOKENS, limit=200)
     found = [(case.name, case.tokens) for case in chosen]
     assert found == [("text", 40), ("long", 32), ("mixed", 200), ("decode", 40)]

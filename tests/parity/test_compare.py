@@ -107,7 +107,7 @@ def test_prediction_statistics_are_those_of_numpy() -> None:
     assert found.reference_perplexity == pytest.approx(math.exp(found.reference_loss))
 
 
-def test_divergence_is_exact_where_the_plain_formula_drowns_in_roundings() -> None:
+def test_divergence_is_exact_where_rounding_spoils_the_plain_formula() -> None:
     rng = np.random.default_rng(2)
     reference = rng.standard_normal((20, 2000))
     shift = rng.standard_normal((20, 2000)) * 1e-9

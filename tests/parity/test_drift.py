@@ -1,4 +1,4 @@
-"""Sessions side by side: what is measured at which point, and what happens if one cannot go on."""
+"""Sessions side by side: what is measured at which point, and what happens if one fails."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_logits_that_are_not_finite_end_with_the_first_step() -> None:
     assert "output is not finite at row 0, position 0 of this call" in failure.message
 
 
-def test_a_runtime_that_dies_is_left_behind_and_the_others_go_on() -> None:
+def test_a_runtime_that_dies_is_dropped_and_the_others_continue() -> None:
     def die(call: int, logits: np.ndarray, state: State) -> np.ndarray:
         if call == 4:
             raise RuntimeError("out of memory")
@@ -262,7 +262,7 @@ def test_a_state_of_another_shape_is_a_failure() -> None:
     assert (failure.kind, failure.tensor) == ("shape", "fast.sum")
 
 
-def test_a_session_of_another_model_is_left_behind_at_once() -> None:
+def test_a_session_of_another_model_is_dropped_at_once() -> None:
     other = Session(FakeRunner(lambda c, x, s: x), SessionSpec(SPECS[:2], VOCABULARY, 16), ROWS)
     drift = measure_drift(("right", fake()), {"found": other}, Schedule(TEXT, 100, 16))
     failure = run_of(drift).failure
@@ -270,7 +270,7 @@ def test_a_session_of_another_model_is_left_behind_at_once() -> None:
     assert "state 'pending.last' has shape None, but (3, 3) in the reference" in failure.message
 
 
-def test_a_slow_runtime_stops_at_its_limit_and_the_others_go_on() -> None:
+def test_a_slow_runtime_stops_at_its_limit_and_the_others_continue() -> None:
     runtimes = {"slow": fake(), "found": fake()}
     drift = measure_drift(("right", fake()), runtimes, Schedule(TEXT, 100, 16), {"slow": 30})
     slow = run_of(drift, name="slow")
@@ -280,7 +280,7 @@ def test_a_slow_runtime_stops_at_its_limit_and_the_others_go_on() -> None:
     assert 30 <= slow.tokens_read[-1] < 100 == run_of(drift).tokens_read[-1]
 
 
-def test_a_state_that_half_precision_cannot_hold_is_told() -> None:
+def test_a_state_that_half_precision_cannot_hold_is_reported() -> None:
     half = [TensorSpec(s.name, s.shape, s.dtype.replace("float64", "float16")) for s in SPECS]
     candidate = Session(FakeRunner(lambda c, x, s: x), SessionSpec(half, VOCABULARY, 16), ROWS)
 

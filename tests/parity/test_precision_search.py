@@ -20,7 +20,7 @@ def explorer(limits: Limits) -> Explorer:
     return Explorer(Checkpoint(model, tiny_tokenizer()), ids, "fp16", limits, MAX_TOKENS)
 
 
-def test_what_breaks_is_kept_and_nothing_else() -> None:
+def test_only_the_parts_that_break_are_excluded() -> None:
     found = explorer(Limits(1e-2, 1e-1, 0.5)).search(tokens=24, confirm_tokens=32)
     assert found.everything.failure
     assert found.policy.excluded == ["backbone.blocks.1.up", "backbone.blocks.1.down"]

@@ -46,7 +46,7 @@ def test_every_row_reads_its_text_in_order_with_the_next_token_as_label(
     assert len(read[0]) == 2000
 
 
-def test_all_that_goes_wrong_in_streams_is_there(schedule: Schedule) -> None:
+def test_the_schedule_covers_what_goes_wrong_in_streams(schedule: Schedule) -> None:
     calls = list(schedule)
     sizes = [call.ids.shape[1] for call in calls]
     assert min(sizes) == 1

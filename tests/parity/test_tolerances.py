@@ -36,7 +36,7 @@ def test_every_row_has_a_reason_and_leaves_the_maximum_more_than_the_mean() -> N
             assert row.floor > 0
 
 
-def test_every_tensor_of_a_model_has_a_row_that_speaks_of_it() -> None:
+def test_every_tensor_of_a_model_has_a_row() -> None:
     config = ModelConfig(fast_weights=FastWeightsConfig(anchor_interval=64))
     names = [spec.name for spec in state_specs(config, FWLModel(config), 256)]
     for name in ("logits", *names):
@@ -66,7 +66,7 @@ def test_floors_count_roundings_and_remembered_tokens() -> None:
             assert budget.max_abs == pytest.approx(3 * floor * 7)
 
 
-def test_what_is_counted_or_copied_must_be_equal() -> None:
+def test_counters_and_copies_must_be_equal() -> None:
     for name in EXACT:
         (budget,) = budgets(tolerance_for(name), [error(1.0, 1.0)], [5], "fp16", 500.0)
         assert budget.use(error(0.0)) == 0

@@ -120,7 +120,7 @@ def test_a_missing_package_names_the_extra(
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_every_row_says_the_truth(name: str) -> None:
+def test_every_row_of_the_table_is_true(name: str) -> None:
     row = RUNTIMES[name]
     assert callable(importlib.import_module(row.module).load)
     assert row.takes <= {field.name for field in fields(Options)}

@@ -33,7 +33,7 @@ def test_the_default_takes_the_most_likely_token() -> None:
         ({"top_k": 3, "top_p": 0.5}, [1, 3]),
     ],
 )
-def test_draws_follow_the_probabilities_of_what_is_kept(
+def test_draws_follow_the_probabilities_of_the_allowed_tokens(
     settings: dict[str, float], kept: list[int]
 ) -> None:
     expected = np.zeros(5)

@@ -77,7 +77,9 @@ def test_the_learning_rate_scale_belongs_to_rows(tiny_bundle: Path, runtime: str
     assert session.learning_rate_scale.tolist() == [1, 0, 3], "a reset does not change it"
     session.learning_rate_scale = 0.5
     assert session.learning_rate_scale.tolist() == [0.5] * 3
-    with pytest.raises(ShapeError, match=re.escape("shape [2]; expected one number, or 3, one")):
+    with pytest.raises(
+        ShapeError, match=re.escape("shape [2]; expected one number, or one for each of the 3")
+    ):
         session.learning_rate_scale = [1, 2]
     for wrong in (-1, np.nan, np.inf):
         with pytest.raises(ConfigError, match="expected finite numbers of 0 or more"):
@@ -333,12 +335,12 @@ WRONG_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"tokens": ids(2, 2), "label_weights": [[1, np.nan], [1, 1]]},
         TokenError,
-        "label_weights must be finite and 0 or more",
+        "label_weights contains nan; expected finite numbers of 0 or more",
     ),
     (
         {"tokens": ids(2, 2), "label_weights": [[1, -1], [1, 1]]},
         TokenError,
-        "label_weights must be finite and 0 or more",
+        "label_weights contains -1; expected finite numbers of 0 or more",
     ),
     ({"tokens": ids(2, 3), "lengths": [1, 4]}, TokenError, "lengths are [1, 4]; expected 0 to 3"),
     ({"tokens": ids(2, 3), "lengths": [1]}, ShapeError, "expected 2 whole numbers"),

@@ -105,7 +105,7 @@ def test_an_anchored_model_has_the_same_weights_and_scaled_steps(model, tokens):
     np.testing.assert_allclose(found, expected_losses(adapted.detach(), text), **SAME)
 
 
-def test_paper_form_has_the_same_weights_and_does_not_forget(model, tokens):
+def test_the_paper_form_has_the_same_weights_and_no_decay(model, tokens):
     pure = paper_form(model)
     assert pure.config.fast_weights.decay == "none"
     torch.testing.assert_close(pure.fast_weights.unembed, model.fast_weights.unembed)
@@ -224,7 +224,7 @@ def test_blocks_are_read_and_timed_in_pairs(model, tokens):
     assert len(found["a"].losses) == 44  # the last, shorter block is included
 
 
-def test_perplexity_of_what_diverged_is_infinite():
+def test_a_diverged_perplexity_is_infinite():
     assert perplexity(np.array([math.log(2), math.log(8)])) == pytest.approx(4)
     assert perplexity(np.array([1.0, math.nan])) == math.inf
     assert perplexity(np.array([1e4])) == math.inf
@@ -249,7 +249,7 @@ def test_grid_says_where_no_inner_point_is_best():
     assert (best, interior) == (0.125, False)
 
 
-def test_growth_is_found_and_its_absence_too():
+def test_growth_is_found_only_where_there_is_some():
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 1, 60_000)
     position = np.arange(60_000) / 10_000
@@ -328,7 +328,7 @@ def test_evaluation_measures_all_rows(evaluated):
     assert results["cost"]["chunk"]["rows"]["b"]["flops_ratio"] == 1
 
 
-def test_evaluation_goes_on_from_what_is_there(evaluated, model, monkeypatch):
+def test_evaluation_resumes_from_finished_parts(evaluated, model, monkeypatch):
     folder, run, results, _ = evaluated
 
     def fail(*_):

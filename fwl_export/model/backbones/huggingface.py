@@ -48,7 +48,7 @@ class HuggingFaceBackbone(nn.Module):
         if causal.config.vocab_size != vocab_size:
             raise ConfigError(
                 f"vocab_size is {vocab_size}, but backbone.model has {causal.config.vocab_size}; "
-                "expected both the same"
+                "they must be equal"
             )
         self.body: Any = causal.base_model
         replace_rotary(self.body)
@@ -223,7 +223,7 @@ def _exact_rotary(module: nn.Module) -> ExactRotary | None:
         if kind in ("dynamic", "longrope"):
             raise ConfigError(
                 f"rope_type '{kind}' changes the rotary frequencies with the length of the text, "
-                "which a stream does not know; choose a model with another rope_type"
+                "which is unknown while streaming; choose a model with another rope_type"
             )
     frequencies = {
         name.removesuffix("inv_freq"): buffer
@@ -416,7 +416,7 @@ def _cache_shapes(body: Any) -> list[list[tuple[int, int]]]:
         raise ConfigError(
             f"architecture '{body.config.model_type}': {len(layers)} of its "
             f"{body.config.num_hidden_layers} layers store keys and values in transformers' Cache; "
-            "expected all of them to"
+            "expected all of them to do so"
         )
     return [[(t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)] for layer in layers]
 

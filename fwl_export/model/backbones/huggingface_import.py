@@ -167,8 +167,8 @@ def _window(
         if context is not None or slide:
             raise ConfigError(
                 f"this {config.model_type} model has sliding-window attention over "
-                f"{config.sliding_window} tokens in all layers and reads without end; leave out "
-                "context and slide"
+                f"{config.sliding_window} tokens in all layers and can read any number of tokens; "
+                "leave out context and slide"
             )
         return int(config.sliding_window), 0
     if slide and not relative:
@@ -328,8 +328,7 @@ def _check_folder(folder: Path) -> None:
         )
     if isinstance(config, dict) and config.get("quantization_config"):
         raise CheckpointError(
-            f"backbone '{folder}' is quantized; give the model with float weights that it was made "
-            "from"
+            f"backbone '{folder}' is quantized; give the original model with float weights"
         )
 
 
@@ -349,8 +348,8 @@ def _check_finite(causal: Any, source: str) -> None:
     for name, tensor in causal.state_dict().items():
         if tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError(
-                f"backbone '{source}': tensor '{name}' holds NaN or infinite values; get the "
-                "weights again"
+                f"backbone '{source}': tensor '{name}' holds NaN or infinite values; copy "
+                "or download the weights again"
             )
 
 

@@ -21,7 +21,7 @@ def compare_with_baseline(
     """Return the verdicts with the errors that have more than doubled since an earlier report.
 
     Only tensors that both have, at the same comparison points, are compared. Errors below the floor
-    of their budget are ignored: they are mere roundings, and may double by chance.
+    of their budget are ignored: they are rounding errors, which may double by chance.
 
     Args:
       verdicts: Verdicts of the present check.

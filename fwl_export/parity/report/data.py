@@ -218,7 +218,7 @@ def problems(candidate: CandidateVerdict) -> list[str]:
         if (failure := run.failure) and (failure.message, failure.step) not in told:
             told.add((failure.message, failure.step))
             lines.append(
-                f"{failure.runtime} could not go on in case '{run.case}', {MODE_NAMES[run.mode]}, "
+                f"{failure.runtime} failed in case '{run.case}', {MODE_NAMES[run.mode]}, "
                 f"at call {failure.step} (up to token {failure.tokens_read}): {failure.message}"
             )
     lines += [

@@ -139,7 +139,7 @@ def _run(run: Data) -> str:
     parts = []
     if failure:
         parts.append(
-            f"<p>{_text(failure['runtime'])} could not go on at call {_text(failure['step'])} (up "
+            f"<p>{_text(failure['runtime'])} failed at call {_text(failure['step'])} (up "
             f"to token {_text(failure['depth'])}): {_text(failure['message'])}</p>"
         )
     if not run["tensors"] or not run["depths"]:
@@ -255,7 +255,7 @@ def _heat(run: Data) -> str:
         rows.append(f'<tr><th scope="row">{_text(tensor["name"])}</th>{cells}</tr>')
     return (
         "<details open><summary>Use of the budget by tensor and tokens read</summary><div "
-        'class="scroll" tabindex="0"><table class="heat"><caption>Stronger colour: higher use; '
+        'class="scroll" tabindex="0"><table class="heat"><caption>Stronger color: higher use; '
         "orange: outside the budget. Columns: tokens read by the first row</caption><thead><tr>"
         '<th scope="col">Tensor</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
@@ -364,7 +364,7 @@ def _text(value: Any) -> str:
     return escape(str(value), quote=True)
 
 
-# Blue and orange, which people with red-green colour blindness can tell apart.
+# Blue and orange, which people with red-green color blindness can tell apart.
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -104,7 +104,7 @@ def load_model(
         engine for the GPU.
       plugin: Choice of the plugin library, see `find_plugin`; it is loaded if the engine needs it.
         "none" and "required" fail if the engine was built the other way.
-      device: Device to run on: "cuda" or, say, "cuda:1"; None means "cuda".
+      device: Device to run on: "cuda" or, for example, "cuda:1"; None means "cuda".
       cuda_graph: Whether to capture calls of one token in CUDA graphs.
 
     Raises:
@@ -184,7 +184,7 @@ def find_device(device: str | None = None) -> tuple[int, Device]:
     """Return the number of a GPU and what the driver says about it.
 
     Args:
-      device: Name of the device: "cuda" or, say, "cuda:1"; None means "cuda".
+      device: Name of the device: "cuda" or, for example, "cuda:1"; None means "cuda".
 
     Raises:
       ConfigError: The device is unknown or not a GPU.
@@ -193,8 +193,8 @@ def find_device(device: str | None = None) -> tuple[int, Device]:
     kind, index = parse_device(device or "cuda")
     if kind != "cuda":
         raise ConfigError(
-            f"runtime 'tensorrt' runs on a GPU, but device is '{device}'; expected cuda or, say, "
-            "cuda:1"
+            f"runtime 'tensorrt' runs on a GPU, but device is '{device}'; expected cuda, or a "
+            "numbered GPU such as cuda:1"
         )
     driver = query_driver()
     if not driver.devices:
@@ -204,8 +204,8 @@ def find_device(device: str | None = None) -> tuple[int, Device]:
         )
     if index >= len(driver.devices):
         raise DeviceError(
-            f"device '{device}' does not exist; the driver finds {len(driver.devices)}, counted "
-            "from cuda:0"
+            f"device '{device}' does not exist; the CUDA devices are numbered from cuda:0, and "
+            f"there are {len(driver.devices)}"
         )
     return index, driver.devices[index]
 

@@ -240,7 +240,8 @@ class _ProfileContext:
         self._capturable = False
         warnings.warn(
             f"engine '{self._model.metadata.name}' cannot be captured in a CUDA graph ({reason}); "
-            "decoding goes on without one, slower. cuda_graph=False silences this",
+            "decoding continues without one and is slower. Pass cuda_graph=False to avoid this "
+            "warning",
             RuntimeWarning,
             stacklevel=2,
         )

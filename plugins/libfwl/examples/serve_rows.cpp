@@ -1,5 +1,5 @@
 // Continuous batching: generates 64 texts of different lengths in the 8 rows of one session. As
-// soon as a row has finished its text, the next text takes the row, while the other rows go on. To
+// soon as a row has finished its text, the next text takes the row, while the others continue. To
 // show that texts can move, every third text is set aside once and later continues in whichever row
 // is free. Prints the tokens that each text has generated, one text per line.
 //

@@ -55,7 +55,7 @@ fs::path read_checked(const Bundle& bundle, const std::string& name, const Take&
   std::ifstream stream(path, std::ios::binary);
   if (!stream) {
     fail("bundle '" + bundle.folder + "' lacks the file '" + name +
-         "'; copy it again or export again");
+         "'; copy the bundle again, or export the model again");
   }
   Sha256 hash;
   uint64_t size = 0;
@@ -69,8 +69,8 @@ fs::path read_checked(const Bundle& bundle, const std::string& name, const Take&
   }
   if (hash.hex() != entry->second.sha256 || size != entry->second.bytes) {
     fail("'" + name + "' in bundle '" + bundle.folder +
-         "' is not what the manifest says; it was changed or cut off: copy it again or export "
-         "again");
+         "' is not what the manifest says; it was changed or truncated: copy the bundle again, or "
+         "export the model again");
   }
   return path;
 }

@@ -180,7 +180,7 @@ void Stream::wait() const {
 Stream::Settled::~Settled() {
   try {
     stream.wait();
-  } catch (const Failure&) { // whoever needs the result waits again and gets the error
+  } catch (const Failure&) { // a caller that needs the result waits again and gets the error
   }
 }
 

@@ -54,7 +54,7 @@ Engine read_metadata(const Bundle& bundle, const std::string& file) {
                                         "); build the engine again");
   } catch (const std::out_of_range&) {
     throw Failure(FWL_ERROR_BUNDLE,
-                  "'" + file + "' has no engine beside it; build the engine again");
+                  "'" + file + "' describes an engine that is missing; build the engine again");
   }
 }
 

@@ -122,7 +122,8 @@ void Session::feed(const int64_t* tokens, size_t count, const float* label_weigh
 // Checks that there is room for the logits that are asked for.
 void Session::check_room(size_t count, fwl_logits which, const float* logits, size_t size) const {
   if (which < FWL_LOGITS_NONE || which > FWL_LOGITS_ALL) {
-    refuse(FWL_ERROR_ARGUMENT, "which is " + std::to_string(which) + "; expected 0, 1 or 2");
+    refuse(FWL_ERROR_ARGUMENT,
+           "argument 'which' is " + std::to_string(which) + "; expected 0, 1 or 2");
   }
   const size_t needed =
       predictions_of(which, rows_, count) * static_cast<size_t>(model_->bundle.vocab_size);
@@ -234,7 +235,8 @@ void Session::check_tokens(const int64_t* tokens, size_t count, const float* lab
       if (label_weights != nullptr) {
         const float weight = label_weights[r * count + i];
         if (!std::isfinite(weight) || weight < 0) {
-          refuse(FWL_ERROR_TOKEN, "label_weights must be finite and 0 or more");
+          refuse(FWL_ERROR_TOKEN, "label_weights contains " + std::to_string(weight) +
+                                      "; expected finite numbers of 0 or more");
         }
       }
     }
@@ -345,7 +347,8 @@ void Session::load(const std::string& path, const size_t* rows, size_t count) {
   const std::vector<size_t> all = chosen(rows, count);
   if (states.size() != all.size()) {
     refuse(FWL_ERROR_ARGUMENT, "'" + path + "' holds " + std::to_string(states.size()) +
-                                   " rows, but the call names " + std::to_string(all.size()));
+                                   " rows, but the call names " + std::to_string(all.size()) +
+                                   "; name as many rows as the file holds");
   }
   put(all, states);
 }
@@ -372,7 +375,7 @@ std::vector<size_t> Session::chosen(const size_t* rows, size_t count) const {
     }
   }
   if (std::set<size_t>(all.begin(), all.end()).size() < all.size()) {
-    refuse(FWL_ERROR_ARGUMENT, "a row is named twice");
+    refuse(FWL_ERROR_ARGUMENT, "a row is named twice; name every row once");
   }
   return all;
 }

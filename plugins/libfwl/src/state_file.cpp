@@ -49,7 +49,7 @@ public:
     if (!absent) { // follow links, so that a link stays a link
       target_ = real.string();
       if (!fs::is_regular_file(real, absent)) {
-        throw Failure(FWL_ERROR_IO, "cannot write '" + target + "': it is not an ordinary file");
+        throw Failure(FWL_ERROR_IO, "cannot write '" + target + "': it is not a regular file");
       }
     }
     remove_leftovers();
@@ -153,7 +153,7 @@ public:
     }
     std::memcpy(&size, content_.data(), sizeof(size));
     if (size > content_.size() - sizeof(size)) {
-      damaged("its header is cut off");
+      damaged("its header is truncated");
     }
     start_ = sizeof(size) + size;
     try {
@@ -170,7 +170,7 @@ public:
         const uint64_t first = entry.at("data_offsets").at(0),
                        last = entry.at("data_offsets").at(1);
         if (first > last || last > content_.size() - start_) {
-          damaged("tensor '" + name + "' is cut off");
+          damaged("tensor '" + name + "' is truncated");
         }
         end = std::max(end, last);
       }
@@ -206,8 +206,8 @@ public:
 
   [[noreturn]] void damaged(const std::string& why) const {
     throw Failure(FWL_ERROR_STATE, "'" + path_ +
-                                       "' is not a state file, or was cut off or changed (" + why +
-                                       "); save it again");
+                                       "' is not a state file, or was truncated or changed (" +
+                                       why + "); save it again");
   }
 
   json metadata = json::object();
@@ -348,11 +348,14 @@ std::string read_content(const std::string& path) {
 void check_metadata(const json& metadata, const std::string& path, const Bundle& bundle) {
   if (metadata.value("format", "") != kFormat) {
     throw Failure(FWL_ERROR_STATE,
-                  "'" + path + "' is a safetensors file, but not one of a session's state");
+                  "'" + path +
+                      "' is a safetensors file, but not a state file; expected a file that "
+                      "`fwl-export read` or fwl_session_save_state wrote");
   }
   if (metadata.at("version") != kVersion) {
-    throw Failure(FWL_ERROR_STATE, "'" + path + "' has version " + metadata.at("version").dump() +
-                                       " of the format, but this libfwl reads " + kVersion +
+    throw Failure(FWL_ERROR_STATE, "'" + path + "' is a state file of version " +
+                                       metadata.at("version").dump() +
+                                       ", but this libfwl reads version " + kVersion +
                                        "; update libfwl, or save the state again");
   }
   if (metadata.at("model_id") != bundle.model_id) {

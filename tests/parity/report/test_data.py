@@ -65,7 +65,7 @@ def test_a_breach_names_tensor_tokens_and_size() -> None:
     )
     died = candidate(tensor("logits", 0.1), failure=DIED)
     assert report(died).problems() == [
-        "some runtime could not go on in case 'text', free-running, at call 3 (up to token 31): "
+        "some runtime failed in case 'text', free-running, at call 3 (up to token 31): "
         "out of memory"
     ]
 

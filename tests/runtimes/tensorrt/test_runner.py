@@ -365,20 +365,20 @@ def edit_metadata(bundle: Path, metadata: EngineMetadata, **changes: Any) -> Non
         ({"outputs": []}, "does not fit its metadata or this version of fwl-export: 'logits' diff"),
     ],
 )
-def test_metadata_that_are_wrong(
+def test_wrong_metadata(
     machine: Machine, own_bundle: Path, changes: dict[str, Any], said: str
 ) -> None:
     edit_metadata(own_bundle, machine.build(own_bundle), **changes)
     assert said in refusal(own_bundle)
 
 
-def test_an_engine_that_is_changed_or_no_engine(machine: Machine, own_bundle: Path) -> None:
+def test_a_file_that_is_changed_or_is_not_an_engine(machine: Machine, own_bundle: Path) -> None:
     from fwl_export.bundle.manifest import describe_file, read_bundle
 
     metadata = machine.build(own_bundle)
     path = own_bundle / f"engines/{metadata.name}.engine"
     path.write_text("no plan")
-    with pytest.raises(BundleError, match="it was changed or cut off"):
+    with pytest.raises(BundleError, match="it was changed or truncated"):
         open_session(own_bundle, "tensorrt")
     read_bundle(own_bundle).add_files([f"engines/{metadata.name}.engine"])
     edit_metadata(own_bundle, metadata, sha256=describe_file(path)["sha256"])
@@ -446,7 +446,7 @@ def test_arguments(machine: Machine, own_bundle: Path, monkeypatch: pytest.Monke
     build(machine, own_bundle)
     assert "runs on a GPU, but device is 'cpu'" in refusal(own_bundle, device="cpu")
     assert "device is 'tpu'; expected cpu, cuda" in refusal(own_bundle, device="tpu")
-    assert "device 'cuda:1' does not exist; the driver finds 1" in refusal(
+    assert "device 'cuda:1' does not exist; the CUDA devices are" in refusal(
         own_bundle, device="cuda:1"
     )
     assert "precision can be chosen" in refusal(own_bundle, precision="fp32")

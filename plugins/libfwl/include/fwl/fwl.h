@@ -1,6 +1,7 @@
 /**
  * @file
- * libfwl runs the bundles of fwl-export in any program: token ids in, logits out, state kept.
+ * libfwl runs the bundles of fwl-export in any program: it takes token ids, returns logits and
+ * keeps the state.
  *
  *     fwl_model *model;
  *     fwl_session *session;
@@ -12,8 +13,8 @@
  *       fprintf(stderr, "%s\n", error.message);
  *     }
  *
- * A session holds `rows` independent texts, one per row. A call either succeeds and moves its rows
- * on, or returns an error and leaves every row and every output argument as it was.
+ * A session holds `rows` independent texts, one per row. A call either succeeds and advances its
+ * rows, or returns an error and leaves every row and every output argument as it was.
  *
  * Conventions: arrays are contiguous, in row-major order, and stay the caller's; the library copies
  * what it needs before a call returns. V is the size of the vocabulary. Functions that can fail

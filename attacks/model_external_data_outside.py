@@ -1,7 +1,7 @@
 """The ONNX file takes a tensor's data from a file outside the bundle.
 
-The attacker wants ONNX Runtime to read one of the user's files as weights, so that the logits reveal
-its contents. Opening the bundle must refuse the path, although all hashes match.
+The attacker wants ONNX Runtime to read one of the user's files as weights, so that the logits
+reveal its contents. Opening the bundle must refuse the path, although all hashes match.
 """
 
 from __future__ import annotations

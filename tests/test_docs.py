@@ -318,13 +318,13 @@ def _runnable(path: Path) -> bool:
 )
 def test_the_code_of_a_page_runs(
     path: Path,
-    tiny_bundle: Path,
+    own_bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo-bundle").symlink_to(tiny_bundle)
+    (tmp_path / "demo-bundle").symlink_to(own_bundle)
     names: dict[str, object] = {}
     for block in page_blocks(path.read_text(encoding="utf-8")):
         if block.title:

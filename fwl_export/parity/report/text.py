@@ -30,7 +30,10 @@ _MODE = max(map(len, MODE_NAMES.values()))
 
 _VERDICTS = {WITHIN: "within budget", OUTSIDE: "OUTSIDE BUDGET", COULD_NOT_RUN: "COULD NOT RUN"}
 
-_TENSOR_LEGEND = "max, relative RMS errors where worst; teacher-forced: from the reference's state"
+_TENSOR_LEGEND = (
+    "max: largest error; RMS: relative RMS error; each where the tensor is worst",
+    "teacher-forced: every call starts from the reference's state",
+)
 
 
 def to_text(report: Report) -> str:
@@ -47,7 +50,7 @@ def to_text(report: Report) -> str:
     ]
     shown = _most_used(report.candidates)
     if shown:
-        lines += ["", *_tensor_table(shown), _TENSOR_LEGEND]
+        lines += ["", *_tensor_table(shown), *_TENSOR_LEGEND]
         lines += ["", *_drift_table(report.candidates)]
     lines += ["", _fit(verdict_line(report))]
     return "\n".join(lines)
@@ -130,7 +133,9 @@ def _candidate_table(report: Report) -> Iterator[str]:
         yield cells.rstrip()
     if len(shown) < len(ranked):
         yield f"and {len(ranked) - len(shown)} more"
-    yield (f"use: error / budget; KL, top-1, perplexity: case {_first_case(report)}, free-running")
+    yield _fit(
+        f"use: error / allowed error; KL, top-1, perplexity: case {_first_case(report)}, free-running"
+    )
 
 
 def _prediction_cells(candidate: CandidateVerdict) -> list[str]:

@@ -133,9 +133,8 @@ def _candidate_table(report: Report) -> Iterator[str]:
         yield cells.rstrip()
     if len(shown) < len(ranked):
         yield f"and {len(ranked) - len(shown)} more"
-    yield _fit(
-        f"use: error / allowed error; KL, top-1, perplexity: case {_first_case(report)}, free-running"
-    )
+    first = _first_case(report)
+    yield _fit(f"use: error / allowed error; KL, top-1, perplexity: case {first}, free-running")
 
 
 def _prediction_cells(candidate: CandidateVerdict) -> list[str]:

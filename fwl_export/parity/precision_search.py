@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ConfigError
 from fwl_export.model.checkpoint import Checkpoint
@@ -108,7 +109,7 @@ class Explorer:
         ids: Array,
         target: str,
         limits: Limits,
-        max_tokens: int = 256,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         """Prepare a search.

@@ -30,7 +30,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fwl_export import deprecations
+from fwl_export import deprecations, errors
 
 if TYPE_CHECKING:
     from fwl_export.bisect import bisect_bundle as bisect_bundle
@@ -112,9 +112,8 @@ _PUBLIC = {
     "PrecisionPolicy": "precision.policy",
 }
 
-# Parts that need PyTorch, and the packages of the extra `export` that they import.
+# Parts that need the packages of the extra `export`.
 _EXPORT_PARTS = ("bisect", "export", "model", "parity", "precision")
-_EXPORT_PACKAGES = ("torch", "onnx", "onnxscript")
 
 __all__ = list(_PUBLIC)
 
@@ -132,15 +131,9 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"fwl_export.{_PUBLIC[name]}")
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXPORT_PACKAGES:
-            raise
-        from fwl_export.errors import MissingDependencyError
-
-        raise MissingDependencyError(
-            f"fwl_export.{name} needs '{package}', which is not installed; "
-            "pip install 'fwl-export[export]'"
-        ) from error
+        if missing := errors.missing_export_package(f"fwl_export.{name}", error):
+            raise missing from error
+        raise
     value = getattr(module, name)
     globals()[name] = value
     return value
@@ -151,7 +144,7 @@ def __dir__() -> list[str]:
     from importlib.util import find_spec
 
     names = set(globals()) | set(_PUBLIC)
-    if not all(map(find_spec, _EXPORT_PACKAGES)):
+    if not all(map(find_spec, errors.EXPORT_PACKAGES)):
         parts = {name: module.partition(".")[0] for name, module in _PUBLIC.items()}
         names -= {name for name, part in parts.items() if part in _EXPORT_PARTS}
     return sorted(names)

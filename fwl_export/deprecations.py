@@ -16,6 +16,9 @@ from typing import Any, ParamSpec, TypeVar
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+# The release in which the old names stop working.
+REMOVED_IN = "0.3"
+
 MODULES = {
     "fwl_export.export.precision": "fwl_export.precision.policy",
     "fwl_export.model.config": "fwl_export.bundle.config",
@@ -44,11 +47,7 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         new = MODULES[spec.name]
-        warnings.warn(
-            f"{spec.name} is now {new}; the old name stops working in 0.3",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        _warn(f"{spec.name} is now {new}")
         # A copy, because the import system writes the old name's spec into the module it gets.
         moved = ModuleType(spec.name)
         moved.__dict__.update(vars(importlib.import_module(new)))
@@ -56,6 +55,12 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Do nothing: `create_module` has filled the module."""
+
+
+def _warn(change: str) -> None:
+    """Warn whoever called the caller that a name has changed."""
+    message = f"{change}; the old name stops working in {REMOVED_IN}"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 def install() -> None:
@@ -75,11 +80,7 @@ def renamed_attributes(module: str, **names: str) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(
-            f"{module}.{name} is now {module}.{names[name]}; the old name stops working in 0.3",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        _warn(f"{module}.{name} is now {module}.{names[name]}")
         return getattr(sys.modules[module], names[name])
 
     return find
@@ -106,12 +107,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P,
                     raise TypeError(
                         f"{function.__name__}: '{old}' is the old name of '{new}'; pass only one"
                     )
-                warnings.warn(
-                    f"{function.__name__}: argument '{old}' is now '{new}'; the old name stops "
-                    "working in 0.3",
-                    DeprecationWarning,
-                    stacklevel=2,
-                )
+                _warn(f"{function.__name__}: argument '{old}' is now '{new}'")
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 

@@ -78,5 +78,24 @@ class MissingDependencyError(FwlError):
     """An optional package is needed but not installed; the message says how to install it."""
 
 
+# What the extra `export` installs.
+EXPORT_PACKAGES = ("torch", "onnx", "onnxscript")
+
+
+def missing_export_package(user: str, error: ModuleNotFoundError) -> MissingDependencyError | None:
+    """Return the error for a module that the extra `export` brings, or None for any other module.
+
+    Args:
+      user: What needs the module; begins the message.
+      error: The failed import.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package not in EXPORT_PACKAGES:
+        return None
+    return MissingDependencyError(
+        f"{user} needs '{package}', which is not installed; pip install 'fwl-export[export]'"
+    )
+
+
 class OutputExistsError(FwlError):
     """The output path exists, and was not overwritten."""

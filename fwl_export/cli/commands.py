@@ -22,6 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from fwl_export.cli import logs
 from fwl_export.cli.options import GENERAL, OUTPUT, LogFileOption, QuietOption, VerboseOption
+from fwl_export.deprecations import REMOVED_IN
 
 Verb = Callable[..., None]
 
@@ -93,7 +94,7 @@ def _with_common_options(verb: Verb) -> Verb:
         _log_command()
         for name, before in old.items():
             if (value := arguments.pop(before)) is not None:
-                logs.warn(f"--{before} is now --{name}; the old name goes away in 0.3")
+                logs.warn(f"--{before} is now --{name}; the old name goes away in {REMOVED_IN}")
                 arguments[name] = value
         verb(**arguments)
 

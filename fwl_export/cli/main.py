@@ -32,7 +32,7 @@ from fwl_export.cli.precision import precision
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
 from fwl_export.cli.train import train
-from fwl_export.errors import FwlError
+from fwl_export.errors import FwlError, missing_export_package
 
 # Headings of `fwl-export --help`, and the verbs under each.
 SECTIONS: dict[str, tuple[Verb | typer.Typer, ...]] = {
@@ -45,8 +45,6 @@ SECTIONS: dict[str, tuple[Verb | typer.Typer, ...]] = {
 VERBS: tuple[Verb, ...] = tuple(
     verb for verbs in SECTIONS.values() for verb in verbs if not isinstance(verb, typer.Typer)
 )
-
-_EXPORT_PACKAGES = ("torch", "onnx", "onnxscript")
 
 
 def app() -> typer.Typer:
@@ -77,11 +75,10 @@ def main() -> None:
         except FwlError as error:
             _fail(logger, str(error), error.exit_code)
         except ModuleNotFoundError as error:
-            name = (error.name or "").partition(".")[0]
-            if name not in _EXPORT_PACKAGES:
+            missing = missing_export_package("this command", error)
+            if missing is None:
                 raise
-            extra = "pip install 'fwl-export[export]'"
-            _fail(logger, f"this command needs '{name}', which is not installed; {extra}")
+            _fail(logger, str(missing))
         except OSError as error:
             if error.filename is None and error.errno is None:
                 raise

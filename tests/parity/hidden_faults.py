@@ -365,7 +365,11 @@ def _wraps_at(limit: int) -> Callable[[Made], None]:
 
 def _of_rows(sizes: Sizes) -> dict[str, Hidden]:
     ragged = _rows(
-        4, reads(3, 3, 3), *[reads(5, lengths=(5, 2, 0, 4))] * 2, about="rows of different lengths"
+        4,
+        reads(3, 3, 3),
+        reads(5, lengths=(5, 2, 0, 4)),
+        reads(3),
+        about="rows of different lengths",
     )
 
     def ones(add: graph.Added, name: str) -> str:

@@ -163,7 +163,7 @@ def test_the_reproducer_runs_and_says_that_it_is_wrong(tiny_bundle: Path, tmp_pa
     result = bisect_bundle(broken, TEXT, CANDIDATE, TOKENS, reproducer=tmp_path / "repro")
     assert result.command.endswith("repro.py")
     files = {path.name for path in (tmp_path / "repro").iterdir()}
-    assert files == {"repro.onnx", "inputs.npz", "expected.npz", "repro.py"}
+    assert files == {"repro.onnx", "arrays.npz", "repro.json", "repro.py"}
     script = (tmp_path / "repro" / "repro.py").read_text()
     assert str(tmp_path) not in script
     done = subprocess.run(

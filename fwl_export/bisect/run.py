@@ -1,22 +1,28 @@
-"""Find the cause of an error: the first call that goes wrong, then the first wrong tensor in it."""
+"""Find the cause of an error: the call, then the first wrong tensor in it.
+
+`check` runs first, until a case fails. Its calls are then made one by one, see `steps`, and the
+first that goes wrong is searched: inside the graph here and in `locate`, around it in `around`.
+"""
 
 from __future__ import annotations
 
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fwl_export.bisect.around import Around
 from fwl_export.bisect.expose import call_inputs, check_candidate, expose_all, open_probe
 from fwl_export.bisect.finding import (
     FUSION,
     NODE,
-    STATE,
     TRACE,
+    UNREPEATABLE,
     Amount,
     Bisection,
     Finding,
@@ -35,36 +41,44 @@ from fwl_export.bisect.steps import (
     Step,
     Suspect,
     as_types,
-    fed,
-    first_wrong_step,
-    measure,
+    first_wrong_call,
+    real_logits,
 )
 from fwl_export.bundle.manifest import GRAPH_FILE, Bundle
 from fwl_export.bundle.state import PRESENT, Array, State
-from fwl_export.errors import BundleError
+from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import replaced_folder
 from fwl_export.model.traced_graph import TracedGraph, read_graph
-from fwl_export.parity.candidates import Candidate, parse_candidate
-from fwl_export.parity.cases import MIXED, TEXT, Case, choose_cases
-from fwl_export.parity.check import model_horizon, torch_threads
+from fwl_export.parity.candidates import Candidate, parse_candidate, parse_candidates
+from fwl_export.parity.cases import AGAIN, Case, ModelLimits, choose_cases, plan_calls
+from fwl_export.parity.check import (
+    DEFAULT_CASES,
+    DEFAULT_TOKENS,
+    check_bundle,
+    default_candidates,
+    model_horizon,
+    torch_threads,
+)
+from fwl_export.parity.drift import MODE_NAMES, Failure
+from fwl_export.parity.report.data import Report
+from fwl_export.parity.verdict import CandidateVerdict, RunVerdict
 from fwl_export.runtimes import Session, open_session
 
 if TYPE_CHECKING:
     import torch
 
 
-DEFAULT_TOKENS = 500
-DEFAULT_CASES = f"{TEXT},{MIXED}"
-
 # Largest relative difference of two float64 programs with the same operators: roundings of 1e-16
 # that grow over a few layers, with a wide margin.
 _SAME = 1e-9
+
+_NOT_REPEATABLE = "not repeatable"
 
 
 def bisect_bundle(
     bundle: Bundle,
     ids: Array,
-    candidate: str | Candidate = "onnxruntime",
+    candidate: str | Candidate | None = None,
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
     reproducer: Path | None = None,
@@ -78,13 +92,14 @@ def bisect_bundle(
     Args:
       bundle: Bundle that holds its checkpoint and its traced graph.
       ids: Token ids of the text, [N] int64, with N of at least `tokens + 1`.
-      candidate: Runtime that runs the ONNX graph, or its name, see `parity.candidates`.
+      candidate: Runtime that runs the ONNX graph, or its name, see `parity.candidates`. None means
+        those that `check` takes by default, in turn.
       tokens: Largest number of tokens that the first row reads of the text.
       seed: Seed of the calls.
       reproducer: Folder to write the reproducer to, replacing what it holds. None writes none.
       text: Name of the text, for the report.
       cases: Names of cases, or what `choose_cases` returned for this bundle. They are read in
-        turn until a call goes wrong.
+        turn until `check` fails.
       session: Session to check instead of a new one of the candidate.
       advance: Called with the number of tokens that the first row has moved on, in each case.
 
@@ -93,42 +108,147 @@ def bisect_bundle(
         case.
       BundleError: The bundle is incomplete or changed, or has no checkpoint or no traced graph.
       TokenError: The text is too short.
-      FwlError: The candidate cannot run the graph with all its tensors as outputs.
+      FwlError: The candidate cannot be opened, or cannot run the graph with all its tensors as
+        outputs.
     """
     began = time.perf_counter()
-    if isinstance(candidate, str):
-        candidate = parse_candidate(candidate)
-    check_candidate(candidate)
+    candidates = _candidates(candidate)
+    for each in candidates:
+        check_candidate(each)
     graph = _graph(bundle)
-    manifest = bundle.manifest
-    limit = manifest.config.backbone.max_positions
-    chosen = choose_cases(cases, tokens, manifest.max_tokens, limit)
-    calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
-    session = session or candidate.open(bundle, 1, threads=1)
-    horizon_tokens = model_horizon(bundle)
+    limits = ModelLimits.of(bundle.manifest)
+    chosen = choose_cases(cases, tokens, limits, seed)
+    sessions = {each.name: session or each.open(bundle, 1, threads=1) for each in candidates}
     fields: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,
-        "candidate": candidate.name,
-        "precision": manifest.precision,
+        "candidate": ",".join(sessions),
+        "precision": bundle.manifest.precision,
         "text": text,
         "tokens": tokens,
         "seed": seed,
         "cases": cases if isinstance(cases, str) else ",".join(_name(case) for case in cases),
     }
+    report = check_bundle(
+        bundle,
+        ids,
+        tokens,
+        seed,
+        sessions if session else list(sessions),
+        cases=chosen,
+        advance=advance,
+        stop_early=True,
+    )
+    reported = _reported(report)
+    if reported is None:
+        return Bisection(**fields, seconds=time.perf_counter() - began)
+    (at_fault,) = [each for each in candidates if each.name == reported.candidate]
+    calls = plan_calls(chosen, np.array(report.ids), limits, seed)[reported.case]
+    fields |= {"candidate": at_fault.name, "case": reported.case, "check": reported.sentence}
+    if reported.failure and reported.failure.kind == _NOT_REPEATABLE:
+        fields["finding"] = _not_repeatable(reported.failure)
+        return Bisection(**fields, seconds=time.perf_counter() - began)
+    threads = None if reported.case == AGAIN else 1
+    reader = session or sessions[at_fault.name]
+    if threads is None and session is None:
+        reader = at_fault.open(bundle, 1)
+    rows = next(case.rows for case in chosen if case.name == reported.case)
+    horizon = model_horizon(bundle)
     with torch_threads(1), TemporaryDirectory() as folder:
-        own = open_session(bundle, "torch", 1)
-        for case in chosen:
-            reader = session.another(case.rows)
-            suspect = first_wrong_step(
-                bundle, calls[case.name], reader, own, horizon_tokens, advance
+        suspect = first_wrong_call(
+            bundle,
+            calls,
+            reader.another(rows),
+            open_session(bundle, "torch", 1),
+            horizon,
+            reported.last_step,
+        )
+        if suspect:
+            search = _Search(
+                bundle, at_fault, graph, reader.another(rows), suspect, horizon, Path(folder), threads
             )
-            if suspect:
-                search = _Search(
-                    bundle, candidate, graph, reader, suspect, horizon_tokens, Path(folder)
-                )
-                fields |= {"case": case.name, **search.run(reproducer)}
-                break
+            fields |= search.run(reproducer)
     return Bisection(**fields, seconds=time.perf_counter() - began)
+
+
+def _candidates(candidate: str | Candidate | None) -> list[Candidate]:
+    if isinstance(candidate, Candidate):
+        return [candidate]
+    if candidate is None:
+        return parse_candidates(default_candidates())
+    return [parse_candidate(candidate)]
+
+
+@dataclass(frozen=True)
+class _Reported:
+    """What a check found wrong.
+
+    Attributes:
+      candidate: Name of the candidate.
+      case: Name of the case.
+      last_step: Number of the call in which it was seen.
+      sentence: What is wrong, in words.
+      failure: Failure of the run, or None if a tensor is outside its budget.
+    """
+
+    candidate: str
+    case: str
+    last_step: int
+    sentence: str
+    failure: Failure | None = None
+
+
+def _reported(report: Report) -> _Reported | None:
+    """Return the first thing that a check found wrong, or None.
+
+    Raises:
+      FwlError: No candidate could be opened.
+    """
+    for candidate in report.candidates:
+        if candidate.reason:
+            raise FwlError(f"{candidate.name} could not run: {candidate.reason}")
+    order = [run.case.name for run in report.cases]
+    wrong = [
+        (order.index(run.case), found)
+        for candidate in report.candidates
+        for run in candidate.runs
+        if (found := _of_run(candidate, run))
+    ]
+    return min(wrong, key=lambda entry: entry[0])[1] if wrong else None
+
+
+def _of_run(candidate: CandidateVerdict, run: RunVerdict) -> _Reported | None:
+    where = f"in case '{run.case}', {MODE_NAMES[run.mode]}"
+    steps = [
+        (measured.error.worst.step if measured.error.worst else 0, measured, tensor)
+        for tensor in run.tensors
+        for measured in tensor.points
+        if measured.use > 1
+    ]
+    if steps:
+        first = min(steps, key=lambda entry: (entry[1].tokens_read, -entry[1].use))
+        (step, measured, tensor) = first
+        sentence = (
+            f"'{tensor.name}' is at {measured.use:.3g} times its budget {where}, after "
+            f"{measured.tokens_read} tokens"
+        )
+        return _Reported(candidate.name, run.case, step, sentence)
+    if run.failure is None:
+        return None
+    failure = run.failure
+    sentence = f"{failure.message} {where}, at call {failure.step}"
+    return _Reported(candidate.name, run.case, failure.step, sentence, failure)
+
+
+def _not_repeatable(failure: Failure) -> Finding:
+    return Finding(
+        UNREPEATABLE,
+        failure.step,
+        failure.tokens_read,
+        0,
+        failure.tensor or LOGITS,
+        fault="runtime",
+        note=failure.message,
+    )
 
 
 def _name(case: str | Case) -> str:
@@ -145,7 +265,7 @@ def _graph(bundle: Bundle) -> TracedGraph:
 
 
 class _Search:
-    """The search within one call of the model."""
+    """The search within one call."""
 
     def __init__(
         self,
@@ -156,26 +276,28 @@ class _Search:
         suspect: Suspect,
         horizon_tokens: float,
         folder: Path,
+        threads: int | None,
     ) -> None:
         self._bundle = bundle
         self._candidate = candidate
         self._graph = graph
         self._session = session
         self._suspect = suspect
-        self._step = suspect.step
+        self._step = suspect.expected.steps[0]
         self._horizon_tokens = horizon_tokens
         self._path = folder / "exposed.onnx"
-        self._inputs = call_inputs(self._step.call, as_types(session, self._step.past))
+        self._threads = threads
 
     def run(self, reproducer: Path | None) -> dict[str, Any]:
         """Return the result as keyword arguments of `Bisection`."""
+        source = self._bundle.model_files()
+        wrong = self._wrong_outputs(source)
         exact, own = (self._traced(precision) for precision in ("fp64", None))
         if difference := self._untrue_trace(exact):
             return {"finding": self._finding(TRACE, difference)}
-        source = self._bundle.model_files()
         model = expose_all(source, self._path)
         names = counterparts(self._graph, model)
-        found = open_probe(self._candidate, self._path).run(self._inputs)
+        found = open_probe(self._candidate, self._path, self._threads).run(self._inputs)
         comparison = compare(
             model,
             names,
@@ -183,7 +305,7 @@ class _Search:
             own,
             exact,
             self._bundle.manifest.precision,
-            self._step.tokens_read,
+            self._suspect.expected.call.tokens_read,
             self._horizon_tokens,
         )
         fields = {
@@ -191,10 +313,32 @@ class _Search:
             "total": comparison.total,
             "largest_use": comparison.largest_use,
         }
-        if not comparison.outside:
-            return fields | {"finding": self._not_in_a_node(source)}
-        located = locate(model, self._graph, names, comparison)
-        return fields | self._in_a_node(located, source, names, found, exact, reproducer)
+        if comparison.outside:
+            located = locate(model, self._graph, names, comparison)
+            return fields | self._in_a_node(located, source, names, found, exact, reproducer)
+        return fields | {"finding": self._fused(wrong) if wrong else self._around()}
+
+    @property
+    def _inputs(self) -> dict[str, Any]:
+        return call_inputs(self._step.call, as_types(self._session, self._step.past))
+
+    def _wrong_outputs(self, source: Path) -> dict[str, Outside]:
+        """Run the graph on each call of the model; the first that is wrong becomes the step."""
+        probe = open_probe(self._candidate, source, self._threads)
+        first = self._step
+        for step in self._suspect.expected.steps:
+            self._step = step
+            found = probe.run(self._inputs)
+            outputs = {
+                name: found[name if name == LOGITS else PRESENT + name] for name in step.outputs
+            }
+            outputs[LOGITS] = real_logits(outputs[LOGITS], step.call)
+            tokens_read = self._suspect.expected.call.tokens_read
+            outside = self._suspect.judge.outside(outputs, step.outputs, tokens_read, True)
+            if outside:
+                return outside
+        self._step = first
+        return {}
 
     def _traced(self, precision: str | None) -> State:
         """Return PyTorch's tensors of the call, with parameters, by their ONNX names."""
@@ -247,6 +391,8 @@ class _Search:
         with replaced_folder(reproducer) if reproducer else TemporaryDirectory() as folder:
             shown = write_reproducer(Path(folder), whole, located, right, expected, self._candidate)
         last = located.nodes[-1]
+        different = list(wrong_weights(whole, located.nodes, exact))
+        file_is_wrong = True if different else shown.file_is_wrong
         faults = {True: "file", False: "runtime", None: ""}
         finding = self._finding(
             NODE,
@@ -257,8 +403,8 @@ class _Search:
             op_type=f"{last.domain}::{last.op_type}" if last.domain else last.op_type,
             nodes=[node.name or node.output[0] for node in located.nodes],
             foreign=located.foreign,
-            wrong_weights=list(wrong_weights(whole, located.nodes, exact)),
-            fault=faults[shown.file_is_wrong],
+            wrong_weights=different,
+            fault=faults[file_is_wrong],
             amount=_amount(located.outside),
         )
         if reproducer is None:
@@ -277,80 +423,37 @@ class _Search:
         library = " CUSTOM-OP-LIBRARY" if needs_kernel and has_kernel else ""
         return f"python {shlex.quote(str(reproducer / SCRIPT_FILE))}{library}"
 
-    def _not_in_a_node(self, source: Path) -> Finding:
+    def _fused(self, wrong: Mapping[str, Outside]) -> Finding:
+        name = next(iter(wrong))
+        return self._finding(
+            FUSION,
+            name,
+            fault="runtime",
+            amount=_amount(wrong[name]),
+            note="every tensor is right when all tensors are outputs, which prevents the "
+            "runtime's optimization of the graph; so the optimization is at fault",
+        )
+
+    def _around(self) -> Finding:
         """Find the fault when every node is right if it is given correct inputs."""
-        right = {f"{PRESENT}{n}" if n != LOGITS else n for n in self._suspect.outside}
-        found = open_probe(self._candidate, source).run(self._inputs)
-        outputs = {
-            name: found[name if name == LOGITS else PRESENT + name] for name in self._step.outputs
-        }
-        padded = self._step.outputs[LOGITS] == 0
-        outputs[LOGITS] = np.where(padded, 0, outputs[LOGITS])
-        errors = measure(outputs, self._step.outputs)
-        wrong = [n for n, o in self._suspect.outside.items() if o.budget.use(errors[n]) > 1]
-        if right and wrong and self._suspect.teacher_forced:
-            return self._finding(
-                FUSION,
-                wrong[0],
-                amount=_amount(self._suspect.outside[wrong[0]]),
-                note="every tensor is right when all tensors are outputs, which prevents the "
-                "runtime's optimization of the graph; so the optimization is at fault",
-            )
-        return self._carried()
-
-    def _carried(self) -> Finding:
-        """Name the state tensor that differs from what the previous call returned."""
-        note = "every node is right when given correct inputs; "
-        states = [name for name in self._suspect.outside if name != LOGITS]
-        if self._suspect.teacher_forced and len(self._suspect.outside) == 1 and states:
-            note += "the model returns the right state, but the session holds another one"
-            return self._finding(
-                STATE, states[0], amount=_amount(self._suspect.outside[states[0]]), note=note
-            )
-        if stale := self._stale():
-            note += f"the call read '{stale}' as it was one call earlier"
-            return self._finding(STATE, stale, note=note)
-        if self._suspect.failure:
-            note += f"but the session raised: {self._suspect.failure}"
-        name = states[0] if states else LOGITS
-        outside = self._suspect.outside.get(name)
-        return self._finding(STATE, name, amount=outside and _amount(outside), note=note)
-
-    def _stale(self) -> str:
-        """Return the state tensor that, read one call late, explains the outputs, or ""."""
-        before = self._suspect.before
-        if before is None or not self._suspect.outside:
-            return ""
-        reference = open_session(self._bundle, "torch", len(self._step.call.lengths), "fp64")
-        found = self._suspect.found
-        for name in self._step.past:
-            if np.array_equal(before.past[name], self._step.past[name]) or name == "position":
-                continue
-            past = {**self._step.past, name: before.past[name]}
-            stale = _with_past(self._step, past)
-            outputs = fed(reference, stale, teacher_forced=True)
-            if isinstance(outputs, str):
-                continue
-            errors = measure(found, outputs)
-            if all(o.budget.use(errors[n]) <= 1 for n, o in self._suspect.outside.items()):
-                return name
-        return ""
+        named = Around(self._bundle, self._session, self._suspect).find()
+        outside = self._suspect.outside.get(named.tensor)
+        amount = _amount(outside) if outside else None
+        return self._finding(
+            named.kind, named.tensor, fault="runtime", amount=amount, note=named.note
+        )
 
     def _finding(self, kind: str, tensor: str, **fields: Any) -> Finding:
-        step = self._step
+        call = self._suspect.expected.call
         return Finding(
             kind,
-            step.number,
-            step.tokens_read,
-            step.call.input_ids.shape[1],
+            call.step,
+            call.tokens_read,
+            call.ids.shape[1],
             tensor,
             outputs=list(self._suspect.outside),
             **fields,
         )
-
-
-def _with_past(step: Step, past: State) -> Step:
-    return Step(step.number, step.tokens_read, step.call, step.reset, past, step.outputs)
 
 
 def _amount(outside: Outside) -> Amount:

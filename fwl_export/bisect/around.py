@@ -53,7 +53,9 @@ class Around:
     def find(self) -> Named:
         """Return the most specific explanation."""
         found = self._wrong_rows() or self._wrong_state() or self._stale_state()
-        return found or self._unrepeatable() or self._selection() or self._isolation() or self._any()
+        return (
+            found or self._unrepeatable() or self._selection() or self._isolation() or self._any()
+        )
 
     @property
     def _call(self) -> ScheduledCall:
@@ -111,7 +113,7 @@ class Around:
         chosen = {name: expected[name] for name in names}
         return bool(judge.outside(found, chosen, self._call.tokens_read, forced))
 
-    def _is_right(self, session: Session, call: ScheduledCall, state: State) -> State | None:
+    def _made(self, session: Session, call: ScheduledCall, state: State) -> State | None:
         """Make a call from a state; returns the outputs, or None if the session raises."""
         try:
             session.state = state
@@ -122,7 +124,7 @@ class Around:
     def _is_right_again(self) -> bool:
         """Return whether the same call is right when another session makes it."""
         again = self.session.another(self.session.batch)
-        found = self._is_right(again, self._call, self.suspect.carried)
+        found = self._made(again, self._call, self.suspect.carried)
         return found is not None and not self._outside(found, self.suspect.expected.outputs)
 
     def _unrepeatable(self) -> Named | None:
@@ -141,7 +143,7 @@ class Around:
             return None
         whole = replace(call, last_only=False, logit_positions=None)
         again = self.session.another(self.session.batch)
-        found = self._is_right(again, whole, self.suspect.carried)
+        found = self._made(again, whole, self.suspect.carried)
         if found is None:
             return None
         wanted = np.take_along_axis(found[LOGITS], call.wanted[..., None], 1)
@@ -165,7 +167,7 @@ class Around:
         alone = self.session.another(1)
         for row in wrong:
             state = {name: array[row : row + 1] for name, array in self.suspect.carried.items()}
-            found = self._is_right(alone, _only(self._call, row), state)
+            found = self._made(alone, _only(self._call, row), state)
             if found is None or self._row_is_wrong(row, found, alone=True):
                 return None
         if not wrong:

@@ -94,9 +94,7 @@ def open_probe(candidate: Candidate, path: Path, threads: int | None = 1) -> Pro
 
 
 class _OnnxRuntimeProbe:
-    def __init__(
-        self, path: Path, threads: int | None, arguments: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, path: Path, threads: int | None, arguments: Mapping[str, Any]) -> None:
         from fwl_export.runtimes.onnxruntime import open_file
 
         self._session = open_file(path, threads, **arguments)

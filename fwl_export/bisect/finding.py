@@ -177,8 +177,8 @@ class Bisection:
             return f"{head}\n\nnothing found: every call is within its budget"
         return (
             f"{head}\n\nNOT FOUND  check fails: {one_line(self.check)}\n"
-            f"           Made again one by one, with every tensor compared after each, the calls of "
-            f"case '{self.case}' are within their budgets. bisect cannot explain this failure."
+            "           Made again one by one, with every tensor compared after each, the calls "
+            f"of case '{self.case}' are within their budgets; bisect cannot explain the failure."
         )
 
     def _after(self) -> list[str]:

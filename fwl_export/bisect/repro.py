@@ -55,10 +55,12 @@ def main() -> int:
     difference = np.abs(np.asarray(found, np.float64) - expected)
     largest, allowed = float(difference.max()), float(settings["largest_allowed_difference"])
     place = np.argwhere(difference == difference.max())[:1].tolist()
-    print(f"{settings['tensor']!a}: max abs {largest:.6g} at {place}, allowed {allowed:.6g}")
     rms = float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-300))
     allowed_rms = float(settings["largest_allowed_relative_rms"])
-    print(f"relative RMS {rms:.6g}, allowed {allowed_rms:.6g}")
+    print(
+        f"{settings['tensor']!a}: max abs {largest:.6g} at {place}, allowed {allowed:.6g}; "
+        f"relative RMS {rms:.6g}, allowed {allowed_rms:.6g}"
+    )
     # Negated, so that NaN counts as wrong.
     return int(not (largest <= allowed and rms <= allowed_rms))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fwl_export.bisect.around import Around
-from fwl_export.bisect.expose import call_inputs, check_candidate, expose_all, open_probe
+from fwl_export.bisect.expose import (
+    GRAPH_RUNTIMES,
+    call_inputs,
+    check_candidate,
+    expose_all,
+    open_probe,
+)
 from fwl_export.bisect.finding import (
     FUSION,
     NODE,
@@ -34,11 +40,11 @@ from fwl_export.bisect.locate import (
     locate,
     wrong_weights,
 )
+from fwl_export.bisect.reported import Reported, first_reported
 from fwl_export.bisect.reproduce import SCRIPT_FILE, write_reproducer
 from fwl_export.bisect.steps import (
     LOGITS,
     Outside,
-    Step,
     Suspect,
     as_types,
     first_wrong_call,
@@ -46,7 +52,7 @@ from fwl_export.bisect.steps import (
 )
 from fwl_export.bundle.manifest import GRAPH_FILE, Bundle
 from fwl_export.bundle.state import PRESENT, Array, State
-from fwl_export.errors import BundleError, FwlError
+from fwl_export.errors import BundleError, ReportError
 from fwl_export.files import replaced_folder
 from fwl_export.model.traced_graph import TracedGraph, read_graph
 from fwl_export.parity.candidates import Candidate, parse_candidate, parse_candidates
@@ -59,9 +65,7 @@ from fwl_export.parity.check import (
     model_horizon,
     torch_threads,
 )
-from fwl_export.parity.drift import MODE_NAMES, Failure
-from fwl_export.parity.report.data import Report
-from fwl_export.parity.verdict import CandidateVerdict, RunVerdict
+from fwl_export.parity.schedule import ScheduledCall
 from fwl_export.runtimes import Session, open_session
 
 if TYPE_CHECKING:
@@ -72,7 +76,7 @@ if TYPE_CHECKING:
 # that grow over a few layers, with a wide margin.
 _SAME = 1e-9
 
-_NOT_REPEATABLE = "not repeatable"
+NOT_REPEATABLE = "not repeatable"  # kind of a failure, see `drift.Failure`
 
 
 def bisect_bundle(
@@ -86,6 +90,7 @@ def bisect_bundle(
     cases: str | Sequence[str | Case] = DEFAULT_CASES,
     session: Session | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
+    report: Mapping[str, Any] | None = None,
 ) -> Bisection:
     """Find the first tensor of a candidate that differs from what PyTorch computes.
 
@@ -93,7 +98,7 @@ def bisect_bundle(
       bundle: Bundle that holds its checkpoint and its traced graph.
       ids: Token ids of the text, [N] int64, with N of at least `tokens + 1`.
       candidate: Runtime that runs the ONNX graph, or its name, see `parity.candidates`. None means
-        those that `check` takes by default, in turn.
+        those that `check` takes by default, or of `report` those that run the graph.
       tokens: Largest number of tokens that the first row reads of the text.
       seed: Seed of the calls.
       reproducer: Folder to write the reproducer to, replacing what it holds. None writes none.
@@ -102,153 +107,191 @@ def bisect_bundle(
         turn until `check` fails.
       session: Session to check instead of a new one of the candidate.
       advance: Called with the number of tokens that the first row has moved on, in each case.
+      report: Data of a report of `check`, see `read_report`, in place of a new check; its text,
+        tokens, seed and cases are taken instead of the arguments.
 
     Raises:
       ConfigError: The candidate does not run an ONNX graph or cannot run here, or a name is not a
         case.
       BundleError: The bundle is incomplete or changed, or has no checkpoint or no traced graph.
+      ReportError: The report is of another model, or not about the candidate.
       TokenError: The text is too short.
       FwlError: The candidate cannot be opened, or cannot run the graph with all its tensors as
         outputs.
     """
     began = time.perf_counter()
-    candidates = _candidates(candidate)
+    candidates = _candidates(candidate, report)
     for each in candidates:
         check_candidate(each)
     graph = _graph(bundle)
+    planned = _Planned(ids, tokens, seed, cases, text) if report is None else _of_report(report)
     limits = ModelLimits.of(bundle.manifest)
-    chosen = choose_cases(cases, tokens, limits, seed)
-    sessions = {each.name: session or each.open(bundle, 1, threads=1) for each in candidates}
+    chosen = choose_cases(planned.cases, planned.tokens, limits, planned.seed)
     fields: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,
-        "candidate": ",".join(sessions),
+        "candidate": ",".join(each.name for each in candidates),
         "precision": bundle.manifest.precision,
-        "text": text,
-        "tokens": tokens,
-        "seed": seed,
-        "cases": cases if isinstance(cases, str) else ",".join(_name(case) for case in cases),
+        "text": planned.text,
+        "tokens": planned.tokens,
+        "seed": planned.seed,
+        "cases": planned.names,
     }
+    checked = report or _check(bundle, planned, chosen, candidates, session, advance)
+    _check_model(checked, bundle)
+    wrong = first_reported(checked, [each.name for each in candidates])
+    if wrong is None:
+        return Bisection(**fields, seconds=time.perf_counter() - began)
+    (at_fault,) = [each for each in candidates if each.name == wrong.candidate]
+    fields |= {"candidate": at_fault.name, "case": wrong.case, "check": wrong.sentence}
+    read = np.array(checked["text"]["ids"], np.int64)  # the calls depend on how many there are
+    replay = _Replay(
+        bundle,
+        at_fault,
+        graph,
+        plan_calls(chosen, read, limits, planned.seed)[wrong.case],
+        next(case.rows for case in chosen if case.name == wrong.case),
+        wrong,
+    )
+    found = replay.run(session, reproducer)
+    return Bisection(**fields, **found, seconds=time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is read: the arguments of `bisect_bundle` of the same names, or those of a report."""
+
+    ids: Array
+    tokens: int
+    seed: int
+    cases: str | Sequence[str | Case]
+    text: str
+
+    @property
+    def names(self) -> str:
+        """Names of the cases, separated by commas."""
+        if isinstance(self.cases, str):
+            return self.cases
+        return ",".join(_name(case) for case in self.cases)
+
+
+def _of_report(report: Mapping[str, Any]) -> _Planned:
+    settings = report["settings"]
+    ids = np.array(report["text"]["ids"], np.int64)
+    cases = ",".join(settings["cases"])
+    return _Planned(ids, settings["tokens"], settings["seed"], cases, report["text"]["name"])
+
+
+def _candidates(
+    candidate: str | Candidate | None, report: Mapping[str, Any] | None
+) -> list[Candidate]:
+    if isinstance(candidate, Candidate):
+        return [candidate]
+    if candidate is not None:
+        return [parse_candidate(candidate)]
+    if report is None:
+        return parse_candidates(default_candidates())
+    named = parse_candidates(report["settings"]["candidates"])
+    able = [each for each in named if each.runtime in GRAPH_RUNTIMES]
+    return able or named  # of which none is able to, which is said where that is checked
+
+
+def _check(
+    bundle: Bundle,
+    planned: _Planned,
+    chosen: Sequence[Case],
+    candidates: Sequence[Candidate],
+    session: Session | None,
+    advance: Callable[[int], None],
+) -> Mapping[str, Any]:
+    """Check the candidates until a case fails; returns the data of the report."""
+    names = [each.name for each in candidates]
     report = check_bundle(
         bundle,
-        ids,
-        tokens,
-        seed,
-        sessions if session else list(sessions),
+        planned.ids,
+        planned.tokens,
+        planned.seed,
+        {names[0]: session} if session else names,
         cases=chosen,
         advance=advance,
         stop_early=True,
     )
-    reported = _reported(report)
-    if reported is None:
-        return Bisection(**fields, seconds=time.perf_counter() - began)
-    (at_fault,) = [each for each in candidates if each.name == reported.candidate]
-    calls = plan_calls(chosen, np.array(report.ids), limits, seed)[reported.case]
-    fields |= {"candidate": at_fault.name, "case": reported.case, "check": reported.sentence}
-    if reported.failure and reported.failure.kind == _NOT_REPEATABLE:
-        fields["finding"] = _not_repeatable(reported.failure)
-        return Bisection(**fields, seconds=time.perf_counter() - began)
-    threads = None if reported.case == AGAIN else 1
-    reader = session or sessions[at_fault.name]
-    if threads is None and session is None:
-        reader = at_fault.open(bundle, 1)
-    rows = next(case.rows for case in chosen if case.name == reported.case)
-    horizon = model_horizon(bundle)
-    with torch_threads(1), TemporaryDirectory() as folder:
-        suspect = first_wrong_call(
-            bundle,
-            calls,
-            reader.another(rows),
-            open_session(bundle, "torch", 1),
-            horizon,
-            reported.last_step,
+    return report.to_dict()
+
+
+def _check_model(report: Mapping[str, Any], bundle: Bundle) -> None:
+    of_report, of_bundle = report["bundle"]["model_id"], bundle.manifest.model_id
+    if of_report != of_bundle:
+        raise ReportError(
+            f"the report was made with the model {of_report[:12]}…, but this bundle has the model "
+            f"{of_bundle[:12]}…; give the bundle that the report was made with"
         )
-        if suspect:
-            search = _Search(
-                bundle, at_fault, graph, reader.another(rows), suspect, horizon, Path(folder), threads
-            )
-            fields |= search.run(reproducer)
-    return Bisection(**fields, seconds=time.perf_counter() - began)
-
-
-def _candidates(candidate: str | Candidate | None) -> list[Candidate]:
-    if isinstance(candidate, Candidate):
-        return [candidate]
-    if candidate is None:
-        return parse_candidates(default_candidates())
-    return [parse_candidate(candidate)]
 
 
 @dataclass(frozen=True)
-class _Reported:
-    """What a check found wrong.
+class _Replay:
+    """The calls of a case that failed, to be made one by one.
 
     Attributes:
-      candidate: Name of the candidate.
-      case: Name of the case.
-      last_step: Number of the call in which it was seen.
-      sentence: What is wrong, in words.
-      failure: Failure of the run, or None if a tensor is outside its budget.
+      bundle: Bundle under check.
+      candidate: Candidate that failed.
+      graph: PyTorch's traced graph.
+      calls: Calls of the case.
+      rows: Number of rows.
+      wrong: What the check found.
     """
 
-    candidate: str
-    case: str
-    last_step: int
-    sentence: str
-    failure: Failure | None = None
+    bundle: Bundle
+    candidate: Candidate
+    graph: TracedGraph
+    calls: Iterable[ScheduledCall]
+    rows: int
+    wrong: Reported
 
+    def run(self, session: Session | None, reproducer: Path | None) -> dict[str, Any]:
+        """Return what was found as keyword arguments of `Bisection`."""
+        if self.wrong.kind == NOT_REPEATABLE:
+            return {"finding": self._not_repeatable()}
+        threads = None if self.wrong.case == AGAIN else 1
+        opened = session or self.candidate.open(self.bundle, 1, threads)
+        reader = opened.another(self.rows)
+        horizon = model_horizon(self.bundle)
+        with torch_threads(1), TemporaryDirectory() as folder:
+            own = open_session(self.bundle, "torch", 1)
+            suspect = first_wrong_call(self.bundle, self._until(), reader, own, horizon)
+            if suspect is None:
+                return {}
+            search = _Search(
+                self.bundle,
+                self.candidate,
+                self.graph,
+                reader,
+                suspect,
+                horizon,
+                Path(folder),
+                threads,
+            )
+            return search.run(reproducer)
 
-def _reported(report: Report) -> _Reported | None:
-    """Return the first thing that a check found wrong, or None.
+    def _until(self) -> Iterator[ScheduledCall]:
+        """Yield the calls up to the one in which the check saw that something is wrong."""
+        for call in self.calls:
+            yield call
+            if call.step == self.wrong.step or (
+                self.wrong.step is None and call.tokens_read >= self.wrong.tokens_read
+            ):
+                return
 
-    Raises:
-      FwlError: No candidate could be opened.
-    """
-    for candidate in report.candidates:
-        if candidate.reason:
-            raise FwlError(f"{candidate.name} could not run: {candidate.reason}")
-    order = [run.case.name for run in report.cases]
-    wrong = [
-        (order.index(run.case), found)
-        for candidate in report.candidates
-        for run in candidate.runs
-        if (found := _of_run(candidate, run))
-    ]
-    return min(wrong, key=lambda entry: entry[0])[1] if wrong else None
-
-
-def _of_run(candidate: CandidateVerdict, run: RunVerdict) -> _Reported | None:
-    where = f"in case '{run.case}', {MODE_NAMES[run.mode]}"
-    steps = [
-        (measured.error.worst.step if measured.error.worst else 0, measured, tensor)
-        for tensor in run.tensors
-        for measured in tensor.points
-        if measured.use > 1
-    ]
-    if steps:
-        first = min(steps, key=lambda entry: (entry[1].tokens_read, -entry[1].use))
-        (step, measured, tensor) = first
-        sentence = (
-            f"'{tensor.name}' is at {measured.use:.3g} times its budget {where}, after "
-            f"{measured.tokens_read} tokens"
+    def _not_repeatable(self) -> Finding:
+        wrong = self.wrong
+        return Finding(
+            UNREPEATABLE,
+            wrong.step or 0,
+            wrong.tokens_read,
+            0,
+            wrong.tensor or LOGITS,
+            fault="runtime",
+            note=wrong.sentence,
         )
-        return _Reported(candidate.name, run.case, step, sentence)
-    if run.failure is None:
-        return None
-    failure = run.failure
-    sentence = f"{failure.message} {where}, at call {failure.step}"
-    return _Reported(candidate.name, run.case, failure.step, sentence, failure)
-
-
-def _not_repeatable(failure: Failure) -> Finding:
-    return Finding(
-        UNREPEATABLE,
-        failure.step,
-        failure.tokens_read,
-        0,
-        failure.tensor or LOGITS,
-        fault="runtime",
-        note=failure.message,
-    )
 
 
 def _name(case: str | Case) -> str:

@@ -10,7 +10,7 @@ free-running call is wrong, the state that is carried from call to call is at fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -175,7 +175,6 @@ def first_wrong_call(
     candidate: Session,
     own: Session,
     horizon_tokens: float,
-    last_step: int,
 ) -> Suspect | None:
     """Make calls until one of the candidate goes wrong; None if none does.
 
@@ -185,9 +184,8 @@ def first_wrong_call(
       candidate: Session with as many rows as the calls.
       own: PyTorch in the candidate's precision. Budgets are multiples of its error.
       horizon_tokens: Tokens over which the fast weights remember, see `budgets`.
-      last_step: Number of the last call to make.
     """
-    made = [call for call in calls if call.step <= last_step]
+    made = list(calls)
     judge = _judge(bundle, made, own.another(candidate.batch), horizon_tokens)
     free_running = candidate.another(candidate.batch)
     teacher_forced = candidate.another(candidate.batch)

@@ -184,18 +184,20 @@ def _of_logits(sizes: Sizes) -> dict[str, Hidden]:
             graph.read("logit_positions", graph.of_row_0), ragged
         ),
         "last_only returns the logits before the last": Hidden(
-            SessionFault(before=faulty.last_position(1)), last, ("logits",)
+            SessionFault(before=faulty.last_position(1)), last, ("selection",)
         ),
         "last_only returns the last column in padded rows": Hidden(
-            SessionFault(before=faulty.last_of_the_longest), ragged, ("logits",)
+            SessionFault(before=faulty.last_of_the_longest), ragged, ("selection",)
         ),
         "stale logits where T shrinks": Hidden(
-            SessionFault(faulty.stale_logits), _rows(2, reads(7, 4), about="T shrinks"), ("logits",)
+            SessionFault(faulty.stale_logits),
+            _rows(2, reads(7, 4), about="T shrinks"),
+            ("selection",),
         ),
         "logits of one array, which the next call overwrites": Hidden(
             SessionFault(faulty.one_array_of_logits),
             _rows(1, reads(3, 3), about="logits are kept until the next call"),
-            ("logits",),
+            ("selection",),
         ),
     }
 
@@ -226,7 +228,7 @@ def _of_ids(sizes: Sizes) -> dict[str, Hidden]:
         "the largest id overflows, in the runtime": Hidden(
             SessionFault(before=faulty.changed_input("input_ids", wrapped)),
             of_id(last, "the largest id is read"),
-            ("input",),
+            ("state",),
         ),
     }
 
@@ -265,12 +267,12 @@ def _of_weights_and_scales(sizes: Sizes) -> dict[str, Hidden]:
                 before=faulty.changed_input("label_weights", lambda w, call: np.minimum(w, 4))
             ),
             weighted(6),
-            ("input",),
+            ("state",),
         ),
         "weights of the call before, if T is the same": Hidden(
             SessionFault(before=faulty.of_the_last_call("label_weights")),
             _rows(1, reads(5), reads(5, weight=0.5), about="weights change, T does not"),
-            ("input", "state"),
+            ("state", "unrepeatable"),
         ),
         "weights above 1 forget no more than 1": Hidden(
             graph.operand(exponent, 0, graph.at_most(1)), weighted(3)
@@ -290,7 +292,7 @@ def _of_weights_and_scales(sizes: Sizes) -> dict[str, Hidden]:
         "the scale is read once only": Hidden(
             SessionFault(before=faulty.of_the_last_call(scale, scale)),
             _rows(1, scales(1.5), reads(3), scales(0.5), reads(3), about="the scale changes"),
-            ("input", "state"),
+            ("state", "unrepeatable"),
         ),
         "squared activations clipped where what was learned is large": Hidden(
             graph.operand(
@@ -401,7 +403,7 @@ def _of_rows(sizes: Sizes) -> dict[str, Hidden]:
             ragged,
         ),
         "rows leak into the next in 4 rows or more, in the runtime": Hidden(
-            SessionFault(faulty.leaks("fast.up.bias", 4, 1e-2)), ragged, ("rows", "state")
+            SessionFault(faulty.leaks("fast.up.bias", 4, 1e-2)), ragged, ("isolation", "state")
         ),
         "rows of length 0 get what a spare buffer held": Hidden(
             SessionFault(faulty.spare_rows_of_length_0), ragged
@@ -468,16 +470,16 @@ def _of_sessions(sizes: Sizes) -> dict[str, Hidden]:
 
     return {
         "a reset leaves the pending label": Hidden(
-            SessionFault(write=faulty.keeps("pending.")), reset, ("reset", "state")
+            SessionFault(write=faulty.keeps("pending.")), reset, ("rows", "state")
         ),
         "a reset leaves one tensor": Hidden(
-            SessionFault(write=faulty.keeps("fast.norm.bias")), all_reset, ("reset", "state")
+            SessionFault(write=faulty.keeps("fast.norm.bias")), all_reset, ("rows", "state")
         ),
         "a reset resets the next row": Hidden(
-            SessionFault(write=faulty.resets_another_row), reset, ("reset", "state")
+            SessionFault(write=faulty.resets_another_row), reset, ("rows", "state")
         ),
         "a forked row keeps its pending label": Hidden(
-            SessionFault(write=faulty.keeps("pending.", fresh=False)), forked, ("written", "state")
+            SessionFault(write=faulty.keeps("pending.", fresh=False)), forked, ("rows", "state")
         ),
         "rows that are written together change places": Hidden(
             SessionFault(write=faulty.writes_in_reverse),
@@ -488,7 +490,7 @@ def _of_sessions(sizes: Sizes) -> dict[str, Hidden]:
                 reads(4),
                 about="the states of two rows are loaded at once",
             ),
-            ("written", "state"),
+            ("rows", "state"),
         ),
         "sessions of one model share a buffer": Hidden(
             SessionFault(faulty.of_another_session, shared=True),

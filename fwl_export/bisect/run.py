@@ -44,7 +44,7 @@ from fwl_export.errors import BundleError
 from fwl_export.files import replaced_folder
 from fwl_export.model.traced_graph import TracedGraph, read_graph
 from fwl_export.parity.candidates import Candidate, parse_candidate
-from fwl_export.parity.cases import MIXED, TEXT, Case, choose_cases
+from fwl_export.parity.cases import MIXED, TEXT, Case, ModelLimits, choose_cases, plan_calls
 from fwl_export.parity.check import model_horizon, torch_threads
 from fwl_export.runtimes import Session, open_session
 
@@ -100,9 +100,9 @@ def bisect_bundle(
     check_candidate(candidate)
     graph = _graph(bundle)
     manifest = bundle.manifest
-    limit = manifest.config.backbone.max_positions
-    chosen = choose_cases(cases, tokens, manifest.max_tokens, limit)
-    calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
+    limits = ModelLimits.of(manifest)
+    chosen = choose_cases(cases, tokens, limits, seed)
+    calls = plan_calls(chosen, ids, limits, seed)
     session = session or candidate.open(bundle, 1, threads=1)
     horizon_tokens = model_horizon(bundle)
     fields: dict[str, Any] = {

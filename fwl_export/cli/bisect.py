@@ -148,15 +148,13 @@ def _search(
     from fwl_export.bundle.manifest import read_bundle
     from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
-    from fwl_export.parity.cases import choose_cases
+    from fwl_export.parity.cases import ModelLimits, choose_cases
     from fwl_export.runtimes.text import bundle_tokenizer
 
     opened = read_bundle(bundle)
     source = text or HELD_OUT_PLAY
     ids = read_ids(source, bundle_tokenizer(opened))
-    manifest = opened.manifest
-    limit = manifest.config.backbone.max_positions
-    planned = choose_cases(cases, tokens, manifest.max_tokens, limit)
+    planned = choose_cases(cases, tokens, ModelLimits.of(opened.manifest), seed)
     with progress_bar("bisect", sum(case.tokens for case in planned)) as advance:
         found = bisect_bundle(
             opened, ids, candidate, tokens, seed, reproducer, source.name, planned, advance=advance

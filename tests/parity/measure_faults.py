@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 
 from fwl_export.bisect import Bisection, bisect_bundle
+from fwl_export.bisect.reported import first_reported
 from fwl_export.bundle.manifest import MODEL_FILE, Bundle, read_bundle
 from fwl_export.bundle.tokenizer import read_ids
 from fwl_export.demo import HELD_OUT_PLAY
@@ -32,9 +33,10 @@ def measure(folder: Path, only: str, target: Path, with_bisect: bool = True) -> 
             continue
         began = time.perf_counter()
         with planted(bundle, fault) as broken:
-            row = {"check": _checked(check_bundle(broken, ids))}
+            report = check_bundle(broken, ids, stop_early=True)
+            row = {"check": _checked(report)}
             if with_bisect:
-                found = bisect_bundle(broken, ids)
+                found = bisect_bundle(broken, ids, report=report.to_dict())
                 row["bisect"] = _located(found, fault, bundle, broken)
         known: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
         known[name] = {**known.get(name, {}), **row}
@@ -54,20 +56,16 @@ def planted(bundle: Bundle, fault: Hidden) -> Iterator[Bundle]:
 
 
 def _checked(report: Report) -> str:
-    (candidate,) = report.candidates
-    if candidate.failure:
-        return f"yes, {candidate.failure.kind} in `{candidate.failure.tensor}`"
-    breach = candidate.breach
-    if breach is None:
-        return f"**no**, largest use {candidate.use:.2g}"
-    place = f"`{breach.tensor.name}`, case {breach.run.case}"
-    return f"yes, {candidate.use:.2g} times the budget; first {place}"
+    wrong = first_reported(report.to_dict(), None)
+    if wrong is None:
+        return f"**no**, largest use {max(c.use for c in report.candidates):.2g}"
+    return f"yes: {wrong.sentence}"
 
 
 def _located(found: Bisection, fault: Hidden, right: Bundle, broken: Bundle) -> str:
     finding = found.finding
     if finding is None:
-        return "**nothing found**"
+        return "**no**, " + ("and says so" if found.check else "nothing is found")
     where = f"{finding.place.replace('|', '/')}, fault of {finding.fault or 'unknown'}"
     if fault.is_in_file:
         good = finding.fault == "file" and bool(

@@ -29,8 +29,8 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 from fwl_export.bundle.config import BackboneConfig, ModelConfig
-from fwl_export.bundle.onnx_file import external_data_locations
-from fwl_export.bundle.state import StoredSpec, TensorSpec
+from fwl_export.bundle.onnx_file import ValueInfo, external_data_locations, graph_values
+from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
 from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import replaced_file
 from fwl_export.json_files import Count, Name, check_schema, read_json, shown, typed
@@ -294,7 +294,31 @@ class Bundle:
         path = self.file(MODEL_FILE)
         for location in external_data_locations(path):
             self.file(location)
+        self._check_graph(graph_values(path))
         return path
+
+    def _check_graph(self, values: Mapping[str, ValueInfo]) -> None:
+        """Check that the graph has the manifest's state, before memory is reserved for it.
+
+        Args:
+          values: Inputs and outputs of the graph.
+        """
+        vocabulary = TensorSpec("logits", (0, self.manifest.config.vocab_size), "float32")
+        expected = {"logits": vocabulary}
+        for spec in self.manifest.state:
+            expected |= {PAST + spec.name: spec, PRESENT + spec.name: spec}
+        for name, spec in expected.items():
+            found = values.get(name, ValueInfo("no such tensor", ()))
+            same = len(found.shape) == len(spec.shape) + 1 and all(
+                not size or not wanted or size == wanted
+                for size, wanted in zip(found.shape[1:], spec.shape, strict=True)
+            )
+            if not same or found.dtype != spec.dtype:
+                raise BundleError(
+                    f"'{name}' in the ONNX file of bundle '{self.folder}' is {found.dtype} "
+                    f"{list(found.shape)}, but the manifest says {spec.dtype} "
+                    f"{[0, *spec.shape]}, where 0 is any size; export the model again"
+                )
 
     def verify(self) -> None:
         """Check size and hash of every file.

@@ -42,6 +42,13 @@ Finite = Annotated[float, msgspec.Meta(ge=-1e150, le=1e150)]
 
 _T = TypeVar("_T")
 
+# Messages of msgspec, in words of ours.
+_WORDS = {
+    "Number out of range": "a number that float64 can hold",
+    "array": "a list",
+    "object": "an object",
+}
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -85,7 +92,7 @@ def read_bounded(path: Path, error: type[FwlError], limit: int = LARGEST_FILE) -
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise error(f"'{path}' is a pipe or a device; expected a regular file")
     with Path(path).open("rb") as stream:
-        content = stream.read(limit + 1)
+        content = stream.read(min(status.st_size, limit) + 1)  # reserves that much memory
     if len(content) > limit:
         raise error(
             f"'{path}' has {max(status.st_size, len(content))} bytes; expected at most {limit}. "
@@ -241,7 +248,8 @@ def _explained(problem: str, data: Any, kind: Any, prefix: str) -> str:
     if missing := re.fullmatch(r"Object missing required field `(\w+)`", what):
         return f"key '{prefix}{f'{place}.{missing[1]}'.lstrip('.')}' is missing"
     what = re.sub(r", got `.*`$", "", what).replace("`", "").removeprefix("Expected ")
-    what = what.replace("Number out of range", "a number that float64 can hold")
+    for word, plain in _WORDS.items():
+        what = what.replace(word, plain)
     what = re.sub("str matching regex.*", "text without control characters", what)
     if typing.get_origin(kind) is Literal:
         what = " or ".join(repr(choice) for choice in typing.get_args(kind))

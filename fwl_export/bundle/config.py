@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,11 +115,7 @@ class HuggingFaceConfig:
             raise ConfigError(
                 "backbone.model has no model_type; expected a configuration of transformers"
             )
-        for key, value in self.model.items():
-            if _COUNTS_MODULES.search(key) and isinstance(value, int) and value > _MOST_MODULES:
-                raise ConfigError(
-                    f"backbone.model.{key} is {value}; expected at most {_MOST_MODULES}"
-                )
+        check_module_counts(self.model, "backbone.model")
 
 
 AnyBackboneConfig = BackboneConfig | HuggingFaceConfig
@@ -230,6 +227,23 @@ class ModelConfig:
         check_schema(data, SCHEMA_VERSION, source, ConfigError, OLD_SCHEMA)
         values = {key: value for key, value in data.items() if key != "schema_version"}
         return _build(cls, values, source, "")
+
+
+def check_module_counts(model: Mapping[str, Any], source: str) -> None:
+    """Check that a configuration of transformers asks for no endless number of layers or experts.
+
+    Args:
+      model: Configuration of the model in transformers, which may have configurations inside.
+      source: Name of its origin in error messages.
+
+    Raises:
+      ConfigError: It asks for more than any model has.
+    """
+    for key, value in model.items():
+        if isinstance(value, dict):
+            check_module_counts(value, f"{source}.{key}")
+        elif _COUNTS_MODULES.search(key) and isinstance(value, int) and value > _MOST_MODULES:
+            raise ConfigError(f"{source}.{key} is {value}; expected at most {_MOST_MODULES}")
 
 
 def config_from_dict(

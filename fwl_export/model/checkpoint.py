@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
@@ -22,6 +23,7 @@ from fwl_export.model.stored import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     ZeroWeights,
+    check_header,
     read_tensors,
 )
 
@@ -66,6 +68,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 f"{WEIGHTS_FILE} and {TOKENIZER_FILE}"
             )
     config = load_config(folder / CONFIG_FILE)
+    with torch.device("meta"):  # no memory, until the sizes are known to be those of the file
+        sizes = FWLModel(config).stored_tensors()
+    check_header(folder / WEIGHTS_FILE, sizes)
     with ZeroWeights():
         model = FWLModel(config)
     model.load_stored_tensors(read_tensors(folder / WEIGHTS_FILE, model.stored_tensors()))

@@ -82,9 +82,12 @@ class Session:
 
         Raises:
           ShapeError: `batch` is less than 1, or more than the runner takes.
+          ConfigError: `spec.max_tokens` is less than 1.
         """
         if batch < 1:
             raise ShapeError(f"batch is {batch}; expected 1 or more rows")
+        if spec.max_tokens < 1:
+            raise ConfigError(f"spec.max_tokens is {spec.max_tokens}; expected 1 or more tokens")
         self.spec = spec
         self.specs = list(spec.state)
         self.vocab_size = spec.vocab_size

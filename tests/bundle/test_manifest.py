@@ -76,7 +76,9 @@ def test_an_older_schema(own_bundle: Path) -> None:
 @pytest.mark.parametrize("key", ["config", "state", "files", "max_tokens", "model_id"])
 def test_a_missing_part(own_bundle: Path, key: str) -> None:
     edit(own_bundle, lambda data: data.pop(key))
-    refused(own_bundle, "manifest.json is malformed (KeyError")
+    refused(
+        own_bundle, f"manifest.json is malformed: key '{key}' is missing; export the model again"
+    )
 
 
 def test_a_part_of_the_wrong_kind(own_bundle: Path) -> None:

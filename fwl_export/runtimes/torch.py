@@ -51,6 +51,11 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
     for name in names:
         bundle.file(name)
     model = load_checkpoint(bundle.folder / CHECKPOINT_FOLDER).model
+    if model.config != bundle.manifest.config:
+        raise BundleError(
+            f"bundle '{bundle.folder}' holds the checkpoint of a model with another configuration "
+            "than its manifest; export the model again"
+        )
     chosen: str | PrecisionPolicy = precision or bundle.manifest.precision
     if PRECISION_FILE in bundle.manifest.files:
         policy = read_policy(bundle.file(PRECISION_FILE))

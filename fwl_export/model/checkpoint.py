@@ -13,18 +13,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import nn
 
-from fwl_export.bundle.config import ModelConfig
+from fwl_export.bundle.config import HuggingFaceConfig, ModelConfig
 from fwl_export.bundle.tokenizer import load_tokenizer
 from fwl_export.errors import CheckpointError
 from fwl_export.files import check_output, replaced_folder
 from fwl_export.json_files import read_json
+from fwl_export.model.backbones.decoder import Decoder
+from fwl_export.model.backbones.huggingface import causal_model
+from fwl_export.model.fast_weights import FastWeights
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.stored import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     ZeroWeights,
-    check_header,
+    check_size,
     read_tensors,
 )
 
@@ -75,14 +79,10 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
             )
     content: Callable[[str], bytes | None] = read or (lambda name: None)
     config = load_config(folder / CONFIG_FILE, content(CONFIG_FILE))
-    with torch.device("meta"):  # no memory, until the sizes are known to be those of the file
-        sizes = FWLModel(config).stored_tensors()
-    weights = folder / WEIGHTS_FILE
-    if read is None:
-        check_header(weights, sizes)
-    tensors = read_tensors(weights, sizes, content(WEIGHTS_FILE))
+    check_size(folder / WEIGHTS_FILE, _parameters(config))
     with ZeroWeights():
         model = FWLModel(config)
+    tensors = read_tensors(folder / WEIGHTS_FILE, model.stored_tensors(), content(WEIGHTS_FILE))
     model.load_stored_tensors(tensors)
     tokenizer = load_tokenizer(
         folder / TOKENIZER_FILE,
@@ -105,6 +105,18 @@ def load_config(path: Path, content: bytes | None = None) -> ModelConfig:
       ConfigError: The file is not the configuration of a model.
     """
     return ModelConfig.from_dict(read_json(path, CheckpointError, content=content), str(path))
+
+
+def _parameters(config: ModelConfig) -> int:
+    """Return how many parameters a model will have, without memory for them."""
+    with torch.device("meta"):
+        backbone: nn.Module
+        if isinstance(config.backbone, HuggingFaceConfig):
+            backbone = causal_model(config.backbone.model)
+        else:
+            backbone = Decoder(config.backbone, config.vocab_size)
+        layer = FastWeights(config.fast_weights, config.vocab_size)
+    return sum(tensor.numel() for part in (backbone, layer) for tensor in part.parameters())
 
 
 def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from fwl_export.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+# Numbers that a model may have beyond its file, and then be refused for the tensor that differs.
+_SMALL = 1 << 22
 
 
 class ZeroWeights(TorchFunctionMode):
@@ -63,23 +67,24 @@ def read_tensors(
     return tensors
 
 
-def check_header(path: Path, expected: Mapping[str, Tensor]) -> None:
-    """Check names and shapes of a safetensors file before its tensors are read.
+def check_size(path: Path, parameters: int) -> None:
+    """Check that a model fits a safetensors file roughly, before memory is reserved for it.
 
     Args:
       path: Path of the file.
-      expected: A tensor of the expected shape for every name that the file must have; it may be on
-        the device "meta".
+      parameters: Number of parameters of the model; the file may hold a shared one only once.
 
     Raises:
-      CheckpointError: The file cannot be read, or a tensor is missing, unknown, or has another
-        shape.
+      CheckpointError: The file cannot be read, or holds far less than the model needs.
     """
     with _readable(path), safe_open(path, "pt") as file:
-        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
-    _check_names(path, set(found), set(expected))
-    for name, tensor in expected.items():
-        _check_shape(path, name, found[name], tensor.shape)
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - no mapping
+    stored = sum(math.prod(shape) for shape in shapes)
+    if parameters > 2 * stored + _SMALL:
+        raise CheckpointError(
+            f"{path} holds {stored} numbers, but {CONFIG_FILE} describes a model of {parameters}; "
+            "expected both files from the same model"
+        )
 
 
 def load_tensors(path: Path, content: bytes | None = None) -> dict[str, Tensor]:

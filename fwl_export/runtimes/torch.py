@@ -51,6 +51,11 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
         bundle.folder / CHECKPOINT_FOLDER,
         lambda name: bundle.read_file(f"{CHECKPOINT_FOLDER}/{name}"),
     ).model
+    if model.config != bundle.manifest.config:
+        raise BundleError(
+            f"bundle '{bundle.folder}' holds the checkpoint of a model with another configuration "
+            "than its manifest; export the model again"
+        )
     chosen: str | PrecisionPolicy = precision or bundle.manifest.precision
     if PRECISION_FILE in bundle.manifest.files:
         policy = read_policy(bundle.folder / PRECISION_FILE, bundle.read_file(PRECISION_FILE))

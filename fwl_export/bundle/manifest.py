@@ -35,6 +35,7 @@ from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
 from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import finish_replacement, open_regular, replaced_file
 from fwl_export.json_files import Count, Name, check_schema, read_json, shown, typed
+from fwl_export.printable import printable
 
 _log = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ class Bundle:
             name: _size(entry["bytes"]) for name, entry in sorted(self.manifest.files.items())
         }
         rows = (
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            f"<tr><th>{_html(name)}</th><td>{_html(value)}</td></tr>"
             for name, value in facts.items()
         )
         return f"<table>{''.join(rows)}</table>"
@@ -570,6 +571,10 @@ def describe_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _html(text: str) -> str:
+    return html.escape(printable(text))
 
 
 def _size(count: int) -> str:

@@ -441,6 +441,10 @@ class Bundle:
         the power fails, every file in the manifest has the hash stated there. For arguments and
         errors, see `add_files`.
         """
+        self.check_not_replaced()
+        latest = read_bundle(self.folder)
+        if latest.manifest.files.keys().isdisjoint(names):
+            return latest
         return self._changed_files(lambda files: {n: e for n, e in files.items() if n not in names})
 
     def _changed_files(self, change: Callable[[_Files], _Files]) -> Bundle:

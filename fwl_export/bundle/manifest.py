@@ -30,7 +30,12 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 from fwl_export.bundle.config import BackboneConfig, ModelConfig
-from fwl_export.bundle.onnx_file import ValueInfo, external_data_locations, graph_values
+from fwl_export.bundle.onnx_file import (
+    ValueInfo,
+    check_external_data,
+    external_data_locations,
+    graph_values,
+)
 from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
 from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import finish_replacement, open_regular, replaced_file
@@ -329,6 +334,7 @@ class Bundle:
         """
         model, path = self.read_file(MODEL_FILE), self.folder / MODEL_FILE
         names = external_data_locations(path, model)
+        check_external_data(path, model)
         self._check_graph(graph_values(path, model))
         return model, {name: self.read_file(name) for name in names}
 

@@ -28,7 +28,7 @@ _MESSAGES = {
 }
 # Other field numbers of onnx.proto.
 _MODEL_GRAPH = 7
-_GRAPH_NODE, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 11, 12
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
 _NODE_INPUT, _NODE_OP_TYPE, _NODE_DOMAIN = 1, 4, 7
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR = 1, 2, 1
 _TENSOR_TYPE_ELEMENT, _TENSOR_TYPE_SHAPE, _SHAPE_AXIS, _AXIS_SIZE = 1, 2, 1, 1
@@ -89,6 +89,38 @@ def external_data_locations(path: Path, content: bytes | None = None) -> set[str
         if addresses := sorted(location for location in found if "*" in location):
             raise ValueError(f"a tensor has its data at {shown(addresses[0])}, which is not a file")
         return found
+
+
+def check_external_data(path: Path, content: bytes) -> None:
+    """Check that only the graph's own weights are external data.
+
+    ONNX Runtime takes them from memory. Those of graphs inside nodes and of functions it would
+    still look for on disk, in the current folder.
+
+    Args:
+      path: Path of the ONNX file.
+      content: Content of the file.
+
+    Raises:
+      BundleError: Another tensor has its data in another file, or the file is not an ONNX model.
+    """
+    with _opened(path, content) as model:
+        everywhere = model.tensors("model", model.whole, 0)
+        weights = (
+            tensor
+            for graph in model.parts(model.whole, _MODEL_GRAPH)
+            for tensor in model.parts(graph, _GRAPH_INITIALIZER)
+        )
+        counts = [
+            sum(any(model.parts(tensor, _TENSOR_EXTERNAL_DATA)) for tensor in tensors)
+            for tensors in (everywhere, weights)
+        ]
+    if counts[0] != counts[1]:
+        raise BundleError(
+            f"'{path}' has {counts[0] - counts[1]} tensors inside nodes or functions whose data "
+            "are in another file; expected external data of the graph's own weights only. Put "
+            "these tensors into the ONNX file, or export the model again"
+        )
 
 
 def graph_values(path: Path, content: bytes | None = None) -> dict[str, ValueInfo]:

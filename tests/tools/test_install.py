@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 import threading
+import tomllib
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tools import install
-from tools.install import expected, explain, fingerprint, heartbeat, progress, run_pip
+from tools.install import REPOSITORY, expected, explain, fingerprint, heartbeat, progress, run_pip
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,7 @@ def test_lines_fit_80_columns(
 ) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
-    monkeypatch.setattr(install, "run_pip", lambda command, log, say: 0)
+    monkeypatch.setattr(install, "install_locked", lambda *arguments: 0)
     assert install.install(tmp_path, "export,cpu,rtx,hf,dev", []) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "[   0 s] installing fwl-export[export,cpu,rtx,hf,dev]" in lines[0]
@@ -104,7 +109,7 @@ def run(monkeypatch: pytest.MonkeyPatch, venv: Path, *options: str) -> int:
 def test_nothing_is_installed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, list[str]]] = []
 
-    def fake(venv: Path, extras: str, pip_options: list[str]) -> int:
+    def fake(venv: Path, extras: str, pip_options: list[str], package: Path) -> int:
         calls.append((extras, pip_options))
         return 1 if extras == "broken" else 0
 
@@ -123,3 +128,71 @@ def test_an_old_python_is_refused(
     monkeypatch.setattr(install, "OLDEST", (99, 0))
     assert run(monkeypatch, tmp_path) == 1
     assert "fwl-export needs Python 99.0 or newer" in capsys.readouterr().err
+
+
+def test_every_pin_has_hashes() -> None:
+    for lock in install.read_locks():
+        assert lock
+        assert [name for name, pin in lock.items() if not pin.hashes] == []
+        assert all(len({*pin.hashes}) == len(pin.hashes) for pin in lock.values())
+    main, _ = install.read_locks()
+    assert {*install.BUILD, "torch", "numpy", "msgspec", "allpairspy", "triton"} <= {*main}
+
+
+def test_every_requirement_of_the_project_is_pinned() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    installed = ("export", "tensorboard", "hf", "cpu", "rtx", "import", "plots", "docs", "dev")
+    wanted = [*project["dependencies"], *(line for extra in installed for line in extras[extra])]
+    names = {install.normalized(re.split(r"[^\w.-]", line)[0]) for line in wanted}
+    assert names - {*install.read_locks()[0]} == {"fwl-export"}
+
+
+def item(name: str, version: str, sha256: str = "") -> dict[str, Any]:
+    info: dict[str, Any] = {"archive_info": {"hashes": {"sha256": sha256}}} if sha256 else {}
+    return {"metadata": {"name": name, "version": version}, "download_info": info}
+
+
+def test_what_pip_chose_is_installed_by_the_hashes_of_the_constraints() -> None:
+    a, b, c, d = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
+    main = install.read_lock(
+        f"# pins\ntorch==2.13.0 \\\n    --hash=sha256:{a} \\\n    --hash=sha256:{b}\n"
+        f"triton==3.8.0 --hash=sha256:{c}\n"
+    )
+    cuda = install.read_lock(f"triton==3.7.1 --hash=sha256:{d}\n")
+    locked = (main, cuda)
+    assert [pin.name for pin in install.free(locked)] == ["torch"]
+    found = [item("torch", "2.13.0+cpu"), item("Triton", "3.7.1"), item("fwl_export", "0.2.0")]
+    lines, loose = install.chosen(found, locked)
+    assert lines == [
+        f"torch==2.13.0+cpu --hash=sha256:{a} --hash=sha256:{b}\n",
+        f"triton==3.7.1 --hash=sha256:{d}\n",
+    ]
+    assert loose == []
+    lines, loose = install.chosen([item("tensorrt", "10.14", a)], locked)
+    assert lines == [f"tensorrt==10.14 --hash=sha256:{a}\n"]
+    assert loose == ["tensorrt 10.14"]
+    # Without any hash pip refuses the line, in its hash-checking mode.
+    assert install.chosen([item("tensorrt", "10.14")], locked)[0] == ["tensorrt==10.14\n"]
+
+
+def test_pip_refuses_a_file_with_another_hash(tmp_path: Path) -> None:
+    """The hashes decide: pip, as it is called here, takes no file that is not listed."""
+    wheel = tmp_path / "planted-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("planted.py", "")
+        archive.writestr("planted-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(
+            "planted-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n"
+        )
+        archive.writestr("planted-1.0.dist-info/RECORD", "")
+    right = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    log = tmp_path / "log"
+    for digest, code in ((right, 0), ("0" * 64, 1)):
+        file = tmp_path / "requirements.txt"
+        file.write_text(install.wanted_line(install.Pin("planted", "1.0", ()), [digest]))
+        command = [sys.executable, "-m", "pip", "install", "--target", str(tmp_path / digest[:4])]
+        command += ["--no-index", "--find-links", str(tmp_path), "--no-deps", "--require-hashes"]
+        found = install.run_pip([*command, "-r", str(file)], log, lambda line: None)
+        assert (found != 0) == bool(code), log.read_text()
+    assert "DO NOT MATCH THE HASHES" in log.read_text()

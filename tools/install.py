@@ -6,11 +6,10 @@ Runs on the bare Python that will be the environment's, so it uses the standard 
 what takes the time, keeps pip's own output in VENV/install.log, and shows its end if pip fails.
 Nothing is installed if the packages, constraints and options are those of the last run.
 
-Every file that pip installs must have a sha256 that constraints.txt or constraints-cuda.txt lists:
-pip first says which releases it would take, without installing them, and then installs these, in
-its hash-checking mode (VENV/requirements.txt). fwl-export itself is built by the pinned build
-backend. Releases that are not pinned, such as those of the extra `gpu`, are named; pip checks them
-against the hashes that the index states.
+Every file that pip takes must have a sha256 that constraints.txt lists, or constraints-cuda.txt for
+torch's CUDA builds: pip runs in its hash-checking mode, and the pinned build backend builds
+fwl-export itself. Extras that are not pinned, such as `gpu`, are installed after that, without
+hashes, and named.
 """
 
 from __future__ import annotations
@@ -20,22 +19,26 @@ import hashlib
 import json
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OLDEST = (3, 11)
 
 # What is installed, and what torch's CUDA builds bring in addition or instead.
 LOCKS = ("constraints.txt", "constraints-cuda.txt")
+
+# Stands for what is needed without any extra, in the lists of the constraints.
+BASE = "always"
 
 # What builds fwl-export and packages that have no wheel; pip installs it first.
 BUILD = ("scikit-build-core", "packaging", "pathspec", "setuptools")
@@ -70,6 +73,9 @@ def main() -> int:
         default=REPOSITORY,
         help="wheel to install, default: this checkout, editable",
     )
+    parser.add_argument(
+        "--unhashed", default="", help="packages of which any build will do, such as torch"
+    )
     parser.add_argument("pip", nargs="*", help="more options for pip, after --")
     options = parser.parse_args()
     if sys.version_info < OLDEST:
@@ -81,10 +87,11 @@ def main() -> int:
         )
         return 1
     stamp = options.venv / ".installed"
-    wanted = fingerprint(options.extras, [*options.pip, str(options.package)])
+    source = Source(options.package, frozenset(filter(None, options.unhashed.split(","))))
+    wanted = fingerprint(options.extras, [*options.pip, str(source.package), options.unhashed])
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return 0
-    code = install(options.venv, options.extras, options.pip, options.package)
+    code = install(options.venv, options.extras, options.pip, source)
     if code == 0:
         stamp.write_text(wanted, encoding="utf-8")
     return code
@@ -106,14 +113,29 @@ def fingerprint(extras: str, pip_options: Iterable[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest() + "\n"
 
 
-def install(venv: Path, extras: str, pip_options: Iterable[str], package: Path = REPOSITORY) -> int:
+@dataclass(frozen=True)
+class Source:
+    """What to install.
+
+    Attributes:
+      package: Wheel of fwl-export, or the checkout, which becomes an editable installation.
+      unhashed: Names of pinned packages of which any build will do: their hashes are not checked.
+    """
+
+    package: Path = REPOSITORY
+    unhashed: frozenset[str] = frozenset()
+
+
+def install(
+    venv: Path, extras: str, pip_options: Iterable[str], source: Source | None = None
+) -> int:
     """Create the environment, install the packages, and say what is being done.
 
     Args:
       venv: Folder of the virtual environment.
       extras: Extras of fwl-export, with commas between.
       pip_options: More options for pip.
-      package: Wheel of fwl-export, or the checkout, which becomes an editable installation.
+      source: What to install; by default the checkout.
 
     Returns:
       pip's exit code, or that of creating the environment.
@@ -141,7 +163,7 @@ def install(venv: Path, extras: str, pip_options: Iterable[str], package: Path =
     log.unlink(missing_ok=True)
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", *pip_options]
-    code = install_locked(command, venv, extras, package, say)
+    code = install_locked(command, venv, extras, source or Source(), say)
     if code:
         explain(log)
     else:
@@ -149,44 +171,61 @@ def install(venv: Path, extras: str, pip_options: Iterable[str], package: Path =
     return code
 
 
-def install_locked(pip: list[str], venv: Path, extras: str, package: Path, say: Say) -> int:
+def install_locked(pip: list[str], venv: Path, extras: str, source: Source, say: Say) -> int:
     """Install the package, and what it needs by the hashes of the constraints.
 
     Args:
       pip: Beginning of a command line that installs something.
       venv: Folder of the virtual environment.
       extras: Extras of fwl-export, with commas between.
-      package: Wheel of fwl-export, or the checkout.
+      source: What to install.
       say: Function that shows a line to the user.
 
     Returns:
       The exit code of the first run of pip that failed, or 0.
     """
-    log, locked, report = venv / "install.log", read_locks(), venv / "resolved.json"
-    build, requirements = venv / "build-requirements.txt", venv / "requirements.txt"
-    pins = venv / "constraints.txt"
-    wanted = [locked[0][name] for name in BUILD]
-    build.write_text("".join(wanted_line(pin, pin.hashes) for pin in wanted), encoding="utf-8")
-    pins.write_text("".join(f"{pin.name}=={pin.version}\n" for pin in free(locked)), "utf-8")
-    target = f"{package}[{extras}]" if extras else str(package)
-    source = [target] if package.is_file() else ["-e", target]
-    by_hash = ["--no-deps", "--require-hashes", "--no-build-isolation"]
-    code = run_pip([*pip, *by_hash, "-r", str(build)], log, say)
-    if code:
-        return code
-    dry = ["--dry-run", "--report", str(report), "--no-build-isolation", "-c", str(pins)]
-    code = run_pip([*pip, *dry, *source], log, say)
-    if code:
-        return code
-    found = json.loads(report.read_text(encoding="utf-8"))["install"]
-    lines, loose = chosen(found, locked)
-    if loose:
-        say(f"not pinned, so taken as the index has them: {', '.join(loose)}")
-    requirements.write_text("".join(lines), encoding="utf-8")
-    if lines:
-        code = run_pip([*pip, *by_hash, "-r", str(requirements)], log, say)
-    source[-1] = str(package)
-    return code or run_pip([*pip, "--no-deps", "--no-build-isolation", *source], log, say)
+    log, wheels = venv / "install.log", venv / "wheels"
+    main, cuda = (read_lock((REPOSITORY / name).read_text(encoding="utf-8")) for name in LOCKS)
+    chosen = {name.strip() for name in extras.split(",") if name.strip()}
+    by_hash = ["--require-hashes", "--no-build-isolation", "-r"]
+
+    def run(command: list[str], pins: Iterable[Pin]) -> int:
+        file = venv / "requirements.txt"
+        file.write_text("".join(pin.line() for pin in pins), encoding="utf-8")
+        return run_pip([*pip[:3], *command, *pip[4:], *by_hash, str(file)], log, say)
+
+    code = run(["install", "--no-deps"], [main[name] for name in BUILD])
+    pins = {name: pin for name, pin in main.items() if pin.extras & {BASE, *chosen}}
+    if any_build := [f"{name}=={pins.pop(name).version}" for name in source.unhashed & {*pins}]:
+        say(f"without hashes, as asked: {', '.join(any_build)}")
+        code = code or run_pip([*pip, "--no-deps", *any_build], log, say)
+    if not code and "torch" in pins and not torch_needs(venv):
+        code = run(["download", "--no-deps", "--dest", str(wheels)], [main["torch"]])
+    if any(re.match("nvidia|cuda-toolkit", line) for line in torch_needs(venv)):
+        pins |= cuda
+    code = code or run(["install", "--find-links", str(wheels)], pins.values())
+    shutil.rmtree(wheels, ignore_errors=True)
+    package, last = str(source.package), ["--no-deps"]
+    if loose := chosen - {extra for pin in main.values() for extra in pin.extras}:
+        say(f"without hashes, because nothing pins them: extras {', '.join(sorted(loose))}")
+        package, last = f"{package}[{','.join(sorted(loose))}]", []
+    editable = [] if source.package.is_file() else ["-e"]
+    return code or run_pip([*pip, *last, "--no-build-isolation", *editable, package], log, say)
+
+
+def torch_needs(venv: Path) -> list[str]:
+    """Return the requirements of torch as it is installed or was downloaded, or nothing.
+
+    Args:
+      venv: Folder of the virtual environment, with the downloaded wheel in its folder `wheels`.
+    """
+    files = [*venv.glob("lib/*/site-packages/torch-*.dist-info/METADATA")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    for wheel in (venv / "wheels").glob("torch-*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+            text = archive.read(name).decode()
+    return re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -197,32 +236,33 @@ class Pin:
       name: Name of the package, normalized.
       version: Its version.
       hashes: sha256 of the release's files, in hexadecimal.
+      extras: Extras of fwl-export that need it, or `BASE`.
     """
 
     name: str
     version: str
-    hashes: tuple[str, ...]
+    hashes: tuple[str, ...] = ()
+    extras: frozenset[str] = frozenset()
 
-
-Locks = tuple[dict[str, Pin], ...]
-
-
-def read_locks() -> Locks:
-    """Return the pins of each file of constraints, by name."""
-    return tuple(read_lock((REPOSITORY / name).read_text(encoding="utf-8")) for name in LOCKS)
+    def line(self) -> str:
+        """Return the lines of a requirements file that ask for the release."""
+        options = "".join(f" \\\n    --hash=sha256:{digest}" for digest in self.hashes)
+        comment = f"    # for: {', '.join(sorted(self.extras))}\n" if self.extras else ""
+        return f"{self.name}=={self.version}{options}\n{comment}"
 
 
 def read_lock(text: str) -> dict[str, Pin]:
     """Return the pins of a file of constraints, by name.
 
     Args:
-      text: Content of the file: `name==version`, and its hashes as pip's options.
+      text: Content of the file: requirements with their hashes, as `Pin.line` writes them.
     """
     pins = {}
-    for line in re.sub(r"\\\n", " ", text).splitlines():
-        if match := re.match(r"([\w.-]+)==(\S+)", line):
-            name = normalized(match[1])
-            pins[name] = Pin(name, match[2], tuple(re.findall(r"--hash=sha256:(\w{64})", line)))
+    for match in re.finditer(r"^([\w.-]+)==(\S+)(.*\n(?: +.*\n)*)", text, re.MULTILINE):
+        hashes = tuple(re.findall(r"--hash=sha256:(\w{64})", match[3]))
+        extras = re.search(r"# for: (.*)", match[3])
+        name = normalized(match[1])
+        pins[name] = Pin(name, match[2], hashes, frozenset(extras[1].split(", ") if extras else ()))
     return pins
 
 
@@ -233,49 +273,6 @@ def normalized(name: str) -> str:
       name: Name as somebody wrote it.
     """
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def free(locked: Locks) -> list[Pin]:
-    """Return the pins that decide what pip resolves: those that no other build of torch changes.
-
-    Args:
-      locked: Pins of the files of constraints.
-    """
-    return [pin for name, pin in locked[0].items() if name not in locked[1]]
-
-
-def wanted_line(pin: Pin, hashes: Iterable[str]) -> str:
-    """Return a line of a requirements file.
-
-    Args:
-      pin: Release to install.
-      hashes: sha256 of the files that may be installed.
-    """
-    options = "".join(f" --hash=sha256:{digest}" for digest in hashes)
-    return f"{pin.name}=={pin.version}{options}\n"
-
-
-def chosen(found: Iterable[dict[str, Any]], locked: Locks) -> tuple[list[str], list[str]]:
-    """Return lines of a requirements file for what pip chose, and the names of what is not pinned.
-
-    Args:
-      found: What pip would install, from its report.
-      locked: Pins of the files of constraints.
-    """
-    lines, loose = [], []
-    for item in found:
-        name, version = normalized(item["metadata"]["name"]), item["metadata"]["version"]
-        if name == "fwl-export":
-            continue
-        public = version.partition("+")[0]  # 2.13.0+cpu is a build of 2.13.0
-        pins = [lock[name] for lock in locked if name in lock]
-        hashes = [h for pin in pins if pin.version in (public, version) for h in pin.hashes]
-        if not hashes:
-            stated = item["download_info"].get("archive_info", {}).get("hashes", {})
-            hashes = [stated["sha256"]] if "sha256" in stated else []
-            loose.append(f"{name} {version}")
-        lines.append(wanted_line(Pin(name, version, ()), hashes))
-    return lines, loose
 
 
 def expected(extras: str) -> str:
@@ -388,7 +385,7 @@ def explain(log: Path) -> None:
         "  No network, or a mirror:  make install PIP_ARGS='--index-url URL'\n"
         "  No room on the disk:      make install EXTRAS=export,cpu (leaves out RTX and tests)\n"
         "  torch without CUDA:       make install PIP_ARGS='--extra-index-url URL of its builds'\n"
-        "  Hashes do not match:      see 'Set-up' in CONTRIBUTING.md, for another build of torch\n"
+        "  Hash of torch differs:    make install UNHASHED=torch, for a build that is not listed\n"
         "  To start over:            remove the folder of the environment, then make install",
         file=sys.stderr,
     )

@@ -3,9 +3,10 @@
     python -m tools.lock                     # new pins get hashes; unchanged ones keep theirs too
     python -m tools.lock --wheel torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl
 
-To move to other releases, change the versions first. The hashes are those of all files of a release
-that the package index lists, for every platform and Python. A wheel from elsewhere, such as torch's
-builds without CUDA, is added by its file. Needs `uv`, which asks the index; nothing is installed.
+To move to other releases, change the versions first and install them: which extras need a package
+is read from the environment. The hashes are those of all files of a release that the package index
+lists, for every platform and Python. A wheel from elsewhere, such as torch's builds without CUDA,
+is added by its file. Needs `uv`, which asks the index; it installs nothing.
 """
 
 from __future__ import annotations
@@ -15,13 +16,28 @@ import hashlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
-from tools.install import LOCKS, REPOSITORY, Pin, normalized, read_lock
+from packaging.requirements import Requirement
+
+from tools.install import BASE, LOCKS, REPOSITORY, Pin, normalized, read_lock
 
 # uv answers for one Python; the hashes it lists are those of all.
 PYTHON = "3.12"
+
+# Extras whose packages are pinned.
+EXTRAS = ("cpu", "dev", "docs", "export", "hf", "import", "plots", "rtx", "tensorboard")
+
+# Where the pins are for.
+MACHINES = [
+    {"python_version": version, "python_full_version": f"{version}.9", "platform_machine": machine}
+    for version in ("3.11", "3.12", "3.13")
+    for machine in ("x86_64", "aarch64")
+]
 
 
 class LockError(Exception):
@@ -73,7 +89,47 @@ def with_hashes(old: Pin, new: Pin | None, wheels: Iterable[Path]) -> Pin:
     return Pin(old.name, old.version, tuple(sorted(hashes)))
 
 
-def lock(text: str, wheels: Iterable[Path] = ()) -> str:
+def needed(extra: str) -> set[str]:
+    """Return the names of all packages that an extra needs, from what is installed here.
+
+    Args:
+      extra: Name of the extra, or `BASE`.
+    """
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    options: Mapping[str, list[str]] = project["optional-dependencies"]
+    lines = [*project["dependencies"], *options.get(extra, [])]
+    found: set[tuple[str, str]] = set()
+    left = [(Requirement(line), "") for line in lines]
+    while left:
+        requirement, asked_by = left.pop()
+        name = normalized(requirement.name)
+        if not _applies(requirement, asked_by):
+            continue
+        for part in ("", *requirement.extras):
+            if (name, part) in found:
+                continue
+            found.add((name, part))
+            left += [(Requirement(line), part) for line in _requires(name, part, options)]
+    return {name for name, _ in found} - {"fwl-export"}
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({**m, "extra": extra}) for m in MACHINES)
+
+
+def _requires(name: str, extra: str, options: Mapping[str, list[str]]) -> list[str]:
+    if name == "fwl-export":
+        return options.get(extra, [])
+    try:
+        return requires(name) or []
+    except PackageNotFoundError:
+        return []
+
+
+def lock(
+    text: str, wheels: Iterable[Path] = (), extras: Mapping[str, set[str]] | None = None
+) -> str:
     """Return the content of a file of constraints with the hashes of its pins.
 
     The comment at its top stays. A pin whose version was changed by hand must be without hashes.
@@ -81,16 +137,16 @@ def lock(text: str, wheels: Iterable[Path] = ()) -> str:
     Args:
       text: Content of the file.
       wheels: Wheels from elsewhere.
+      extras: Names of the packages that each extra needs; None writes no extras.
     """
     pins = read_lock(text)
     answers = ask_index(pins.values())
     head = [line for line in text.splitlines() if line.startswith("#")]
-    lines = ["\n".join(head)]
     for name in sorted(pins):
         pin = with_hashes(pins[name], answers.get(name), wheels)
-        options = "".join(f" \\\n    --hash=sha256:{digest}" for digest in pin.hashes)
-        lines.append(f"{pin.name}=={pin.version}{options}")
-    return "\n".join(lines) + "\n"
+        users = frozenset(extra for extra, names in (extras or {}).items() if name in names)
+        head.append(replace(pin, extras=users).line().rstrip("\n"))
+    return "\n".join(head) + "\n"
 
 
 def main() -> int:
@@ -100,10 +156,11 @@ def main() -> int:
         "--wheel", type=Path, action="append", default=[], help="wheel from elsewhere to allow"
     )
     wheels = parser.parse_args().wheel
-    for name in LOCKS:
+    extras = {extra: needed(extra) for extra in (BASE, *EXTRAS)}
+    for name, users in zip(LOCKS, (extras, None), strict=True):
         path = REPOSITORY / name
         try:
-            text = lock(path.read_text(encoding="utf-8"), wheels)
+            text = lock(path.read_text(encoding="utf-8"), wheels, users)
         except LockError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

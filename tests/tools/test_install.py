@@ -9,12 +9,22 @@ import threading
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tools import install
-from tools.install import REPOSITORY, expected, explain, fingerprint, heartbeat, progress, run_pip
+from tools.install import (
+    REPOSITORY,
+    Pin,
+    Source,
+    expected,
+    explain,
+    fingerprint,
+    heartbeat,
+    progress,
+    read_lock,
+    run_pip,
+)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +119,7 @@ def run(monkeypatch: pytest.MonkeyPatch, venv: Path, *options: str) -> int:
 def test_nothing_is_installed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, list[str]]] = []
 
-    def fake(venv: Path, extras: str, pip_options: list[str], package: Path) -> int:
+    def fake(venv: Path, extras: str, pip_options: list[str], source: object) -> int:
         calls.append((extras, pip_options))
         return 1 if extras == "broken" else 0
 
@@ -130,12 +140,16 @@ def test_an_old_python_is_refused(
     assert "fwl-export needs Python 99.0 or newer" in capsys.readouterr().err
 
 
+def locks() -> list[dict[str, Pin]]:
+    return [read_lock((REPOSITORY / name).read_text(encoding="utf-8")) for name in install.LOCKS]
+
+
 def test_every_pin_has_hashes() -> None:
-    for lock in install.read_locks():
+    for lock in locks():
         assert lock
         assert [name for name, pin in lock.items() if not pin.hashes] == []
         assert all(len({*pin.hashes}) == len(pin.hashes) for pin in lock.values())
-    main, _ = install.read_locks()
+    main, _ = locks()
     assert {*install.BUILD, "torch", "numpy", "msgspec", "allpairspy", "triton"} <= {*main}
 
 
@@ -145,35 +159,73 @@ def test_every_requirement_of_the_project_is_pinned() -> None:
     installed = ("export", "tensorboard", "hf", "cpu", "rtx", "import", "plots", "docs", "dev")
     wanted = [*project["dependencies"], *(line for extra in installed for line in extras[extra])]
     names = {install.normalized(re.split(r"[^\w.-]", line)[0]) for line in wanted}
-    assert names - {*install.read_locks()[0]} == {"fwl-export"}
+    assert names - {*locks()[0]} == {"fwl-export"}
 
 
-def item(name: str, version: str, sha256: str = "") -> dict[str, Any]:
-    info: dict[str, Any] = {"archive_info": {"hashes": {"sha256": sha256}}} if sha256 else {}
-    return {"metadata": {"name": name, "version": version}, "download_info": info}
+def fake_venv(folder: Path, torch: str = "") -> Path:
+    (folder / "wheels").mkdir(parents=True)
+    with zipfile.ZipFile(folder / "wheels" / "torch-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("torch-1.dist-info/METADATA", f"Name: torch\n{torch}")
+    return folder
 
 
-def test_what_pip_chose_is_installed_by_the_hashes_of_the_constraints() -> None:
-    a, b, c, d = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
-    main = install.read_lock(
-        f"# pins\ntorch==2.13.0 \\\n    --hash=sha256:{a} \\\n    --hash=sha256:{b}\n"
-        f"triton==3.8.0 --hash=sha256:{c}\n"
-    )
-    cuda = install.read_lock(f"triton==3.7.1 --hash=sha256:{d}\n")
-    locked = (main, cuda)
-    assert [pin.name for pin in install.free(locked)] == ["torch"]
-    found = [item("torch", "2.13.0+cpu"), item("Triton", "3.7.1"), item("fwl_export", "0.2.0")]
-    lines, loose = install.chosen(found, locked)
-    assert lines == [
-        f"torch==2.13.0+cpu --hash=sha256:{a} --hash=sha256:{b}\n",
-        f"triton==3.7.1 --hash=sha256:{d}\n",
+@pytest.mark.parametrize(
+    ("torch", "triton"),
+    [
+        ("Requires-Dist: filelock\n", "3.8.0"),
+        ('Requires-Dist: nvidia-cublas==13; platform_system == "Linux"\n', "3.7.1"),
+        ("Requires-Dist: cuda-toolkit[cublas]==13.0.3\n", "3.7.1"),
+    ],
+)
+def test_only_what_the_extras_need_is_installed_by_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str, triton: str
+) -> None:
+    runs: list[tuple[list[str], dict[str, Pin]]] = []
+
+    def fake(command: list[str], log: Path, say: object) -> int:
+        file = tmp_path / "requirements.txt"
+        runs.append((command, read_lock(file.read_text(encoding="utf-8"))))
+        return 0
+
+    monkeypatch.setattr(install, "run_pip", fake)
+    venv = fake_venv(tmp_path, torch)
+    pip = ["python", "-m", "pip", "install", "-v"]
+    assert install.install_locked(pip, venv, "export,dev", Source(), print) == 0
+    build, locked, last = runs
+    assert {*build[1]} == {*install.BUILD}
+    for command, _ in (build, locked):
+        assert "--require-hashes" in command
+        assert "--no-build-isolation" in command
+        assert "-v" in command
+    assert locked[1]["triton"].version == triton
+    assert ("nvidia-cublas" in locked[1]) == (triton == "3.7.1")
+    assert {"torch", "numpy", "pytest", "allpairspy"} <= {*locked[1]}
+    assert "onnxruntime" not in locked[1]
+    assert all(pin.hashes for pin in locked[1].values())
+    assert last[0][-4:] == ["--no-deps", "--no-build-isolation", "-e", str(REPOSITORY)]
+    assert not (venv / "wheels").exists()
+
+
+def test_extras_that_are_not_pinned_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    said: list[str] = []
+    monkeypatch.setattr(install, "run_pip", lambda command, log, say: commands.append(command))
+    wheel = tmp_path / "fwl_export-1-py3-none-any.whl"
+    wheel.touch()
+    pip = ["python", "-m", "pip", "install"]
+    source = Source(wheel, frozenset({"numpy", "torch"}))
+    install.install_locked(pip, tmp_path, "cpu,gpu", source, said.append)
+    numpy = f"numpy=={locks()[0]['numpy'].version}"
+    assert said == [
+        f"without hashes, as asked: {numpy}",
+        "without hashes, because nothing pins them: extras gpu",
     ]
-    assert loose == []
-    lines, loose = install.chosen([item("tensorrt", "10.14", a)], locked)
-    assert lines == [f"tensorrt==10.14 --hash=sha256:{a}\n"]
-    assert loose == ["tensorrt 10.14"]
-    # Without any hash pip refuses the line, in its hash-checking mode.
-    assert install.chosen([item("tensorrt", "10.14")], locked)[0] == ["tensorrt==10.14\n"]
+    assert [*pip, "--no-deps", numpy] in commands
+    assert "numpy" not in read_lock((tmp_path / "requirements.txt").read_text(encoding="utf-8"))
+    assert commands[-1][-2:] == ["--no-build-isolation", f"{wheel}[gpu]"]
+    assert not any("download" in command for command in commands)
 
 
 def test_pip_refuses_a_file_with_another_hash(tmp_path: Path) -> None:
@@ -190,7 +242,7 @@ def test_pip_refuses_a_file_with_another_hash(tmp_path: Path) -> None:
     log = tmp_path / "log"
     for digest, code in ((right, 0), ("0" * 64, 1)):
         file = tmp_path / "requirements.txt"
-        file.write_text(install.wanted_line(install.Pin("planted", "1.0", ()), [digest]))
+        file.write_text(Pin("planted", "1.0", (digest,)).line())
         command = [sys.executable, "-m", "pip", "install", "--target", str(tmp_path / digest[:4])]
         command += ["--no-index", "--find-links", str(tmp_path), "--no-deps", "--require-hashes"]
         found = install.run_pip([*command, "-r", str(file)], log, lambda line: None)

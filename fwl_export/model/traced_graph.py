@@ -38,7 +38,17 @@ _OPERATORS = (
 _COMPOSITE = frozenset(
     (
         *("_unsafe_view", "arange", "argsort", "baddbmm", "broadcast_tensors", "broadcast_to"),
-        *("chunk", "conj", "contiguous", "cumprod", "detach", "dropout", "einsum", "expand_as"),
+        *(
+            "chunk",
+            "conj",
+            "contiguous",
+            "convert_element_type",
+            "cumprod",
+            "detach",
+            "dropout",
+            "einsum",
+            "expand_as",
+        ),
         *("flatten", "floor_divide", "group_norm", "instance_norm", "item", "layer_norm", "linear"),
         *("lift_fresh_copy", "linalg_vector_norm", "log_softmax", "logsumexp", "masked_fill"),
         *("matmul", "max", "meshgrid", "min", "movedim", "narrow", "new_full", "new_ones"),
@@ -50,6 +60,7 @@ _COMPOSITE = frozenset(
         *("unfold", "unsafe_chunk", "unsafe_split", "view_as", "where", "zeros", "zeros_like"),
     )
 )
+_CONVERSION = "prims.convert_element_type.default"
 _NEVER = ("as_strided", "empty", "empty_strided", "rand", "randn", "randperm")
 # The only text arguments that an operator may have.
 _TEXT_ARGUMENTS = ("approximate", "reduce", "rounding_mode", "indexing", "equation", "mode")
@@ -297,8 +308,8 @@ def _function(target: str) -> Any:
         return torch.reshape  # the graph does not record the memory layout that a view needs
     packet, _, overload = name.partition(".")
     found = None
-    if namespace == "aten":
-        found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if namespace == "aten" or target == _CONVERSION:
+        found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
     if not isinstance(found, torch._ops.OpOverload) or not _is_harmless(found, packet):
         raise BundleError(
             f"the traced graph has the operator '{target}', which this fwl-export does not run; "

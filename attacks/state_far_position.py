@@ -1,8 +1,6 @@
 """A state file at position 2^63 - 1, one token before the counter overflows.
 
 The attacker wants positions to wrap around to negative numbers. The file must be refused.
-
-Open. To do: "Position near 2^63" must be refused.
 """
 
 from __future__ import annotations
@@ -21,4 +19,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="accepted")
+    run(attack)

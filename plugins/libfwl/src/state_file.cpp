@@ -410,8 +410,11 @@ void check_state(const Bundle& bundle, const RowState& row, const std::string& s
     }
     offset += spec.bytes();
   }
-  if (position_of(row) < 0) {
-    throw Failure(FWL_ERROR_STATE, source + ": the position is negative; do not use this state");
+  const int64_t most = bundle.max_positions > 0 ? bundle.max_positions : kMostTokens;
+  if (position_of(row) < 0 || position_of(row) > most) {
+    throw Failure(FWL_ERROR_STATE, source + ": the position is " +
+                                       std::to_string(position_of(row)) + "; expected 0 to " +
+                                       std::to_string(most) + ": do not use this state");
   }
 }
 

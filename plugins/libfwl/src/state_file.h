@@ -12,6 +12,9 @@ namespace fwl::internal {
 // The most rows of a session or a state file.
 constexpr size_t kMaxRows = 1u << 20;
 
+// The most tokens that a row may have read: far from where 64 bits overflow, and exact in double.
+constexpr int64_t kMostTokens = int64_t{1} << 53;
+
 // The state of one row outside a session: its tensors one after the other, in the model's order.
 using RowState = std::vector<char>;
 
@@ -23,7 +26,7 @@ void save_state(const std::string& path, const Bundle& bundle, const std::vector
 // holds values that are not finite.
 std::vector<RowState> load_state(const std::string& path, const Bundle& bundle);
 
-// Checks the values of one row: all finite, and a position of 0 or more. Throws Failure; `source`
+// Checks the values of one row: all finite, and a position in range. Throws Failure; `source`
 // names the row in its message.
 void check_state(const Bundle& bundle, const RowState& row, const std::string& source);
 

@@ -124,10 +124,10 @@ def check_weights(weights: Array, scale: Array, limit: float, ids: Array) -> Non
     Raises:
       TokenError: A product exceeds the limit.
     """
-    products = weights * scale[:, None]
-    if products.max() <= limit:
+    products, largest = weights * scale[:, None], _in_float32(limit)
+    if products.max() <= largest:
         return
-    row, column = np.argwhere(products > limit)[0]
+    row, column = np.argwhere(~(products <= largest))[0]
     raise TokenError(
         f"the label weight {weights[row, column]:g} of token id {ids[row, column]} (row {row}, "
         f"position {column}) times the row's learning_rate_scale {scale[row]:g} is "
@@ -142,13 +142,19 @@ def check_scale(scale: Array, limit: float) -> None:
     Raises:
       ConfigError: A scale exceeds the limit.
     """
-    if scale.max() > limit:
+    if scale.max() > _in_float32(limit):
         row = int(scale.argmax())
         raise ConfigError(
             f"the learning_rate_scale of row {row} is {scale[row]:g}, but max_learning_weight is "
             f"{limit:g}; use a smaller scale, or open the session with a larger "
             "max_learning_weight"
         )
+
+
+def _in_float32(limit: float) -> np.float32:
+    """Round a limit as weights and scales are rounded, so that a weight of 0.1 is within 0.1."""
+    with np.errstate(over="ignore"):
+        return np.float32(limit)
 
 
 def _norm(row: Array) -> float:

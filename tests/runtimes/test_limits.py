@@ -80,6 +80,9 @@ def test_the_limit_is_that_of_the_product(tiny_bundle: Path) -> None:
     session.feed(ids(2, 2), [[60, 0.5], [2, 2]])
     refuses(session, TokenError, "is 6.01, but", ids(2, 2), [[60.1, 0.5], [1, 1]])
     refuses(session, TokenError, "learning_rate_scale 3 is 6.3", ids(2, 2), [[1, 1], [1, 2.1]])
+    exact = open_session(tiny_bundle, max_learning_weight=1.1)
+    exact.feed([1], [1.1])  # the limit is rounded to float32 as the weights are
+    open_session(tiny_bundle, max_learning_weight=1e300).feed([1], [1e9])
     # The product is rounded as the model rounds it: one tenth of 60 is 6 in float32.
     session.feed(ids(2, 1), np.float32([[60], [2]]))
 

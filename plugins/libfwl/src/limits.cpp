@@ -39,9 +39,16 @@ double sum_of_squares(const char* data, size_t count, const Widen& widen) {
 } // namespace
 
 Limits limits_of(double max_learning_weight, double max_update_norm) {
-  const Limits defaults;
-  return {checked("max_learning_weight", max_learning_weight, defaults.max_learning_weight),
-          checked("max_update_norm", max_update_norm, defaults.max_update_norm)};
+  Limits limits;
+  const double weight =
+      checked("max_learning_weight", max_learning_weight, limits.max_learning_weight);
+  if (weight <= std::numeric_limits<float>::max()) {
+    limits.max_learning_weight = static_cast<float>(weight);
+  } else {
+    limits.max_learning_weight = std::numeric_limits<float>::infinity();
+  }
+  limits.max_update_norm = checked("max_update_norm", max_update_norm, limits.max_update_norm);
+  return limits;
 }
 
 double learned_norm(const Bundle& bundle, const RowState& row) {

@@ -10,7 +10,7 @@ namespace fwl::internal {
 
 // See the fields of these names in fwl_options; here infinity means no limit.
 struct Limits {
-  double max_learning_weight = 10;
+  float max_learning_weight = 10; // rounded as weights and scales are
   double max_update_norm = std::numeric_limits<double>::infinity();
 
   bool has_norm() const { return max_update_norm < std::numeric_limits<double>::infinity(); }

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from fwl_export.parity import to_text
+from fwl_export.parity import to_markdown, to_text
 from fwl_export.parity.coverage import coverage_table
 from fwl_export.parity.verdict import CandidateVerdict
-from tests.parity.report.examples import COVERAGE, DIED, GOOD, LOST, MANY, candidate, report, tensor
+from tests.parity.report.examples import (
+    COVERAGE,
+    DIED,
+    GOOD,
+    LOST,
+    MANY,
+    WRONG,
+    candidate,
+    report,
+    tensor,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +62,17 @@ def test_the_summary_says_what_was_tried() -> None:
 
 def test_a_good_report_has_no_problems() -> None:
     assert report(GOOD).problems() == []
+
+
+def test_names_cannot_forge_a_line_or_markup() -> None:
+    evil = "a|b\n| x | within budget | `c` <img src=x> @team \x1b[2J"
+    planted = replace(WRONG, name=evil)
+    forged = replace(report(planted), bundle=evil, text=evil, command=evil)
+    text = to_text(forged)
+    assert text.count("\n") == to_text(report(WRONG)).count("\n")
+    assert "\x1b" not in text
+    page = to_markdown(forged)
+    assert page.count("\n") == to_markdown(report(WRONG)).count("\n")
+    assert "\x1b" not in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| ``")]
+    assert row.replace(r"\|", "").count("|") == 8

@@ -83,6 +83,7 @@ def check_bundle(
     decode: Callable[[int], str] | None = None,
     command: str = "",
     advance: Callable[[int], None] = lambda tokens: None,
+    stop_early: bool = False,
 ) -> Report:
     """Make the same calls in every candidate and judge how far each is from the reference.
 
@@ -107,6 +108,7 @@ def check_bundle(
       decode: Function that returns the text of a token id, for the report.
       command: Shell command that repeats the check, for the report.
       advance: Called with the number of tokens that the first row has moved on, in each case.
+      stop_early: Whether to stop after the first case in which a candidate does not pass.
 
     Raises:
       BundleError: The bundle is incomplete or changed, or has no checkpoint.
@@ -121,16 +123,21 @@ def check_bundle(
     ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
     calls = plan_calls(chosen, ids, limits, seed)
     bundle.model_files()
+    horizon_tokens = model_horizon(bundle)
     coverage = Coverage(limits, threads=[str(threads)])
     with torch_threads(threads):
         if candidates is None:
             candidates = default_candidates()
         lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
         _log.info("comparing with %s: %s", reference, ", ".join(c.name for c in lineup.candidates))
-        measured = [_measure(lineup, c, calls[c.name], advance, coverage) for c in chosen]
+        measured: list[_Measured] = []
+        for case in chosen:
+            measured.append(_measure(lineup, case, calls[case.name], advance, coverage))
+            verdicts = _verdicts(lineup, measured[-1:], horizon_tokens, table)
+            if stop_early and not all(verdict.passed for verdict in verdicts):
+                break
     _say_what_ran(coverage, lineup, chosen, tokens)
-    horizon_tokens = model_horizon(bundle)
-    verdicts = [_verdict(c, lineup, measured, horizon_tokens, table) for c in lineup.candidates]
+    verdicts = _verdicts(lineup, measured, horizon_tokens, table)
     if baseline is not None:
         verdicts = compare_with_baseline(verdicts, baseline)
     return Report(
@@ -371,6 +378,15 @@ def _say_what_ran(coverage: Coverage, lineup: _Lineup, chosen: Sequence[Case], t
         coverage.left_out.append(f"cases {', '.join(missing)}")
     if tokens < DEFAULT_TOKENS:
         coverage.left_out.append(f"what takes more than {tokens} tokens")
+
+
+def _verdicts(
+    lineup: _Lineup,
+    measured: Sequence[_Measured],
+    horizon_tokens: float,
+    table: Sequence[Tolerance],
+) -> list[CandidateVerdict]:
+    return [_verdict(c, lineup, measured, horizon_tokens, table) for c in lineup.candidates]
 
 
 def _verdict(

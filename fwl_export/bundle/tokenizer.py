@@ -80,13 +80,39 @@ def read_ids(path: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
       tokenizer: Tokenizer of the model.
 
     Raises:
-      TokenError: The file is not UTF-8 text, or has fewer than 2 tokens.
+      TokenError: The file is not UTF-8 text or has fewer than 2 tokens, or the tokenizer fails.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TokenError(f"cannot read '{path}' as text: {error}") from None
-    ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
+    ids = encode(text, tokenizer)
     if len(ids) < 2:
         raise TokenError(f"'{path}' has {len(ids)} tokens; expected 2 or more")
     return ids
+
+
+def encode(text: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """Return the token ids of a text, [N] int64.
+
+    Args:
+      text: Text of any length.
+      tokenizer: Tokenizer of the model.
+
+    Raises:
+      TokenError: The tokenizer fails, as one whose patterns backtrack too long does.
+    """
+    try:
+        return np.array(tokenizer.encode(text).ids, dtype=np.int64)
+    except Exception as error:
+        problem: BaseException = error
+    except BaseException as error:
+        # Panics of Rust code are no `Exception`; Ctrl-C is none either.
+        if type(error).__name__ != "PanicException":
+            raise
+        problem = error
+    first, _, _ = str(problem).partition("\n")
+    raise TokenError(
+        f"the tokenizer cannot split this text into tokens ({first}); was tokenizer.json damaged, "
+        "or does it come from somebody you do not know?"
+    ) from None

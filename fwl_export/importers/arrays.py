@@ -7,6 +7,7 @@ for, because the rest of a checkpoint may be large. None of these formats can ho
 from __future__ import annotations
 
 import functools
+import math
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,12 @@ from fwl_export.importers import tensor_bundle
 Arrays = Mapping[str, Callable[[], Array]]
 
 _EXTRA = "pip install 'fwl-export[import]'"
+
+# Bytes of an array per byte of its compressed file: zlib reaches 1032 for zeros.
+_LARGEST_RATIO = 1032
+
+# What Python raises for data of another structure than expected.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 # Codes of Flax's msgpack extensions (flax/serialization.py).
 _FLAX_ARRAY, _FLAX_COMPLEX, _FLAX_SCALAR = 1, 2, 3
@@ -77,9 +84,10 @@ def _is_zip(source: Path) -> bool:
 def _read_npz(source: Path) -> Arrays:
     def read(name: str) -> Array:
         try:
+            _check_npz_size(source, name)
             with np.load(source, allow_pickle=False) as file:
                 return file[name]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             raise CheckpointError(
                 f"{source}: array '{name}' cannot be read ({error}); save its numbers again with "
                 "numpy.savez"
@@ -95,6 +103,30 @@ def _read_npz(source: Path) -> Arrays:
     return {name: functools.partial(read, name) for name in names}
 
 
+def _check_npz_size(source: Path, name: str) -> None:
+    """Refuse an array that claims to be larger than what the archive holds of it.
+
+    Raises:
+      ValueError: It does, or it is compressed as nothing but an attack is.
+    """
+    with zipfile.ZipFile(source) as archive:
+        info = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
+        if info.file_size > _LARGEST_RATIO * max(info.compress_size, 1):
+            raise ValueError(f"{info.compress_size} bytes that expand to {info.file_size}")
+        with archive.open(info) as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0
+            if version != (1, 0):
+                read = np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(stream)
+    _check_claim(math.prod(shape) * dtype.itemsize, info.file_size)
+
+
+def _check_claim(claimed: int, held: int) -> None:
+    if claimed > held:
+        raise ValueError(f"it claims {claimed} bytes, of which the file holds {held}")
+
+
 def _read_msgpack(source: Path) -> Arrays:
     try:
         import msgpack
@@ -106,14 +138,14 @@ def _read_msgpack(source: Path) -> Arrays:
         tree = msgpack.unpackb(
             source.read_bytes(), ext_hook=_flax_extension, raw=False, strict_map_key=False
         )
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        arrays: dict[str, Array] = {}
+        _flatten(tree, "", arrays)
+    except (*_MALFORMED, msgpack.UnpackException) as error:
         raise CheckpointError(
-            f"{source} cannot be read as Flax's msgpack ({error or type(error).__name__}); "
+            f"{source} cannot be read as Flax's msgpack ({str(error) or type(error).__name__}); "
             "expected a msgpack file, an orbax folder, or an .npz file. If it is truncated, copy "
             "it again"
         ) from None
-    arrays: dict[str, Array] = {}
-    _flatten(tree, "", arrays)
     return {name: functools.partial(np.asarray, array) for name, array in arrays.items()}
 
 
@@ -165,6 +197,11 @@ def _read_orbax(source: Path) -> Arrays:
         spec = {"driver": driver, "kvstore": part, "fill_missing_data_reads": False}
         try:
             array = tensorstore.open(spec, read=True).result()
+            # tensorstore ends the process when memory is short.
+            sizes = array.shape, array.chunk_layout.read_chunk.shape or ()
+            largest = max(math.prod(size or 0 for size in shape) for shape in sizes)
+            held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            _check_claim(largest * array.dtype.numpy_dtype.itemsize, _LARGEST_RATIO * held)
             return _plain(np.asarray(array.read().result()))
         except (ValueError, OSError) as error:
             raise CheckpointError(

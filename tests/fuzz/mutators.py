@@ -143,7 +143,9 @@ def _changed(value: Any, rng: Random, marks: dict[str, str]) -> Any:
 
 
 def _keys(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, dict) else list(range(len(value)))
+    if isinstance(value, dict):
+        return list(value)
+    return list(range(len(value))) if isinstance(value, list) else []
 
 
 def change_safetensors(data: bytes, rng: Random) -> bytes:

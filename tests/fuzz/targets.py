@@ -224,7 +224,8 @@ def _report(bundle: Path, folder: Path) -> Iterator[Target]:
     verdict = candidate(tensor("logits", 0.5), tensor("fast.up.kernel", 0.1))
     report(verdict).write(path)
     data = json.loads(path.read_bytes())
-    data["settings"]["cases"] = ["text@20", "decode@5", "mixed"]
+    data["settings"] |= {"cases": ["text@20", "decode@5"], "candidates": ["torch:fp32"]}
+    data["text"]["ids"] = list(range(VOCABULARY)) * 2
     path.write_text(json.dumps(data), encoding="utf-8")
 
     def baseline() -> None:
@@ -299,7 +300,8 @@ def _tokenizer(bundle: Path, folder: Path) -> Iterator[Target]:
 def _traced_graph(bundle: Path, folder: Path) -> Iterator[Target]:
     path = Path(shutil.copy(bundle / "model.graph.json", folder))
     session = open_session(bundle, "torch")
-    parameters = tiny_model().state_dict()
+    model = tiny_model()
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     inputs = {
         "input_ids": torch.tensor([[1, 2]]),
         "label_weights": torch.ones(1, 2),

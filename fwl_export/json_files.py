@@ -53,13 +53,19 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-def read_json(path: Path, error: type[FwlError], hint: str = "was it truncated?") -> Any:
+def read_json(
+    path: Path,
+    error: type[FwlError],
+    hint: str = "was it truncated?",
+    content: bytes | None = None,
+) -> Any:
     """Return the data of a JSON file.
 
     Args:
       path: File to read, in UTF-8.
       error: Class of the exception to raise.
       hint: What may be wrong or what to do; ends the error message.
+      content: Content of the file, if it was read already.
 
     Raises:
       FwlError: The file is not JSON, is larger than `LARGEST_FILE` or nested more deeply than
@@ -67,7 +73,8 @@ def read_json(path: Path, error: type[FwlError], hint: str = "was it truncated?"
         bits; raised as `error`.
       OSError: The file cannot be read.
     """
-    content = read_bounded(path, error)
+    if content is None:
+        content = read_bounded(path, error)
     try:
         return _parsed(content.decode())
     except RecursionError:

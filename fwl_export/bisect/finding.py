@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fwl_export.json_files import without_non_finite
+from fwl_export.printable import one_line
 
 SCHEMA_VERSION = 1
 
@@ -143,7 +144,7 @@ class Bisection:
         """Return the result as lines for a terminal."""
         head = (
             f"{self.candidate} ({self.precision}) against PyTorch in float64, tensor by tensor\n"
-            f"text {self.text or '(ids)'}: {self.tokens} tokens, seed {self.seed}, "
+            f"text {one_line(self.text) or '(ids)'}: {self.tokens} tokens, seed {self.seed}, "
             f"cases {self.cases}"
         )
         if self.finding is None:
@@ -160,7 +161,7 @@ class Bisection:
                 if self.reproduces
                 else "does NOT show the error, which appears in the whole graph only"
             )
-            lines += [f"reproduce  {self.command}", f"           This program {shows}."]
+            lines += [f"reproduce  {one_line(self.command)}", f"           This program {shows}."]
         return lines
 
 
@@ -194,4 +195,5 @@ def _lines(finding: Finding, case: str) -> list[str]:
         "outputs": ", ".join(finding.outputs[:6]) + (" …" if len(finding.outputs) > 6 else ""),
         "note": finding.note,
     }
-    return lines + [f"{title:<11}{text}" for title, text in optional.items() if text]
+    lines += [f"{title:<11}{text}" for title, text in optional.items() if text]
+    return [one_line(line) for line in lines]

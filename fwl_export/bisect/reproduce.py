@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,28 +24,11 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "repro.onnx"
 SCRIPT_FILE = "repro.py"
+SETTINGS_FILE = "repro.json"
+ARRAYS_FILE = "arrays.npz"
 
-_RUN = {
-    "onnxruntime": """import onnxruntime as ort
-
-options = ort.SessionOptions()
-for library in sys.argv[1:]:  # custom-op libraries
-    options.register_custom_ops_library(library)
-found = ort.InferenceSession("repro.onnx", options).run([NAME], dict(np.load("inputs.npz")))[0]""",
-    "onnx-reference": """from onnx.reference import ReferenceEvaluator
-
-found = ReferenceEvaluator("repro.onnx").run([NAME], dict(np.load("inputs.npz")))[0]""",
-}
-_SCRIPT = '''"""Shows one wrong tensor. Run in this folder: python repro.py{library}"""
-import sys
-
-import numpy as np
-{run}
-expected = np.load("expected.npz")["expected"]
-difference = np.abs(np.asarray(found, np.float64) - expected)
-print(NAME, "max abs", difference.max(), "at", np.argwhere(difference == difference.max())[:1])
-sys.exit(bool(not difference.max() <= {limit!r}))  # the largest difference that is allowed
-'''
+# The program is a constant: nothing from a model ever becomes part of it.
+_SCRIPT = Path(__file__).with_name(SCRIPT_FILE)
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,10 @@ def write_reproducer(
     expected: Array,
     candidate: Candidate,
 ) -> Reproduced:
-    """Write repro.onnx, inputs.npz, expected.npz and repro.py, and run the nodes once.
+    """Write repro.onnx, arrays.npz, repro.json and repro.py, and run the nodes once.
+
+    Names of tensors, which come from the model's file, are written to repro.json only. repro.py is
+    a copy of a file of this package, and the arrays have names of our own.
 
     Args:
       folder: Empty folder to write to.
@@ -83,17 +71,18 @@ def write_reproducer(
 
     taken = {name: np.asarray(inputs[name]) for name in located.inputs}
     onnx.save(part_of(model, located, taken), str(folder / MODEL_FILE))
-    np.savez(folder / "inputs.npz", **taken)  # type: ignore[arg-type] # named arrays
-    np.savez(folder / "expected.npz", expected=expected)
-    limit = located.outside.budget.max_abs
-    kernel = any(node.domain for node in located.nodes) and candidate.runtime == "onnxruntime"
-    script = _SCRIPT.format(
-        run=_RUN[candidate.runtime].replace("NAME", repr(located.tensor)),
-        library=" [CUSTOM-OP LIBRARY]" if kernel else "",
-        limit=limit,
-    )
-    script = script.replace("NAME", repr(located.tensor))
-    (folder / SCRIPT_FILE).write_text(script, encoding="utf-8")
+    keys = {name: f"input_{number}" for number, name in enumerate(taken)}
+    arrays = {keys[name]: array for name, array in taken.items()}
+    np.savez(folder / ARRAYS_FILE, expected=expected, **arrays)  # type: ignore[arg-type] # arrays
+    settings = {
+        "runtime": candidate.runtime,
+        "tensor": located.tensor,
+        "inputs": keys,
+        "largest_allowed_difference": located.outside.budget.max_abs,
+    }
+    text = json.dumps(settings, indent=2)
+    (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    shutil.copyfile(_SCRIPT, folder / SCRIPT_FILE)
     return _run(folder / MODEL_FILE, taken, expected, located, candidate)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def _graph(bundle: Bundle) -> TracedGraph:
             f"bundle '{bundle.folder}' has no {GRAPH_FILE}, the traced graph that bisect compares "
             "with; export it again with this version"
         )
-    return read_graph(bundle.file(GRAPH_FILE))
+    return read_graph(bundle.folder / GRAPH_FILE, bundle.read_file(GRAPH_FILE))
 
 
 class _Search:
@@ -274,7 +275,7 @@ class _Search:
         needs_kernel = self._candidate.runtime == "onnxruntime" and located.nodes[-1].domain
         has_kernel = self._candidate.arguments.get("plugin") != "none"
         library = " CUSTOM-OP-LIBRARY" if needs_kernel and has_kernel else ""
-        return f"cd {reproducer} && python {SCRIPT_FILE}{library}"
+        return f"python {shlex.quote(str(reproducer / SCRIPT_FILE))}{library}"
 
     def _not_in_a_node(self, source: Path) -> Finding:
         """Find the fault when every node is right if it is given correct inputs."""

@@ -18,9 +18,10 @@ import hashlib
 import html
 import json
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -32,8 +33,9 @@ from fwl_export.bundle.config import BackboneConfig, ModelConfig
 from fwl_export.bundle.onnx_file import ValueInfo, external_data_locations, graph_values
 from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
 from fwl_export.errors import BundleError, FwlError
-from fwl_export.files import replaced_file
+from fwl_export.files import finish_replacement, open_regular, replaced_file
 from fwl_export.json_files import Count, Name, check_schema, read_json, shown, typed
+from fwl_export.printable import printable
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +49,9 @@ PRECISION_FILE = "precision.json"
 CHECKPOINT_FOLDER = "checkpoint"
 ENGINES_FOLDER = "engines"
 REPORTS_FOLDER = "reports"
+
+# How long to wait while other processes add files: each takes as long as hashing its files.
+_ADD_SECONDS = 60.0
 
 # Bounds of what a manifest may ask for.
 MAX_TOKENS_LIMIT = 1 << 24
@@ -238,7 +243,7 @@ class Bundle:
             name: _size(entry["bytes"]) for name, entry in sorted(self.manifest.files.items())
         }
         rows = (
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            f"<tr><th>{_html(name)}</th><td>{_html(value)}</td></tr>"
             for name, value in facts.items()
         )
         return f"<table>{''.join(rows)}</table>"
@@ -266,6 +271,14 @@ class Bundle:
         Raises:
           BundleError: The file is not in the manifest, is missing, or differs from the manifest.
         """
+        path, entry = self._listed(name)
+        found = describe_file(path)
+        if found != entry:
+            raise self._differs(name, found, entry)
+        return path
+
+    def _listed(self, name: str) -> tuple[Path, Mapping[str, Any]]:
+        """Return path and manifest entry of a file, which must exist."""
         path = inside(self.folder, name)
         entry = self.manifest.files.get(name)
         if entry is None:
@@ -275,15 +288,49 @@ class Bundle:
                 f"bundle '{self.folder}' lacks the file '{name}'; copy the bundle again, or export "
                 "the model again"
             )
-        found = describe_file(path)
+        return path, entry
+
+    def _differs(
+        self, name: str, found: Mapping[str, Any], entry: Mapping[str, Any]
+    ) -> BundleError:
+        return BundleError(
+            f"'{name}' in bundle '{self.folder}' has sha256 {found['sha256'][:12]}… and "
+            f"{found['bytes']} bytes, but the manifest says {entry['sha256'][:12]}… and "
+            f"{entry['bytes']} bytes; it was changed or truncated: copy the bundle again, or "
+            "export the model again"
+        )
+
+    def read_file(self, name: str) -> bytes:
+        """Return the content of one of the bundle's files, after checking size and hash.
+
+        What is returned is what was checked, also if the file on disk is changed at the same time.
+
+        Args:
+          name: Path inside the bundle, with slashes, e.g. "tokenizer.json".
+
+        Raises:
+          BundleError: The file is not in the manifest, is missing, or differs from the manifest.
+        """
+        path, entry = self._listed(name)
+        with open_regular(path, BundleError) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            # A file of another size is refused anyway, and may be too large for the memory.
+            content = stream.readall() if size == entry["bytes"] else b""
+        found = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content) or size}
         if found != entry:
-            raise BundleError(
-                f"'{name}' in bundle '{self.folder}' has sha256 {found['sha256'][:12]}… and "
-                f"{found['bytes']} bytes, but the manifest says {entry['sha256'][:12]}… and "
-                f"{entry['bytes']} bytes; it was changed or truncated: copy the bundle again, or "
-                "export the model again"
-            )
-        return path
+            raise self._differs(name, found, entry)
+        return content
+
+    def read_model(self) -> tuple[bytes, dict[str, bytes]]:
+        """Return the ONNX file, and its external data by their names, after checking them.
+
+        Raises:
+          BundleError: See `read_file`.
+        """
+        model, path = self.read_file(MODEL_FILE), self.folder / MODEL_FILE
+        names = external_data_locations(path, model)
+        self._check_graph(graph_values(path, model))
+        return model, {name: self.read_file(name) for name in names}
 
     def model_files(self) -> Path:
         """Return the path of the ONNX file, after checking it and its external data.
@@ -365,7 +412,8 @@ class Bundle:
     def add_files(self, names: Sequence[str]) -> Bundle:
         """Add files that were written into the folder to the manifest.
 
-        The manifest on disk is read again first, to keep what other processes added meanwhile.
+        Several processes may do so at the same time: one waits for another, and none loses what
+        another added.
 
         Args:
           names: Paths inside the bundle, with slashes.
@@ -374,14 +422,71 @@ class Bundle:
           The bundle with its new manifest; this object keeps the old one.
 
         Raises:
-          BundleError: A path leads out of the folder, or the manifest cannot be read.
+          BundleError: A path leads out of the folder, the manifest cannot be read, or the folder
+            now holds a bundle of another model, to which nothing is added.
+          OutputBusyError: Another process has been changing the manifest for a minute.
           OSError: A file cannot be read, or the manifest cannot be written.
         """
-        latest = read_bundle(self.folder).manifest
-        entries = {name: describe_file(inside(self.folder, name)) for name in names}
-        data = {**latest.to_dict(), "files": {**latest.files, **entries}}
-        write_manifest(self.folder, data)
+        return self._changed_files(
+            lambda files: {
+                **files,
+                **{name: describe_file(inside(self.folder, name)) for name in names},
+            }
+        )
+
+    def remove_files(self, names: Sequence[str]) -> Bundle:
+        """Take files out of the manifest, whether they are in it or not; they stay on disk.
+
+        Before a file is replaced it is taken out, and added afterwards. So at any moment, even if
+        the power fails, every file in the manifest has the hash stated there. For arguments and
+        errors, see `add_files`.
+        """
+        return self._changed_files(lambda files: {n: e for n, e in files.items() if n not in names})
+
+    def _changed_files(self, change: Callable[[_Files], _Files]) -> Bundle:
+        """Replace the list of files in the manifest; between reading and writing, nobody else can.
+
+        Args:
+          change: Function that returns the new list for the one on disk.
+        """
+        path = self.folder / MANIFEST_FILE
+        try:
+            with replaced_file(path, wait=_ADD_SECONDS) as beside:
+                latest = read_bundle(self.folder).manifest
+                if _model(latest) != _model(self.manifest):
+                    raise self._replaced()
+                data = {**latest.to_dict(), "files": change(latest.files)}
+                beside.write_text(_text(data), encoding="utf-8")
+        except FileNotFoundError as error:
+            if error.filename != str(path) and self.folder.exists():
+                raise
+            raise self._replaced() from None  # with the folder in which the manifest was written
         return read_bundle(self.folder)
+
+    def check_not_replaced(self) -> None:
+        """Check that the folder still holds this model's bundle, whatever was added to it.
+
+        Raises:
+          BundleError: The folder now holds a bundle of another model, or none.
+        """
+        if _model(read_bundle(self.folder).manifest) != _model(self.manifest):
+            raise self._replaced()
+
+    def _replaced(self) -> BundleError:
+        return BundleError(
+            f"bundle '{self.folder}' was replaced by another export meanwhile, so nothing was "
+            "added to it; start again with the new bundle"
+        )
+
+
+_Files = Mapping[str, Mapping[str, Any]]
+
+
+def _model(manifest: Manifest) -> tuple[dict[str, Any], list[Any]]:
+    """Return what tells a bundle's model from another: all but versions and files added later."""
+    data = manifest.to_dict()
+    del data["versions"], data["files"]
+    return data, [manifest.files.get(name) for name in (MODEL_FILE, MODEL_DATA_FILE)]
 
 
 def is_bundle(folder: Path) -> bool:
@@ -401,6 +506,8 @@ def read_bundle(folder: Path) -> Bundle:
     """
     folder = Path(folder)
     path = folder / MANIFEST_FILE
+    if not path.exists():
+        finish_replacement(folder)  # whoever replaced the bundle may have been killed meanwhile
     try:
         data = read_json(path, BundleError)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -422,7 +529,11 @@ def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
       data: Content, as from `Manifest.to_dict`.
     """
     with replaced_file(folder / MANIFEST_FILE) as path:
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        path.write_text(_text(data), encoding="utf-8")
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2) + "\n"
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -460,6 +571,10 @@ def describe_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _html(text: str) -> str:
+    return html.escape(printable(text))
 
 
 def _size(count: int) -> str:

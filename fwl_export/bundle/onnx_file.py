@@ -61,18 +61,19 @@ class ValueInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-def external_data_locations(path: Path) -> set[str]:
+def external_data_locations(path: Path, content: bytes | None = None) -> set[str]:
     """Return the files that an ONNX file's tensors keep their data in, relative to its folder.
 
     All tensors count: those of the graph, of graphs inside nodes, and of functions.
 
     Args:
       path: Path of the ONNX file.
+      content: Content of the file, if it was read already.
 
     Raises:
       BundleError: The file is not an ONNX model, or a tensor does not name one file.
     """
-    with _opened(path) as model:
+    with _opened(path, content) as model:
         found = set()
         for tensor in model.tensors("model", model.whole, 0):
             entries = list(model.parts(tensor, _TENSOR_EXTERNAL_DATA))
@@ -90,16 +91,17 @@ def external_data_locations(path: Path) -> set[str]:
         return found
 
 
-def graph_values(path: Path) -> dict[str, ValueInfo]:
+def graph_values(path: Path, content: bytes | None = None) -> dict[str, ValueInfo]:
     """Return type and shape of the graph's inputs and outputs, by name.
 
     Args:
       path: Path of the ONNX file.
+      content: Content of the file, if it was read already.
 
     Raises:
       BundleError: The file is not an ONNX model.
     """
-    with _opened(path) as model:
+    with _opened(path, content) as model:
         return {
             model.text(value, _VALUE_NAME): model.value_info(value)
             for graph in model.parts(model.whole, _MODEL_GRAPH)
@@ -147,9 +149,11 @@ def op_inputs(path: Path, domain: str, name: str) -> list[list[str]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Reader]:
+def _opened(path: Path, content: bytes | None = None) -> Iterator[_Reader]:
     try:
-        yield _Reader(read_bounded(path, BundleError, _LARGEST_FILE))
+        if content is None:
+            content = read_bounded(path, BundleError, _LARGEST_FILE)
+        yield _Reader(content)
     except (IndexError, ValueError) as error:
         raise BundleError(
             f"'{path}' is not an ONNX file that this fwl-export reads ({error}); export the model "

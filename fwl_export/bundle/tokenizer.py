@@ -16,18 +16,24 @@ from fwl_export.json_files import read_bounded, shown
 _LARGEST_FILE = 256 << 20
 
 
-def load_tokenizer(path: Path, vocab_size: int | None = None, padded: bool = False) -> Tokenizer:
+def load_tokenizer(
+    path: Path,
+    vocab_size: int | None = None,
+    padded: bool = False,
+    content: bytes | None = None,
+) -> Tokenizer:
     """Read a tokenizer.json.
 
     Args:
       path: File to read.
       vocab_size: Number of entries that the tokenizer must have, the model's; None allows any.
       padded: Whether the tokenizer may have fewer entries than the model, as in published models.
+      content: Content of the file, if it was read already.
 
     Raises:
       CheckpointError: The file cannot be read, or its number of entries does not fit the model.
     """
-    tokenizer = _parsed(path)
+    tokenizer = _parsed(path, content)
     found = tokenizer.get_vocab_size()
     if vocab_size is not None and (found > vocab_size or (found < vocab_size and not padded)):
         raise CheckpointError(
@@ -51,10 +57,11 @@ class _TokenizerFile(msgspec.Struct):
     model: _Model
 
 
-def _parsed(path: Path) -> Tokenizer:
+def _parsed(path: Path, content: bytes | None) -> Tokenizer:
     """Return the tokenizer of a file; its outer form is checked first, see `_TokenizerFile`."""
     try:
-        content = read_bounded(path, CheckpointError, _LARGEST_FILE)
+        if content is None:
+            content = read_bounded(path, CheckpointError, _LARGEST_FILE)
         msgspec.json.decode(content, type=_TokenizerFile)
         return Tokenizer.from_str(content.decode())
     except (FwlError, KeyboardInterrupt, SystemExit):

@@ -23,6 +23,7 @@ from fwl_export.cli.options import (
     list_completion,
 )
 from fwl_export.cli.terminal import note, print_json, progress_bar
+from fwl_export.printable import indented
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -285,7 +286,7 @@ def _print(result: Report, target: Path, page: Path, json: bool) -> None:
         name = page.name if page.parent == target.parent else page
         print(f"{result.seconds:.0f} s; page: {name}, report: {target}")
     for problem in result.problems():
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {indented(problem)}", file=sys.stderr)
     if result.exit_code == 1:
         note(
             "Export the bundle again and repeat the check. If it fails again, the exporter or the "

@@ -15,8 +15,6 @@ from fwl_export.bundle.manifest import (
     MODEL_FILE,
     Bundle,
     describe_file,
-    read_bundle,
-    write_manifest,
 )
 from fwl_export.deprecations import renamed_arguments
 from fwl_export.engines.metadata import (
@@ -197,7 +195,7 @@ def _build(
                 "bundle again with this version of fwl-export"
             )
         beside.write_text(json.dumps(metadata.to_dict(), indent=2) + "\n", encoding="utf-8")
-        _forget(bundle, names)
+        bundle.remove_files(names)
     bundle.add_files(names)
     _log.info("built '%s' in %.1f s: %s", names[1], metadata.build_seconds, metadata.update_path)
     return metadata
@@ -259,17 +257,6 @@ def _metadata(
             op_state_tensors(bundle.file(MODEL_FILE)) if request.in_place_state else []
         ),
     )
-
-
-def _forget(bundle: Bundle, names: Sequence[str]) -> None:
-    """Take files out of the manifest before they change.
-
-    So at any moment, even if the power fails, every file in the manifest has the hash stated there.
-    """
-    manifest = read_bundle(bundle.folder).manifest
-    files = {name: entry for name, entry in manifest.files.items() if name not in names}
-    if len(files) < len(manifest.files):
-        write_manifest(bundle.folder, {**manifest.to_dict(), "files": files})
 
 
 def _update_path(plugin_layers: int, updates: int) -> str:

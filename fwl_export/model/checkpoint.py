@@ -6,6 +6,7 @@ A checkpoint cannot run code when it is loaded: it holds only JSON and safetenso
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,13 @@ class Checkpoint:
         return self.model.config
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) -> Checkpoint:
     """Read a checkpoint folder.
+
+    Args:
+      folder: Path of the folder.
+      read: Function that returns the content of one of its files, such as one that checks hashes;
+        None reads the files from the folder.
 
     Raises:
       CheckpointError: A file is missing, truncated, or does not fit the config.
@@ -71,23 +77,34 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 f"checkpoint '{folder}' has no {name}; a checkpoint holds {CONFIG_FILE}, "
                 f"{WEIGHTS_FILE} and {TOKENIZER_FILE}"
             )
-    config = load_config(folder / CONFIG_FILE)
+    content: Callable[[str], bytes | None] = read or (lambda name: None)
+    config = load_config(folder / CONFIG_FILE, content(CONFIG_FILE))
     check_size(folder / WEIGHTS_FILE, _parameters(config))
     with ZeroWeights():
         model = FWLModel(config)
-    model.load_stored_tensors(read_tensors(folder / WEIGHTS_FILE, model.stored_tensors()))
-    tokenizer = load_tokenizer(folder / TOKENIZER_FILE, config.vocab_size, config.padded_vocabulary)
+    tensors = read_tensors(folder / WEIGHTS_FILE, model.stored_tensors(), content(WEIGHTS_FILE))
+    model.load_stored_tensors(tensors)
+    tokenizer = load_tokenizer(
+        folder / TOKENIZER_FILE,
+        config.vocab_size,
+        config.padded_vocabulary,
+        content(TOKENIZER_FILE),
+    )
     return Checkpoint(model.eval().requires_grad_(False), tokenizer)
 
 
-def load_config(path: Path) -> ModelConfig:
+def load_config(path: Path, content: bytes | None = None) -> ModelConfig:
     """Read a model's config.json.
+
+    Args:
+      path: Path of the file.
+      content: Content of the file, if it was read already.
 
     Raises:
       CheckpointError: The file is not JSON.
       ConfigError: The file is not the configuration of a model.
     """
-    return ModelConfig.from_dict(read_json(path, CheckpointError), str(path))
+    return ModelConfig.from_dict(read_json(path, CheckpointError, content=content), str(path))
 
 
 def _parameters(config: ModelConfig) -> int:

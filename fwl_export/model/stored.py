@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -46,18 +46,21 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, expected: Mapping[str, Tensor], content: bytes | None = None
+) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file in float32, after checking them.
 
     Args:
       path: Path of the file.
       expected: A tensor of the expected shape for every name that the file must have.
+      content: Content of the file, if it was read already.
 
     Raises:
       CheckpointError: The file cannot be read, or a tensor is missing, unknown, not finite, or has
         another shape.
     """
-    tensors = {name: tensor.float() for name, tensor in load_tensors(path).items()}
+    tensors = {name: tensor.float() for name, tensor in load_tensors(path, content).items()}
     _check_names(path, set(tensors), set(expected))
     for name, tensor in expected.items():
         _check_tensor(path, name, tensors[name], tensor)
@@ -84,14 +87,18 @@ def check_size(path: Path, parameters: int) -> None:
         )
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path, content: bytes | None = None) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, by name.
+
+    Args:
+      path: Path of the file.
+      content: Content of the file, if it was read already.
 
     Raises:
       CheckpointError: The file cannot be read.
     """
     with _readable(path):
-        return load_file(path)
+        return load_file(path) if content is None else load(content)
 
 
 @contextmanager

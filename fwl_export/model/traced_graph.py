@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +33,26 @@ _OPERATORS = (
     *("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "getitem"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"),
 )
-# The only text arguments that an operator may have; one with others might open files.
-_TEXT_ARGUMENTS = ("approximate", "reduce", "rounding_mode", "indexing", "equation")
+# Besides PyTorch's core operators and those that compute element by element, the only ones that
+# run. PyTorch has others that open files, do not check indices, or hand out memory as it is.
+_COMPOSITE = frozenset(
+    (
+        *("_unsafe_view", "arange", "argsort", "baddbmm", "broadcast_tensors", "broadcast_to"),
+        *("chunk", "conj", "contiguous", "cumprod", "detach", "dropout", "einsum", "expand_as"),
+        *("flatten", "floor_divide", "group_norm", "instance_norm", "item", "layer_norm", "linear"),
+        *("lift_fresh_copy", "linalg_vector_norm", "log_softmax", "logsumexp", "masked_fill"),
+        *("matmul", "max", "meshgrid", "min", "movedim", "narrow", "new_full", "new_ones"),
+        *("new_zeros", "norm", "numel", "numpy_T", "one_hot", "ones", "ones_like", "outer", "pad"),
+        *("repeat_interleave", "reshape", "reshape_as", "rms_norm", "roll", "rsub", "softmax"),
+        *("scaled_dot_product_attention", "softplus", "split", "split_with_sizes", "square"),
+        *("stack", "std", "t", "take_along_dim", "tensor_split", "tile", "to", "transpose"),
+        *("tril", "tril_indices", "triu", "triu_indices", "type_as", "unbind", "unflatten"),
+        *("unfold", "unsafe_chunk", "unsafe_split", "view_as", "where", "zeros", "zeros_like"),
+    )
+)
+_NEVER = ("as_strided", "empty", "empty_strided", "rand", "randn", "randperm")
+# The only text arguments that an operator may have.
+_TEXT_ARGUMENTS = ("approximate", "reduce", "rounding_mode", "indexing", "equation", "mode")
 
 
 @dataclass(frozen=True)
@@ -111,7 +130,7 @@ class TracedGraph:
           All tensors by name: inputs, constants and results.
 
         Raises:
-          BundleError: An operator does not exist, or cannot run on these tensors.
+          BundleError: An operator is not one that runs, or cannot run on these tensors.
         """
         exact = dtype == torch.float64
         values: dict[str, Any] = {}
@@ -120,14 +139,8 @@ class TracedGraph:
             values[name] = _widened(value) if exact else value
         with torch.inference_mode():
             for operation in self.operations:
-                try:
+                with _malformed(f"operator '{operation.target}' of '{operation.name}'"):
                     values[operation.name] = _apply(operation, values, exact)
-                except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
-                    first = (str(error).splitlines() or [type(error).__name__])[0]
-                    raise BundleError(
-                        f"the traced graph's operator '{operation.name}', {operation.target}, "
-                        f"cannot run ({first}); {_REMEDY}"
-                    ) from None
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def write(self, path: Path) -> None:
@@ -141,13 +154,17 @@ class TracedGraph:
         path.write_text(json.dumps(data, indent=0, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_graph(path: Path) -> TracedGraph:
+def read_graph(path: Path, content: bytes | None = None) -> TracedGraph:
     """Read what `TracedGraph.write` wrote.
+
+    Args:
+      path: Path of the file.
+      content: Content of the file, if it was read already.
 
     Raises:
       BundleError: The file has another schema version, or is malformed.
     """
-    data = read_json(path, BundleError, _REMEDY)
+    data = read_json(path, BundleError, _REMEDY, content)
     check_schema(data, SCHEMA_VERSION, path.name, BundleError, _REMEDY)
     graph = typed(data, TracedGraph, f"{path.name} is malformed", BundleError, _REMEDY)
     if problem := next(_problems(graph), None):
@@ -199,15 +216,47 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _source_value(source: Source, given: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
     if source.kind == "constant":
-        try:
-            return torch.tensor(source.value, dtype=getattr(torch, source.dtype))
-        except (RuntimeError, TypeError, ValueError) as error:
-            problem = f"constant '{source.name}' is not a tensor ({error})"
-    elif source.name in given[source.kind]:
-        return given[source.kind][source.name]
-    else:
-        problem = f"{source.kind} '{source.name}' does not exist"
-    raise BundleError(f"the traced graph's {problem}; {_REMEDY}")
+        with _malformed(f"constant '{source.name}'"):
+            return torch.tensor(source.value, dtype=_dtype(source.dtype))
+    if source.name not in given[source.kind]:
+        raise BundleError(
+            f"the traced graph's {source.kind} '{source.name}' does not exist; {_REMEDY}"
+        )
+    return given[source.kind][source.name]
+
+
+@contextmanager
+def _malformed(what: str) -> Iterator[None]:
+    """Turn what Python and PyTorch raise for a part of a graph into a sentence about it."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        first, _, _ = str(error).partition("\n")
+        raise BundleError(
+            f"the traced graph is malformed: its {what} cannot be computed "
+            f"({type(error).__name__}: {first}); {_REMEDY}"
+        ) from None
+
+
+def _dtype(name: Any) -> torch.dtype:
+    """Return a dtype by its name; other names of PyTorch's namespace are not looked up.
+
+    Raises:
+      BundleError: There is no such dtype.
+    """
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise BundleError(
+            f"the traced graph has the dtype {name!r}, which does not exist; {_REMEDY}"
+        )
+    return found
 
 
 def _apply(operation: Operation, values: Mapping[str, Any], exact: bool) -> Any:
@@ -226,7 +275,7 @@ def _decode(value: Any, values: Mapping[str, Any], exact: bool) -> Any:
     if "ref" in value:
         return values[value["ref"]]
     if "dtype" in value:
-        dtype = getattr(torch, value["dtype"])
+        dtype = _dtype(value["dtype"])
         return torch.float64 if exact and dtype in _WIDE else dtype
     return float(value["float"])
 
@@ -248,18 +297,26 @@ def _function(target: str) -> Any:
         return torch.reshape  # the graph does not record the memory layout that a view needs
     packet, _, overload = name.partition(".")
     found = None
-    if namespace in ("aten", "prims"):
-        found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    takes_text = found is not None and any(
-        "str" in str(argument.type) and argument.name not in _TEXT_ARGUMENTS
-        for argument in found._schema.arguments
-    )
-    if found is None or takes_text:
+    if namespace == "aten":
+        found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if not isinstance(found, torch._ops.OpOverload) or not _is_harmless(found, packet):
         raise BundleError(
             f"the traced graph has the operator '{target}', which this fwl-export does not run; "
             f"{_REMEDY} with this version"
         )
     return found
+
+
+def _is_harmless(found: torch._ops.OpOverload, packet: str) -> bool:
+    """Return whether an operator only computes new tensors from its arguments."""
+    if packet in _NEVER or found._schema.is_mutable:
+        return False
+    takes_text = any(
+        "str" in str(argument.type) and argument.name not in _TEXT_ARGUMENTS
+        for argument in found._schema.arguments
+    )
+    known = {torch.Tag.core, torch.Tag.pointwise} & {*found.tags} or packet in _COMPOSITE
+    return bool(known) and not takes_text
 
 
 def _widened(value: Tensor) -> Tensor:

@@ -92,14 +92,18 @@ class PrecisionPolicy:
             )
 
 
-def read_policy(path: Path) -> PrecisionPolicy:
+def read_policy(path: Path, content: bytes | None = None) -> PrecisionPolicy:
     """Read a policy from its JSON file.
+
+    Args:
+      path: Path of the file.
+      content: Content of the file, if it was read already.
 
     Raises:
       ConfigError: The file is not a policy, or has another schema version.
     """
     remedy = "make it again with `fwl-export precision`"
-    data = read_json(path, ConfigError, remedy)
+    data = read_json(path, ConfigError, remedy, content)
     check_schema(data, SCHEMA_VERSION, f"precision policy '{path}'", ConfigError, remedy)
     stored = typed(data, _Stored, f"precision policy '{path}'", ConfigError, remedy)
     excluded, quantized = stored["kept"], stored["lowered"]

@@ -501,18 +501,15 @@ class Session:
           rows: Rows that take the file's rows, in this order and as many; None means all rows.
 
         Raises:
-          StateError: The file is not a state file, is damaged, or comes from another model.
+          StateError: The file is not a state file, is damaged or was changed, comes from another
+            model, or stands at a position that the model cannot reach.
           ShapeError: The file has another number of rows, or a row does not exist.
           OSError: The file cannot be read.
         """
-        state = state_file.load_state(Path(path), self.specs, self.model_id)
         chosen = self._checked_rows(range(self.batch) if rows is None else rows)
-        found = len(state["position"])
-        if found != len(chosen):
-            raise ShapeError(
-                f"'{path}' holds {found} rows, but they would be loaded into {len(chosen)}; name "
-                f"{found} rows of the session with rows="
-            )
+        state = state_file.load_state(
+            Path(path), self.specs, self.model_id, len(chosen), self.max_positions
+        )
         self.write_rows(chosen, state)
 
     def _checked_rows(self, rows: Sequence[int]) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -163,7 +164,7 @@ def test_the_reproducer_runs_and_says_that_it_is_wrong(tiny_bundle: Path, tmp_pa
     result = bisect_bundle(broken, TEXT, CANDIDATE, TOKENS, reproducer=tmp_path / "repro")
     assert result.command.endswith("repro.py")
     files = {path.name for path in (tmp_path / "repro").iterdir()}
-    assert files == {"repro.onnx", "inputs.npz", "expected.npz", "repro.py"}
+    assert files == {"repro.onnx", "arrays.npz", "repro.json", "repro.py"}
     script = (tmp_path / "repro" / "repro.py").read_text()
     assert str(tmp_path) not in script
     done = subprocess.run(
@@ -248,9 +249,64 @@ def test_a_bundle_without_its_graph(own_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["aten.from_file.default", "os.system", "operator.attrgetter", "aten.nothing.default"]
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "operator.attrgetter",
+        "operator.__class__",
+        "torch.load",
+        "torch.hub.load",
+        "aten.__class__",
+        "aten.nothing.default",
+        "aten.add.__init__",
+        "aten.from_file.default",  # opens a file
+        "aten.save.default",
+        "aten._print.default",
+        "aten._unsafe_index_put.default",  # does not check the indices
+        "aten._index_put_impl.default",
+        "aten._sparse_coo_tensor_unsafe.default",
+        "aten._nested_view_from_buffer.default",
+        "aten.as_strided.default",
+        "aten.empty.memory_format",  # hands out memory as it is
+        "aten.resize_.default",  # changes its arguments
+        "aten.set_.source_Tensor",
+        "aten.add_.Tensor",
+        "aten.add.out",
+        "prims.device_put.default",
+        "fwl.linear_attention_update.default",
+        "",
+        "..",
+    ],
 )
 def test_a_graph_runs_operators_and_nothing_else(target: str) -> None:
     bad = graphs.Operation("bad", target, ["text"])
     with pytest.raises(BundleError, match="which this fwl-export does not run"):
         graphs.TracedGraph({}, [bad], {}).run({}, {}, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("aten.add.Tensor", ["text", 1]),
+        ("aten.add.Tensor", []),
+        ("aten.add.Tensor", [{"ref": "nobody"}, 1]),
+        ("aten.ones.default", [[1 << 60]]),
+        ("aten.ones.default", [[4], {"dtype": "load"}]),
+        ("aten.ones.default", [[4], {"dtype": ["float32"]}]),
+        ("operator.getitem", [[], 1]),
+        ("operator.truediv", [1, 0]),
+        ("fwl::LinearAttentionUpdate", []),
+    ],
+)
+def test_a_graph_that_cannot_be_computed(target: str, arguments: list[Any]) -> None:
+    bad = graphs.Operation("bad", target, arguments)
+    with pytest.raises(BundleError, match=r"the traced graph .*export the model again"):
+        graphs.TracedGraph({}, [bad], {}).run({}, {}, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", ["load", "Tensor", "", "__name__", "nothing"])
+def test_a_constant_of_no_dtype(dtype: str) -> None:
+    sources = {"x": graphs.Source("constant", "x", [1.0], dtype)}
+    with pytest.raises(BundleError, match="which does not exist; export the model again"):
+        graphs.TracedGraph(sources, [], {}).run({}, {}, torch.float64)

@@ -14,6 +14,7 @@ from string import Template
 from typing import Any
 
 from fwl_export.parity.drift import FREE_RUNNING, LOGITS, MODE_NAMES
+from fwl_export.printable import printable
 
 Data = Mapping[str, Any]
 
@@ -361,7 +362,7 @@ def _percent(value: float | None) -> str:
 
 
 def _text(value: Any) -> str:
-    return escape(str(value), quote=True)
+    return escape(printable(str(value)), quote=True)
 
 
 # Blue and orange, which people with red-green color blindness can tell apart.

@@ -15,6 +15,7 @@ from fwl_export.parity.verdict import (
     RunVerdict,
     Spot,
 )
+from fwl_export.printable import markdown, markdown_code, one_line
 
 LINES, COLUMNS = 30, 80
 
@@ -59,29 +60,40 @@ def to_text(report: Report) -> str:
 def to_markdown(report: Report) -> str:
     """Return a summary as Markdown, for example for a pull request."""
     lines = [
-        f"### Parity of {report.bundle}: {_VERDICTS[report.status].lower()}",
+        f"### Parity of {markdown(report.bundle)}: {_VERDICTS[report.status].lower()}",
         "",
         "| candidate | verdict | use | closest to its limit | KL, nats | top-1 | perplexity |",
         "|---|---|---:|---|---:|---:|---:|",
     ]
     for candidate in report.candidates:
         spot = candidate.closest
-        cells = [f"`{candidate.name}`", _VERDICTS[candidate.status].lower(), share(candidate.use)]
+        cells = [
+            markdown_code(candidate.name),
+            _VERDICTS[candidate.status].lower(),
+            share(candidate.use),
+        ]
         cells.append(
-            f"`{spot.tensor.name}` ({spot.run.case}, {MODE_NAMES[spot.run.mode]})" if spot else ""
+            f"{markdown_code(spot.tensor.name)} ({spot.run.case}, {MODE_NAMES[spot.run.mode]})"
+            if spot
+            else ""
         )
         cells += _prediction_cells(candidate)
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"Reference: `{report.reference}`. Cases: {_cases(report)} tokens; seed {report.seed}. "
-        "*Use* is the error of the tensor beside it divided by its budget (the allowed error); "
+        f"Reference: {markdown_code(report.reference)}. Cases: {_cases(report)} tokens; "
+        f"seed {report.seed}. *Use* is the error of the tensor beside it divided by its budget "
+        "(the allowed error); "
         "above 100% is outside. KL divergence, top-1 agreement and perplexity (with its relative "
         f"change) compare predictions in case {_first_case(report)}, free-running.",
     ]
-    lines += ["", *(f"- {problem}" for problem in report.problems())] if report.problems() else []
+    lines += (
+        ["", *(f"- {markdown(problem)}" for problem in report.problems())]
+        if report.problems()
+        else []
+    )
     if report.command:
-        lines += ["", f"`{report.command}`"]
+        lines += ["", markdown_code(report.command)]
     return "\n".join(lines) + "\n"
 
 
@@ -207,8 +219,10 @@ def _drift_table(candidates: Sequence[CandidateVerdict]) -> Iterator[str]:
 
 
 def _short(name: str, width: int = _NAME) -> str:
+    name = one_line(name)
     return name if len(name) <= width else "…" + name[1 - width :]
 
 
 def _fit(line: str) -> str:
+    line = one_line(line)
     return line if len(line) <= COLUMNS else line[: COLUMNS - 1] + "…"

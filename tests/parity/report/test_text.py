@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from fwl_export.parity import to_text
+from fwl_export.parity import to_markdown, to_text
 from fwl_export.parity.verdict import CandidateVerdict
-from tests.parity.report.examples import DIED, GOOD, LOST, MANY, candidate, report, tensor
+from tests.parity.report.examples import DIED, GOOD, LOST, MANY, WRONG, candidate, report, tensor
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,17 @@ def test_the_summary_says_who_is_closest_to_its_limit() -> None:
     assert text.index("\nlogits") < text.index("\nfast.up.bias")
     assert report(GOOD).passed
     assert report(GOOD).problems() == []
+
+
+def test_names_cannot_forge_a_line_or_markup() -> None:
+    evil = "a|b\n| x | within budget | `c` <img src=x> @team \x1b[2J"
+    planted = replace(WRONG, name=evil)
+    forged = replace(report(planted), bundle=evil, text=evil, command=evil)
+    text = to_text(forged)
+    assert text.count("\n") == to_text(report(WRONG)).count("\n")
+    assert "\x1b" not in text
+    page = to_markdown(forged)
+    assert page.count("\n") == to_markdown(report(WRONG)).count("\n")
+    assert "\x1b" not in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| ``")]
+    assert row.replace(r"\|", "").count("|") == 8

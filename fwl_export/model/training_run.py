@@ -98,7 +98,8 @@ def read_run_config(path: Path) -> RunConfig:
     known = {*_TYPES, *_TABLES}
     if unknown := sorted(set(data) - known):
         raise ConfigError(
-            f"{path}: unknown key '{unknown[0]}'; known keys: {', '.join(sorted(known))}"
+            f"{path}: unknown key '{shown(unknown[0])[1:-1]}'; known keys: "
+            f"{', '.join(sorted(known))}"
         )
     values: dict[str, Any] = {}
     for key, value in data.items():

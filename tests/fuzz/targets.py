@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import torch
 
-from fwl_export.bundle import onnx_file
+from fwl_export.bundle import onnx_file, state_file
 from fwl_export.bundle.manifest import read_bundle
 from fwl_export.bundle.tokenizer import load_tokenizer, read_ids
 from fwl_export.engines.metadata import EngineMetadata
@@ -154,7 +154,17 @@ def _state(bundle: Path, folder: Path) -> Iterator[Target]:
         session.load_state(path)
         _finite(session.feed([1, 2]))
 
-    yield _target("state file", path, mutators.SAFETENSORS, read, 12, contents[:-1])
+    def read_unchecked() -> None:
+        """Read as if the attacker had written the right checksum."""
+        check, state_file._check_sum = state_file._check_sum, lambda *_: None
+        try:
+            read()
+        finally:
+            state_file._check_sum = check
+
+    kinds, more = mutators.SAFETENSORS, contents[:-1]
+    yield _target("state file", path, kinds, read, 6, more)
+    yield _target("state file, sha256 right", path, kinds, read_unchecked, 8, more)
 
 
 def _onnx(bundle: Path, folder: Path) -> Iterator[Target]:
@@ -224,7 +234,7 @@ def _report(bundle: Path, folder: Path) -> Iterator[Target]:
     verdict = candidate(tensor("logits", 0.5), tensor("fast.up.kernel", 0.1))
     report(verdict).write(path)
     data = json.loads(path.read_bytes())
-    data["settings"] |= {"cases": ["text@20", "decode@5"], "candidates": ["torch:fp32"]}
+    data["settings"] |= {"cases": ["text@20", "decode@5"], "candidates": ["torch:float32"]}
     data["text"]["ids"] = list(range(VOCABULARY)) * 2
     path.write_text(json.dumps(data), encoding="utf-8")
 
@@ -366,8 +376,7 @@ def _tensor_bundle(bundle: Path, folder: Path) -> Iterator[Target]:
 
     def read_unchecked() -> None:
         """Read as if the attacker had written the right checksums."""
-        check = tensor_bundle._check_crc
-        tensor_bundle._check_crc = lambda data, masked: None
+        check, tensor_bundle._check_crc = tensor_bundle._check_crc, lambda *_: None
         try:
             read()
         finally:

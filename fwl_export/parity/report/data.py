@@ -38,7 +38,7 @@ from fwl_export.parity.verdict import (
     TensorVerdict,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _DIGITS = 6  # significant digits of numbers in the file
 
@@ -78,6 +78,7 @@ class Report:
       horizon_tokens: Tokens over which the fast weights remember; 0 means that they never forget.
       cases: Cases that were run.
       candidates: Verdicts, one per candidate.
+      coverage: What was tried, see `Coverage.to_dict`.
       worst: Place where each candidate uses most of a budget, or None if nothing was compared.
       baseline: Name of the bundle in the earlier report that errors were compared with, or None.
       environment: Versions, processor and threads of the check.
@@ -102,6 +103,7 @@ class Report:
     cases: Sequence[CaseRun]
     candidates: Sequence[CandidateVerdict]
     worst: Sequence[WorstPlace | None]
+    coverage: Mapping[str, Any]
     baseline: str | None
     environment: Mapping[str, Any]
     command: str
@@ -175,6 +177,7 @@ class Report:
                 {**asdict(run.case), "calls": run.calls, "largest_call": run.largest_call}
                 for run in self.cases
             ],
+            "coverage": dict(self.coverage),
             "baseline": self._baseline(),
             "candidates": [
                 {**_candidate(candidate), "worst": _worst(worst)}

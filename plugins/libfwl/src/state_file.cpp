@@ -263,25 +263,26 @@ void restore_factors(const StateFile& file, const TensorSpec& spec, const Target
 // Returns how many slots of a cache a file holds, or -1 if the tensor is no cache.
 int64_t used_of(const StateFile& file, const TensorSpec& spec) {
   const std::vector<int64_t>& shape = file.shape(spec.name + kUsed);
-  return shape.size() == 4 ? shape[2] : -1;
+  return shape.size() == spec.shape.size() + 1 ? shape[2] : -1;
 }
 
-// A cache [heads, slots, size] of which only the slots in use were saved; the others are zeros.
+// A cache [heads, slots, ...] of which only the slots in use were saved; the others are zeros.
 void check_used(const StateFile& file, const TensorSpec& spec, size_t rows) {
   const int64_t used = used_of(file, spec);
   if (used < 0 || used > spec.shape[1]) {
     file.damaged("'" + spec.name + kUsed + "' does not fit the model");
   }
-  file.check(spec.name + kUsed, safetensors_type(spec.type),
-             with_rows(rows, {spec.shape[0], used, spec.shape[2]}));
+  std::vector<int64_t> shape = spec.shape;
+  shape[1] = used;
+  file.check(spec.name + kUsed, safetensors_type(spec.type), with_rows(rows, shape));
 }
 
 void restore_used(const StateFile& file, const TensorSpec& spec, const Target& target) {
   const char* data = file.data(spec.name + kUsed);
-  const size_t slot = static_cast<size_t>(spec.shape[2]) * bytes_of(spec.type);
-  const size_t filled = static_cast<size_t>(used_of(file, spec)) * slot;
-  const size_t whole = static_cast<size_t>(spec.shape[1]) * slot;
   const auto heads = static_cast<size_t>(spec.shape[0]);
+  const size_t whole = spec.bytes() / heads;
+  const size_t slot = whole / static_cast<size_t>(spec.shape[1]);
+  const size_t filled = static_cast<size_t>(used_of(file, spec)) * slot;
   for (size_t r = 0; r < target.rows.size(); ++r) {
     std::memset(target.row(r), 0, spec.bytes());
     for (size_t h = 0; h < heads; ++h) {
@@ -304,7 +305,7 @@ bool is_matrix(const TensorSpec& spec) {
 }
 
 bool is_cache(const TensorSpec& spec) {
-  return starts_with(spec.name, "cache.") && spec.shape.size() == 3;
+  return starts_with(spec.name, "cache.") && spec.shape.size() >= 2;
 }
 
 const std::vector<Form>& forms() {

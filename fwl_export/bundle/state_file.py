@@ -474,7 +474,9 @@ def _array(content: bytearray, entry: _Entry) -> Array:
 
 
 def _check_sum(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    if metadata["version"] == "1" and "sha256" not in metadata:
+    if (metadata["version"] == "1") == ("sha256" in metadata):
+        raise _damaged(path, "a file of version 2 has a sha256, and one of version 1 has none")
+    if metadata["version"] == "1":
         _log.info("'%s' is a state file of version 1, which has no checksum", path)
     elif metadata.get("sha256") != checksum(tensors, metadata):
         raise StateError(

@@ -186,8 +186,11 @@ def test_content_that_was_changed_is_refused(tmp_path: Path) -> None:
     refused(header | {"__metadata__": header["__metadata__"] | {"tokens": "5,7"}})
     refused(header | {"__metadata__": header["__metadata__"] | {"compress": "fp16"}})
     refused(header | {"__metadata__": header["__metadata__"] | {"more": "x"}})
-    without = {k: v for k, v in header["__metadata__"].items() if k != "sha256"}
-    refused(header | {"__metadata__": without})
+    no_sum = header | {"__metadata__": _without(header["__metadata__"], "sha256")}
+    for incomplete in (no_sum, _said(header, version="1")):
+        write(path, incomplete, data)
+        with pytest.raises(StateError, match="version 2 has a sha256, and one of version 1 has no"):
+            load_state(path, specs, "abc")
 
 
 def test_a_file_of_version_1_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,9 +2,10 @@
 // makes of them. It prints one line of JSON, and writes an input that it cannot survive to
 // `crash-<name>`.
 //
-//     fuzz_state [--inputs N] [--seed N] [FILE...]
+//     fuzz_state [--inputs N] [--seed N] [--fail crash|hang|memory] [FILE...]
 //
-// FILEs are further seeds; with `--inputs 0` each of them is read once as it is.
+// FILEs are further seeds; with `--inputs 0` each of them is read once as it is. `--fail` does what
+// the fuzzer is to notice.
 
 #include <sys/resource.h>
 #include <sys/time.h>
@@ -24,8 +25,8 @@ extern "C" void __sanitizer_set_death_callback(void (*callback)());
 
 // No input may ask for a gigabyte at once.
 extern "C" const char* __asan_default_options() {
-  return "max_allocation_size_mb=1024:allocator_may_return_null=0:detect_leaks=1:"
-         "handle_abort=1";
+  return "max_allocation_size_mb=1024:allocator_may_return_null=0:handle_abort=1:"
+         "quarantine_size_mb=64";
 }
 
 namespace {
@@ -158,9 +159,23 @@ std::string content_of(const char* path) {
   return std::string(std::istreambuf_iterator<char>(stream), {});
 }
 
-bool read_one(std::string content) {
+// Does what no reader should, if the user asks for it.
+void fail(const std::string& kind) {
+  if (kind == "crash") {
+    volatile size_t past_the_end = current.capacity() + 1;
+    current.data()[past_the_end] = 'x';
+  } else if (kind == "hang") {
+    pause();
+  } else if (kind == "memory") {
+    const std::string large(size_t{1100} << 20, 'x');
+    current = large.substr(0, 1);
+  }
+}
+
+bool read_one(std::string content, const std::string& failure = "") {
   current = std::move(content);
   set_timer(kSecondsPerInput);
+  fail(failure);
   const bool accepted = fwl::fuzz::accepts(current);
   set_timer(0);
   return accepted;
@@ -177,12 +192,15 @@ int main(int count, char** arguments) {
   __sanitizer_set_death_callback(save_current);
   long inputs = 10000;
   uint64_t seed = 16;
+  std::string failure;
   std::vector<std::string> given;
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--inputs") == 0 && i + 1 < count) {
       inputs = std::atol(arguments[++i]);
     } else if (std::strcmp(arguments[i], "--seed") == 0 && i + 1 < count) {
       seed = std::strtoull(arguments[++i], nullptr, 10);
+    } else if (std::strcmp(arguments[i], "--fail") == 0 && i + 1 < count) {
+      failure = arguments[++i];
     } else {
       given.push_back(content_of(arguments[i]));
     }
@@ -201,7 +219,7 @@ int main(int count, char** arguments) {
   seeds.insert(seeds.end(), given.begin(), given.end());
   Mutator mutator(seeds, seed);
   for (long i = 0; i < inputs; ++i) {
-    ++(read_one(mutator.next()) ? accepted : refused);
+    ++(read_one(mutator.next(), failure) ? accepted : refused);
   }
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);

@@ -9,8 +9,10 @@
 namespace fwl::fuzz {
 
 Scratch::Scratch(const std::string& name) {
+  // In memory if possible: on a disk, writing takes most of the time.
   const char* const given = std::getenv("TMPDIR");
-  folder_ = std::string(given != nullptr ? given : "/tmp") + "/fwl-fuzz-XXXXXX";
+  const char* const usual = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
+  folder_ = std::string(given != nullptr ? given : usual) + "/fwl-fuzz-XXXXXX";
   if (mkdtemp(folder_.data()) == nullptr) {
     throw std::runtime_error("cannot make the folder " + folder_);
   }

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fwl_export.errors import FwlError
-
 try:
     import fcntl
 except ImportError:  # Windows
@@ -34,6 +32,7 @@ _RENAMEAT2 = {"x86_64": 316, "aarch64": 276}  # numbers of the system call, for 
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 
+_MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = re.compile(r"nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|gpfs|fuse\..*")
 
 _KINDS = {
@@ -54,7 +53,7 @@ def _kind(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "a file")
 
 
-def open_regular(path: Path, error: type[FwlError]) -> io.FileIO:
+def open_regular(path: Path, error: type[Exception]) -> io.FileIO:
     """Open a file for reading, without a buffer, only if it is a regular file.
 
     A named pipe or a device could block forever, or never end.
@@ -64,7 +63,7 @@ def open_regular(path: Path, error: type[FwlError]) -> io.FileIO:
       error: Class of the exception to raise if the path is something else.
 
     Raises:
-      FwlError: The path is not a regular file; raised as `error`.
+      Exception: The path is not a regular file; raised as `error`.
       OSError: The file cannot be opened.
     """
     try:
@@ -205,7 +204,7 @@ def is_mount_point(path: Path) -> bool:
 def _mounts() -> Iterator[tuple[str, str, str]]:
     """Yield device number, kind and path of each mounted file system; nothing if not on Linux."""
     try:
-        table = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+        table = os.fsdecode(_MOUNTS.read_bytes())
     except OSError:
         return
     for line in table.splitlines():

@@ -19,18 +19,28 @@ import html
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from fwl_export.bundle.config import ModelConfig
-from fwl_export.bundle.onnx_file import external_data_locations
-from fwl_export.bundle.state import TensorSpec
+from msgspec import Meta
+
+from fwl_export.bundle.config import BackboneConfig, ModelConfig
+from fwl_export.bundle.onnx_file import (
+    ValueInfo,
+    check_external_data,
+    external_data_locations,
+    graph_values,
+)
+from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
 from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import finish_replacement, open_regular, replaced_file
-from fwl_export.json_files import check_schema, read_json
+from fwl_export.json_files import Count, Name, check_schema, read_json, shown, typed
+from fwl_export.printable import printable
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +57,12 @@ REPORTS_FOLDER = "reports"
 
 # How long to wait while other processes add files: each takes as long as hashing its files.
 _ADD_SECONDS = 60.0
+
+# Bounds of what a manifest may ask for.
+MAX_TOKENS_LIMIT = 1 << 24
+STATE_BYTES_LIMIT = 64 << 30  # per row
+
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -105,26 +121,99 @@ class Manifest:
           BundleError: The schema version is not the one that this version of fwl-export reads, or a
             part is missing or malformed.
         """
-        check_schema(data, SCHEMA_VERSION, source, BundleError, "export the model again")
-        try:
-            return cls(
-                config=ModelConfig.from_dict(data["config"], f"{source}: config"),
-                precision=str(data["precision"]),
-                max_tokens=int(data["max_tokens"]),
-                opset=int(data["opset"]),
-                op=dict(data["op"]),
-                state=[TensorSpec.from_dict(spec) for spec in data["state"]],
-                model_id=str(data["model_id"]),
-                versions=dict(data["versions"]),
-                files={
-                    str(name): {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])}
-                    for name, e in data["files"].items()
-                },
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        remedy = "export the model again"
+        check_schema(data, SCHEMA_VERSION, source, BundleError, remedy)
+        stored = typed(data, _Stored, f"{source} is malformed", BundleError, remedy)
+        config = ModelConfig.from_dict(stored["config"], f"{source}: config")
+        state = [TensorSpec.from_dict(spec) for spec in stored["state"]]
+        _check_state(config, stored["max_tokens"], state, source)
+        values: dict[str, Any] = {**stored, "config": config, "state": state}
+        return cls(**values)
+
+
+class _StoredFile(TypedDict):
+    sha256: Name
+    bytes: Count
+
+
+class _StoredOp(TypedDict):
+    domain: Name
+    name: Name
+    version: Count
+    nodes: Count
+
+
+class _Stored(TypedDict):
+    """What `Manifest.from_dict` reads of a manifest, and the bounds of its values."""
+
+    config: Any
+    precision: Name
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS_LIMIT)]
+    opset: Annotated[int, Meta(ge=1, le=1000)]
+    op: _StoredOp
+    state: list[StoredSpec]
+    model_id: Name
+    versions: dict[Name, Name]
+    files: dict[str, _StoredFile]
+
+
+def _check_state(
+    config: ModelConfig, max_tokens: int, state: Sequence[TensorSpec], source: str
+) -> None:
+    """Check that a state can belong to a model, before memory is reserved for it.
+
+    Args:
+      config: Configuration of the model.
+      max_tokens: Largest T of one call.
+      state: Specs of the state's tensors.
+      source: Name of the manifest in error messages.
+
+    Raises:
+      BundleError: A tensor is named twice, is missing or has another size than the configuration
+        says, or all of them exceed `STATE_BYTES_LIMIT`.
+    """
+    remedy = "export the model again"
+    shapes = {spec.name: spec.shape for spec in state}
+    if len(shapes) < len(state):
+        twice, _ = Counter(spec.name for spec in state).most_common(1)[0]
+        raise BundleError(f"{source} is malformed: it names the state '{twice}' twice; {remedy}")
+    for name, expected in _known_shapes(config, max_tokens, shapes).items():
+        if shapes.get(name) != expected:
+            found = list(shapes[name]) if name in shapes else "missing"
             raise BundleError(
-                f"{source} is malformed ({type(error).__name__}: {error}); export the model again"
-            ) from None
+                f"{source} is malformed: the state '{name}' is {found}, but the configuration says "
+                f"{list(expected)}; {remedy}"
+            )
+    if (total := sum(spec.bytes_per_row for spec in state)) > STATE_BYTES_LIMIT:
+        raise BundleError(
+            f"{source} is malformed: its state has {total} bytes per row; expected at most "
+            f"{STATE_BYTES_LIMIT}; {remedy}"
+        )
+
+
+def _known_shapes(
+    config: ModelConfig, max_tokens: int, names: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of those tensors of the state that follow from the configuration.
+
+    Args:
+      config: Configuration of the model.
+      max_tokens: Largest T of one call.
+      names: Names of the state's tensors; only those of caches in use count.
+    """
+    layer, backbone = config.fast_weights, config.backbone
+    d, h, s = layer.input_size, layer.hidden_size, layer.output_size
+    kinds = ["fast", "anchor"] if layer.anchor_interval else ["fast"]
+    shapes: dict[str, tuple[int, ...]] = {"position": (), "pending.hidden": (d,)}
+    for kind in kinds:
+        shapes |= {f"{kind}.up.kernel": (d, h), f"{kind}.down.kernel": (h, s)}
+    if isinstance(backbone, BackboneConfig):
+        head = backbone.width // backbone.heads
+        cache = (backbone.heads, backbone.window + max_tokens - 1, head)
+        names = [name for name in names if name.startswith("cache.")]
+        made = [f"cache.{n}.{kind}" for n in range(backbone.layers) for kind in ("key", "value")]
+        shapes |= dict.fromkeys([*made, *names], cache)
+    return shapes
 
 
 class Bundle:
@@ -159,7 +248,7 @@ class Bundle:
             name: _size(entry["bytes"]) for name, entry in sorted(self.manifest.files.items())
         }
         rows = (
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            f"<tr><th>{_html(name)}</th><td>{_html(value)}</td></tr>"
             for name, value in facts.items()
         )
         return f"<table>{''.join(rows)}</table>"
@@ -243,9 +332,11 @@ class Bundle:
         Raises:
           BundleError: See `read_file`.
         """
-        path = self.file(MODEL_FILE)
-        data = {name: self.read_file(name) for name in external_data_locations(path)}
-        return self.read_file(MODEL_FILE), data
+        model, path = self.read_file(MODEL_FILE), self.folder / MODEL_FILE
+        names = external_data_locations(path, model)
+        check_external_data(path, model)
+        self._check_graph(graph_values(path, model))
+        return model, {name: self.read_file(name) for name in names}
 
     def model_files(self) -> Path:
         """Return the path of the ONNX file, after checking it and its external data.
@@ -256,7 +347,37 @@ class Bundle:
         path = self.file(MODEL_FILE)
         for location in external_data_locations(path):
             self.file(location)
+        self._check_graph(graph_values(path))
         return path
+
+    def _check_graph(self, values: Mapping[str, ValueInfo]) -> None:
+        """Check that the graph has the manifest's state, before memory is reserved for it.
+
+        Args:
+          values: Inputs and outputs of the graph.
+        """
+        vocabulary = TensorSpec("logits", (0, self.manifest.config.vocab_size), "float32")
+        expected = {"logits": vocabulary}
+        for spec in self.manifest.state:
+            expected |= {PAST + spec.name: spec, PRESENT + spec.name: spec}
+        missing = [name for name in values if name.startswith(PAST) and name not in expected]
+        if missing:
+            raise BundleError(
+                f"the ONNX file of bundle '{self.folder}' takes {shown(missing[0])}, which is not "
+                "in the manifest's state; export the model again"
+            )
+        for name, spec in expected.items():
+            found = values.get(name, ValueInfo("no such tensor", ()))
+            same = len(found.shape) == len(spec.shape) + 1 and all(
+                not size or not wanted or size == wanted
+                for size, wanted in zip(found.shape[1:], spec.shape, strict=True)
+            )
+            if not same or found.dtype != spec.dtype:
+                raise BundleError(
+                    f"'{name}' in the ONNX file of bundle '{self.folder}' is {found.dtype} "
+                    f"{list(found.shape)}, but the manifest says {spec.dtype} "
+                    f"{[0, *spec.shape]}, where 0 is any size; export the model again"
+                )
 
     def verify(self) -> None:
         """Check size and hash of every file.
@@ -332,6 +453,10 @@ class Bundle:
         the power fails, every file in the manifest has the hash stated there. For arguments and
         errors, see `add_files`.
         """
+        self.check_not_replaced()
+        latest = read_bundle(self.folder)
+        if latest.manifest.files.keys().isdisjoint(names):
+            return latest
         return self._changed_files(lambda files: {n: e for n, e in files.items() if n not in names})
 
     def _changed_files(self, change: Callable[[_Files], _Files]) -> Bundle:
@@ -440,9 +565,18 @@ def inside(folder: Path, name: str) -> Path:
     parts = PurePosixPath(name)
     path = folder / parts
     leaves = parts.is_absolute() or ".." in parts.parts or "\\" in name or not name
-    if leaves or not path.resolve().is_relative_to(folder.resolve()):
+    if not leaves and _CONTROL_CHARACTERS.search(name):
         raise BundleError(
-            f"bundle '{folder}' names the path '{name}', which leaves the bundle's folder; "
+            f"bundle '{folder}' names the path {shown(name)}, which has control characters; do not "
+            "use this bundle"
+        )
+    try:
+        leaves = leaves or not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link that leads back to itself
+        leaves = True
+    if leaves:
+        raise BundleError(
+            f"bundle '{folder}' names the path {shown(name)}, which leaves the bundle's folder; "
             "do not use this bundle"
         )
     return path
@@ -453,6 +587,10 @@ def describe_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _html(text: str) -> str:
+    return html.escape(printable(text))
 
 
 def _size(count: int) -> str:

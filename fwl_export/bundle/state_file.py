@@ -37,6 +37,7 @@ from fwl_export.bundle import state as states
 from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.errors import ConfigError, ShapeError, StateError
 from fwl_export.files import open_regular, replaced_file
+from fwl_export.json_files import brief
 
 _log = logging.getLogger(__name__)
 
@@ -228,7 +229,8 @@ def checksum(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
 
 def _damaged(path: Path, problem: object) -> StateError:
     return StateError(
-        f"'{path}' is not a state file, or was truncated or changed ({problem}); save it again"
+        f"'{path}' is not a state file, or was truncated or changed ({brief(problem)}); save it "
+        "again"
     )
 
 

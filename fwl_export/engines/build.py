@@ -78,7 +78,9 @@ def build_engines(
       EngineError: An argument does not fit, the parser or the builder refuses the model, or it
         does without the plugin that is required.
       MissingDependencyError: The variant is not installed.
-      BundleError: The ONNX file differs from what the manifest says.
+      BundleError: The ONNX file differs from what the manifest says, or another export replaced the
+        bundle meanwhile.
+      OutputBusyError: Another process is building the same engine.
     """
     ranges = _ranges(bundle, precision, chunk, max_batch)
     use = _plugin_use(plugin, in_place_state, embed_plugin)
@@ -183,8 +185,30 @@ def _build(
     bundle: Bundle, request: BuildRequest, probe: Probe, tick: Callable[[float], None]
 ) -> EngineMetadata:
     """Build one engine, write its metadata beside it, and add both files to the manifest."""
+    engine = request.output
+    names = [f"{ENGINES_FOLDER}/{path.name}" for path in (engine.with_suffix(".json"), engine)]
+    try:
+        metadata = _write(bundle, request, names, probe, tick)
+    except (OSError, EngineError):
+        bundle.check_not_replaced()  # if it was, this says so, rather than that a file is missing
+        raise
+    bundle.add_files(names)
+    _log.info("built '%s' in %.1f s: %s", names[1], metadata.build_seconds, metadata.update_path)
+    return metadata
+
+
+def _write(
+    bundle: Bundle,
+    request: BuildRequest,
+    names: Sequence[str],
+    probe: Probe,
+    tick: Callable[[float], None],
+) -> EngineMetadata:
+    """Build one engine and write it, with its metadata beside it; the manifest lists neither then.
+
+    Another process that builds the same engine is refused: it would take minutes to wait for it.
+    """
     described = request.output.with_suffix(".json")
-    names = [f"{ENGINES_FOLDER}/{path.name}" for path in (described, request.output)]
     with replaced_file(described) as beside, replaced_file(request.output) as engine:
         network = _compile(replace(request, output=engine), request.output, tick)
         metadata = _metadata(bundle, request, probe, network, engine)
@@ -196,8 +220,6 @@ def _build(
             )
         beside.write_text(json.dumps(metadata.to_dict(), indent=2) + "\n", encoding="utf-8")
         bundle.remove_files(names)
-    bundle.add_files(names)
-    _log.info("built '%s' in %.1f s: %s", names[1], metadata.build_seconds, metadata.update_path)
     return metadata
 
 

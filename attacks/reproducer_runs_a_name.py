@@ -2,8 +2,6 @@
 
 The attacker wants `fwl-export bisect` to write that code into the program that reproduces a wrong
 tensor, which the user then runs. The name must stay data.
-
-Open. To do: "Names go into JSON."
 """
 
 from __future__ import annotations
@@ -47,4 +45,4 @@ def attack(place: Place) -> str:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="escaped: pwned.txt")
+    run(attack)

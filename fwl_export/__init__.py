@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from fwl_export.errors import FwlError as FwlError
     from fwl_export.errors import MissingDependencyError as MissingDependencyError
     from fwl_export.errors import NotFiniteError as NotFiniteError
+    from fwl_export.errors import OutputBusyError as OutputBusyError
     from fwl_export.errors import OutputExistsError as OutputExistsError
     from fwl_export.errors import PluginError as PluginError
     from fwl_export.errors import ReportError as ReportError
@@ -85,6 +86,7 @@ _PUBLIC = {
     "FwlError": "errors",
     "MissingDependencyError": "errors",
     "NotFiniteError": "errors",
+    "OutputBusyError": "errors",
     "OutputExistsError": "errors",
     "PluginError": "errors",
     "ReportError": "errors",

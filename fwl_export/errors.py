@@ -103,3 +103,7 @@ def missing_export_package(user: str, error: ModuleNotFoundError) -> MissingDepe
 
 class OutputExistsError(FwlError):
     """The output path exists, and was not overwritten."""
+
+
+class OutputBusyError(FwlError):
+    """Another process is writing the same output; nothing was written."""

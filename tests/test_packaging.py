@@ -8,11 +8,12 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tools import install
 
 REPOSITORY = Path(__file__).parents[1]
 LIBRARY = "fwl_export/plugins_lib/libfwl_ort.so"
@@ -97,10 +98,8 @@ def test_without_a_compiler_the_rest_is_installed(tmp_path: Path) -> None:
 def test_without_torch_a_bundle_runs(tmp_path: Path, tiny_bundle: Path) -> None:
     """`pip install 'fwl-export[cpu]'` alone is enough to feed, save, load and generate."""
     wheel = build_wheel(tmp_path, CXX=str(tmp_path / "no-such-compiler"))
-    venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    run(*pip, "-c", REPOSITORY / "constraints.txt", f"{wheel}[cpu]")
+    assert install.install(tmp_path / "venv", "cpu", [], install.Source(wheel)) == 0
     code = """
         import sys
         import numpy as np
@@ -129,7 +128,7 @@ def test_without_torch_a_bundle_runs(tmp_path: Path, tiny_bundle: Path) -> None:
     assert "can run models, not export" in run(program, "doctor", cwd=tmp_path)
     tiny = run(program, "inspect", tiny_bundle, cwd=tmp_path)
     assert "fwl::LinearAttentionUpdate 2" in tiny
-    assert "torch" not in run(*pip[:3], "list", cwd=tmp_path)
+    assert "torch" not in run(python, "-m", "pip", "list", cwd=tmp_path)
 
 
 def run(*command: object, cwd: Path | None = None) -> str:

@@ -35,6 +35,7 @@ PUBLIC = {
     "MissingDependencyError",
     "ModelConfig",
     "NotFiniteError",
+    "OutputBusyError",
     "OutputExistsError",
     "PluginError",
     "PrecisionPolicy",

@@ -15,6 +15,7 @@ from fwl_export.adaptation.analysis import Class, perplexity_by_position
 from fwl_export.adaptation.compare import OFF, ON, RMS, SGD, STANDARD, Comparison
 from fwl_export.adaptation.report import number
 from fwl_export.errors import MissingDependencyError
+from fwl_export.printable import one_line
 
 NAME = "adaptation"
 
@@ -107,7 +108,8 @@ def _mark_texts(axes: Any, found: Comparison) -> None:
             axes.text(
                 (start + end) / 2000,
                 1.03,
-                name,
+                one_line(name),
+                parse_math=False,  # a file's name may have dollar signs
                 transform=axes.get_xaxis_transform(),
                 ha="center",
                 fontsize=11,

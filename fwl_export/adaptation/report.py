@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from fwl_export.adaptation.analysis import Class
 from fwl_export.adaptation.compare import Comparison
 from fwl_export.adaptation.cost import PARTS
+from fwl_export.printable import markdown as as_markdown
+from fwl_export.printable import one_line
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -95,12 +97,12 @@ def notes(found: Comparison) -> list[str]:
     texts = (
         f"{len(found.texts.names)} texts"
         if len(found.texts.names) > 3
-        else ", ".join(found.texts.names)
+        else ", ".join(map(one_line, found.texts.names))
     )
     lines = [
         f"{texts}: {len(found.texts.stream) - 1} tokens predicted, read as one stream. Dynamic "
-        f"evaluation was tuned on {found.texts.validation_name} ({len(found.texts.validation)} "
-        "tokens).",
+        f"evaluation was tuned on {one_line(found.texts.validation_name)} "
+        f"({len(found.texts.validation)} tokens).",
         f"Cost is relative to standard inference ({base.milliseconds_per_token:.3f} ms per token, "
         f"{base.peak_bytes / 1e6:.1f} MB), in calls of {base.tokens_per_call} tokens; dynamic "
         f"evaluation reads a segment per call. Time: median of {found.blocks[0]} paired, "
@@ -130,7 +132,7 @@ CLASS_NOTES = (
 def to_markdown(found: Comparison) -> str:
     """Return all tables and notes in Markdown; lines outside of tables have at most 90 columns."""
     parts = [markdown(table) for table in tables(found)]
-    parts[1:1] = [textwrap.fill(note, 90) for note in notes(found)]
+    parts[1:1] = [textwrap.fill(as_markdown(note), 90) for note in notes(found)]
     return "\n\n".join([*parts, textwrap.fill(CLASS_NOTES, 90)]) + "\n"
 
 

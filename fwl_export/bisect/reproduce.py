@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 
 from fwl_export.bisect.expose import open_probe
 from fwl_export.bisect.locate import Located
+from fwl_export.bisect.steps import distance
 from fwl_export.bundle.state import Array
 from fwl_export.errors import FwlError
 from fwl_export.parity.candidates import Candidate
@@ -22,28 +25,11 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "repro.onnx"
 SCRIPT_FILE = "repro.py"
+SETTINGS_FILE = "repro.json"
+ARRAYS_FILE = "arrays.npz"
 
-_RUN = {
-    "onnxruntime": """import onnxruntime as ort
-
-options = ort.SessionOptions()
-for library in sys.argv[1:]:  # custom-op libraries
-    options.register_custom_ops_library(library)
-found = ort.InferenceSession("repro.onnx", options).run([NAME], dict(np.load("inputs.npz")))[0]""",
-    "onnx-reference": """from onnx.reference import ReferenceEvaluator
-
-found = ReferenceEvaluator("repro.onnx").run([NAME], dict(np.load("inputs.npz")))[0]""",
-}
-_SCRIPT = '''"""Shows one wrong tensor. Run in this folder: python repro.py{library}"""
-import sys
-
-import numpy as np
-{run}
-expected = np.load("expected.npz")["expected"]
-difference = np.abs(np.asarray(found, np.float64) - expected)
-print(NAME, "max abs", difference.max(), "at", np.argwhere(difference == difference.max())[:1])
-sys.exit(bool(not difference.max() <= {limit!r}))  # the largest difference that is allowed
-'''
+# The program is a constant: nothing from a model ever becomes part of it.
+_SCRIPT = Path(__file__).with_name(SCRIPT_FILE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +40,7 @@ class Reproduced:
       reproduces: Whether the tensor is still outside its budget.
       file_is_wrong: Whether it is outside its budget in ONNX's reference evaluator too, which does
         what the file says. If so, the file is wrong; if not, the runtime is. None means that the
-        evaluator cannot run the nodes.
+        evaluator cannot run the nodes, or that the nodes alone are right in both.
     """
 
     reproduces: bool
@@ -69,7 +55,10 @@ def write_reproducer(
     expected: Array,
     candidate: Candidate,
 ) -> Reproduced:
-    """Write repro.onnx, inputs.npz, expected.npz and repro.py, and run the nodes once.
+    """Write repro.onnx, arrays.npz, repro.json and repro.py, and run the nodes once.
+
+    Names of tensors, which come from the model's file, are written to repro.json only. repro.py is
+    a copy of a file of this package, and the arrays have names of our own.
 
     Args:
       folder: Empty folder to write to.
@@ -83,17 +72,19 @@ def write_reproducer(
 
     taken = {name: np.asarray(inputs[name]) for name in located.inputs}
     onnx.save(part_of(model, located, taken), str(folder / MODEL_FILE))
-    np.savez(folder / "inputs.npz", **taken)  # type: ignore[arg-type] # named arrays
-    np.savez(folder / "expected.npz", expected=expected)
-    limit = located.outside.budget.max_abs
-    kernel = any(node.domain for node in located.nodes) and candidate.runtime == "onnxruntime"
-    script = _SCRIPT.format(
-        run=_RUN[candidate.runtime].replace("NAME", repr(located.tensor)),
-        library=" [CUSTOM-OP LIBRARY]" if kernel else "",
-        limit=limit,
-    )
-    script = script.replace("NAME", repr(located.tensor))
-    (folder / SCRIPT_FILE).write_text(script, encoding="utf-8")
+    keys = {name: f"input_{number}" for number, name in enumerate(taken)}
+    arrays = {keys[name]: array for name, array in taken.items()}
+    np.savez(folder / ARRAYS_FILE, expected=expected, **arrays)  # type: ignore[arg-type] # arrays
+    settings = {
+        "runtime": candidate.runtime,
+        "tensor": located.tensor,
+        "inputs": keys,
+        "largest_allowed_difference": located.outside.budget.max_abs,
+        "largest_allowed_relative_rms": located.outside.budget.relative_rms,
+    }
+    text = json.dumps(settings, indent=2)
+    (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    shutil.copyfile(_SCRIPT, folder / SCRIPT_FILE)
     return _run(folder / MODEL_FILE, taken, expected, located, candidate)
 
 
@@ -133,18 +124,16 @@ def part_of(
 def _run(
     path: Path, inputs: Mapping[str, Array], expected: Array, located: Located, candidate: Candidate
 ) -> Reproduced:
-    budget = located.outside.budget.max_abs
+    def use(of: Candidate) -> float:
+        """Return the error divided by its budget: what located the tensor also judges it."""
+        found = open_probe(of, path).run(inputs)[located.tensor].astype(np.float64)
+        return located.outside.budget.use(distance(found, expected))
 
-    def values(of: Candidate) -> Array:
-        result: Array = open_probe(of, path).run(inputs)[located.tensor].astype(np.float64)
-        return result
-
-    def outside(of: Candidate) -> bool:
-        # Negated, so that NaN counts as outside.
-        return not bool(np.all(np.abs(values(of) - expected) <= budget))
-
+    found = use(candidate)
     try:
-        by_onnx = outside(Candidate("onnx-reference", "onnx-reference"))
+        by_onnx = use(Candidate("onnx-reference", "onnx-reference"))
     except FwlError:  # the evaluator lacks an operator
-        return Reproduced(outside(candidate), None)
-    return Reproduced(outside(candidate), by_onnx)
+        return Reproduced(found > 1, None)
+    if max(found, by_onnx) <= 1:  # without the rest of the graph, the tensor is right
+        return Reproduced(False, None)
+    return Reproduced(found > 1, by_onnx > 1)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from fwl_export.errors import StateError
+from fwl_export.json_files import Name, Size
 
 PAST = "past."
 PRESENT = "present."
@@ -47,6 +48,20 @@ INPUTS = (
     InputSpec("logit_positions", ("B", "P"), "int64"),
     InputSpec("learning_rate_scale", ("B",), "float32"),
 )
+
+
+class StoredSpec(TypedDict):
+    """A `TensorSpec` in a file.
+
+    Attributes:
+      name: See `TensorSpec`.
+      shape: See `TensorSpec`.
+      dtype: See `TensorSpec`.
+    """
+
+    name: Name
+    shape: list[Size]
+    dtype: Literal["float16", "float32", "float64", "int64"]
 
 
 @dataclass(frozen=True)

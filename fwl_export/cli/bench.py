@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from fwl_export.cli.commands import add_verb, new_application
 from fwl_export.cli.options import BundleArgument, JsonOption, PluginOption
-from fwl_export.cli.terminal import note, spinner, table
+from fwl_export.cli.terminal import note, print_json, spinner, table
 
 if TYPE_CHECKING:
     from fwl_export.bench.op import OpSize, OpTimes
@@ -73,7 +72,7 @@ def bench_op_command(
     if library is None and not json:
         note("Measured without our kernel: `fwl-export doctor` says how to build it.")
     found = {"machine": describe_machine(), "rounds": rounds, "results": results}
-    print(json_module.dumps(found))
+    print_json(found, indent=None)
 
 
 def bench_session_command(
@@ -125,7 +124,7 @@ def bench_session_command(
             if not json:
                 print(f"{title}\n{_session_table(result)}\n", flush=True)
     found = {"machine": describe_machine(), "results": results, "memory": asdict(memory)}
-    print(json_module.dumps(found))
+    print_json(found, indent=None)
 
 
 add_verb(bench, bench_op_command, "op")

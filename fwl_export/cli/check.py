@@ -23,6 +23,7 @@ from fwl_export.cli.options import (
     list_completion,
 )
 from fwl_export.cli.terminal import note, print_json, progress_bar
+from fwl_export.printable import indented
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from fwl_export.bundle.manifest import Bundle
     from fwl_export.parity import Report
 
-DEFAULT_TOKENS = 2000
+DEFAULT_TOKENS = 2304
 
 _JUDGING = "Options of the verdict"
 
@@ -232,15 +233,15 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
     """Check; returns the report and the path to write it to."""
     from fwl_export.bundle.manifest import REPORTS_FOLDER, inside
     from fwl_export.parity import check_bundle
-    from fwl_export.parity.cases import choose_cases
+    from fwl_export.parity.cases import ModelLimits, choose_cases
     from fwl_export.parity.check import DEFAULT_CASES
 
-    manifest = request.bundle.manifest
     chosen = choose_cases(
         request.options.get("cases", DEFAULT_CASES),
         request.options["tokens"],
-        manifest.max_tokens,
-        manifest.config.backbone.max_positions,
+        ModelLimits.of(request.bundle.manifest),
+        request.options["seed"],
+        request.options.pop("all_ids", False),
     )
     # Before the work, not after it: the path must lie inside the bundle.
     target = report or inside(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
@@ -285,7 +286,7 @@ def _print(result: Report, target: Path, page: Path, json: bool) -> None:
         name = page.name if page.parent == target.parent else page
         print(f"{result.seconds:.0f} s; page: {name}, report: {target}")
     for problem in result.problems():
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {indented(problem)}", file=sys.stderr)
     if result.exit_code == 1:
         note(
             "Export the bundle again and repeat the check. If it fails again, the exporter or the "
@@ -344,7 +345,7 @@ def _errors_of_a_check() -> Iterator[None]:
         raise CheckError(str(error)) from None
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name not in ("torch", "onnx"):
+        if name not in ("torch", "onnx", "allpairspy"):
             raise
         raise CheckError(
             f"check needs '{name}', which is not installed; pip install 'fwl-export[export]'"

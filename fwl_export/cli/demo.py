@@ -17,7 +17,7 @@ from fwl_export.cli.check import check
 from fwl_export.cli.export import export
 from fwl_export.cli.options import JsonOption, list_completion
 from fwl_export.cli.score import score_both, to_dict
-from fwl_export.cli.terminal import print_json, size
+from fwl_export.cli.terminal import heading, print_json, size
 
 if TYPE_CHECKING:
     from fwl_export.runtimes.text import Score
@@ -59,7 +59,7 @@ def demo(
     if json:
         print_json(_to_dict(output, HELD_OUT_PLAY, seconds, *scores))
         return
-    typer.secho(f"\nSummary, after {seconds:.0f} s", bold=True)
+    heading(f"\nSummary, after {seconds:.0f} s")
     for line in _summary(output, HELD_OUT_PLAY, *scores):
         print(f"  {line}")
 
@@ -76,7 +76,7 @@ def _run_steps(output: Path, sm: str, play: Path) -> tuple[Score, Score]:
 
 
 def _title(number: int, command: str) -> None:
-    typer.secho(f"\n[{number}/{_STEPS}] fwl-export {command}", bold=True)
+    heading(f"\n[{number}/{_STEPS}] fwl-export {command}")
 
 
 def _read_report(output: Path) -> Any:

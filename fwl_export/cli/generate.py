@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +17,7 @@ from fwl_export.cli.options import (
     StateOption,
 )
 from fwl_export.cli.read import read_tokens
-from fwl_export.cli.terminal import print_json
+from fwl_export.cli.terminal import print_generated, print_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -78,6 +77,9 @@ def generate(
 ) -> None:
     """Continue a prompt, token by token.
 
+    On a terminal, control characters in the text are shown as escapes; a file or a pipe gets the
+    text as it is.
+
     Example:
       fwl-export generate demo-bundle --prompt "LEONTES." --seed 1
     """
@@ -101,11 +103,10 @@ def generate(
         generated = [int(token) for token in tokens]
         print_json({"prompt": prompt, "text": tokenizer.decode(generated), "tokens": generated})
         return
-    sys.stdout.write(prompt)
+    print_generated(prompt)
     for text in _texts(tokens, tokenizer):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    print()
+        print_generated(text)
+    print_generated("\n")
 
 
 def _texts(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fwl_export.printable import indented
+
 ROOT = "fwl_export"
 # What is already shown as progress, so that -v does not show it a second time.
 PROGRESS = f"{ROOT}.progress"
@@ -31,7 +33,15 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.ERROR and not record.name.startswith(PROGRESS):
-            print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+            text = indented(record.getMessage())
+            print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+
+
+class _LineFormatter(logging.Formatter):
+    """Formats records so that no text in them looks like a record of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return indented(super().format(record))
 
 
 _terminal = _Terminal()
@@ -77,8 +87,8 @@ def configure(verbose: int, quiet: bool, log_file: Path | None) -> None:
     level = _LEVELS[min(_terminal.verbosity, len(_LEVELS) - 1)]
     _terminal.setLevel(logging.ERROR if _terminal.quiet and not _terminal.verbosity else level)
     if log_file is not None:
-        handler = logging.FileHandler(log_file, encoding="utf-8")
-        handler.setFormatter(logging.Formatter(_FILE_FORMAT, "%Y-%m-%d %H:%M:%S"))
+        handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
+        handler.setFormatter(_LineFormatter(_FILE_FORMAT, "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     has_file = any(isinstance(handler, logging.FileHandler) for handler in logger.handlers)
     logger.setLevel(logging.DEBUG if has_file else _terminal.level)

@@ -31,8 +31,10 @@ from fwl_export.cli.options import GENERAL, LogFileOption, QuietOption, VerboseO
 from fwl_export.cli.precision import precision
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
+from fwl_export.cli.terminal import safe_streams
 from fwl_export.cli.train import train
 from fwl_export.errors import FwlError, missing_export_package
+from fwl_export.printable import indented
 
 # Headings of `fwl-export --help`, and the verbs under each.
 SECTIONS: dict[str, tuple[Verb | typer.Typer, ...]] = {
@@ -69,7 +71,7 @@ def main() -> None:
     """Run the command line; a user's mistake ends with its message and an exit code."""
     # Like Ctrl-C, so that half-written files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with logging_for_one_command() as logger:
+    with safe_streams(), logging_for_one_command() as logger:
         try:
             _run(logger)
         except FwlError as error:
@@ -108,7 +110,7 @@ def _run(logger: logging.Logger) -> None:
 
 def _fail(logger: logging.Logger, message: str, code: int = 1) -> None:
     logger.error(message)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {indented(message)}", file=sys.stderr)
     sys.exit(code)
 
 

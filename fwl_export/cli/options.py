@@ -17,7 +17,10 @@ OUTPUT = "Output options"
 GENERAL = "General options"
 
 # Repeated here because `parity.cases` loads NumPy; a test compares the two.
-CASES = ("text", "mixed", "repeat", "long", "decode")
+CASES = (
+    *("text", "mixed1", "mixed2", "mixed5", "mixed8"),
+    *("repeat", "long", "decode", "far", "again"),
+)
 
 CANDIDATES = tuple(
     candidate

@@ -1,17 +1,27 @@
-"""What verbs print: progress and notes on standard error, tables and JSON on standard output."""
+"""What verbs print: progress and notes on standard error, tables and JSON on standard output.
+
+Whatever is printed passes `safe_streams`: characters that would act on the terminal are shown, not
+obeyed, since names and messages come from files of other people. The exceptions are JSON, which
+escapes them in its own way, and generated text that goes to a file or a pipe.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
+
+import typer
 
 from fwl_export.cli import logs
+from fwl_export.json_files import without_non_finite
+from fwl_export.printable import one_line, printable, without_ci_commands
 
 # What every table and paragraph fits in.
 COLUMNS = 80
@@ -19,16 +29,88 @@ COLUMNS = 80
 _log = logging.getLogger(logs.PROGRESS)
 
 
-def print_json(data: Any) -> None:
-    """Print data on standard output, for programs."""
-    print(json.dumps(data, indent=2))
+class _SafeStream:
+    """A text stream that shows control characters instead of obeying them.
+
+    Attributes:
+      unfiltered: The stream beneath, for text that is safe already.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unfiltered = stream
+
+    def write(self, text: str) -> int:
+        self.unfiltered.write(without_ci_commands(printable(text)))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unfiltered, name)
+
+
+@contextmanager
+def safe_streams() -> Iterator[None]:
+    """Let everything that is printed until the block ends pass a filter.
+
+    Characters that the terminal's encoding lacks are escaped too.
+    """
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = map(_SafeStream, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _unfiltered(stream: TextIO) -> TextIO:
+    beneath: TextIO = getattr(stream, "unfiltered", stream)
+    return beneath
+
+
+def print_json(data: Any, indent: int | None = 2) -> None:
+    """Print data on standard output, for programs: ASCII only, and null for NaN and infinities.
+
+    Args:
+      data: Numbers, strings, mappings and sequences, nested in any way.
+      indent: Columns to indent by; None prints a single line.
+    """
+    text = json.dumps(without_non_finite(data), indent=indent, allow_nan=False)
+    # JSON leaves DEL and what CI systems obey as they are; both can only be inside of strings.
+    text = text.replace("\x7f", "\\u007f").replace("##", "#\\u0023")
+    print(text, file=_unfiltered(sys.stdout))
+
+
+def print_generated(text: str) -> None:
+    """Print what a model wrote: as it is into a file or a pipe, made safe on a terminal.
+
+    Args:
+      text: Part of the text; no line break is added.
+    """
+    stream = _unfiltered(sys.stdout)
+    stream.write(printable(text) if stream.isatty() else text)
+    stream.flush()
+
+
+def heading(text: str) -> None:
+    """Print a line of text on standard output, in bold on a terminal.
+
+    Args:
+      text: The line; it may begin with a line break.
+    """
+    typer.secho(printable(text), bold=True, file=_unfiltered(sys.stdout))
 
 
 def note(message: str) -> None:
     """Print a hint on standard error, unless the user asked for quiet."""
     _log.info(message)
     if not logs.is_quiet():
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -36,14 +118,15 @@ def spinner(title: str) -> Iterator[Callable[[str], None]]:
     """Show the current step on standard error; yields the function that names it."""
     console = _console()
     began = time.perf_counter()
-    with console.status(title) as status:
+    # What is printed meanwhile passes rich, and the filter before it.
+    with console.status(_shown(title)) as status, safe_streams():
 
         def say(message: str) -> None:
             _log.info("%s: %s", title, message)
             if console.is_terminal:
-                status.update(f"{title}: {message}")
+                status.update(_shown(f"{title}: {message}"))
             elif not logs.is_quiet():
-                print(f"{title}: {message}", file=sys.stderr, flush=True)
+                print(one_line(f"{title}: {message}"), file=sys.stderr, flush=True)
 
         yield say
     _log.info("%s: done in %.1f s", title, time.perf_counter() - began)
@@ -66,8 +149,9 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     _log.info("%s: begins, %d steps", title, total)
     if not console.is_terminal and not logs.is_quiet():
         print(f"{title} …", file=sys.stderr, flush=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total)
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    with bar as progress, safe_streams():
+        task = progress.add_task(_shown(title), total=total)
         yield lambda advance: progress.update(task, advance=advance)
     _log.info("%s: done in %.1f s", title, time.perf_counter() - began)
 
@@ -75,7 +159,15 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(stderr=True, quiet=logs.is_quiet())
+    # Its own control characters must reach the terminal, so what it shows is filtered by `_shown`.
+    return Console(file=_unfiltered(sys.stderr), quiet=logs.is_quiet())
+
+
+def _shown(text: str) -> str:
+    """Return text as rich shows it: brackets are no markup, and control characters are visible."""
+    from rich.markup import escape
+
+    return escape(one_line(text))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int = COLUMNS) -> str:
@@ -84,6 +176,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int = C
     One that is wider than `columns` gets closer columns, a header of several lines and, if that is
     not enough, wrapped cells in its first column.
     """
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = _widths([header, *rows])
     gap = 2
     if _total(widths, gap) > columns:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fwl_export.bundle.manifest import Bundle
+from fwl_export.bundle.manifest import MODEL_FILE, Bundle
 from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
 from fwl_export.errors import BundleError, MissingDependencyError
 from fwl_export.ort import import_onnxruntime, register_plugin
@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     import onnxruntime
 
+
+# The method of `SessionOptions` that takes external data from memory, in newer versions.
+_IN_MEMORY = "add_external_initializers_from_files_in_memory"
 
 _ALIGNMENT = 64  # in bytes: one cache line, and the widest vector of the plugin's kernel
 
@@ -58,6 +61,9 @@ def load_model(
 ) -> OnnxRuntimeModel:
     """Load a bundle's ONNX file.
 
+    ONNX Runtime gets the bytes whose hashes were checked. So a session does not notice it if the
+    files are overwritten, truncated or removed while it is open.
+
     Args:
       bundle: Bundle whose ONNX file and external data are checked first.
       threads: Threads inside one operator; None lets ONNX Runtime choose.
@@ -70,17 +76,58 @@ def load_model(
       MissingDependencyError: ONNX Runtime is not installed, or not with CUDA.
       ConfigError: The device is unknown.
     """
-    path = bundle.model_files()
-    session = open_file(path, threads, plugin, device)
+    path = bundle.folder / MODEL_FILE
+    if hasattr(import_onnxruntime().SessionOptions, _IN_MEMORY):
+        model, data = bundle.read_model()
+        session = _open(path, model, data, threads, plugin, device)
+    else:
+        session = _open_mapped(bundle, path, threads, plugin, device)
     manifest = bundle.manifest
     place = parse_device(device)
     return OnnxRuntimeModel(session, manifest.state, manifest.config.vocab_size, place)
+
+
+def _open_mapped(
+    bundle: Bundle, path: Path, threads: int | None, plugin: str | Path, device: str
+) -> onnxruntime.InferenceSession:
+    """Load a bundle's ONNX file by its path, with a version that cannot take it from memory."""
+    bundle.model_files()
+    session = _open(path, str(path), {}, threads, plugin, device)
+    bundle.model_files()  # it may have been changed while it was loaded
+    _log.warning(
+        "this version of ONNX Runtime keeps '%s' open: replace the bundle as a whole, as export "
+        "does, and do not write into its files while a session is open",
+        bundle.folder,
+    )
+    return session
 
 
 def open_file(
     path: Path, threads: int | None = None, plugin: str | Path = "auto", device: str = "cpu"
 ) -> onnxruntime.InferenceSession:
     """Load an ONNX file outside of a bundle; for arguments and errors see `load_model`."""
+    return _open(path, str(path), {}, threads, plugin, device)
+
+
+def _open(
+    path: Path,
+    model: str | bytes,
+    data: Mapping[str, bytes],
+    threads: int | None,
+    plugin: str | Path,
+    device: str,
+) -> onnxruntime.InferenceSession:
+    """Load an ONNX file; for errors see `load_model`.
+
+    Args:
+      path: Path of the file, for messages.
+      model: The path as text, or the file's content.
+      data: The external data by their names, if `model` is the content. ONNX Runtime copies them,
+        so that they can be dropped afterwards.
+      threads: Threads inside one operator; None lets ONNX Runtime choose.
+      plugin: Choice of the plugin library, see `open_session`.
+      device: Device to run on.
+    """
     place = parse_device(device)
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -100,9 +147,12 @@ def open_file(
     library = find_plugin(ONNXRUNTIME, plugin)
     if library is not None:
         register_plugin(options, library)
+    if data:
+        names, contents = list(data), list(data.values())
+        getattr(options, _IN_MEMORY)(names, contents, [len(content) for content in contents])
     try:
         # Without the last argument, ONNX Runtime prints an "EP Error" and tries other providers.
-        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         where = "" if place[0] == "cpu" else f" on device '{device}'"
         raise BundleError(f"ONNX Runtime cannot load '{path}'{where}: {error}") from None

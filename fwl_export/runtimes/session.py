@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,11 @@ class Session:
 
         Raises:
           ShapeError: `batch` is less than 1, or more than the runner or the memory takes.
+          ConfigError: `spec.max_tokens` is less than 1.
         """
         self.batch = checked_batch(batch)
+        if spec.max_tokens < 1:
+            raise ConfigError(f"spec.max_tokens is {spec.max_tokens}; expected 1 or more tokens")
         self.spec = spec
         self.limits = limits or LearningLimits()
         self.specs = list(spec.state)
@@ -155,6 +158,7 @@ class Session:
         label_weights: npt.ArrayLike | None = None,
         lengths: npt.ArrayLike | None = None,
         last_only: bool = False,
+        logit_positions: npt.ArrayLike | None = None,
     ) -> Array:
         """Read the next tokens of every row, learn from them, and predict what follows each.
 
@@ -174,11 +178,13 @@ class Session:
             padding, and may hold any number. None means T for all rows.
           last_only: Return only the logits after each row's last token, which saves a product with
             the vocabulary at every other position.
+          logit_positions: [B, P] or [P] integers, 0 to T - 1: return only the logits after these
+            tokens of each row, in this order; a position may be named twice. It saves as much.
 
         Returns:
           Logits [B, T, V] float32, unnormalized: entry t predicts the token after token t. Zeros
-          at padding. With `last_only` [B, V]; zeros in rows of length 0. With precision "fp64",
-          float64. The array belongs to the caller.
+          at padding. With `logit_positions` [B, P, V]. With `last_only` [B, V]; zeros in rows of
+          length 0. With precision "fp64", float64. The array belongs to the caller.
 
         Raises:
           ShapeError: An argument has the wrong shape, or T is 0.
@@ -192,6 +198,7 @@ class Session:
         if not isinstance(last_only, (bool, np.bool_)):
             raise ShapeError(f"last_only is {last_only!r}; expected True or False")
         ids, weights, counts = self._checked(tokens, label_weights, lengths)
+        wanted = self._checked_wanted(logit_positions, ids.shape[1], last_only)
         with self._lock:
             self._check_positions(counts)
             if weights is not None:
@@ -200,9 +207,9 @@ class Session:
             positions = [a + b for a, b in zip(self._positions, counts, strict=True)]
             at_once = self._next_lengths(counts, [0] * self.batch) == counts
             if at_once and max(counts) == ids.shape[1]:
-                logits = self._feed_at_once(ids, weights, counts, last_only)
+                logits = self._feed_at_once(ids, weights, counts, last_only, wanted)
             else:
-                logits = self._feed_in_parts(ids, weights, counts, last_only)
+                logits = self._feed_in_parts(ids, weights, counts, last_only, wanted)
             self._positions = positions
             return logits[:, 0] if last_only else logits
 
@@ -218,9 +225,18 @@ class Session:
                 )
 
     def _feed_at_once(
-        self, ids: Array, weights: Array | None, counts: list[int], last_only: bool
+        self,
+        ids: Array,
+        weights: Array | None,
+        counts: list[int],
+        last_only: bool,
+        wanted: Array | None,
     ) -> Array:
-        if weights is None:
+        if wanted is not None:
+            ones = np.ones(ids.shape, np.float32)
+            call = self._call(ids.astype(np.int64), ones if weights is None else weights, counts)
+            call = replace(call, logit_positions=wanted)
+        elif weights is None:
             call = self._plain_call(ids, counts, last_only)
         else:
             call = self._call(ids, weights, counts, last_only)
@@ -258,7 +274,12 @@ class Session:
         return self._spare[-1]
 
     def _feed_in_parts(
-        self, ids: Array, weights: Array | None, counts: list[int], last_only: bool
+        self,
+        ids: Array,
+        weights: Array | None,
+        counts: list[int],
+        last_only: bool,
+        wanted: Array | None,
     ) -> Array:
         if weights is None:
             weights = np.ones(ids.shape, np.float32)
@@ -268,6 +289,13 @@ class Session:
         while logits is None or any(left):
             here = self._next_lengths(left, done)
             call = self._call(_from(done, here, ids), _from(done, here, weights), here, last_only)
+            if wanted is not None:
+                places = wanted - np.array(done)[:, None]
+                inside = (places >= 0) & (places < np.array(here)[:, None])
+                places = np.where(inside, places, 0)
+                if wanted.shape[1] <= call.input_ids.shape[1]:
+                    call = replace(call, logit_positions=places)
+                    places = np.broadcast_to(np.arange(wanted.shape[1]), wanted.shape)
             present = self._spare_buffers()
             taken.append(self._spare.pop())
             try:
@@ -280,7 +308,11 @@ class Session:
                 self._spare.append(past)
                 taken.remove(past)
             past = present
-            if logits is None and (last_only or found.shape[1] == ids.shape[1]):
+            if wanted is not None:
+                found = np.take_along_axis(found, places[..., None], 1)
+                logits = np.zeros_like(found) if logits is None else logits
+                logits[inside] = found[inside]
+            elif logits is None and (last_only or found.shape[1] == ids.shape[1]):
                 logits = found  # later calls fill in what other rows have left
             elif last_only:
                 assert logits is not None
@@ -298,7 +330,9 @@ class Session:
         self._keep_one_spare()
         return logits
 
-    def _call(self, ids: Array, weights: Array, lengths: list[int], last_only: bool) -> Call:
+    def _call(
+        self, ids: Array, weights: Array, lengths: list[int], last_only: bool = False
+    ) -> Call:
         if last_only:
             positions = np.array([[max(length - 1, 0)] for length in lengths], np.int64)
         else:
@@ -573,18 +607,15 @@ class Session:
           rows: Rows that take the file's rows, in this order and as many; None means all rows.
 
         Raises:
-          StateError: The file is not a state file, is damaged, or comes from another model.
+          StateError: The file is not a state file, is damaged or was changed, comes from another
+            model, or stands at a position that the model cannot reach.
           ShapeError: The file has another number of rows, or a row does not exist.
           OSError: The file cannot be read.
         """
-        state = state_file.load_state(Path(path), self.specs, self.model_id)
         chosen = self._checked_rows(range(self.batch) if rows is None else rows)
-        found = len(state["position"])
-        if found != len(chosen):
-            raise ShapeError(
-                f"'{path}' holds {found} rows, but they would be loaded into {len(chosen)}; name "
-                f"{found} rows of the session with rows="
-            )
+        state = state_file.load_state(
+            Path(path), self.specs, self.model_id, len(chosen), self.max_positions
+        )
         self.write_rows(chosen, state)
 
     def _checked_rows(self, rows: Sequence[int]) -> list[int]:
@@ -655,6 +686,32 @@ class Session:
                 "more"
             )
         return weights
+
+    def _checked_wanted(
+        self, logit_positions: npt.ArrayLike | None, size: int, last_only: bool
+    ) -> Array | None:
+        """Return the positions whose logits are wanted, [B, P] int64, or None."""
+        if logit_positions is None:
+            return None
+        if last_only:
+            raise ConfigError(
+                "last_only and logit_positions were both given; each says whose logits to return, "
+                "so give only one"
+            )
+        wanted = np.asarray(logit_positions)
+        if wanted.ndim == 1 and self.batch == 1:
+            wanted = wanted[None]
+        if wanted.ndim != 2 or len(wanted) != self.batch or not wanted.size:
+            raise ShapeError(
+                f"logit_positions have shape {list(wanted.shape)}; expected [{self.batch}, P] with "
+                "P of 1 or more"
+            )
+        if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= size:
+            raise TokenError(
+                f"logit_positions are {wanted.dtype} from {wanted.min()} to {wanted.max()}; "
+                f"expected whole numbers from 0 to {size - 1}"
+            )
+        return wanted.astype(np.int64)
 
     def _all_in_range(self, ids: Array) -> bool:
         values = ids.ravel().tolist()  # faster than NumPy for one token, see _plain_call

@@ -22,7 +22,7 @@ def test_a_good_bundle_passes_and_leaves_a_report(
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert "against torch:float64; text play.txt, seed 0" in lines[0]
-    assert lines[1].startswith("cases: text 60, mixed 60, ")
+    assert lines[1].startswith("cases: text 60, mixed 240, repeat 60, ")
     assert lines[-2].startswith("within budget: ")
     target = own_bundle / "reports" / "parity.json"
     assert lines[-1].endswith(f"report: {target}")
@@ -74,7 +74,7 @@ def test_the_default_text_is_the_held_out_play(
 @pytest.mark.parametrize(
     ("fault", "tensor"),
     [
-        (faults.weight("fast_weights.up_kernel", (2, 3), factor=1.01), "pending.up"),
+        (faults.weight("fast_weights.up_kernel", (2, 3), factor=1.01), "pending."),
         (faults.stale("cache.0.key"), "cache.0.key"),
     ],
     ids=["one weight", "stale cache"],
@@ -88,7 +88,8 @@ def test_a_broken_bundle_exits_with_1_and_says_where_and_what_next(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", fault).folder
-    result = run(capsys, "check", broken, "--text", text, "--tokens", 40, "--cases", "text")
+    given = ("--text", text, "--tokens", 40, "--cases", "text", "--candidates", "onnxruntime")
+    result = run(capsys, "check", broken, *given)
     assert result.code == 1
     assert "OUTSIDE BUDGET: " in result.out
     assert f"error: onnxruntime is outside its budget, first in '{tensor}" in result.err
@@ -103,9 +104,8 @@ def test_nan_exits_with_1_and_names_the_first_step(
 ) -> None:
     fault = faults.not_a_number("fast.down.bias", 20)
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", fault).folder
-    result = run(
-        capsys, "check", broken, "--text", text, "--tokens", 40, "--cases", "text", "--json"
-    )
+    given = ("--text", text, "--tokens", 40, "--cases", "text", "--candidates", "onnxruntime")
+    result = run(capsys, "check", broken, *given, "--json")
     assert result.code == 1
     assert "onnxruntime failed in case 'text', free-running, at call" in result.err
     assert "state 'fast.down.bias' is nan in row " in result.err
@@ -168,10 +168,10 @@ def test_a_report_is_replayed_with_its_own_command(
         (("--candidates", "torch,torch"), "'torch' is named twice"),
         (("--cases", "texts"), "'texts' is not a case; expected text, mixed"),
         (("--replay", "report.json", "--tokens", "5"), "--replay takes text, cases, tokens"),
-        (("--replay", "report.json"), "schema_version is 1, but this fwl-export reads 2; run"),
+        (("--replay", "report.json"), "schema_version is 1, but this fwl-export reads 3; run"),
         (
             ("--baseline", "report.json"),
-            "schema_version is 1, but this fwl-export reads 2; run",
+            "schema_version is 1, but this fwl-export reads 3; run",
         ),
         (("--baseline", "other.json"), "is not a report of `fwl-export check`"),
         (("--baseline", "none.json"), "cannot read report 'none.json'"),

@@ -129,3 +129,17 @@ def test_the_old_name_of_variant_works_and_warns(
     assert result.code == 1
     assert "warning: --flavour is now --variant" in result.err
     assert "'none'" in result.err
+
+
+def test_no_text_forges_a_line_of_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "b\nerror: forged\x1b[2J\ninfo: forged"
+    log = tmp_path / "log"
+    result = run(capsys, "-v", "--log-file", log, "inspect", folder)
+    assert result.code == 1
+    for text in (result.err, log.read_text(encoding="utf-8")):
+        assert "\x1b" not in text
+        assert r"\x1b[2J" in text
+        assert not re.search("^(error|info): forged", text, re.MULTILINE)
+    assert all(line[:2] in ("  ", "20") for line in log.read_text(encoding="utf-8").splitlines())

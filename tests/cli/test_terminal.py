@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from fwl_export.cli.terminal import size, table
+import json
+import math
+import sys
+
+import pytest
+
+from fwl_export.cli.terminal import (
+    note,
+    print_generated,
+    print_json,
+    progress_bar,
+    safe_streams,
+    size,
+    spinner,
+    table,
+)
 
 
 def test_a_table_is_aligned() -> None:
@@ -46,3 +61,55 @@ def test_sizes() -> None:
         "3.0 GB",
         "5000.0 GB",
     ]
+
+
+EVIL = "a\x1b]0;pwned\x07\x9b2J\rb\u202e\x7f\ud800"
+
+
+def test_no_control_character_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with safe_streams():
+        print(EVIL)
+        print(EVIL, file=sys.stderr)
+        note(EVIL)
+        with spinner(EVIL) as say:
+            say(f"[/red]{EVIL}")
+        with progress_bar(EVIL, 1) as advance:
+            advance(1)
+    captured = capsys.readouterr()
+    for text in (captured.out, captured.err):
+        assert text
+        assert all(character.isprintable() or character == "\n" for character in text)
+    assert captured.out == "a\\x1b]0;pwned\\x07\\x9b2J\\rb\\u202e\\x7f\\ud800\n"
+
+
+def test_a_cell_of_a_table_is_one_line() -> None:
+    found = table(("file", "size"), [("a\nFiles (all hashes match)\x1b[2K", "1 B")])
+    assert found.splitlines()[1] == r"a\nFiles (all hashes match)\x1b[2K   1 B"
+
+
+def test_json_stays_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with safe_streams():
+        print_json({"name": f"{EVIL} ##[error] ::x", "value": math.nan, "list": [math.inf]})
+    text = capsys.readouterr().out
+    assert text.isascii()
+    assert "##" not in text
+    assert not set(text) & {"\x1b", "\x7f", "\r"}
+    expected = {"name": f"{EVIL} ##[error] ::x", "value": None, "list": [None]}
+    assert json.loads(text) == expected
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_generated_text_is_raw_in_a_pipe_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, on_terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal, raising=False)
+    with safe_streams():
+        print_generated("a\x1b[31m\tb\n")
+    assert capsys.readouterr().out == ("a\\x1b[31m\tb\n" if on_terminal else "a\x1b[31m\tb\n")
+
+
+def test_streams_are_restored() -> None:
+    before = sys.stdout, sys.stderr
+    with safe_streams():
+        assert (sys.stdout, sys.stderr) != before
+    assert (sys.stdout, sys.stderr) == before

@@ -9,6 +9,7 @@ from fwl_export.files import replaced_file
 from fwl_export.parity.drift import MODE_NAMES
 from fwl_export.parity.report.data import Report, problems
 from fwl_export.parity.verdict import OUTSIDE, CandidateVerdict, Spot
+from fwl_export.printable import printable
 
 # First parts of the tensors' names.
 GROUPS = ("logits", "position", "cache", "fast", "anchor", "pending")
@@ -37,10 +38,18 @@ def write_junit(report: Report, path: Path) -> None:
         count = sum(case.find(key) is not None for case in cases)
         suite.set(f"{key}s", str(count))
     suite.set("tests", str(len(cases)))
+    _make_printable(suite)
     tree = ElementTree.ElementTree(suite)
     ElementTree.indent(tree)
     with replaced_file(path) as target:
         tree.write(target, encoding="utf-8", xml_declaration=True)
+
+
+def _make_printable(suite: ElementTree.Element) -> None:
+    """Escape what XML forbids, in every attribute and text."""
+    for element in suite.iter():
+        element.attrib.update({name: printable(value) for name, value in element.items()})
+        element.text = element.text and printable(element.text)
 
 
 def _cases(candidate: CandidateVerdict) -> list[ElementTree.Element]:

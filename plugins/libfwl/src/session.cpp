@@ -417,14 +417,9 @@ void Session::save(const std::string& path, const size_t* rows, size_t count) {
 }
 
 void Session::load(const std::string& path, const size_t* rows, size_t count) {
-  const std::vector<RowState> states = load_state(path, model_->bundle);
-  const std::lock_guard<std::mutex> lock(mutex_);
   const std::vector<size_t> all = chosen(rows, count);
-  if (states.size() != all.size()) {
-    refuse(FWL_ERROR_ARGUMENT, "'" + path + "' holds " + std::to_string(states.size()) +
-                                   " rows, but the call names " + std::to_string(all.size()) +
-                                   "; name as many rows as the file holds");
-  }
+  const std::vector<RowState> states = load_state(path, model_->bundle, all.size());
+  const std::lock_guard<std::mutex> lock(mutex_);
   for (size_t n = 0; n < states.size(); ++n) {
     check_given(states[n], "'" + path + "', row " + std::to_string(n));
   }

@@ -13,6 +13,8 @@ import logging
 import sys
 import textwrap
 import time
+import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -66,6 +68,20 @@ def safe_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def print_exception(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Print a traceback on standard error, as Python does, but with the message made safe.
+
+    Args:
+      kind: Class of the exception.
+      error: The exception.
+      trace: Where it was raised.
+    """
+    text = "".join(traceback.format_exception(kind, error, trace))
+    _unfiltered(sys.stderr).write(without_ci_commands(printable(text)))
 
 
 def _unfiltered(stream: TextIO) -> TextIO:

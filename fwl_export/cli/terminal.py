@@ -23,7 +23,7 @@ import typer
 
 from fwl_export.cli import logs
 from fwl_export.json_files import without_non_finite
-from fwl_export.printable import one_line, printable, without_ci_commands
+from fwl_export.printable import indented, one_line, printable, without_ci_commands
 
 # What every table and paragraph fits in.
 COLUMNS = 80
@@ -80,8 +80,10 @@ def print_exception(
       error: The exception.
       trace: Where it was raised.
     """
-    text = "".join(traceback.format_exception(kind, error, trace))
-    _unfiltered(sys.stderr).write(without_ci_commands(printable(text)))
+    parts = traceback.format_exception(kind, error, trace)
+    # Of the parts, those without a leading space are messages.
+    shown = [part if part[0].isspace() else indented(part.rstrip("\n")) + "\n" for part in parts]
+    _unfiltered(sys.stderr).write(without_ci_commands(printable("".join(shown))))
 
 
 def _unfiltered(stream: TextIO) -> TextIO:

@@ -223,11 +223,11 @@ MALFORMED: dict[str, tuple[Callable[[Header, bytes], tuple[Header | str, bytes]]
     ),
     "a key twice": (
         lambda h, d: (json.dumps(h)[:-1] + ', "position": ' + json.dumps(h["position"]) + "}", d),
-        "names 'position' twice",
+        "key 'position' occurs more than once",
     ),
     "a metadata key twice": (
         lambda h, d: (json.dumps(h).replace('"rows": "2"', '"rows": "1", "rows": "2"'), d),
-        "names 'rows' twice",
+        "key 'rows' occurs more than once",
     ),
     "metadata null": (lambda h, d: (h | {"__metadata__": None}, d), "metadata are not text"),
     "a number in the metadata": (lambda h, d: (_said(h, rows=2), d), "metadata are not text"),
@@ -264,12 +264,13 @@ MALFORMED: dict[str, tuple[Callable[[Header, bytes], tuple[Header | str, bytes]]
     "a size of 2^64": (lambda h, d: (_shaped(h, "position", [2**64]), d), "is malformed"),
     "a number that is not one": (
         lambda h, d: (json.dumps(h).replace("[2]", "[NaN]", 1), d),
-        "holds NaN",
+        "NaN is not a finite number",
     ),
     "another type": (
         lambda h, d: (h | {"position": h["position"] | {"dtype": "F64"}}, d),
         "expected I64",
     ),
+    "half of a character": (lambda h, d: (_said(h, more="\ud800"), d), "surrogates not allowed"),
     "an entry too many": (
         lambda h, d: (h | {"position": h["position"] | {"more": 1}}, d),
         "is malformed",

@@ -435,8 +435,10 @@ def named_errors(target: Path, temporary: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = error.filename
-        if named is None and error.errno in (*_DISK_ERRORS, errno.EIO):
+        # Of the two files of a copy, it is the second that did not fit, not the one named first.
+        full = error.errno in (*_DISK_ERRORS, errno.EIO)
+        named = error.filename2 if full and error.filename2 else error.filename
+        if named is None and full:
             raise OSError(error.errno, error.strerror, str(target)) from error
         if temporary is not None and isinstance(named, str | os.PathLike):
             path = Path(os.fsdecode(named))

@@ -32,8 +32,8 @@ from msgspec import Meta
 from fwl_export.bundle.config import BackboneConfig, ModelConfig
 from fwl_export.bundle.onnx_file import (
     ValueInfo,
-    check_external_data,
     external_data_locations,
+    external_tensors,
     graph_values,
 )
 from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
@@ -335,7 +335,7 @@ class Bundle:
         """
         model, path = self.read_file(MODEL_FILE), self.folder / MODEL_FILE
         names = external_data_locations(path, model)
-        check_external_data(path, model)
+        external_tensors(path, model)  # no tensors but these may have external data
         self._check_graph(graph_values(path, model))
         return model, {name: self.read_file(name) for name in names}
 

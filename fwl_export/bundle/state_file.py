@@ -139,12 +139,15 @@ def save_state(
     content = save(tensors, metadata)
     with replaced_file(path) as beside:
         beside.write_bytes(content)
-    back = {spec.name: _restored(spec, tensors, len(tokens)) for spec in specs}
+    error = 0.0
+    if compress != "none":
+        back = {spec.name: _restored(spec, tensors, len(tokens)) for spec in specs}
+        error = max(_error(back[name], array) for name, array in state.items())
     return SavedState(
         file_bytes=len(content),
         state_bytes=sum(array.nbytes for array in state.values()),
         tokens=tokens,
-        error=max(_error(back[name], array) for name, array in state.items()),
+        error=error,
     )
 
 

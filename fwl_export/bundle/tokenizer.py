@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -101,7 +104,8 @@ def encode(text: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
       TokenError: The tokenizer fails, as one whose patterns backtrack too long does.
     """
     try:
-        return np.array(tokenizer.encode(text).ids, dtype=np.int64)
+        with _without_panic_messages():
+            return np.array(tokenizer.encode(text).ids, dtype=np.int64)
     except Exception as error:
         problem: BaseException = error
     except BaseException as error:
@@ -114,3 +118,16 @@ def encode(text: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
         f"the tokenizer cannot split this text into tokens ({first}); was tokenizer.json damaged, "
         "or does it come from somebody you do not know?"
     ) from None
+
+
+@contextlib.contextmanager
+def _without_panic_messages() -> Iterator[None]:
+    """Send standard error nowhere meanwhile: Rust prints its panics there, besides raising them."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # standard error is closed
+            before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, before)
+            stack.callback(os.close, nowhere)
+            stack.callback(os.dup2, before, 2)
+            os.dup2(nowhere, 2)
+        yield

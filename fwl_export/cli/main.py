@@ -31,7 +31,7 @@ from fwl_export.cli.options import GENERAL, LogFileOption, QuietOption, VerboseO
 from fwl_export.cli.precision import precision
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
-from fwl_export.cli.terminal import safe_streams
+from fwl_export.cli.terminal import print_exception, safe_streams
 from fwl_export.cli.train import train
 from fwl_export.errors import FwlError, missing_export_package
 from fwl_export.printable import indented
@@ -102,6 +102,7 @@ def _run(logger: logging.Logger) -> None:
         raise
     except Exception:
         code = 1
+        sys.excepthook = print_exception  # only now: Typer sets its own
         logger.debug("the command failed", exc_info=True)
         raise
     finally:

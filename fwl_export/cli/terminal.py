@@ -13,6 +13,8 @@ import logging
 import sys
 import textwrap
 import time
+import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -21,7 +23,7 @@ import typer
 
 from fwl_export.cli import logs
 from fwl_export.json_files import without_non_finite
-from fwl_export.printable import one_line, printable, without_ci_commands
+from fwl_export.printable import indented, one_line, printable, without_ci_commands
 
 # What every table and paragraph fits in.
 COLUMNS = 80
@@ -66,6 +68,22 @@ def safe_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def print_exception(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Print a traceback on standard error, as Python does, but with the message made safe.
+
+    Args:
+      kind: Class of the exception.
+      error: The exception.
+      trace: Where it was raised.
+    """
+    parts = traceback.format_exception(kind, error, trace)
+    # Of the parts, those without a leading space are messages.
+    shown = [part if part[0].isspace() else indented(part.rstrip("\n")) + "\n" for part in parts]
+    _unfiltered(sys.stderr).write(without_ci_commands(printable("".join(shown))))
 
 
 def _unfiltered(stream: TextIO) -> TextIO:

@@ -380,12 +380,13 @@ def _designed(
     elif setting.before == "reset deepest":
         reset = (deepest,)
     forks = ((deepest, int(rng.choice(others))),) if setting.before == "fork" else ()
+    weights, scale = _weighted(rng, setting, shape)
     return _Plan(
         _LENGTHS[setting.lengths](rng, *shape),
         _IDS[setting.ids](rng, shape, vocabulary),
         size,
-        _WEIGHTS[setting.weights](rng, shape),
-        _SCALES[setting.scale](rng, setting.rows),
+        weights,
+        scale,
         _WANTED[setting.logits](rng, shape, max_tokens),
         setting.logits == "last",
         reset,
@@ -394,6 +395,18 @@ def _designed(
         compare=flags[1],
         setting=setting,
     )
+
+
+def _weighted(
+    rng: np.random.Generator, setting: design.Setting, shape: tuple[int, int]
+) -> tuple[Array | None, Array | None]:
+    """Return weights and scales whose products sessions accept; None stands for ones."""
+    weights = _WEIGHTS[setting.weights](rng, shape)
+    scale = _SCALES[setting.scale](rng, setting.rows)
+    if weights is not None and scale is not None:
+        weights = np.minimum(weights, _LARGEST_STEP / np.maximum(scale, 1)[:, None])
+        weights = weights.astype(np.float32)
+    return weights, scale
 
 
 def _ragged(rng: np.random.Generator, rows: int, size: int, longest: int) -> Array:
@@ -435,7 +448,7 @@ _WEIGHTS: dict[str, Callable[[np.random.Generator, _Shape], Array | None]] = {
     "fractions": lambda rng, shape: rng.random(shape, np.float32),
     "small": lambda rng, shape: np.full(shape, 1e-3, np.float32),
     "large": lambda rng, shape: rng.choice(
-        np.array([0.5, 1, 2, 5], np.float32), shape, p=(0.3, 0.4, 0.2, 0.1)
+        np.array([0.5, 1, 2, 5, 8], np.float32), shape, p=(0.3, 0.4, 0.15, 0.1, 0.05)
     ),
 }
 
@@ -443,7 +456,7 @@ _SCALES: dict[str, Callable[[np.random.Generator, int], Array | None]] = {
     "one": lambda rng, rows: None,
     "zero": lambda rng, rows: np.zeros(rows),
     "half": lambda rng, rows: np.full(rows, 0.5),
-    "two": lambda rng, rows: np.full(rows, 2.0),
+    "three": lambda rng, rows: np.full(rows, 3.0),
     "by row": lambda rng, rows: rng.permutation(np.resize([0.5, 2, 0, 1.5, 1], rows)),
 }
 
@@ -483,14 +496,17 @@ def _repeat(
 ) -> Iterator[_Plan]:
     start = int(rng.integers(0, len(ids)))
     texts = [np.roll(ids, -start)[:period] for period in (1, 2, 7)]
-    read, number = 0, 0
-    while True:
+    read = 0
+    for number in itertools.count():
         size = min(int(rng.choice((1, 3, 16, 61))), limits.max_tokens)
         places = np.arange(read, read + size)
-        read, number = read + size, number + 1
+        read += size
         yield _Plan(
             np.full(len(texts), size),
             np.stack([text[places % len(text)] for text in texts]),
+            # Steps of 1, 4 and 8 times the usual size, in the second half.
+            weights=None if read <= 64 else np.repeat([[1], [4], [4]], size, 1).astype(np.float32),
+            scale=None if read <= 64 else np.array([1, 1, 2]),
             forced=number % 2 == 0,
             compare=number % _COMPARED_AFTER == 0,
         )
@@ -602,6 +618,7 @@ def _again(
         )
 
 
+_LARGEST_STEP = 9.99  # weight times scale; sessions refuse more than 10
 _COMPARED_AFTER = 5  # calls after which states are compared again
 _AROUND = 40  # tokens before and after an anchor that are decoded one by one
 _FAR_APART = 640  # tokens between two ends of the ring buffers beyond which decoding reaches none

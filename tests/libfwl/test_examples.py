@@ -75,7 +75,7 @@ def test_serve_rows(libfwl: Path, runtime: Path, anchored_bundle: Path) -> None:
 
 def test_rollback(libfwl: Path, runtime: Path, anchored_bundle: Path) -> None:
     text = np.random.default_rng(0).integers(0, VOCABULARY, 40)
-    done = run(runtime, libfwl / "rollback_c", anchored_bundle, 2, *text)
+    done = run(runtime, libfwl / "rollback_c", anchored_bundle, 1.5, *text)
     assert done.returncode == 0, done.stderr
     usual, heavy, after = map(float, done.stdout.split())
     session = open_session(anchored_bundle, plugin="none")
@@ -83,7 +83,7 @@ def test_rollback(libfwl: Path, runtime: Path, anchored_bundle: Path) -> None:
     assert usual == pytest.approx(session.learned().norms[0], rel=1e-5)
     session.feed(text, np.full(40, 10.0))
     assert heavy == pytest.approx(session.learned().norms[0], rel=1e-4)
-    assert heavy > 2 * usual
+    assert heavy > 1.5 * usual
     assert after == usual
     kept = run(runtime, libfwl / "rollback_c", anchored_bundle, 1000, *text)
     assert kept.stdout.split()[2] == kept.stdout.split()[1]

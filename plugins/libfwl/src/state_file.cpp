@@ -344,9 +344,8 @@ void check_metadata(const StateFile& file, const std::string& path, const Bundle
                                        "', but this libfwl reads versions 1 and " + kVersion +
                                        "; update libfwl, or save the state again");
   }
-  if ((version == kVersion) != file.metadata("sha256").has_value()) {
-    file.damaged(version == kVersion ? "it has no sha256"
-                                     : "it has a sha256, which files of version 1 do not have");
+  if (version == kVersion && !file.metadata("sha256")) {
+    file.damaged("it has no sha256");
   }
   const std::string compress = file.metadata("compress").value_or("");
   if (compress != "none" && compress != "fp16" && compress != "lowrank") {

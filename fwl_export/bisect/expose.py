@@ -81,7 +81,7 @@ def expose_all(source: Path, target: Path) -> onnx.ModelProto:
     return model
 
 
-def open_probe(candidate: Candidate, path: Path, threads: int = 1) -> Probe:
+def open_probe(candidate: Candidate, path: Path, threads: int | None = 1) -> Probe:
     """Load an ONNX file in the runtime of a candidate.
 
     Raises:
@@ -94,7 +94,7 @@ def open_probe(candidate: Candidate, path: Path, threads: int = 1) -> Probe:
 
 
 class _OnnxRuntimeProbe:
-    def __init__(self, path: Path, threads: int, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, threads: int | None, arguments: Mapping[str, Any]) -> None:
         from fwl_export.runtimes.onnxruntime import open_file
 
         self._session = open_file(path, threads, **arguments)

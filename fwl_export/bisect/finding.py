@@ -15,6 +15,15 @@ SCHEMA_VERSION = 1
 _JSON_KEYS = {"tokens_read": "depth"}
 
 NODE, STATE, FUSION, TRACE = "node", "state", "fusion", "trace"
+ROWS, SELECTION, ISOLATION, UNREPEATABLE = "rows", "selection", "isolation", "unrepeatable"
+
+_PLACES = {
+    STATE: "state carried between calls",
+    ROWS: "rows reset, copied or moved between calls",
+    SELECTION: "choice of the logits that a call returns",
+    ISOLATION: "rows that should not influence each other",
+    UNREPEATABLE: "something else than a call's inputs",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,9 @@ class Finding:
       kind: Where the fault is. "node": in a node of the graph. "state": in the state that is
         carried between calls. "fusion": in the runtime's graph optimization; the error vanishes
         when all tensors are outputs. "trace": PyTorch's traced graph differs from its module.
+        "rows": in rows that are reset, copied or moved between calls. "selection": in which logits
+        a call returns. "isolation": in rows that influence each other. "unrepeatable": the same
+        call from the same state gives different results.
       step: Number of the scheduled call at which the error starts.
       tokens_read: Tokens the first row had read after that call.
       tokens: T of that call.
@@ -85,8 +97,8 @@ class Finding:
     @property
     def place(self) -> str:
         """Location of the fault in one line."""
-        if self.kind == STATE:
-            return f"state carried between calls: {self.tensor}"
+        if self.kind in _PLACES:
+            return f"{_PLACES[self.kind]}: {self.tensor}"
         if self.kind == NODE:
             return f"{self.module or 'the model'} / {self.op_type} '{self.node}' -> {self.tensor}"
         return f"{self.kind}: {self.tensor}"
@@ -103,8 +115,9 @@ class Bisection:
       text: Name of the text.
       tokens: Tokens of the text that the first row was to read.
       seed: Seed of the calls.
-      cases: Names of the cases to read, separated by commas.
-      case: Name of the case in which a call went wrong, or "" if none did.
+      cases: Names of the cases that `check` was to read, separated by commas.
+      case: Name of the case in which `check` failed, or "" if none did.
+      check: What `check` found wrong, as a sentence, or "" if it found nothing.
       matched: Number of tensors of the ONNX graph that were compared with PyTorch's.
       total: Number of all tensors that the nodes of the ONNX graph compute.
       finding: Cause of the error, or None if every call is within its budget.
@@ -123,6 +136,7 @@ class Bisection:
     seed: int
     cases: str
     case: str = ""
+    check: str = ""
     matched: int = 0
     total: int = 0
     finding: Finding | None = None
@@ -131,6 +145,16 @@ class Bisection:
     command: str = ""
     seconds: float = 0.0
     largest_use: float | None = field(default=None)
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of `fwl-export bisect`.
+
+        0: nothing is wrong; 1: a fault was found; 3: `check` fails, and its cause was not found.
+        """
+        if self.finding is not None:
+            return 1
+        return 3 if self.check else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data; numbers that are infinite or NaN become null."""
@@ -147,9 +171,15 @@ class Bisection:
             f"text {one_line(self.text) or '(ids)'}: {self.tokens} tokens, seed {self.seed}, "
             f"cases {self.cases}"
         )
-        if self.finding is None:
+        if self.finding is not None:
+            return "\n".join([head, "", *_lines(self.finding, self.case), *self._after()])
+        if not self.check:
             return f"{head}\n\nnothing found: every call is within its budget"
-        return "\n".join([head, "", *_lines(self.finding, self.case), *self._after()])
+        return (
+            f"{head}\n\nNOT FOUND  check fails: {one_line(self.check)}\n"
+            "           Made again one by one, with every tensor compared after each, the calls "
+            f"of case '{self.case}' are within their budgets; bisect cannot explain the failure."
+        )
 
     def _after(self) -> list[str]:
         lines = []

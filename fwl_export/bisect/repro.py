@@ -51,12 +51,18 @@ def main() -> int:
     inputs = {name: arrays[key] for name, key in settings["inputs"].items()}
     run = RUNTIMES[settings["runtime"]]
     found = run(FOLDER / "repro.onnx", settings["tensor"], inputs, sys.argv[1:])
-    difference = np.abs(np.asarray(found, np.float64) - arrays["expected"])
+    expected = arrays["expected"]
+    difference = np.abs(np.asarray(found, np.float64) - expected)
     largest, allowed = float(difference.max()), float(settings["largest_allowed_difference"])
     place = np.argwhere(difference == difference.max())[:1].tolist()
-    print(f"{settings['tensor']!a}: max abs {largest:.6g} at {place}, allowed {allowed:.6g}")
+    rms = float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-300))
+    allowed_rms = float(settings["largest_allowed_relative_rms"])
+    print(
+        f"{settings['tensor']!a}: max abs {largest:.6g} at {place}, allowed {allowed:.6g}; "
+        f"relative RMS {rms:.6g}, allowed {allowed_rms:.6g}"
+    )
     # Negated, so that NaN counts as wrong.
-    return int(not largest <= allowed)
+    return int(not (largest <= allowed and rms <= allowed_rms))
 
 
 if __name__ == "__main__":

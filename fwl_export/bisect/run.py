@@ -1,22 +1,34 @@
-"""Find the cause of an error: the first call that goes wrong, then the first wrong tensor in it."""
+"""Find the cause of an error: the call, then the first wrong tensor in it.
+
+`check` runs first, until a case fails. Its calls are then made one by one, see `steps`, and the
+first that goes wrong is searched: inside the graph here and in `locate`, around it in `around`.
+"""
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fwl_export.bisect.expose import call_inputs, check_candidate, expose_all, open_probe
+from fwl_export.bisect.around import Around
+from fwl_export.bisect.expose import (
+    GRAPH_RUNTIMES,
+    call_inputs,
+    check_candidate,
+    expose_all,
+    open_probe,
+)
 from fwl_export.bisect.finding import (
     FUSION,
     NODE,
-    STATE,
     TRACE,
+    UNREPEATABLE,
     Amount,
     Bisection,
     Finding,
@@ -28,43 +40,49 @@ from fwl_export.bisect.locate import (
     locate,
     wrong_weights,
 )
+from fwl_export.bisect.reported import Reported, first_reported
 from fwl_export.bisect.reproduce import SCRIPT_FILE, write_reproducer
 from fwl_export.bisect.steps import (
     LOGITS,
     Outside,
-    Step,
     Suspect,
     as_types,
-    fed,
-    first_wrong_step,
-    measure,
+    first_wrong_call,
+    real_logits,
 )
 from fwl_export.bundle.manifest import GRAPH_FILE, Bundle
 from fwl_export.bundle.state import PRESENT, Array, State
-from fwl_export.errors import BundleError
+from fwl_export.errors import BundleError, ReportError
 from fwl_export.files import replaced_folder
 from fwl_export.model.traced_graph import TracedGraph, read_graph
-from fwl_export.parity.candidates import Candidate, parse_candidate
-from fwl_export.parity.cases import MIXED, TEXT, Case, choose_cases
-from fwl_export.parity.check import model_horizon, torch_threads
+from fwl_export.parity.candidates import Candidate, parse_candidate, parse_candidates
+from fwl_export.parity.cases import AGAIN, Case, ModelLimits, choose_cases, plan_calls
+from fwl_export.parity.check import (
+    DEFAULT_CASES,
+    DEFAULT_TOKENS,
+    check_bundle,
+    default_candidates,
+    model_horizon,
+    torch_threads,
+)
+from fwl_export.parity.schedule import ScheduledCall
 from fwl_export.runtimes import Session, open_session
 
 if TYPE_CHECKING:
     import torch
 
 
-DEFAULT_TOKENS = 500
-DEFAULT_CASES = f"{TEXT},{MIXED}"
-
 # Largest relative difference of two float64 programs with the same operators: roundings of 1e-16
 # that grow over a few layers, with a wide margin.
 _SAME = 1e-9
+
+NOT_REPEATABLE = "not repeatable"  # kind of a failure, see `drift.Failure`
 
 
 def bisect_bundle(
     bundle: Bundle,
     ids: Array,
-    candidate: str | Candidate = "onnxruntime",
+    candidate: str | Candidate | None = None,
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
     reproducer: Path | None = None,
@@ -72,63 +90,208 @@ def bisect_bundle(
     cases: str | Sequence[str | Case] = DEFAULT_CASES,
     session: Session | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
+    report: Mapping[str, Any] | None = None,
 ) -> Bisection:
     """Find the first tensor of a candidate that differs from what PyTorch computes.
 
     Args:
       bundle: Bundle that holds its checkpoint and its traced graph.
       ids: Token ids of the text, [N] int64, with N of at least `tokens + 1`.
-      candidate: Runtime that runs the ONNX graph, or its name, see `parity.candidates`.
+      candidate: Runtime that runs the ONNX graph, or its name, see `parity.candidates`. None means
+        those that `check` takes by default, or of `report` those that run the graph.
       tokens: Largest number of tokens that the first row reads of the text.
       seed: Seed of the calls.
       reproducer: Folder to write the reproducer to, replacing what it holds. None writes none.
       text: Name of the text, for the report.
       cases: Names of cases, or what `choose_cases` returned for this bundle. They are read in
-        turn until a call goes wrong.
+        turn until `check` fails.
       session: Session to check instead of a new one of the candidate.
       advance: Called with the number of tokens that the first row has moved on, in each case.
+      report: Data of a report of `check`, see `read_report`, in place of a new check; its text,
+        tokens, seed and cases are taken instead of the arguments.
 
     Raises:
       ConfigError: The candidate does not run an ONNX graph or cannot run here, or a name is not a
         case.
       BundleError: The bundle is incomplete or changed, or has no checkpoint or no traced graph.
+      ReportError: The report is of another model, or not about the candidate.
       TokenError: The text is too short.
-      FwlError: The candidate cannot run the graph with all its tensors as outputs.
+      FwlError: The candidate cannot be opened, or cannot run the graph with all its tensors as
+        outputs.
     """
     began = time.perf_counter()
-    if isinstance(candidate, str):
-        candidate = parse_candidate(candidate)
-    check_candidate(candidate)
+    candidates = _candidates(candidate, report)
+    for each in candidates:
+        check_candidate(each)
     graph = _graph(bundle)
-    manifest = bundle.manifest
-    limit = manifest.config.backbone.max_positions
-    chosen = choose_cases(cases, tokens, manifest.max_tokens, limit)
-    calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
-    session = session or candidate.open(bundle, 1, threads=1)
-    horizon_tokens = model_horizon(bundle)
+    planned = _Planned(ids, tokens, seed, cases, text) if report is None else _of_report(report)
+    limits = ModelLimits.of(bundle.manifest)
+    chosen = choose_cases(planned.cases, planned.tokens, limits, planned.seed)
     fields: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,
-        "candidate": candidate.name,
-        "precision": manifest.precision,
-        "text": text,
-        "tokens": tokens,
-        "seed": seed,
-        "cases": cases if isinstance(cases, str) else ",".join(_name(case) for case in cases),
+        "candidate": ",".join(each.name for each in candidates),
+        "precision": bundle.manifest.precision,
+        "text": planned.text,
+        "tokens": planned.tokens,
+        "seed": planned.seed,
+        "cases": planned.names,
     }
-    with torch_threads(1), TemporaryDirectory() as folder:
-        own = open_session(bundle, "torch", 1)
-        for case in chosen:
-            reader = session.another(case.rows)
-            suspect = first_wrong_step(
-                bundle, calls[case.name], reader, own, horizon_tokens, advance
+    checked = report or _check(bundle, planned, chosen, candidates, session, advance)
+    _check_model(checked, bundle)
+    wrong = first_reported(checked, [each.name for each in candidates])
+    if wrong is None:
+        return Bisection(**fields, seconds=time.perf_counter() - began)
+    (at_fault,) = [each for each in candidates if each.name == wrong.candidate]
+    fields |= {"candidate": at_fault.name, "case": wrong.case, "check": wrong.sentence}
+    read = np.array(checked["text"]["ids"], np.int64)  # the calls depend on how many there are
+    replay = _Replay(
+        bundle,
+        at_fault,
+        graph,
+        plan_calls(chosen, read, limits, planned.seed)[wrong.case],
+        next(case.rows for case in chosen if case.name == wrong.case),
+        wrong,
+    )
+    found = replay.run(session, reproducer)
+    return Bisection(**fields, **found, seconds=time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is read: the arguments of `bisect_bundle` of the same names, or those of a report."""
+
+    ids: Array
+    tokens: int
+    seed: int
+    cases: str | Sequence[str | Case]
+    text: str
+
+    @property
+    def names(self) -> str:
+        """Names of the cases, separated by commas."""
+        if isinstance(self.cases, str):
+            return self.cases
+        return ",".join(_name(case) for case in self.cases)
+
+
+def _of_report(report: Mapping[str, Any]) -> _Planned:
+    settings = report["settings"]
+    ids = np.array(report["text"]["ids"], np.int64)
+    cases = ",".join(settings["cases"])
+    return _Planned(ids, settings["tokens"], settings["seed"], cases, report["text"]["name"])
+
+
+def _candidates(
+    candidate: str | Candidate | None, report: Mapping[str, Any] | None
+) -> list[Candidate]:
+    if isinstance(candidate, Candidate):
+        return [candidate]
+    if candidate is not None:
+        return [parse_candidate(candidate)]
+    if report is None:
+        return parse_candidates(default_candidates())
+    named = parse_candidates(report["settings"]["candidates"])
+    able = [each for each in named if each.runtime in GRAPH_RUNTIMES]
+    return able or named  # of which none is able to, which is said where that is checked
+
+
+def _check(
+    bundle: Bundle,
+    planned: _Planned,
+    chosen: Sequence[Case],
+    candidates: Sequence[Candidate],
+    session: Session | None,
+    advance: Callable[[int], None],
+) -> Mapping[str, Any]:
+    """Check the candidates until a case fails; returns the data of the report."""
+    names = [each.name for each in candidates]
+    report = check_bundle(
+        bundle,
+        planned.ids,
+        planned.tokens,
+        planned.seed,
+        {names[0]: session} if session else names,
+        cases=chosen,
+        advance=advance,
+        stop_early=True,
+    )
+    return report.to_dict()
+
+
+def _check_model(report: Mapping[str, Any], bundle: Bundle) -> None:
+    of_report, of_bundle = report["bundle"]["model_id"], bundle.manifest.model_id
+    if of_report != of_bundle:
+        raise ReportError(
+            f"the report was made with the model {of_report[:12]}…, but this bundle has the model "
+            f"{of_bundle[:12]}…; give the bundle that the report was made with"
+        )
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """The calls of a case that failed, to be made one by one.
+
+    Attributes:
+      bundle: Bundle under check.
+      candidate: Candidate that failed.
+      graph: PyTorch's traced graph.
+      calls: Calls of the case.
+      rows: Number of rows.
+      wrong: What the check found.
+    """
+
+    bundle: Bundle
+    candidate: Candidate
+    graph: TracedGraph
+    calls: Iterable[ScheduledCall]
+    rows: int
+    wrong: Reported
+
+    def run(self, session: Session | None, reproducer: Path | None) -> dict[str, Any]:
+        """Return what was found as keyword arguments of `Bisection`."""
+        if self.wrong.kind == NOT_REPEATABLE:
+            return {"finding": self._not_repeatable()}
+        threads = None if self.wrong.case == AGAIN else 1
+        opened = session or self.candidate.open(self.bundle, 1, threads)
+        reader = opened.another(self.rows)
+        horizon = model_horizon(self.bundle)
+        with torch_threads(1), TemporaryDirectory() as folder:
+            own = open_session(self.bundle, "torch", 1)
+            suspect = first_wrong_call(self.bundle, self._until(), reader, own, horizon)
+            if suspect is None:
+                return {}
+            search = _Search(
+                self.bundle,
+                self.candidate,
+                self.graph,
+                reader,
+                suspect,
+                horizon,
+                Path(folder),
+                threads,
             )
-            if suspect:
-                search = _Search(
-                    bundle, candidate, graph, reader, suspect, horizon_tokens, Path(folder)
-                )
-                fields |= {"case": case.name, **search.run(reproducer)}
-                break
-    return Bisection(**fields, seconds=time.perf_counter() - began)
+            return search.run(reproducer)
+
+    def _until(self) -> Iterator[ScheduledCall]:
+        """Yield the calls up to the one in which the check saw that something is wrong."""
+        for call in self.calls:
+            yield call
+            if call.step == self.wrong.step or (
+                self.wrong.step is None and call.tokens_read >= self.wrong.tokens_read
+            ):
+                return
+
+    def _not_repeatable(self) -> Finding:
+        wrong = self.wrong
+        return Finding(
+            UNREPEATABLE,
+            wrong.step or 0,
+            wrong.tokens_read,
+            0,
+            wrong.tensor or LOGITS,
+            fault="runtime",
+            note=wrong.sentence,
+        )
 
 
 def _name(case: str | Case) -> str:
@@ -141,11 +304,11 @@ def _graph(bundle: Bundle) -> TracedGraph:
             f"bundle '{bundle.folder}' has no {GRAPH_FILE}, the traced graph that bisect compares "
             "with; export it again with this version"
         )
-    return read_graph(bundle.file(GRAPH_FILE))
+    return read_graph(bundle.folder / GRAPH_FILE, bundle.read_file(GRAPH_FILE))
 
 
 class _Search:
-    """The search within one call of the model."""
+    """The search within one call."""
 
     def __init__(
         self,
@@ -156,26 +319,28 @@ class _Search:
         suspect: Suspect,
         horizon_tokens: float,
         folder: Path,
+        threads: int | None,
     ) -> None:
         self._bundle = bundle
         self._candidate = candidate
         self._graph = graph
         self._session = session
         self._suspect = suspect
-        self._step = suspect.step
+        self._step = suspect.expected.steps[0]
         self._horizon_tokens = horizon_tokens
         self._path = folder / "exposed.onnx"
-        self._inputs = call_inputs(self._step.call, as_types(session, self._step.past))
+        self._threads = threads
 
     def run(self, reproducer: Path | None) -> dict[str, Any]:
         """Return the result as keyword arguments of `Bisection`."""
+        source = self._bundle.model_files()
+        wrong = self._wrong_outputs(source)
         exact, own = (self._traced(precision) for precision in ("fp64", None))
         if difference := self._untrue_trace(exact):
             return {"finding": self._finding(TRACE, difference)}
-        source = self._bundle.model_files()
         model = expose_all(source, self._path)
         names = counterparts(self._graph, model)
-        found = open_probe(self._candidate, self._path).run(self._inputs)
+        found = open_probe(self._candidate, self._path, self._threads).run(self._inputs)
         comparison = compare(
             model,
             names,
@@ -183,7 +348,7 @@ class _Search:
             own,
             exact,
             self._bundle.manifest.precision,
-            self._step.tokens_read,
+            self._suspect.expected.call.tokens_read,
             self._horizon_tokens,
         )
         fields = {
@@ -191,10 +356,32 @@ class _Search:
             "total": comparison.total,
             "largest_use": comparison.largest_use,
         }
-        if not comparison.outside:
-            return fields | {"finding": self._not_in_a_node(source)}
-        located = locate(model, self._graph, names, comparison)
-        return fields | self._in_a_node(located, source, names, found, exact, reproducer)
+        if comparison.outside:
+            located = locate(model, self._graph, names, comparison)
+            return fields | self._in_a_node(located, source, names, found, exact, reproducer)
+        return fields | {"finding": self._fused(wrong) if wrong else self._around()}
+
+    @property
+    def _inputs(self) -> dict[str, Any]:
+        return call_inputs(self._step.call, as_types(self._session, self._step.past))
+
+    def _wrong_outputs(self, source: Path) -> dict[str, Outside]:
+        """Run the graph on each call of the model; the first that is wrong becomes the step."""
+        probe = open_probe(self._candidate, source, self._threads)
+        first = self._step
+        for step in self._suspect.expected.steps:
+            self._step = step
+            found = probe.run(self._inputs)
+            outputs = {
+                name: found[name if name == LOGITS else PRESENT + name] for name in step.outputs
+            }
+            outputs[LOGITS] = real_logits(outputs[LOGITS], step.call)
+            tokens_read = self._suspect.expected.call.tokens_read
+            outside = self._suspect.judge.outside(outputs, step.outputs, tokens_read, True)
+            if outside:
+                return outside
+        self._step = first
+        return {}
 
     def _traced(self, precision: str | None) -> State:
         """Return PyTorch's tensors of the call, with parameters, by their ONNX names."""
@@ -247,6 +434,8 @@ class _Search:
         with replaced_folder(reproducer) if reproducer else TemporaryDirectory() as folder:
             shown = write_reproducer(Path(folder), whole, located, right, expected, self._candidate)
         last = located.nodes[-1]
+        different = list(wrong_weights(whole, located.nodes, exact))
+        file_is_wrong = True if different else shown.file_is_wrong
         faults = {True: "file", False: "runtime", None: ""}
         finding = self._finding(
             NODE,
@@ -257,8 +446,8 @@ class _Search:
             op_type=f"{last.domain}::{last.op_type}" if last.domain else last.op_type,
             nodes=[node.name or node.output[0] for node in located.nodes],
             foreign=located.foreign,
-            wrong_weights=list(wrong_weights(whole, located.nodes, exact)),
-            fault=faults[shown.file_is_wrong],
+            wrong_weights=different,
+            fault=faults[file_is_wrong],
             amount=_amount(located.outside),
         )
         if reproducer is None:
@@ -277,80 +466,37 @@ class _Search:
         library = " CUSTOM-OP-LIBRARY" if needs_kernel and has_kernel else ""
         return f"python {shlex.quote(str(reproducer / SCRIPT_FILE))}{library}"
 
-    def _not_in_a_node(self, source: Path) -> Finding:
+    def _fused(self, wrong: Mapping[str, Outside]) -> Finding:
+        name = next(iter(wrong))
+        return self._finding(
+            FUSION,
+            name,
+            fault="runtime",
+            amount=_amount(wrong[name]),
+            note="every tensor is right when all tensors are outputs, which prevents the "
+            "runtime's optimization of the graph; so the optimization is at fault",
+        )
+
+    def _around(self) -> Finding:
         """Find the fault when every node is right if it is given correct inputs."""
-        right = {f"{PRESENT}{n}" if n != LOGITS else n for n in self._suspect.outside}
-        found = open_probe(self._candidate, source).run(self._inputs)
-        outputs = {
-            name: found[name if name == LOGITS else PRESENT + name] for name in self._step.outputs
-        }
-        padded = self._step.outputs[LOGITS] == 0
-        outputs[LOGITS] = np.where(padded, 0, outputs[LOGITS])
-        errors = measure(outputs, self._step.outputs)
-        wrong = [n for n, o in self._suspect.outside.items() if o.budget.use(errors[n]) > 1]
-        if right and wrong and self._suspect.teacher_forced:
-            return self._finding(
-                FUSION,
-                wrong[0],
-                amount=_amount(self._suspect.outside[wrong[0]]),
-                note="every tensor is right when all tensors are outputs, which prevents the "
-                "runtime's optimization of the graph; so the optimization is at fault",
-            )
-        return self._carried()
-
-    def _carried(self) -> Finding:
-        """Name the state tensor that differs from what the previous call returned."""
-        note = "every node is right when given correct inputs; "
-        states = [name for name in self._suspect.outside if name != LOGITS]
-        if self._suspect.teacher_forced and len(self._suspect.outside) == 1 and states:
-            note += "the model returns the right state, but the session holds another one"
-            return self._finding(
-                STATE, states[0], amount=_amount(self._suspect.outside[states[0]]), note=note
-            )
-        if stale := self._stale():
-            note += f"the call read '{stale}' as it was one call earlier"
-            return self._finding(STATE, stale, note=note)
-        if self._suspect.failure:
-            note += f"but the session raised: {self._suspect.failure}"
-        name = states[0] if states else LOGITS
-        outside = self._suspect.outside.get(name)
-        return self._finding(STATE, name, amount=outside and _amount(outside), note=note)
-
-    def _stale(self) -> str:
-        """Return the state tensor that, read one call late, explains the outputs, or ""."""
-        before = self._suspect.before
-        if before is None or not self._suspect.outside:
-            return ""
-        reference = open_session(self._bundle, "torch", len(self._step.call.lengths), "fp64")
-        found = self._suspect.found
-        for name in self._step.past:
-            if np.array_equal(before.past[name], self._step.past[name]) or name == "position":
-                continue
-            past = {**self._step.past, name: before.past[name]}
-            stale = _with_past(self._step, past)
-            outputs = fed(reference, stale, teacher_forced=True)
-            if isinstance(outputs, str):
-                continue
-            errors = measure(found, outputs)
-            if all(o.budget.use(errors[n]) <= 1 for n, o in self._suspect.outside.items()):
-                return name
-        return ""
+        named = Around(self._bundle, self._session, self._suspect).find()
+        outside = self._suspect.outside.get(named.tensor)
+        amount = _amount(outside) if outside else None
+        return self._finding(
+            named.kind, named.tensor, fault="runtime", amount=amount, note=named.note
+        )
 
     def _finding(self, kind: str, tensor: str, **fields: Any) -> Finding:
-        step = self._step
+        call = self._suspect.expected.call
         return Finding(
             kind,
-            step.number,
-            step.tokens_read,
-            step.call.input_ids.shape[1],
+            call.step,
+            call.tokens_read,
+            call.ids.shape[1],
             tensor,
             outputs=list(self._suspect.outside),
             **fields,
         )
-
-
-def _with_past(step: Step, past: State) -> Step:
-    return Step(step.number, step.tokens_read, step.call, step.reset, past, step.outputs)
 
 
 def _amount(outside: Outside) -> Amount:

@@ -1,14 +1,16 @@
 """The first call at which a candidate goes wrong, and whether it was given the right state.
 
-PyTorch in float64 reads the schedule. The candidate makes every call twice: *teacher-forced*, with
-its state set to the reference's before the call, and *free-running*, with its own state. If the
-teacher-forced call is wrong, the fault is inside the model. If only the free-running call is wrong,
-the state that is carried from call to call is at fault.
+PyTorch in float64 reads the calls of a case. The candidate makes every call twice:
+*teacher-forced*, with its state set to the reference's before the call, and *free-running*, with
+its own state. If the teacher-forced call is wrong, the fault is inside the call. If only the
+free-running call is wrong, the state that is carried from call to call is at fault.
+
+`check` compares large tensors at some calls only; here everything is compared after every call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,20 +32,31 @@ class Step:
     """One call of the model, and what PyTorch in float64 made of it.
 
     Attributes:
-      number: Number of the scheduled call that the step belongs to.
-      tokens_read: Tokens the first row had read after that call.
       call: The model's inputs other than the state.
-      reset: Rows that were reset before the call.
       past: State before the call, in float64.
-      outputs: Logits [B, T, V], zero at padding, and the state after the call, by name.
+      outputs: Logits [B, P, V], zero at padding, and the state after the call, by name.
     """
 
-    number: int
-    tokens_read: int
     call: Call
-    reset: tuple[int, ...]
     past: State
     outputs: State
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A call of a session, and what PyTorch in float64 made of it.
+
+    Attributes:
+      call: The call.
+      past: State before the call, after rows were reset, copied or moved.
+      outputs: Logits [B, P, V], zero at padding, and the state after the call, by name.
+      steps: Calls of the model that it led to; a session splits a call at an anchor.
+    """
+
+    call: ScheduledCall
+    past: State
+    outputs: State
+    steps: Sequence[Step]
 
 
 @dataclass(frozen=True)
@@ -69,64 +82,200 @@ class Suspect:
     """The first call that went wrong.
 
     Attributes:
-      step: The call that went wrong.
-      before: The call before it, or None if it is the first.
+      expected: The call, and what is right.
+      earlier: State of the reference before the call before it, or None if it is the first.
       teacher_forced: Whether it went wrong even though it started from the reference's state.
+      before_the_call: Whether the state was wrong already when rows had been reset, copied or moved
+        before the call.
       outside: Outputs outside their budgets by name, logits first.
       found: Outputs of the candidate, or empty if it raised an exception.
+      carried: State from which the candidate made the call.
       failure: Message of the exception the candidate raised, or "".
+      judge: Says which outputs are outside their budgets.
     """
 
-    step: Step
-    before: Step | None
+    expected: Expected
+    earlier: State | None
     teacher_forced: bool
+    before_the_call: bool
     outside: Mapping[str, Outside]
     found: State
+    carried: State
     failure: str
+    judge: Judge
 
 
-def first_wrong_step(
+class Judge:
+    """Judges outputs by what PyTorch in the candidate's precision got wrong in the same calls.
+
+    As in `check`, the budget of a tensor is a multiple of the largest error of all calls.
+    """
+
+    def __init__(self, precision: str, horizon_tokens: float, largest_call: int) -> None:
+        """Start with no errors measured.
+
+        Args:
+          precision: Precision of the candidate.
+          horizon_tokens: Tokens over which the fast weights remember, see `budgets`.
+          largest_call: Largest T of the calls.
+        """
+        self._precision = precision
+        # In one call, rounding errors of the decay add up over that call only.
+        self._horizon_tokens = {
+            True: min(horizon_tokens, largest_call) if horizon_tokens else 0.0,
+            False: horizon_tokens,
+        }
+        self._own: dict[tuple[bool, str], Error] = {}
+        self._share: dict[tuple[bool, str], float] = {}
+
+    def measure_own(self, own: State, expected: State, teacher_forced: bool) -> None:
+        """Count what PyTorch in the candidate's precision made of a call."""
+        for name, error in measure(own, expected).items():
+            key = (teacher_forced, name)
+            last = self._own.get(key, error)
+            self._own[key] = replace(
+                error,
+                max_abs=max(error.max_abs, last.max_abs),
+                relative_rms=max(error.relative_rms, last.relative_rms),
+            )
+            share = error.max_abs / error.scale if error.scale else 0.0
+            self._share[key] = max(share, self._share.get(key, 0.0))
+
+    def outside(
+        self, found: State, expected: State, tokens_read: int, teacher_forced: bool
+    ) -> dict[str, Outside]:
+        """Return the outputs that are outside their budgets, by name.
+
+        Args:
+          found: Outputs of the candidate.
+          expected: Outputs of PyTorch in float64; other outputs of the candidate are not judged.
+          tokens_read: Tokens the first row has read.
+          teacher_forced: Whether the call was made from the reference's state.
+        """
+        result = {}
+        for name, error in measure(found, expected).items():
+            own = self._own[teacher_forced, name]
+            if teacher_forced:  # the fast weights themselves grow, and so do their errors
+                own = replace(own, max_abs=self._share[teacher_forced, name] * error.scale)
+            (budget,) = budgets(
+                tolerance_for(name),
+                [replace(own, scale=error.scale)],
+                [tokens_read],
+                self._precision,
+                self._horizon_tokens[teacher_forced],
+            )
+            if budget.use(error) > 1:
+                result[name] = Outside(error, budget)
+        return result
+
+
+def first_wrong_call(
     bundle: Bundle,
     calls: Iterable[ScheduledCall],
     candidate: Session,
     own: Session,
     horizon_tokens: float,
-    advance: Callable[[int], None],
 ) -> Suspect | None:
-    """Read until a call of the candidate goes wrong; None if no call does.
+    """Make calls until one of the candidate goes wrong; None if none does.
 
     Args:
       bundle: Bundle that holds its checkpoint.
-      calls: Scheduled calls to make.
+      calls: Calls of a case.
       candidate: Session with as many rows as the calls.
       own: PyTorch in the candidate's precision. Budgets are multiples of its error.
       horizon_tokens: Tokens over which the fast weights remember, see `budgets`.
-      advance: Called with the number of tokens that the first row has moved on.
     """
-    precision = bundle.manifest.precision
-    rows = candidate.batch
-    judges = [_Judge(own.another(rows), precision, horizon_tokens) for _ in range(2)]
-    free_running = candidate.another(rows)
-    before: Step | None = None
-    runs = ((judges[0], candidate, True), (judges[1], free_running, False))
-    for step in reference_steps(bundle, calls, rows):
-        for judge, session, teacher_forced in runs:
-            found = fed(session, step, teacher_forced)
-            outside = judge.outside(found, step, teacher_forced)
-            if isinstance(found, str):
-                return Suspect(step, before, teacher_forced, {}, {}, found)
-            if outside:
-                return Suspect(step, before, teacher_forced, outside, found, "")
-        advance(step.tokens_read - (before.tokens_read if before else 0))
-        before = step
+    made = list(calls)
+    judge = _judge(bundle, made, own.another(candidate.batch), horizon_tokens)
+    free_running = candidate.another(candidate.batch)
+    teacher_forced = candidate.another(candidate.batch)
+    earlier: State | None = None
+    for expected in reference_calls(bundle, made, candidate.batch):
+        suspect = _Attempt(expected, earlier, judge).suspect(free_running, teacher_forced)
+        if suspect:
+            return suspect
+        earlier = expected.past
     return None
 
 
-def reference_steps(bundle: Bundle, calls: Iterable[ScheduledCall], rows: int) -> Iterator[Step]:
-    """Yield the model calls that a schedule leads to.
+def _judge(
+    bundle: Bundle, calls: Sequence[ScheduledCall], own: Session, horizon_tokens: float
+) -> Judge:
+    """Make the calls in PyTorch in the candidate's precision, to measure what is usual."""
+    largest = max((call.ids.shape[1] for call in calls), default=1)
+    judge = Judge(bundle.manifest.precision, horizon_tokens, largest)
+    forced = own.another(own.batch)
+    for expected in reference_calls(bundle, calls, own.batch):
+        call = expected.call
+        call.prepare(own)
+        judge.measure_own(made_by(own, call), expected.outputs, False)
+        forced.state = as_types(forced, expected.past)
+        judge.measure_own(made_by(forced, call), expected.outputs, True)
+    return judge
 
-    There may be more of them than scheduled calls, because a session splits a call at an anchor.
-    """
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One call, made by the candidate's two sessions."""
+
+    expected: Expected
+    earlier: State | None
+    judge: Judge
+
+    def suspect(self, free_running: Session, teacher_forced: Session) -> Suspect | None:
+        """Make the call in both sessions; returns what is wrong, or None."""
+        call, past = self.expected.call, self.expected.past
+        try:
+            call.prepare(free_running)
+            carried = free_running.state
+        except Exception as error:  # runtimes raise exceptions of any type
+            return self._suspect(False, True, {}, {}, {}, _text(error))
+        if call.prepares and (outside := self._outside(carried, past, False)):
+            return self._suspect(False, True, outside, carried, carried, "")
+        given = as_types(teacher_forced, past)
+        for session, state, forced in (
+            (teacher_forced, given, True),
+            (free_running, carried, False),
+        ):
+            try:
+                if forced:
+                    session.state = state
+                found = made_by(session, call)
+            except Exception as error:  # runtimes raise exceptions of any type
+                return self._suspect(forced, False, {}, {}, state, _text(error))
+            if outside := self._outside(found, self.expected.outputs, forced):
+                return self._suspect(forced, False, outside, found, state, "")
+        return None
+
+    def _outside(self, found: State, expected: State, forced: bool) -> dict[str, Outside]:
+        return self.judge.outside(found, expected, self.expected.call.tokens_read, forced)
+
+    def _suspect(
+        self,
+        forced: bool,
+        before_the_call: bool,
+        outside: Mapping[str, Outside],
+        found: State,
+        carried: State,
+        failure: str,
+    ) -> Suspect:
+        return Suspect(
+            self.expected,
+            self.earlier,
+            forced,
+            before_the_call,
+            outside,
+            found,
+            carried,
+            failure,
+            self.judge,
+        )
+
+
+def reference_calls(
+    bundle: Bundle, calls: Iterable[ScheduledCall], rows: int
+) -> Iterator[Expected]:
+    """Yield what PyTorch in float64 makes of the calls."""
     from fwl_export.runtimes.torch import TorchRunner, load_model
 
     manifest = bundle.manifest
@@ -136,16 +285,24 @@ def reference_steps(bundle: Bundle, calls: Iterable[ScheduledCall], rows: int) -
     interval = config.fast_weights.anchor_interval
     spec = SessionSpec(model.specs, config.vocab_size, manifest.max_tokens, interval)
     session = Session(recorder, spec, rows)
-    for scheduled in calls:
-        if scheduled.reset:
-            session.reset(scheduled.reset)
+    for call in calls:
+        call.prepare(session)
         recorder.calls.clear()
-        session.learning_rate_scale = scheduled.scale
-        session.feed(scheduled.ids, scheduled.weights, scheduled.lengths)
-        for index, (call, past, logits, present) in enumerate(recorder.calls):
-            reset = () if index else scheduled.reset
-            outputs = {LOGITS: _real(logits, call), **present}
-            yield Step(scheduled.step, scheduled.tokens_read, call, reset, past, outputs)
+        past = session.state
+        outputs = made_by(session, call)
+        steps = [
+            Step(made, before, {LOGITS: real_logits(logits, made), **after})
+            for made, before, logits, after in recorder.calls
+        ]
+        yield Expected(call, past, outputs, steps)
+
+
+def made_by(session: Session, call: ScheduledCall) -> State:
+    """Make a call; returns logits [B, P, V], zero at padding, and the state, by name."""
+    logits = call.feed(session)
+    real = call.wanted < call.lengths[:, None]
+    logits = np.where(real[..., None], logits, np.zeros((), logits.dtype))
+    return {LOGITS: logits, **session.state}
 
 
 def measure(found: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, Error]:
@@ -183,66 +340,17 @@ def distance(found: Array, expected: Array, rows: int = 1) -> Error:
     )
 
 
-def fed(session: Session, step: Step, teacher_forced: bool) -> State | str:
-    """Return the outputs of a session for a step, or the message of what it raised.
-
-    Args:
-      session: Session that makes the call.
-      step: Call to make, with the reference's state before it.
-      teacher_forced: Whether the session starts from the reference's state instead of its own.
-    """
-    try:
-        if teacher_forced:
-            session.state = as_types(session, step.past)
-        elif step.reset:
-            session.reset(step.reset)
-        call = step.call
-        session.learning_rate_scale = call.learning_rate_scale
-        logits = session.feed(call.input_ids, call.label_weights, call.lengths)
-        return {LOGITS: _real(logits, call), **session.state}
-    except Exception as error:  # runtimes raise exceptions of any type
-        return str(error) or type(error).__name__
-
-
 def as_types(session: Session, state: State) -> State:
     """Return a state rounded to the dtypes of a session."""
     with np.errstate(over="ignore"):
         return {spec.name: state[spec.name].astype(spec.dtype) for spec in session.specs}
 
 
-class _Judge:
-    """Judges steps in order; budgets are multiples of PyTorch's largest error so far."""
-
-    def __init__(self, own: Session, precision: str, horizon_tokens: float) -> None:
-        self._own = own
-        self._precision = precision
-        self._horizon_tokens = horizon_tokens
-        self._largest: dict[str, Error] = {}
-
-    def outside(self, found: State | str, step: Step, teacher_forced: bool) -> dict[str, Outside]:
-        """Return the outputs outside their budgets by name, after measuring PyTorch's own error."""
-        own = fed(self._own, step, teacher_forced)
-        assert not isinstance(own, str), own
-        for name, error in measure(own, step.outputs).items():
-            last = self._largest.get(name, error)
-            self._largest[name] = replace(
-                error,
-                max_abs=max(error.max_abs, last.max_abs),
-                relative_rms=max(error.relative_rms, last.relative_rms),
-            )
-        if isinstance(found, str):
-            return {}
-        outside = {}
-        for name, error in measure(found, step.outputs).items():
-            own_errors, tokens_read = [self._largest[name]], [step.tokens_read]
-            row = tolerance_for(name)
-            (budget,) = budgets(row, own_errors, tokens_read, self._precision, self._horizon_tokens)
-            if budget.use(error) > 1:
-                outside[name] = Outside(error, budget)
-        return outside
+def real_logits(logits: Array, call: Call) -> Array:
+    """Return logits [B, P, V] of a call of the model, with zeros at padding."""
+    real = call.logit_positions < call.lengths[:, None]
+    return np.where(real[..., None], logits, np.zeros((), logits.dtype))
 
 
-def _real(logits: Array, call: Call) -> Array:
-    """Return logits with zeros at padding, where they have no meaning."""
-    real = np.arange(call.input_ids.shape[1]) < call.lengths[:, None]
-    return np.where(real[..., None], logits, 0)
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__

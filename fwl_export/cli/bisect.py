@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,11 +25,12 @@ from fwl_export.runtimes.registry import RUNTIMES
 
 if TYPE_CHECKING:
     from fwl_export.bisect import Bisection
+    from fwl_export.bundle.manifest import Bundle
     from fwl_export.parity import Candidate
 
 # Repeated here because `fwl_export.bisect` loads NumPy; a test compares the two.
-DEFAULT_TOKENS = 500
-DEFAULT_CASES = "text,mixed"
+DEFAULT_TOKENS = 2304
+DEFAULT_CASES = ",".join(CASES)
 
 _GRAPH_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if runtime.runs_graph)
 
@@ -36,14 +38,15 @@ _GRAPH_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if runtime.ru
 def bisect(
     bundle: BundleArgument,
     candidate: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
             help="Runtime to search, with its options after colons: onnxruntime, "
             "onnxruntime:no-plugin or onnx-reference.",
+            show_default="those of `check`",
             autocompletion=completion(*_GRAPH_RUNTIMES, "onnxruntime:no-plugin"),
         ),
-    ] = "onnxruntime",
+    ] = None,
     plugin: Annotated[
         Path | None,
         typer.Option(
@@ -59,11 +62,19 @@ def bisect(
         str,
         typer.Option(
             metavar="LIST",
-            help="Cases of `check`, separated by commas, read in turn until a call goes wrong.",
+            help="Cases of `check`, separated by commas, read in turn until it fails.",
+            show_default="those of `check`",
             autocompletion=list_completion(CASES),
         ),
     ] = DEFAULT_CASES,
     seed: SeedOption = 0,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Report of a check that failed, whose calls are made again in place of a new "
+            "check. Its text, tokens, cases and seed are taken.",
+        ),
+    ] = None,
     reproducer: Annotated[
         Path | None,
         typer.Option(
@@ -76,11 +87,16 @@ def bisect(
 ) -> None:
     """Find the tensor in which a failed check began.
 
-    Reads case after case until a call goes wrong, then repeats that call with every tensor of the
-    ONNX graph as an output and compares each with PyTorch in float64. The nodes that compute the
-    first wrong tensor are written as a program of their own, the reproducer.
+    Runs `check` until a case fails, and makes the calls of that case one by one until one goes
+    wrong. That call is repeated with every tensor of the ONNX graph as an output, and each is
+    compared with PyTorch in float64. The nodes that compute the first wrong tensor are written as a
+    program of their own, the reproducer. If the graph is right, the session is searched.
 
-    Exit code 0: nothing is wrong; 1: a fault was found; 2: the search could not run.
+    If `check` passes but the bundle's reports/parity.json says that it failed, the calls of that
+    report are made again.
+
+    Exit code 0: nothing is wrong; 1: a fault was found; 2: the search could not run; 3: a check
+    failed, and bisect cannot explain it.
 
     Example:
       fwl-export bisect demo-bundle --candidate onnxruntime:no-plugin
@@ -91,7 +107,7 @@ def bisect(
     try:
         chosen = _candidate(candidate, plugin)
         _check_folder(target)
-        found = _search(bundle, chosen, text, tokens, cases, seed, target)
+        found = _search(bundle, chosen, text, tokens, cases, seed, report, target)
     except FwlError as error:
         raise CheckError(str(error)) from None
     if json:
@@ -99,8 +115,8 @@ def bisect(
     else:
         print("\n".join(map(_wrapped, found.to_text().splitlines())))
         print(f"{found.seconds:.0f} s")
-    if found.finding is not None:
-        raise typer.Exit(1)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
 
 
 def _wrapped(line: str) -> str:
@@ -111,11 +127,13 @@ def _wrapped(line: str) -> str:
     return textwrap.fill(line, COLUMNS, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def _candidate(name: str, plugin: Path | None) -> Candidate:
+def _candidate(name: str | None, plugin: Path | None) -> Candidate | None:
     from fwl_export.errors import ConfigError
     from fwl_export.parity.candidates import parse_candidate
 
-    chosen = parse_candidate(name)
+    if name is None and plugin is None:
+        return None
+    chosen = parse_candidate(name or "onnxruntime")
     if plugin is None:
         return chosen
     if chosen.runtime != "onnxruntime" or "plugin" in chosen.arguments:
@@ -137,28 +155,55 @@ def _check_folder(reproducer: Path) -> None:
 
 def _search(
     bundle: Path,
-    candidate: Candidate,
+    candidate: Candidate | None,
     text: Path | None,
     tokens: int,
     cases: str,
     seed: int,
+    report: Path | None,
     reproducer: Path,
 ) -> Bisection:
     from fwl_export.bisect import bisect_bundle
     from fwl_export.bundle.manifest import read_bundle
     from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
-    from fwl_export.parity.cases import choose_cases
+    from fwl_export.parity.cases import ModelLimits, choose_cases
+    from fwl_export.parity.report.data import read_report
     from fwl_export.runtimes.text import bundle_tokenizer
 
     opened = read_bundle(bundle)
     source = text or HELD_OUT_PLAY
     ids = read_ids(source, bundle_tokenizer(opened))
-    manifest = opened.manifest
-    limit = manifest.config.backbone.max_positions
-    planned = choose_cases(cases, tokens, manifest.max_tokens, limit)
+    if report is not None:
+        return bisect_bundle(
+            opened, ids, candidate, reproducer=reproducer, report=read_report(report)
+        )
+    planned = choose_cases(cases, tokens, ModelLimits.of(opened.manifest), seed)
     with progress_bar("bisect", sum(case.tokens for case in planned)) as advance:
         found = bisect_bundle(
             opened, ids, candidate, tokens, seed, reproducer, source.name, planned, advance=advance
         )
+    earlier = None if found.check else _failed_earlier(opened, candidate)
+    if earlier is not None:
+        return bisect_bundle(opened, ids, candidate, reproducer=reproducer, report=earlier)
     return replace(found, cases=cases)
+
+
+def _failed_earlier(bundle: Bundle, candidate: Candidate | None) -> Mapping[str, Any] | None:
+    """Return the bundle's report of a check if a candidate that can be searched failed in it."""
+    from fwl_export.bisect.reported import first_reported
+    from fwl_export.bundle.manifest import REPORTS_FOLDER
+    from fwl_export.errors import FwlError
+    from fwl_export.parity.report.data import read_report
+
+    path = bundle.folder / REPORTS_FOLDER / "parity.json"
+    if not path.is_file():
+        return None
+    try:
+        report = read_report(path)
+        names = [candidate.name] if candidate else [*report["settings"]["candidates"]]
+        names = [name for name in names if name.partition(":")[0] in _GRAPH_RUNTIMES]
+        same = report["bundle"]["model_id"] == bundle.manifest.model_id
+        return report if same and first_reported(report, names) else None
+    except FwlError:  # a report of something else is none of this one
+        return None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fwl_export.bundle.manifest import Bundle
     from fwl_export.parity import Report
 
-DEFAULT_TOKENS = 2000
+DEFAULT_TOKENS = 2304
 
 _JUDGING = "Options of the verdict"
 
@@ -54,7 +54,7 @@ def check(
             help="Runtimes to check, separated by commas, with their options after colons: "
             "onnxruntime:no-plugin, torch:float32, tensorrt:rtx. onnx-reference@200 reads 200 "
             "tokens only.",
-            show_default="onnxruntime",
+            show_default="onnxruntime, with the plugin and without",
             autocompletion=list_completion(CANDIDATES),
         ),
     ] = None,
@@ -62,9 +62,9 @@ def check(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Kinds of calls to make, separated by commas. decode@5000 decodes 5000 tokens one "
-            "by one.",
-            show_default=",".join(CASES),
+            help=f"Kinds of calls to make, separated by commas: {', '.join(CASES)}; mixed stands "
+            "for mixed1 to mixed8. decode@5000 reads 5000 tokens.",
+            show_default="all",
             autocompletion=list_completion(CASES),
         ),
     ] = None,
@@ -73,6 +73,13 @@ def check(
         int | None,
         typer.Option(help="Tokens of the text to read.", show_default=str(DEFAULT_TOKENS), min=1),
     ] = None,
+    all_ids: Annotated[
+        bool,
+        typer.Option(
+            "--all-ids",
+            help="Read every token id, however many there are; case long has 2304 otherwise.",
+        ),
+    ] = False,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -145,6 +152,8 @@ def check(
       fwl-export check demo-bundle --candidates onnxruntime,torch:float32
     """
     given = {"reference": reference, "candidates": candidates, "cases": cases, "seed": seed}
+    if all_ids:
+        given["all_ids"] = True
     with _errors_of_a_check():
         request = _request(bundle, {**given, "tokens": tokens}, text, replay)
         request.options |= {"strict": strict, "threads": threads}
@@ -155,7 +164,8 @@ def check(
         result, target = _run(request, command, report)
         page = html or target.with_suffix(".html")
         _write(result, {"json": target, "junit": junit, "markdown": markdown, "html": page})
-    _print(result, target, page, json)
+        with _errors_of_standard_output():
+            _print(result, target, page, json)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -211,10 +221,10 @@ def _replayed(
     from fwl_export.errors import ConfigError, ReportError
     from fwl_export.parity import read_report
 
-    if text is not None or options.keys() & {"cases", "tokens", "seed"}:
+    if text is not None or options.keys() & {"cases", "tokens", "seed", "all_ids"}:
         raise ConfigError(
             "--replay takes text, cases, tokens and seed from its report; leave out "
-            "--text, --cases, --tokens and --seed"
+            "--text, --cases, --tokens, --seed and --all-ids"
         )
     data = read_report(replay)
     if data["bundle"]["model_id"] != bundle.manifest.model_id:
@@ -233,15 +243,15 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
     """Check; returns the report and the path to write it to."""
     from fwl_export.bundle.manifest import REPORTS_FOLDER, inside
     from fwl_export.parity import check_bundle
-    from fwl_export.parity.cases import choose_cases
+    from fwl_export.parity.cases import ModelLimits, choose_cases
     from fwl_export.parity.check import DEFAULT_CASES
 
-    manifest = request.bundle.manifest
     chosen = choose_cases(
         request.options.get("cases", DEFAULT_CASES),
         request.options["tokens"],
-        manifest.max_tokens,
-        manifest.config.backbone.max_positions,
+        ModelLimits.of(request.bundle.manifest),
+        request.options["seed"],
+        request.options.pop("all_ids", False),
     )
     # Before the work, not after it: the path must lie inside the bundle.
     target = report or inside(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
@@ -331,7 +341,21 @@ def _command(
     options = {"--text": text, "--replay": replay, **files}
     for name, path in options.items():
         words += [name, str(path)] if path is not None else []
-    return shlex.join([*words, *(["--strict"] if request.options["strict"] else [])])
+    flags = {"--strict": "strict", "--all-ids": "all_ids"}
+    words += [flag for flag, key in flags.items() if request.options.get(key)]
+    return shlex.join(words)
+
+
+@contextmanager
+def _errors_of_standard_output() -> Iterator[None]:
+    """Name standard output in the error if it leads to a full disk; a closed pipe is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), "standard output") from None
 
 
 @contextmanager
@@ -345,11 +369,13 @@ def _errors_of_a_check() -> Iterator[None]:
         raise CheckError(str(error)) from None
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name not in ("torch", "onnx"):
+        if name not in ("torch", "onnx", "allpairspy"):
             raise
         raise CheckError(
             f"check needs '{name}', which is not installed; pip install 'fwl-export[export]'"
         ) from None
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if error.filename is None:
             raise

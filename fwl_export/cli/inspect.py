@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,13 +39,9 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
 
 
 def _read_engines(opened: Bundle) -> list[dict[str, Any]]:
-    from fwl_export.bundle.manifest import ENGINES_FOLDER
+    from fwl_export.engines.choose import read_engines
 
-    return [
-        json_module.loads(opened.file(name).read_text(encoding="utf-8"))
-        for name in opened.manifest.files
-        if name.startswith(ENGINES_FOLDER + "/") and name.endswith(".json")
-    ]
+    return [engine.to_dict() for engine in read_engines(opened)]
 
 
 def _sections(

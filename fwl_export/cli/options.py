@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fwl_export.bundle.defaults import DEFAULT_MAX_LEARNING_WEIGHT
 from fwl_export.plugins import CHOICES as PLUGIN_CHOICES
 from fwl_export.runtimes.registry import RUNTIMES
 
@@ -16,7 +17,10 @@ OUTPUT = "Output options"
 GENERAL = "General options"
 
 # Repeated here because `parity.cases` loads NumPy; a test compares the two.
-CASES = ("text", "mixed", "repeat", "long", "decode")
+CASES = (
+    *("text", "mixed1", "mixed2", "mixed5", "mixed8"),
+    *("repeat", "long", "decode", "far", "again"),
+)
 
 CANDIDATES = tuple(
     candidate
@@ -78,8 +82,10 @@ LearningRateScaleOption = Annotated[
     float,
     typer.Option(
         "--learning-rate-scale",
-        help="Factor on the learning rates of the fast weights; 0 means learn nothing.",
+        help="Factor on the learning rates of the fast weights; 0 means learn nothing. More than "
+        f"{DEFAULT_MAX_LEARNING_WEIGHT:g} is refused, since it could spoil all that follows.",
         min=0,
+        max=DEFAULT_MAX_LEARNING_WEIGHT,
     ),
 ]
 RuntimeOption = Annotated[

@@ -146,7 +146,9 @@ def run_once(model_path: Path, specs: list[TensorSpec]) -> None:
     feeds = dict(zip(INPUTS, (t.numpy() for t in example_inputs(2, 2)), strict=True))
     feeds |= {PAST + name: array for name, array in zeros(specs, 2).items()}
     try:
-        session = onnxruntime.InferenceSession(str(model_path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(model_path), providers=["CPUExecutionProvider"], enable_fallback=0
+        )
         names = [output.name for output in session.get_outputs()]
         results = dict(zip(names, session.run(names, feeds), strict=True))
     except Exception as error:  # onnxruntime's own exceptions share no narrower base

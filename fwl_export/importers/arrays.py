@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,21 @@ import numpy as np
 from fwl_export.bundle.state import Array
 from fwl_export.errors import CheckpointError, MissingDependencyError
 from fwl_export.importers import tensor_bundle
+from fwl_export.json_files import brief
 
 # Maps the path of each array to a function that reads it.
 Arrays = Mapping[str, Callable[[], Array]]
 
-_EXTRA = "pip install 'fwl-export[import]'"
+# What zipfile and NumPy raise for damaged files.
+_NPZ_ERRORS = (
+    *(ValueError, TypeError, OSError, EOFError, KeyError, RuntimeError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, SyntaxError, RecursionError),
+)
+# Weights hardly compress. An array that grows more than this, and is large, is an attack.
+_LARGEST_RATIO = 20
+_SMALL_ARRAY = 1 << 26  # in bytes
 
-# Bytes of an array per byte of its compressed file: zlib reaches 1032 for zeros.
-_LARGEST_RATIO = 1032
+_EXTRA = "pip install 'fwl-export[import]'"
 
 # What Python raises for data of another structure than expected.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -84,42 +93,46 @@ def _is_zip(source: Path) -> bool:
 def _read_npz(source: Path) -> Arrays:
     def read(name: str) -> Array:
         try:
-            _check_npz_size(source, name)
+            _check_npy(source, name)
             with np.load(source, allow_pickle=False) as file:
                 return file[name]
-        except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        except _NPZ_ERRORS as error:
             raise CheckpointError(
-                f"{source}: array '{name}' cannot be read ({error}); save its numbers again with "
-                "numpy.savez"
+                f"{source}: array '{name}' cannot be read ({brief(error)}); save its numbers again "
+                "with numpy.savez"
             ) from None
 
     try:
         with np.load(source, allow_pickle=False) as file:
             names = list(file.files)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _NPZ_ERRORS as error:
         raise CheckpointError(
-            f"{source} cannot be read as .npz ({error}); if it is truncated, copy it again"
+            f"{source} cannot be read as .npz ({brief(error)}); if it is truncated, copy it again"
         ) from None
     return {name: functools.partial(read, name) for name in names}
 
 
-def _check_npz_size(source: Path, name: str) -> None:
-    """Refuse an array that claims to be larger than what the archive holds of it.
+def _check_npy(source: Path, name: str) -> None:
+    """Check that an array of an .npz file holds what its header says, before it is read.
 
     Raises:
-      ValueError: It does, or it is compressed as nothing but an attack is.
+      ValueError, OSError, ...: See `_NPZ_ERRORS`.
     """
     with zipfile.ZipFile(source) as archive:
-        info = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
-        if info.file_size > _LARGEST_RATIO * max(info.compress_size, 1):
-            raise ValueError(f"{info.compress_size} bytes that expand to {info.file_size}")
+        names = archive.namelist()
+        info = archive.getinfo(name if name in names else f"{name}.npy")
+        if info.file_size > _SMALL_ARRAY + _LARGEST_RATIO * info.compress_size:
+            raise ValueError(
+                f"it grows from {info.compress_size} to {info.file_size} bytes, which no weights do"
+            )
         with archive.open(info) as stream:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0
-            if version != (1, 0):
-                read = np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(stream)
-    _check_claim(math.prod(shape) * dtype.itemsize, info.file_size)
+            major, _ = np.lib.format.read_magic(stream)
+            reader = "read_array_header_1_0" if major == 1 else "read_array_header_2_0"
+            shape, _, dtype = getattr(np.lib.format, reader)(stream)
+    if math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(
+            f"its header says {dtype} {list(shape)}, but it has {info.file_size} bytes"
+        )
 
 
 def _check_claim(claimed: int, held: int) -> None:
@@ -201,7 +214,9 @@ def _read_orbax(source: Path) -> Arrays:
             sizes = array.shape, array.chunk_layout.read_chunk.shape or ()
             largest = max(math.prod(size or 0 for size in shape) for shape in sizes)
             held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            _check_claim(largest * array.dtype.numpy_dtype.itemsize, _LARGEST_RATIO * held)
+            _check_claim(
+                largest * array.dtype.numpy_dtype.itemsize, _SMALL_ARRAY + _LARGEST_RATIO * held
+            )
             return _plain(np.asarray(array.read().result()))
         except (ValueError, OSError) as error:
             raise CheckpointError(

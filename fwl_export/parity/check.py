@@ -11,27 +11,47 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
 from fwl_export.bundle.state import Array
+from fwl_export.errors import ShapeError
 from fwl_export.machine import installed_versions, processor_name
 from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
-from fwl_export.parity.cases import CASES, Case, choose_cases
-from fwl_export.parity.drift import MODES, Drift, RunKey, measure_drift
+from fwl_export.parity.cases import AGAIN, CASES, Case, ModelLimits, choose_cases, plan_calls
+from fwl_export.parity.coverage import Coverage
+from fwl_export.parity.drift import (
+    FREE_RUNNING,
+    MODES,
+    Drift,
+    Failure,
+    RunDrift,
+    RunKey,
+    measure_drift,
+)
+from fwl_export.parity.repeat import differences
 from fwl_export.parity.report.baseline import compare_with_baseline
 from fwl_export.parity.report.data import CaseRun, Report
 from fwl_export.parity.report.worst_place import worst_place
 from fwl_export.parity.schedule import ROWS, ScheduledCall
 from fwl_export.parity.tolerances import Tolerance, changed_table
 from fwl_export.parity.verdict import CandidateVerdict, judge
-from fwl_export.runtimes import Session, open_session
+from fwl_export.plugins import ONNXRUNTIME, find_plugin
+from fwl_export.runtimes import RUNTIMES, Session, open_session
 
 _log = logging.getLogger(__name__)
 
 CANDIDATES = "onnxruntime"
+BOTH_PATHS = "onnxruntime:plugin,onnxruntime:no-plugin"
+DEFAULT_TOKENS = 2304
 DEFAULT_CASES = ",".join(case.name for case in CASES)
+
+# Two readings of the same calls may differ by this multiple of the first one's distance from the
+# reference, and by a few float16 roundings, where their bits need not be equal.
+_TWO_READINGS = 6
+_ROUNDINGS = 2.0**-20
 
 _PACKAGES = (
     "fwl-export",
@@ -48,12 +68,13 @@ _PACKAGES = (
 def check_bundle(
     bundle: Bundle,
     ids: Array,
-    tokens: int = 2000,
+    tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
-    candidates: str | Sequence[str] | Mapping[str, Session] = CANDIDATES,
+    candidates: str | Sequence[str] | Mapping[str, Session] | None = None,
     *,
     reference: str = REFERENCE,
     cases: str | Sequence[str | Case] = DEFAULT_CASES,
+    all_ids: bool = False,
     strict: bool = False,
     tolerances: Mapping[str, Any] | None = None,
     baseline: Mapping[str, Any] | None = None,
@@ -62,6 +83,7 @@ def check_bundle(
     decode: Callable[[int], str] | None = None,
     command: str = "",
     advance: Callable[[int], None] = lambda tokens: None,
+    stop_early: bool = False,
 ) -> Report:
     """Make the same calls in every candidate and judge how far each is from the reference.
 
@@ -71,9 +93,11 @@ def check_bundle(
       tokens: Tokens of the text that the first row reads, capped at what the model can read.
       seed: Seed of the calls.
       candidates: Names of runtimes, see `parity.candidates`, as a list or separated by commas. Or
-        sessions by name, in the bundle's precision; the check opens others like them.
+        sessions by name, in the bundle's precision; the check opens others like them. None means
+        ONNX Runtime, with our kernel and with standard operators, where the kernel's library is.
       reference: Name of the runtime whose results count as correct.
       cases: Names of cases, or what `choose_cases` returned for this bundle.
+      all_ids: Whether every token id is read, however many there are.
       strict: Whether to halve every budget.
       tolerances: Changes to the table of tolerances, see `changed_table`.
       baseline: Data of an earlier report, see `read_report`. Errors that have grown since then
@@ -84,6 +108,7 @@ def check_bundle(
       decode: Function that returns the text of a token id, for the report.
       command: Shell command that repeats the check, for the report.
       advance: Called with the number of tokens that the first row has moved on, in each case.
+      stop_early: Whether to stop after the first case in which a candidate does not pass.
 
     Raises:
       BundleError: The bundle is incomplete or changed, or has no checkpoint.
@@ -92,18 +117,27 @@ def check_bundle(
     """
     began = time.perf_counter()
     manifest = bundle.manifest
-    limit = manifest.config.backbone.max_positions
-    chosen = choose_cases(cases, tokens, manifest.max_tokens, limit)
+    limits = ModelLimits.of(manifest)
+    chosen = choose_cases(cases, tokens, limits, seed, all_ids)
     table = changed_table(tolerances or {}, strict)
     ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
-    calls = {case.name: case.calls(ids, manifest.max_tokens, seed, limit) for case in chosen}
+    calls = plan_calls(chosen, ids, limits, seed)
     bundle.model_files()
+    horizon_tokens = model_horizon(bundle)
+    coverage = Coverage(limits, threads=[str(threads)])
     with torch_threads(threads):
+        if candidates is None:
+            candidates = default_candidates()
         lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
         _log.info("comparing with %s: %s", reference, ", ".join(c.name for c in lineup.candidates))
-        measured = [_measure(lineup, case, calls[case.name], advance) for case in chosen]
-    horizon_tokens = model_horizon(bundle)
-    verdicts = [_verdict(c, lineup, measured, horizon_tokens, table) for c in lineup.candidates]
+        measured: list[_Measured] = []
+        for case in chosen:
+            measured.append(_measure(lineup, case, calls[case.name], advance, coverage))
+            verdicts = _verdicts(lineup, measured[-1:], horizon_tokens, table)
+            if stop_early and not all(verdict.passed for verdict in verdicts):
+                break
+    _say_what_ran(coverage, lineup, chosen, tokens)
+    verdicts = _verdicts(lineup, measured, horizon_tokens, table)
     if baseline is not None:
         verdicts = compare_with_baseline(verdicts, baseline)
     return Report(
@@ -123,6 +157,7 @@ def check_bundle(
         cases=[CaseRun(m.case, m.drift.calls, m.drift.largest_call) for m in measured],
         candidates=verdicts,
         worst=[worst_place(verdict, calls, decode) for verdict in verdicts],
+        coverage=coverage.to_dict(),
         baseline=None if baseline is None else str(baseline.get("bundle", {}).get("name", "")),
         environment=_environment(threads),
         command=command,
@@ -142,6 +177,9 @@ class _OpenedCandidate:
       tokens: Tokens after which it stops, or None for all.
       session: Session of the candidate, or None if it could not be opened.
       reason: Why it could not be opened, or None.
+      with_own_threads: Opens a session with the runtime's own number of threads, or None if the
+        runtime has no such number.
+      is_exact: Whether the same calls must give the same bits.
     """
 
     name: str
@@ -150,6 +188,8 @@ class _OpenedCandidate:
     tokens: int | None = None
     session: Session | None = None
     reason: str | None = None
+    with_own_threads: Callable[[], Session] | None = None
+    is_exact: bool = False
 
 
 @dataclass
@@ -201,7 +241,15 @@ def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _OpenedCandidat
     known = (candidate.name, candidate.precision(bundle))
     try:
         session = candidate.open(bundle, 1, threads)
-        return _OpenedCandidate(*known, candidate.describe(), candidate.tokens, session)
+        takes_threads = "threads" in RUNTIMES[candidate.runtime].takes
+        return _OpenedCandidate(
+            *known,
+            candidate.describe(),
+            candidate.tokens,
+            session,
+            with_own_threads=partial(candidate.open, bundle, 1) if takes_threads else None,
+            is_exact=threads == 1 and _is_on_cpu(candidate),
+        )
     except Exception as error:  # runtimes raise exceptions of any type; the others continue
         reason = str(error) or type(error).__name__
         return _OpenedCandidate(*known, tokens=candidate.tokens, reason=reason)
@@ -216,12 +264,16 @@ class _Measured(NamedTuple):
 
 
 def _measure(
-    lineup: _Lineup, case: Case, calls: Iterable[ScheduledCall], advance: Callable[[int], None]
+    lineup: _Lineup,
+    case: Case,
+    calls: Iterable[ScheduledCall],
+    advance: Callable[[int], None],
+    coverage: Coverage,
 ) -> _Measured:
     def fresh(name: str, session: Session) -> tuple[str, Session]:
         return name, session.another(case.rows)
 
-    candidates = dict(fresh(c.name, c.session) for c in lineup.candidates if c.session)
+    candidates = _fresh_candidates(lineup, case, coverage)
     own = dict(fresh(*pair) for pair in lineup.own.values() if pair[0] not in candidates)
     limits = {
         candidate.name: candidate.tokens for candidate in lineup.candidates if candidate.tokens
@@ -235,11 +287,106 @@ def _measure(
         limits,
         needed=candidates,
         advance=advance,
+        observe=coverage.add,
     )
+    if case.name == AGAIN:
+        _repeat(lineup, calls, drift, coverage)
     if together:
         return _Measured(case, drift, drift)
     own = dict(fresh(*pair) for pair in lineup.own.values())
     return _Measured(case, drift, measure_drift(fresh(*lineup.yardstick), own, calls))
+
+
+def _fresh_candidates(lineup: _Lineup, case: Case, coverage: Coverage) -> dict[str, Session]:
+    """Open a session of each candidate for a case; an engine may not take so many rows."""
+    found = {}
+    for candidate in lineup.candidates:
+        if candidate.session is None:
+            continue
+        try:
+            if case.name == AGAIN and candidate.with_own_threads:
+                session = candidate.with_own_threads().another(case.rows)
+                coverage.threads = [*dict.fromkeys([*coverage.threads, "default"])]
+            else:
+                session = candidate.session.another(case.rows)
+        except ShapeError as error:
+            coverage.left_out.append(f"case {case.name} of {candidate.name}: {error}")
+            continue
+        found[candidate.name] = session
+    return found
+
+
+def _repeat(
+    lineup: _Lineup, calls: Iterable[ScheduledCall], drift: Drift, coverage: Coverage
+) -> None:
+    """Make the calls twice more in every candidate; what differs becomes a failure of its run.
+
+    With one thread on a CPU the bits must be equal. Elsewhere two readings may differ by as much
+    as they together may differ from the reference.
+    """
+    for candidate in lineup.candidates:
+        run = drift.runs.get(RunKey(candidate.name, FREE_RUNNING))
+        if candidate.session is None or candidate.tokens or run is None or run.failure:
+            continue
+        coverage.repeated.append(candidate.name)
+        try:
+            run.failure = next(_not_repeated(candidate, calls, run, drift), None)
+        except Exception as error:  # runtimes raise exceptions of any type
+            message = f"it failed when the calls were made again: {error}"
+            run.failure = Failure(candidate.name, 0, 0, message)
+
+
+def _not_repeated(
+    candidate: _OpenedCandidate, calls: Iterable[ScheduledCall], run: RunDrift, drift: Drift
+) -> Iterator[Failure]:
+    assert candidate.session is not None
+    for tensor, step, error in differences(candidate.session, calls):
+        usual = max(e.relative_rms for e in run.errors[tensor])
+        if candidate.is_exact or error.relative_rms > _TWO_READINGS * usual + _ROUNDINGS:
+            message = (
+                f"'{tensor}' differs by up to {error.max_abs:.2g} when the same calls are made "
+                "twice, the second time beside another session"
+            )
+            yield Failure(candidate.name, step, 0, message, "not repeatable", tensor)
+
+
+def _is_on_cpu(candidate: Candidate) -> bool:
+    device = str(candidate.arguments.get("device") or "cpu")
+    return candidate.runtime != "tensorrt" and device == "cpu"
+
+
+def default_candidates() -> str:
+    """Return the candidates that are checked unless others are named.
+
+    That is ONNX Runtime with our kernel and with the standard operators of the function body, where
+    the kernel's library is installed.
+    """
+    return BOTH_PATHS if find_plugin(ONNXRUNTIME) else CANDIDATES
+
+
+def _say_what_ran(coverage: Coverage, lineup: _Lineup, chosen: Sequence[Case], tokens: int) -> None:
+    """Add to the coverage which paths ran, and what a full check would also have tried."""
+    words = {"plugin": "plugin", "standard operators": "function body"}
+    runtimes = [c.runtime for c in lineup.candidates if c.session]
+    coverage.paths = [
+        name for word, name in words.items() if any(f", {word}" in text for text in runtimes)
+    ]
+    if coverage.paths == ["function body"] and not find_plugin(ONNXRUNTIME):
+        coverage.left_out.append("the plugin's kernel, whose library is not installed")
+    missing = [case.name for case in CASES if case.name not in {c.name for c in chosen}]
+    if missing:
+        coverage.left_out.append(f"cases {', '.join(missing)}")
+    if tokens < DEFAULT_TOKENS:
+        coverage.left_out.append(f"what takes more than {tokens} tokens")
+
+
+def _verdicts(
+    lineup: _Lineup,
+    measured: Sequence[_Measured],
+    horizon_tokens: float,
+    table: Sequence[Tolerance],
+) -> list[CandidateVerdict]:
+    return [_verdict(c, lineup, measured, horizon_tokens, table) for c in lineup.candidates]
 
 
 def _verdict(
@@ -254,7 +401,7 @@ def _verdict(
         judge(m.case.name, m.drift, key, m.own, own, candidate.precision, horizon_tokens, table)
         for m in measured
         for key in (RunKey(candidate.name, mode) for mode in MODES)
-        if candidate.session
+        if key in m.drift.runs
     ]
     return CandidateVerdict(
         candidate.name,

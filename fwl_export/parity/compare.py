@@ -121,7 +121,7 @@ class TensorSum:
         reference: Array,
         step: int = 0,
         tokens_read: int = 0,
-        offset: int | None = None,
+        places: Array | None = None,
     ) -> None:
         """Compare some elements of one row.
 
@@ -131,7 +131,7 @@ class TensorSum:
           reference: Values of the reference, of the same shape.
           step: Number of the call.
           tokens_read: Tokens the first row has read.
-          offset: Offset that is added to the first index in `Place.index`, or None to add nothing.
+          places: What the first index stands for in `Place.index`, by index; None: itself.
         """
         found, right = candidate.reshape(-1), reference.reshape(-1)
         for start in range(0, found.size, _BLOCK):
@@ -139,8 +139,8 @@ class TensorSum:
             place = self._add_block(row, found[block], right[block])
             if place is not None:
                 index = [int(i) for i in np.unravel_index(start + place, candidate.shape)]
-                if offset is not None:
-                    index[0] += offset
+                if places is not None:
+                    index[0] = int(places[index[0]])
                 values = float(found[start + place]), float(right[start + place])
                 self._worst = Place(step, tokens_read, (row, *index), *values)
 

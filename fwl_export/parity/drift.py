@@ -9,9 +9,9 @@ step remains. Both are measured in one pass, and only running statistics are kep
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -51,7 +51,8 @@ class Failure:
       step: Number of the call that failed.
       tokens_read: Tokens the first row would have read after that call.
       message: Description of what happened.
-      kind: Kind of failure: "not finite", wrong "shape" of an output, or any other "error".
+      kind: Kind of failure: "not finite", "not repeatable", wrong "shape" of an output, or any
+        other "error".
       tensor: Name of the tensor at fault ("logits" or a state tensor), or None.
     """
 
@@ -59,7 +60,7 @@ class Failure:
     step: int
     tokens_read: int
     message: str
-    kind: Literal["not finite", "shape", "error"] = "error"
+    kind: Literal["not finite", "not repeatable", "shape", "error"] = "error"
     tensor: str | None = None
 
 
@@ -113,6 +114,7 @@ def measure_drift(
     needed: Collection[str] | None = None,
     modes: Collection[str] = MODES,
     advance: Callable[[int], None] = lambda tokens: None,
+    observe: Callable[[ScheduledCall, Sequence[int]], None] = lambda call, before: None,
 ) -> Drift:
     """Feed every session the same calls and compare its logits and states with the reference's.
 
@@ -127,6 +129,7 @@ def measure_drift(
       needed: Names of the sessions of which one at least must be running; default: all.
       modes: Modes to measure: "free", "forced" or both.
       advance: Called with the number of tokens that the first row has moved on.
+      observe: Called with every call that was made, and the tokens that each row had read before.
     """
     runs = [
         _CandidateRun(RunKey(name, mode), session, reference[1])
@@ -137,12 +140,12 @@ def measure_drift(
     wanted = set(sessions if needed is None else needed)
     tokens_read = 0
     # The reference computes one call ahead: it shares the cores with the runs, but no state.
-    steps = _reference_steps(*reference, calls)
+    steps = _reference_steps(*reference, calls, (limits or {}).values())
     workers = min(os.cpu_count() or 1, max(len(runs), 1))
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(workers) as pool:
         upcoming = ahead.submit(next, steps, None)
         while (step := upcoming.result()) is not None:
-            call, before, right = step
+            call, before, positions, right = step
             going = [run for run in runs if run.going]
             if not wanted & {run.key.name for run in going}:
                 break
@@ -157,6 +160,7 @@ def measure_drift(
                 limit = (limits or {}).get(run.key.name, np.inf)
                 if call.compare_state and call.tokens_read >= limit:
                     run.stop()
+            observe(call, positions)
             drift.calls += 1
             drift.largest_call = max(drift.largest_call, call.ids.shape[1])
             advance(call.tokens_read - tokens_read)
@@ -165,23 +169,28 @@ def measure_drift(
 
 
 def _reference_steps(
-    name: str, session: Session, calls: Iterable[ScheduledCall]
-) -> Iterator[tuple[ScheduledCall, State, _Output | Failure]]:
-    """Yield each call, the state before it, and the reference's output or failure."""
-    before = session.state
-    for call in calls:
-        if call.reset:
-            session.reset(call.reset)
-            before = session.state
+    name: str, session: Session, calls: Iterable[ScheduledCall], stops: Collection[int]
+) -> Iterator[tuple[ScheduledCall, State, list[int], _Output | Failure]]:
+    """Yield each call, the state and the positions before it, and the output or failure.
+
+    The state is empty where teacher-forced sessions do not make the call. A call after which a
+    session stops is compared.
+    """
+    for planned in calls:
+        stops = [stop for stop in stops if stop > 0]
+        ends = any(planned.tokens_read >= stop for stop in stops)
+        call = replace(planned, compare_state=True, forced=True) if ends else planned
+        stops = [stop for stop in stops if planned.tokens_read < stop]
+        call.prepare(session)
+        before, positions = session.state if call.forced else {}, session.positions
         right = _feed(name, session, call, keep=True)
-        yield call, before, right
+        yield call, before, positions, right
         if isinstance(right, Failure):
             return
-        before = right.state
 
 
 class _Output(NamedTuple):
-    """Logits [B, T, V] that a call returned, and the state after it."""
+    """Logits [B, P, V] that a call returned, and the state after it, or the part to compare."""
 
     logits: Array
     state: State
@@ -216,6 +225,7 @@ class _CandidateRun:
         self.drift = RunDrift()
         self.going = True
         self._sums: _Sums | None = None
+        self._last: tuple[Array, Array] | None = None  # logits of the call before, and a copy
         if wrong := _other_state(session, reference):
             self._fail(Failure(key.name, 0, 0, wrong, "shape"))
         self.drift.dtypes = {spec.name: spec.dtype for spec in session.specs}
@@ -228,10 +238,18 @@ class _CandidateRun:
           before: Reference's state before the call.
           right: Reference's output of the call.
         """
+        if self.key.mode == TEACHER_FORCED and not call.forced:
+            return
         found = self._feed(call, before)
         if isinstance(found, Failure):
             self._fail(found)
             return
+        if self._last and not np.array_equal(*self._last):
+            message = "it has changed the logits that the call before returned"
+            at = (self.key.name, call.step, call.tokens_read)
+            self._fail(Failure(*at, message, "not repeatable", LOGITS))
+            return
+        self._last = found.logits, found.logits.copy()
         self.drift.dtypes[LOGITS] = str(found.logits.dtype)
         self._sums = self._sums or _Sums(self.session)
         self._sums.add(found, right, call)
@@ -247,8 +265,10 @@ class _CandidateRun:
 
     def _feed(self, call: ScheduledCall, before: _Casts) -> _Output | Failure:
         if self.key.mode == FREE_RUNNING:
-            if call.reset:
-                self.session.reset(call.reset)
+            try:
+                call.prepare(self.session)
+            except Exception as error:  # runtimes raise exceptions of any type
+                return Failure(self.key.name, call.step, call.tokens_read, _text(error))
             return _feed(self.key.name, self.session, call)
         state = before.to(self.session)
         if wrong := _not_finite(state):
@@ -279,14 +299,16 @@ class _Sums:
     def add(self, candidate: _Output, reference: _Output, call: ScheduledCall) -> None:
         """Add the differences of one call."""
         at = (call.step, call.tokens_read)
-        for row, length in enumerate(call.lengths):
-            real = (row, slice(0, int(length)))
-            found, expected = candidate.logits[real], reference.logits[real]
-            place = int(call.positions[row])
-            self._tensors[LOGITS].add(row, found, expected, *at, offset=place)
-            self._predictions.add(found, expected, call.labels[real])
+        for row, (length, wanted) in enumerate(zip(call.lengths, call.wanted, strict=True)):
+            real = wanted < length
+            places = wanted[real]
+            found, expected = candidate.logits[row][real], reference.logits[row][real]
+            self._tensors[LOGITS].add(
+                row, found, expected, *at, places=places + int(call.positions[row])
+            )
+            self._predictions.add(found, expected, call.labels[row, places])
             for name, tensor in reference.state.items():
-                if call.compare_state or name.startswith(_COMPARED_EVERY_CALL):
+                if _is_compared(name, call):
                     self._tensors[name].add(row, candidate.state[name][row], tensor[row], *at)
 
     def finish(self, drift: RunDrift) -> None:
@@ -296,6 +318,10 @@ class _Sums:
             if total.ulp is not None:
                 drift.ulp[name] = drift.ulp.get(name, 0) + total.ulp
         drift.predictions.append(self._predictions.result())
+
+
+def _is_compared(tensor: str, call: ScheduledCall) -> bool:
+    return call.compare_state or tensor.startswith(_COMPARED_EVERY_CALL)
 
 
 def _other_state(session: Session, reference: Session) -> str:
@@ -321,18 +347,17 @@ def _feed(
       name: Name of the session.
       session: Session that makes the call.
       call: Call to make.
-      keep: Whether to copy the state, so that it outlives the session's next call.
+      keep: Whether to copy what is compared of the state, so that it outlives the next call.
     """
     at = (name, call.step, call.tokens_read)
     try:
-        session.learning_rate_scale = call.scale
-        logits = session.feed(call.ids, call.weights, call.lengths)
-        output = _Output(logits, session.state if keep else session.peek())
+        logits = call.feed(session)
+        output = _Output(logits, session.peek())
     except NotFiniteError as error:
         return Failure(*at, str(error), "not finite", LOGITS)
     except Exception as error:  # runtimes raise exceptions of any type; the others continue
         return Failure(*at, _text(error))
-    shapes = {LOGITS: (*call.ids.shape, session.vocab_size)}
+    shapes = {LOGITS: (*call.wanted.shape, session.vocab_size)}
     shapes |= {spec.name: (session.batch, *spec.shape) for spec in session.specs}
     for tensor, expected in shapes.items():
         array = output.logits if tensor == LOGITS else output.state[tensor]
@@ -341,6 +366,9 @@ def _feed(
             return Failure(*at, message, "shape", tensor)
     if wrong := _not_finite(output.state):
         return Failure(*at, wrong[1], "not finite", wrong[0])
+    if keep:
+        kept = {n: array.copy() for n, array in output.state.items() if _is_compared(n, call)}
+        return _Output(logits, kept)
     return output
 
 
@@ -351,7 +379,11 @@ def _text(error: Exception) -> str:
 def _not_finite(state: State) -> tuple[str, str] | None:
     """Return the name of the first state tensor that is not finite, and a message about it."""
     for name, array in state.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        # A sum is not finite if a term is not, and is taken at a fraction of the cost.
+        wide = np.float64 if array.dtype.itemsize > 4 else np.float32
+        with np.errstate(over="ignore", invalid="ignore"):
+            suspect = array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=wide))
+        if suspect and not np.isfinite(array).all():
             row, *index = np.argwhere(~np.isfinite(array))[0].tolist()
             value = array[(row, *index)]
             return name, f"state '{name}' is {value} in row {row}, element {index}"

@@ -1,22 +1,27 @@
-"""The calls of a parity check over text: uneven chunks, the same for every runtime.
+"""A planned call, and the calls over text: uneven chunks, the same for every runtime.
 
 `cases` has the other kinds of calls. A schedule can be replayed from its seed. Its calls cover what
 tends to go wrong in streaming models: T of 1 and the largest T; odd sizes, which leave the ring
 buffers at every offset; rows at different positions, a row that starts late, and rows with fewer
-tokens than others or none; tokens that are read without learning, singly and in whole calls; and a
-reset in mid-stream.
+tokens than others or none; tokens that are read without learning, singly and in whole calls; logits
+after some of the tokens only; and a reset in mid-stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fwl_export.bundle.state import Array
 from fwl_export.errors import TokenError
+from fwl_export.parity.design import Setting
+
+if TYPE_CHECKING:
+    from fwl_export.runtimes import Session
 
 # Row 0 reads from start to end, row 1 starts late, row 2 is reset in mid-stream.
 ROWS = 3
@@ -30,7 +35,9 @@ _POINTS_PER_DOUBLING = 2
 _RAGGED = 0.5  # share of calls in which rows have different lengths
 _WEIGHTED = 0.4  # share of calls in which some tokens have weight 0 or 0.5
 _SILENT = 0.06  # share of calls in which all tokens have weight 0
-_DECODE_RUN = 16  # consecutive calls of one token, as when text is generated
+_SOME_LOGITS = 0.5  # share of calls of which not all logits are wanted
+_FORCED_EVERY = 4  # calls of which teacher-forced sessions make one
+_DECODE_RUN = 8  # consecutive calls of one token, as when text is generated
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,16 @@ class ScheduledCall:
       labels: Token that follows each token in the text, [B, T] int64, 0 at padding.
       positions: Tokens that each row has read before this call, [B] int64. Resets do not lower it.
       reset: Rows to reset before this call.
-      tokens_read: Tokens the first row has read after this call.
+      tokens_read: Tokens the first row has read after this call. In the cases of the covering
+        design, whose first row may be idle, the sum of T so far.
       compare_state: Whether the whole state is compared after this call.
+      logit_positions: Positions in this call whose logits are wanted, [B, P] int64; None means
+        all T of each row.
+      last_only: Whether only the logits after each row's last token are wanted.
+      forks: Rows to copy to other rows before the call, as (source, target).
+      moves: Rows to put at another position before the call, as (row, position).
+      forced: Whether teacher-forced sessions make this call. They do where states are compared.
+      setting: What the call covers of the covering design, or None outside of it.
     """
 
     step: int
@@ -60,6 +75,47 @@ class ScheduledCall:
     reset: tuple[int, ...]
     tokens_read: int
     compare_state: bool
+    logit_positions: Array | None = None
+    last_only: bool = False
+    forks: tuple[tuple[int, int], ...] = ()
+    moves: tuple[tuple[int, int], ...] = ()
+    forced: bool = True
+    setting: Setting | None = None
+
+    @property
+    def prepares(self) -> bool:
+        """Whether rows change before the call."""
+        return bool(self.reset or self.forks or self.moves)
+
+    @property
+    def wanted(self) -> Array:
+        """Positions in this call whose logits are returned, [B, P] int64."""
+        if self.last_only:
+            return np.maximum(self.lengths - 1, 0)[:, None]
+        if self.logit_positions is not None:
+            return self.logit_positions
+        return np.tile(np.arange(self.ids.shape[1]), (len(self.ids), 1))
+
+    def prepare(self, session: Session) -> None:
+        """Reset, copy and move the rows of a session as planned before the call."""
+        if self.reset:
+            session.reset(self.reset)
+        for source, target in self.forks:
+            session.fork(source, [target])
+        if self.moves:
+            rows = [row for row, _ in self.moves]
+            positions = np.array([position for _, position in self.moves], np.int64)
+            session.write_rows(rows, {**session.read_rows(rows), "position": positions})
+
+    def feed(self, session: Session) -> Array:
+        """Make the call; returns the logits at the wanted positions, [B, P, V]."""
+        session.learning_rate_scale = self.scale
+        # Where nothing is padded or weighted, sessions take a faster path, as applications do.
+        plain = (self.lengths == self.ids.shape[1]).all() and (self.weights == 1).all()
+        weights, lengths = (None, None) if plain else (self.weights, self.lengths)
+        if self.last_only:
+            return session.feed(self.ids, weights, lengths, last_only=True)[:, None]
+        return session.feed(self.ids, weights, lengths, logit_positions=self.logit_positions)
 
 
 @dataclass(frozen=True)
@@ -106,7 +162,9 @@ class Schedule:
             pending_reset = pending_reset and not reset
             weights = _weights(rng, (ROWS, int(lengths.max())))
             rows = (_RESET_ROW,) if reset else ()
-            yield make_call(step, texts, positions, lengths, weights, rows, marks)
+            call = make_call(step, texts, positions, lengths, weights, rows, marks)
+            forced = call.compare_state or step % _FORCED_EVERY == 0
+            yield replace(some_logits(rng, call), forced=forced)
             positions += lengths
             step += 1
 
@@ -139,6 +197,17 @@ def comparison_points(tokens: int) -> list[int]:
     return [*takewhile(lambda mark: mark < tokens, marks), tokens]
 
 
+def some_logits(rng: np.random.Generator, call: ScheduledCall) -> ScheduledCall:
+    """Return the call, half of the time with logits after some of its tokens only."""
+    size = call.ids.shape[1]
+    if size == 1 or rng.random() >= _SOME_LOGITS:
+        return call
+    if rng.random() < 0.5:
+        return replace(call, last_only=True)
+    count = int(rng.integers(1, size))
+    return replace(call, logit_positions=rng.integers(0, size, (len(call.ids), count)))
+
+
 def make_call(
     step: int,
     texts: Sequence[Array],
@@ -148,6 +217,7 @@ def make_call(
     reset: tuple[int, ...],
     marks: list[int],
     scale: Array | None = None,
+    size: int = 0,
 ) -> ScheduledCall:
     """Return the call in which each row reads on in its text.
 
@@ -160,8 +230,9 @@ def make_call(
       reset: Rows to reset before the call.
       marks: Comparison points that are still ahead. Those that the call reaches are removed.
       scale: Factor on the model's step sizes in each row, [B]; None means 1.
+      size: T; 0 means the largest of the lengths.
     """
-    size = int(lengths.max())
+    size = size or int(lengths.max())
     real = np.arange(size) < lengths[:, None]
     places = positions[:, None] + np.arange(size)
     rows = range(len(texts))
@@ -203,7 +274,7 @@ def _sizes(rng: np.random.Generator, max_tokens: int) -> Iterator[int]:
     """
     odd = {2, 3, 5, 7, 13, 17, 31, 61, max_tokens // 2 + 1, max_tokens - 1, max_tokens}
     blocks = [[size] for size in sorted(odd) if 1 <= size <= max_tokens]
-    blocks = [[1] * _DECODE_RUN] * 3 + blocks
+    blocks = [[1] * _DECODE_RUN, *blocks]
     half = len(blocks) // 2
     yield from (size for index in rng.permutation(half) for size in blocks[index])
     yield from (

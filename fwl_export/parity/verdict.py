@@ -98,7 +98,8 @@ class RunVerdict:
     @property
     def status(self) -> str:
         """`WITHIN`, `OUTSIDE` or `COULD_NOT_RUN`."""
-        if self.use > 1 or (self.failure and self.failure.kind == "not finite"):
+        wrong = ("not finite", "not repeatable")
+        if self.use > 1 or (self.failure and self.failure.kind in wrong):
             return OUTSIDE
         return COULD_NOT_RUN if self.failure or not self.tensors else WITHIN
 

@@ -52,7 +52,12 @@ def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
       CheckpointError: The file is not a tokenizer, or does not fit the model's vocabulary.
     """
     config = bundle.manifest.config
-    return load_tokenizer(bundle.file(TOKENIZER_FILE), config.vocab_size, config.padded_vocabulary)
+    return load_tokenizer(
+        bundle.folder / TOKENIZER_FILE,
+        config.vocab_size,
+        config.padded_vocabulary,
+        bundle.read_file(TOKENIZER_FILE),
+    )
 
 
 def score_ids(

@@ -47,28 +47,48 @@ def sessions(tiny_bundle: Path, folder: Path) -> dict[str, Session]:
 
 
 @pytest.fixture(scope="module")
-def caught(tiny_bundle: Path, sessions: dict[str, Session]) -> dict[str, set[str]]:
-    """For each fault, the tensors that `check` finds outside their budgets or not finite."""
+def report(tiny_bundle: Path, sessions: dict[str, Session]) -> dict[str, Any]:
+    """The report of a check of all faults side by side."""
     fresh = {name: session.another(session.batch) for name, session in sessions.items()}
-    report = check_bundle(read_bundle(tiny_bundle), TEXT, TOKENS, candidates=fresh, cases=CASES)
-    found: dict[str, set[str]] = {}
-    for candidate in report.to_dict()["candidates"]:
-        assert candidate["status"] == "outside", candidate["name"]
-        names = found.setdefault(candidate["name"], set())
-        for run in candidate["runs"]:
-            # null stands for an infinite error.
-            names |= {t["name"] for t in run["tensors"] if t["use"] is None or t["use"] > 1}
-    return found
+    made = check_bundle(read_bundle(tiny_bundle), TEXT, TOKENS, candidates=fresh, cases=CASES)
+    return made.to_dict()
+
+
+def of_candidate(name: str, report: dict[str, Any]) -> dict[str, Any]:
+    """Return the report as if it were about one session, and that were the candidate."""
+    (found,) = [entry for entry in report["candidates"] if entry["name"] == name]
+    assert found["status"] == "outside", name
+    return {**report, "candidates": [{**found, "name": CANDIDATE}]}
+
+
+def caught_by(name: str, report: dict[str, Any]) -> set[str]:
+    """Return the tensors that `check` finds outside their budgets or not finite."""
+    (candidate,) = of_candidate(name, report)["candidates"]
+    # null stands for an infinite error.
+    return {
+        tensor["name"]
+        for run in candidate["runs"]
+        for tensor in run["tensors"]
+        if tensor["use"] is None or tensor["use"] > 1
+    }
 
 
 def bisected(
-    number: int, tiny_bundle: Path, folder: Path, sessions: dict[str, Session]
+    number: int,
+    tiny_bundle: Path,
+    folder: Path,
+    sessions: dict[str, Session],
+    report: dict[str, Any],
 ) -> Bisection:
     name, planted = list(PLANTED.items())[number]
-    bundle = read_bundle(folder / str(number) if planted.op else tiny_bundle)
-    session = None if planted.op else sessions[name]
-    target = folder / f"repro-{number}"
-    return bisect_bundle(bundle, TEXT, CANDIDATE, TOKENS, reproducer=target, session=session)
+    return bisect_bundle(
+        read_bundle(folder / str(number) if planted.op else tiny_bundle),
+        TEXT,
+        CANDIDATE,
+        reproducer=folder / f"repro-{number}",
+        session=None if planted.op else sessions[name],
+        report=of_candidate(name, report),
+    )
 
 
 @pytest.mark.parametrize("number", range(len(PLANTED)), ids=list(PLANTED))
@@ -77,15 +97,16 @@ def test_a_fault_is_caught_and_located(
     tiny_bundle: Path,
     folder: Path,
     sessions: dict[str, Session],
-    caught: dict[str, set[str]],
+    report: dict[str, Any],
 ) -> None:
     name, planted = list(PLANTED.items())[number]
-    assert planted.caught_by in caught[name]
-    result = bisected(number, tiny_bundle, folder, sessions)
+    assert planted.caught_by in caught_by(name, report)
+    result = bisected(number, tiny_bundle, folder, sessions, report)
     found = result.finding
     assert found is not None
     if not planted.op:
-        assert (found.kind, found.tensor) == ("state", planted.module), result.to_text()
+        where = (found.kind, found.tensor, found.fault)
+        assert where == ("state", planted.module, "runtime"), result.to_text()
         assert "every node is right when given correct inputs" in found.note
         assert not (folder / f"repro-{number}").exists()
         return
@@ -121,9 +142,12 @@ def test_nothing_is_found_in_an_unbroken_bundle(
     bundle: str, candidate: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     opened = read_bundle(request.getfixturevalue(bundle))
-    result = bisect_bundle(opened, TEXT, candidate, 60, reproducer=tmp_path / "repro")
+    result = bisect_bundle(
+        opened, TEXT, candidate, 60, reproducer=tmp_path / "repro", cases="text,mixed2@40"
+    )
     assert result.finding is None, result.to_text()
     assert "nothing found" in result.to_text()
+    assert (result.check, result.exit_code) == ("", 0)
     assert not (tmp_path / "repro").exists()
 
 
@@ -201,8 +225,8 @@ def test_a_fault_of_graph_optimization_is_told_from_one_in_a_node(
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", faults.ignored_decay(0))
     optimised = {read_bundle(tiny_bundle).model_files(): broken.model_files()}
 
-    def probe(candidate: Candidate, path: Path) -> Probe:
-        return open_probe(candidate, optimised.get(path, path))
+    def probe(candidate: Candidate, path: Path, threads: int | None) -> Probe:
+        return open_probe(candidate, optimised.get(path, path), threads)
 
     monkeypatch.setattr("fwl_export.bisect.run.open_probe", probe)
     session = open_session(broken, "onnxruntime", 3, threads=1, plugin="none")

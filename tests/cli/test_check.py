@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,7 +24,7 @@ def test_a_good_bundle_passes_and_leaves_a_report(
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert "against torch:float64; text play.txt, seed 0" in lines[0]
-    assert lines[1].startswith("cases: text 60, mixed 60, ")
+    assert lines[1].startswith("cases: text 60, mixed 240, repeat 60, ")
     assert lines[-2].startswith("within budget: ")
     target = own_bundle / "reports" / "parity.json"
     assert lines[-1].endswith(f"report: {target}")
@@ -71,10 +73,65 @@ def test_the_default_text_is_the_held_out_play(
     assert "cases: text 20 tokens" in result.out
 
 
+@pytest.mark.parametrize("suffix", ["json", "html"])
+def test_a_full_disk_ends_with_2_and_names_the_file(
+    suffix: str,
+    own_bundle: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, *arguments: object, **options: object) -> int:
+        if path.suffix == f".{suffix}":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", full)
+    target = tmp_path / "report.json"
+    given = ("--text", text, "--tokens", 20, "--cases", "text", "--candidates", "onnxruntime")
+    result = run(capsys, "check", own_bundle, *given, "--report", target)
+    assert result.code == 2
+    assert f"No space left on device: '{target.with_suffix('.' + suffix)}'" in result.err
+    assert "Traceback" not in result.err
+    assert target.exists() == (suffix == "html")
+
+
+def test_standard_output_that_is_full_is_not_a_verdict(
+    own_bundle: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fwl_export.cli.check._print", full)
+    given = ("--text", text, "--tokens", 20, "--cases", "text", "--candidates", "onnxruntime")
+    result = run(capsys, "check", own_bundle, *given)
+    assert result.code == 2
+    assert "No space left on device: 'standard output'" in result.err
+
+
+def test_all_ids_are_read_on_request(
+    own_bundle: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--text", text, "--tokens", 20, "--cases", "long", "--candidates", "onnxruntime")
+    some = run(capsys, "check", own_bundle, *given)
+    every = run(capsys, "check", own_bundle, *given, "--all-ids", "--json")
+    assert "tried: token ids 20 of 64 read, 19 learned from" in some.out
+    data = json.loads(every.out)
+    assert data["coverage"]["token_ids_read"] == data["coverage"]["token_ids_learned"] == 64
+    assert data["settings"]["cases"] == ["long@65"]
+    assert "--all-ids" in shlex.split(data["command"])
+
+
 @pytest.mark.parametrize(
     ("fault", "tensor"),
     [
-        (faults.weight("fast_weights.up_kernel", (2, 3), factor=1.01), "pending.up"),
+        (faults.weight("fast_weights.up_kernel", (2, 3), factor=1.01), "pending."),
         (faults.stale("cache.0.key"), "cache.0.key"),
     ],
     ids=["one weight", "stale cache"],
@@ -88,7 +145,8 @@ def test_a_broken_bundle_exits_with_1_and_says_where_and_what_next(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", fault).folder
-    result = run(capsys, "check", broken, "--text", text, "--tokens", 40, "--cases", "text")
+    given = ("--text", text, "--tokens", 40, "--cases", "text", "--candidates", "onnxruntime")
+    result = run(capsys, "check", broken, *given)
     assert result.code == 1
     assert "OUTSIDE BUDGET: " in result.out
     assert f"error: onnxruntime is outside its budget, first in '{tensor}" in result.err
@@ -103,9 +161,8 @@ def test_nan_exits_with_1_and_names_the_first_step(
 ) -> None:
     fault = faults.not_a_number("fast.down.bias", 20)
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", fault).folder
-    result = run(
-        capsys, "check", broken, "--text", text, "--tokens", 40, "--cases", "text", "--json"
-    )
+    given = ("--text", text, "--tokens", 40, "--cases", "text", "--candidates", "onnxruntime")
+    result = run(capsys, "check", broken, *given, "--json")
     assert result.code == 1
     assert "onnxruntime failed in case 'text', free-running, at call" in result.err
     assert "state 'fast.down.bias' is nan in row " in result.err
@@ -168,10 +225,10 @@ def test_a_report_is_replayed_with_its_own_command(
         (("--candidates", "torch,torch"), "'torch' is named twice"),
         (("--cases", "texts"), "'texts' is not a case; expected text, mixed"),
         (("--replay", "report.json", "--tokens", "5"), "--replay takes text, cases, tokens"),
-        (("--replay", "report.json"), "schema_version is 1, but this fwl-export reads 2; run"),
+        (("--replay", "report.json"), "schema_version is 1, but this fwl-export reads 3; run"),
         (
             ("--baseline", "report.json"),
-            "schema_version is 1, but this fwl-export reads 2; run",
+            "schema_version is 1, but this fwl-export reads 3; run",
         ),
         (("--baseline", "other.json"), "is not a report of `fwl-export check`"),
         (("--baseline", "none.json"), "cannot read report 'none.json'"),

@@ -69,7 +69,7 @@ def negated_value(node: int) -> Fault:
     """Flip the sign of the value that an update writes."""
 
     def plant(model: onnx.ModelProto) -> None:
-        _wrap_input(model, _updates(model)[node], 2, "Neg")
+        _wrap_input(model, updates(model)[node], 2, "Neg")
 
     return plant
 
@@ -78,7 +78,7 @@ def added_instead(node: int) -> Fault:
     """Add the step that is read from an update, instead of subtracting it."""
 
     def plant(model: onnx.ModelProto) -> None:
-        name = _updates(model)[node].output[0]
+        name = updates(model)[node].output[0]
         while True:  # follow the scaled step to the subtraction
             (user,) = [n for n in model.graph.node if name in n.input]
             if user.op_type == "Sub":
@@ -94,7 +94,7 @@ def ignored_decay(node: int) -> Fault:
     """Give an update a decay of 1 for every token."""
 
     def plant(model: onnx.ModelProto) -> None:
-        update = _updates(model)[node]
+        update = updates(model)[node]
         _insert_before(model, update, "Div", [update.input[3]] * 2, "ones")
         update.input[3] = "ones"
 
@@ -117,8 +117,8 @@ def pending_of_padding(state: str) -> Fault:
     """Take a pending tensor from the last token of the call, even where that is padding."""
 
     def plant(model: onnx.ModelProto) -> None:
-        choose = _producer(model, f"present.{state}")
-        gather = _producer(model, choose.input[1])
+        choose = producer(model, f"present.{state}")
+        gather = producer(model, choose.input[1])
         assert (choose.op_type, gather.op_type) == ("Where", "GatherND")
         last = _constant(model, "last", np.array(-1, np.int64))
         _insert_before(model, choose, "Gather", [gather.input[0], last], "of_last", axis=1)
@@ -201,11 +201,11 @@ def not_a_number(state: str, after: int) -> Fault:
     return plant
 
 
-def _updates(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+def updates(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [n for n in model.graph.node if n.domain == DOMAIN]
 
 
-def _producer(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+def producer(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
     return next(n for n in model.graph.node if name in n.output)
 
 
@@ -275,7 +275,7 @@ def wrong_epsilon(module: str, epsilon: float) -> Fault:
     """Give one norm another epsilon."""
 
     def plant(model: onnx.ModelProto) -> None:
-        node = _node_in(model, module, "Add")
+        node = node_in(model, module, "Add")
         node.input[1] = _constant(model, "epsilon", np.array(epsilon, np.float32))
 
     return plant
@@ -298,7 +298,7 @@ def swapped_query_and_key(update: int) -> Fault:
     """Read with the key and write with the query."""
 
     def plant(model: onnx.ModelProto) -> None:
-        node = _updates(model)[update]
+        node = updates(model)[update]
         node.input[0], node.input[1] = node.input[1], node.input[0]
 
     return plant
@@ -333,7 +333,7 @@ def missing_cast() -> Fault:
     def plant(model: onnx.ModelProto) -> None:
         (cosine,) = [n for n in model.graph.node if n.op_type == "Cos"]
         angle = cosine.input[0]
-        scaled = _producer(model, angle)
+        scaled = producer(model, angle)
         half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
         scaled.output[0] = "whole.angle"
         _insert_before(model, cosine, "Cast", ["whole.angle"], "half.angle", to=half)
@@ -396,7 +396,7 @@ def transposed_weight(module: str) -> Fault:
     """Transpose a square weight."""
 
     def plant(model: onnx.ModelProto) -> None:
-        node = _node_in(model, module, "MatMul")
+        node = node_in(model, module, "MatMul")
         tensor = next(t for t in model.graph.initializer if t.name == node.input[1])
         tensor.CopyFrom(
             numpy_helper.from_array(numpy_helper.to_array(tensor).T.copy(), tensor.name)
@@ -423,7 +423,7 @@ def dropped_bias() -> Fault:
     """Leave out the learned part of the first bias."""
 
     def plant(model: onnx.ModelProto) -> None:
-        total = _producer(model, _producer(model, "present.fast.up.bias").input[0])
+        total = producer(model, producer(model, "present.fast.up.bias").input[0])
         step = next(
             n for n in model.graph.node if n.op_type == "Mul" and total.output[0] in n.input
         )
@@ -471,7 +471,7 @@ def last_tile_ignored() -> Fault:
     return plant
 
 
-def _node_in(model: onnx.ModelProto, module: str, op: str) -> onnx.NodeProto:
+def node_in(model: onnx.ModelProto, module: str, op: str) -> onnx.NodeProto:
     """Return the first node of a type that was traced in a module."""
     for node in model.graph.node:
         scopes = [p.value for p in node.metadata_props if p.key.endswith("name_scopes")]

@@ -239,13 +239,14 @@ def test_nan_is_a_failure_with_the_first_step(
     state: str, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     broken = broken_bundle(tiny_bundle, tmp_path / "broken", faults.not_a_number(state, 30))
-    report = check_bundle(broken, TEXT, 60, cases="text")
+    report = check_bundle(broken, TEXT, 60, candidates="onnxruntime", cases="text")
     (found,) = report.candidates
     assert (found.status, report.exit_code) == ("outside", 1)
     assert found.failure is not None
     assert (found.failure.kind, found.failure.tensor) == ("not finite", state)
     assert found.failure.message.startswith(f"state '{state}' is nan in row ")
-    assert 31 <= found.failure.tokens_read < 31 + MAX_TOKENS  # the call that read token 31
+    # The call in which a row read its token 31; the first row may be some tokens behind.
+    assert 31 - MAX_TOKENS < found.failure.tokens_read < 31 + MAX_TOKENS
     assert all(tensor.use < 1 for run in found.runs for tensor in run.tensors)
     assert "onnxruntime failed in case 'text', free-running, at call" in report.problems()[0]
 
@@ -363,7 +364,8 @@ def test_what_grew_since_the_baseline_is_outside(tiny_bundle: Path) -> None:
     assert grown.exit_code == 1
     assert "has a larger error than in the baseline" in grown.problems()[0]
     assert grown.to_dict()["baseline"]["grown"]
-    before["candidates"][0]["name"] = "another"
+    for found in before["candidates"]:
+        found["name"] = "another"
     with pytest.raises(ReportError, match="nothing in common with this check"):
         check_bundle(bundle, TEXT, 40, cases="text", baseline=before)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class FakeRunner:
         logits = self.twist(self.calls, logits, state)
         present.update(state)
         self.calls += 1
-        return logits
+        return np.take_along_axis(logits, call.logit_positions[..., None], 1)
 
     def read(self, buffers: dict[str, Any], rows: Rows) -> State:
         return {name: value[index(rows)] for name, value in buffers.items()}
@@ -77,7 +78,7 @@ def fake(twist: Twist = lambda call, logits, state: logits, batch: int = ROWS) -
 
 
 def drift_of(twist: Twist, tokens: int = 100) -> Drift:
-    return measure_drift(("right", fake()), {"found": fake(twist)}, Schedule(TEXT, tokens, 16))
+    return measure_drift(("right", fake()), {"found": fake(twist)}, calls(tokens))
 
 
 def run_of(drift: Drift, mode: str = FREE_RUNNING, name: str = "found") -> RunDrift:
@@ -85,7 +86,8 @@ def run_of(drift: Drift, mode: str = FREE_RUNNING, name: str = "found") -> RunDr
 
 
 def calls(tokens: int = 100) -> list[ScheduledCall]:
-    return list(Schedule(TEXT, tokens, 16))
+    """Return calls which teacher-forced sessions make too, so that both modes count alike."""
+    return [replace(call, forced=True) for call in Schedule(TEXT, tokens, 16)]
 
 
 def test_equal_sessions_do_not_differ_anywhere() -> None:
@@ -101,21 +103,52 @@ def test_equal_sessions_do_not_differ_anywhere() -> None:
         for errors in found.errors.values():
             assert len(errors) == len(found.tokens_read)
             assert all(error.max_abs == error.relative_rms == 0 for error in errors)
-        tokens = sum(int(call.lengths.sum()) for call in calls())
+        tokens = sum(int((call.wanted < call.lengths[:, None]).sum()) for call in calls())
         assert sum(p.tokens for p in found.predictions) == tokens
         assert found.ulp["logits"].tolist()[0] == tokens * VOCABULARY
         assert "position" not in found.ulp
 
 
+def test_teacher_forced_sessions_make_the_calls_that_say_so() -> None:
+    planned = list(Schedule(TEXT, 100, 16))
+    drift = measure_drift(("right", fake()), {"found": fake()}, planned)
+    chosen = [call for call in planned if call.forced]
+    assert 0 < len(chosen) < len(planned)
+    assert all(call.forced for call in planned if call.compare_state)
+    tokens = sum(int((call.wanted < call.lengths[:, None]).sum()) for call in chosen)
+    assert sum(p.tokens for p in run_of(drift, TEACHER_FORCED).predictions) == tokens
+    assert run_of(drift, TEACHER_FORCED).tokens_read == run_of(drift).tokens_read
+
+
+def test_rows_are_reset_copied_and_moved_in_every_session_before_a_call() -> None:
+    call = calls()[0]
+    planned = [
+        call,
+        replace(call, step=1, reset=(0,), forks=((1, 2),), moves=((1, 4000),), tokens_read=20),
+    ]
+    seen: list[Sequence[int]] = []
+    drift = measure_drift(
+        ("right", fake()),
+        {"found": fake()},
+        [replace(c, compare_state=True) for c in planned],
+        observe=lambda call, before: seen.append(before),
+    )
+    read = call.lengths.tolist()
+    assert seen == [[0, 0, 0], [0, 4000, read[1]]]
+    for mode in (FREE_RUNNING, TEACHER_FORCED):
+        assert all(error.max_abs == 0 for error in run_of(drift, mode).errors["position"])
+
+
 def test_the_advance_adds_up_to_the_tokens() -> None:
     moved: list[int] = []
-    schedule = Schedule(TEXT, 100, 16)
-    measure_drift(("right", fake()), {"found": fake()}, schedule, advance=moved.append)
+    measure_drift(("right", fake()), {"found": fake()}, calls(), advance=moved.append)
     assert sum(moved) == 100
 
 
 def test_a_wrong_logit_is_found_at_its_row_position_and_token() -> None:
-    chosen = next(c for c in calls() if c.step > 20 and c.lengths[2] >= 3)
+    chosen = next(
+        c for c in calls() if c.step > 8 and c.lengths[2] >= 3 and (c.wanted[2] == 1).any()
+    )
 
     def twist(call: int, logits: np.ndarray, state: State) -> np.ndarray:
         if call == chosen.step:
@@ -145,7 +178,7 @@ def test_padding_is_not_compared() -> None:
 
 
 def test_a_pending_tensor_that_is_wrong_for_one_call_between_points_is_found() -> None:
-    between = next(c.step for c in calls() if c.step > 20 and not c.compare_state)
+    between = next(c.step for c in calls() if c.step > 8 and not c.compare_state)
 
     def twist(call: int, logits: np.ndarray, state: State) -> np.ndarray:
         if call == between:
@@ -249,7 +282,7 @@ def test_logits_of_another_shape_are_a_failure() -> None:
     failure = run_of(drift_of(lambda call, logits, state: logits[..., :-1])).failure
     assert failure is not None
     assert failure.kind == "shape"
-    assert "logits has shape [3, 1, 4]; expected [3, 1, 5]" in failure.message
+    assert "logits has shape [3, 3, 4]; expected [3, 3, 5]" in failure.message
 
 
 def test_a_state_of_another_shape_is_a_failure() -> None:

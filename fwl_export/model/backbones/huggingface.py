@@ -277,10 +277,11 @@ def causal_model(config: dict[str, Any]) -> Any:
         return transformers.AutoModelForCausalLM.from_config(
             settings, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
         ).eval()
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # transformers raises exceptions of many unrelated classes
         raise ConfigError(
             f"transformers {transformers.__version__} cannot build a language model of "
-            f"model_type '{kind}' from this config ({str(error).splitlines()[0]})"
+            f"model_type '{kind}' from this config "
+            f"({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from None
 
 

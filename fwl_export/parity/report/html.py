@@ -13,6 +13,7 @@ from html import escape
 from string import Template
 from typing import Any
 
+from fwl_export.parity.coverage import coverage_table
 from fwl_export.parity.drift import FREE_RUNNING, LOGITS, MODE_NAMES
 from fwl_export.printable import printable
 
@@ -43,6 +44,7 @@ def to_html(report: Data) -> str:
         ),
         problems=f"<ul>{problems}</ul>" if problems else "",
         bars=_budget_bars(report["candidates"]),
+        coverage=_coverage(report["coverage"]),
         candidates="".join(_candidate(c) for c in report["candidates"]),
         environment=_environment(report),
         command=_text(report["command"]),
@@ -115,6 +117,18 @@ def _budget_bars(candidates: Sequence[Data]) -> str:
         '<table class="bars"><caption>Largest use of a budget by a tensor of each candidate; 100% '
         'is the limit</caption><thead><tr><th scope="col">Candidate</th><th scope="col">Budget</th>'
         f'<th scope="col">Use</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _coverage(coverage: Data) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{_text(name)}</th><td>{_text(words)}</td></tr>'
+        for name, words in coverage_table(coverage)
+    )
+    return (
+        '<section id="coverage"><h2>What was tried</h2><div class="scroll" tabindex="0"><table>'
+        f"<caption>Counted in the calls that were made</caption><tbody>{rows}</tbody></table>"
+        "</div></section>"
     )
 
 
@@ -245,19 +259,23 @@ def _plot_in_words(points: Sequence[int], tensors: Sequence[Data]) -> str:
 
 
 def _heat(run: Data) -> str:
+    """Return the heat map; its colors span what there is, up to the whole budget."""
+    uses = [_use(use) for tensor in run["tensors"] for use in tensor["uses"]]
+    top = max((use for use in uses if use <= 1), default=0.0) or 1.0
     head = "".join(f'<th scope="col">{_text(tokens)}</th>' for tokens in run["depths"])
     rows = []
     for tensor in run["tensors"]:
         cells = "".join(
-            f'<td class="h{_heat_step(use)}" title="{_share(use)}">'
+            f'<td class="h{_heat_step(use, top)}" title="{_share(use)}">'
             f'<span class="hidden">{_share(use)}</span></td>'
             for use in tensor["uses"]
         )
         rows.append(f'<tr><th scope="row">{_text(tensor["name"])}</th>{cells}</tr>')
     return (
         "<details open><summary>Use of the budget by tensor and tokens read</summary><div "
-        'class="scroll" tabindex="0"><table class="heat"><caption>Stronger color: higher use; '
-        "orange: outside the budget. Columns: tokens read by the first row</caption><thead><tr>"
+        'class="scroll" tabindex="0"><table class="heat"><caption>Use of the budget, in five steps '
+        f"from 0 to {_share(top)}, the largest here within the budget: {_heat_key(top)} orange: "
+        "outside the budget. Columns: tokens read by the first row</caption><thead><tr>"
         '<th scope="col">Tensor</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
@@ -339,8 +357,15 @@ def _mode(item: Data) -> str:
     return MODE_NAMES.get(item["mode"], str(item["mode"]))
 
 
-def _heat_step(use: float | None) -> int:
-    return 5 if _use(use) > 1 else int(_use(use) * 4.999)
+def _heat_step(use: float | None, top: float) -> int:
+    """Return the color of a use, 0 to 4 for uses up to `top`, and 5 outside the budget."""
+    return 5 if _use(use) > 1 else int(_use(use) / top * 4.999)
+
+
+def _heat_key(top: float) -> str:
+    return " ".join(
+        f'<span class="step h{step}"></span> to {top * (step + 1) / 5:.0%},' for step in range(5)
+    )
 
 
 def _kind(use: float | None) -> str:
@@ -385,7 +410,7 @@ border-top:1px solid var(--rule);padding-top:.8rem}h3{font-size:1rem;display:inl
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
 caption,figcaption,.note{color:var(--dim);text-align:left;font-size:.85rem;padding:.4rem 0}
 th,td{text-align:right;padding:.25rem .5rem;border-bottom:1px solid var(--rule)}
-th:first-child,.bars th:nth-child(2),#env td{text-align:left;font-weight:500}
+th:first-child,.bars th:nth-child(2),#env td,#coverage td{text-align:left;font-weight:500}
 .scroll{overflow-x:auto}.scroll th{overflow-wrap:normal}.bar{width:50%}
 .track{display:block;height:.8rem;background:var(--rule)}
 .track span{display:block;height:100%}.fill{background:var(--good)}.over{background:var(--bad)}
@@ -402,7 +427,7 @@ polyline{fill:none;stroke-width:2}.budget{stroke-dasharray:5 4;stroke-width:1.2}
 flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem}.key{display:inline-block;width:1rem;height:.25rem;
 margin-right:.4rem;vertical-align:middle;background:var(--key)}
 .heat td{min-width:1.2rem;padding:0;position:relative}
-.heat{font-size:.75rem}.h0{background:rgba(var(--h),.05)}
+.heat{font-size:.75rem}.step{display:inline-block;width:1rem;height:.7rem}.h0{background:rgba(var(--h),.05)}
 .h1{background:rgba(var(--h),.25)}.h2{background:rgba(var(--h),.45)}
 .h3{background:rgba(var(--h),.65)}.h4{background:rgba(var(--h),.9)}.h5{background:var(--bad)}
 .hidden{position:absolute;left:0;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
@@ -415,9 +440,10 @@ padding:.6rem}@media(max-width:500px){svg text{font-size:20px}}
 .scroll{overflow:visible}.heat th{padding:.1rem .2rem;font-size:8px}.heat td{min-width:0}
 *{print-color-adjust:exact}}
 </style></head><body><main><h1>$title</h1>
-<p class="verdict $status">$verdict</p><p>$summary</p>$problems$bars
+<p class="verdict $status">$verdict</p><p>$summary</p>$problems$bars$coverage
 <p class="note">A <b>budget</b> is the largest error that a tensor may have. <b>Use</b> is the error
-divided by the budget; more than 100% is outside. <b>Free-running</b>: the candidate keeps its own
+divided by the budget, which is k times PyTorch&#x27;s own error in the same precision; more than
+100% is outside. <b>Free-running</b>: the candidate keeps its own
 state throughout, so errors add up. <b>Teacher-forced</b>: every call starts from the
 reference&#x27;s state, so only the error of a single step remains.</p>$candidates
 <section id="env"><h2>Repeat this check</h2><pre>$command</pre>$environment</section></main>

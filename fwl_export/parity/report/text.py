@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from fwl_export.parity.cases import MIXED
 from fwl_export.parity.compare import Prediction, pooled
+from fwl_export.parity.coverage import coverage_table
 from fwl_export.parity.drift import FREE_RUNNING, LOGITS, MODE_NAMES, MODES
 from fwl_export.parity.report.data import Report
 from fwl_export.parity.verdict import (
@@ -20,21 +22,20 @@ from fwl_export.printable import markdown, markdown_code, one_line
 LINES, COLUMNS = 30, 80
 
 # Largest numbers of rows and columns in the tables.
-_CANDIDATES = 5
-_TENSORS = 7
-_DRIFT_CANDIDATES = 3
+_CANDIDATES = 3
+_TENSORS = 4
+_DRIFT_CANDIDATES = 1
 _DRIFT_POINTS = 5
 # Widths of columns.
 _NAME = 21
 _TENSOR_NAME = 18
 _MODE = max(map(len, MODE_NAMES.values()))
 
+_PRECISIONS = {"fp32": "float32", "fp16": "float16", "fp64": "float64"}
 _VERDICTS = {WITHIN: "within budget", OUTSIDE: "OUTSIDE BUDGET", COULD_NOT_RUN: "COULD NOT RUN"}
 
-_TENSOR_LEGEND = (
-    "max: largest error; RMS: relative RMS error; each where the tensor is worst",
-    "teacher-forced: every call starts from the reference's state",
-)
+_LEGEND = "use = error ÷ allowed error; allowed = k × PyTorch's own {precision} error"
+_TENSOR_LEGEND = ("max: largest error; RMS: relative RMS error; teacher-forced: from right states",)
 
 
 def to_text(report: Report) -> str:
@@ -52,7 +53,8 @@ def to_text(report: Report) -> str:
     shown = _most_used(report.candidates)
     if shown:
         lines += ["", *_tensor_table(shown), *_TENSOR_LEGEND]
-        lines += ["", *_drift_table(report.candidates)]
+        lines += _drift_table(report.candidates)
+    lines += ["", *_coverage_table(report)]
     lines += ["", _fit(verdict_line(report))]
     return "\n".join(lines)
 
@@ -121,7 +123,12 @@ def share(use: float) -> str:
 
 
 def _cases(report: Report) -> str:
-    return ", ".join(f"{run.case.name} {run.case.tokens}" for run in report.cases)
+    """Return the cases with their tokens; those of the covering design together."""
+    tokens: dict[str, int] = {}
+    for run in report.cases:
+        name = MIXED if run.case.name.startswith(MIXED) else run.case.name
+        tokens[name] = tokens.get(name, 0) + run.case.tokens
+    return ", ".join(f"{name} {count}" for name, count in tokens.items())
 
 
 def _first_case(report: Report) -> str:
@@ -145,8 +152,15 @@ def _candidate_table(report: Report) -> Iterator[str]:
         yield cells.rstrip()
     if len(shown) < len(ranked):
         yield f"and {len(ranked) - len(shown)} more"
-    first = _first_case(report)
-    yield _fit(f"use: error / allowed error; KL, top-1, perplexity: case {first}, free-running")
+    precisions = sorted({candidate.precision for candidate in report.candidates})
+    yield _fit(_LEGEND.format(precision=_PRECISIONS.get(precisions[0], precisions[0])))
+    yield f"KL, top-1, perplexity: case {_first_case(report)}, free-running"
+
+
+def _coverage_table(report: Report) -> Iterator[str]:
+    """Yield what was tried, a line for each factor."""
+    for name, words in coverage_table(report.coverage):
+        yield _fit(f"tried: {name:9} {words}")
 
 
 def _prediction_cells(candidate: CandidateVerdict) -> list[str]:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from fwl_export.parity.cases import CASES
+from dataclasses import replace
+
+import numpy as np
+
+from fwl_export.parity.cases import CASES, ModelLimits, choose_cases
 from fwl_export.parity.compare import Error, Place, Prediction
+from fwl_export.parity.coverage import Coverage
 from fwl_export.parity.drift import Failure
 from fwl_export.parity.report.data import CaseRun, Report
 from fwl_export.parity.tolerances import TABLE, Budget, tolerance_for
 from fwl_export.parity.verdict import CandidateVerdict, Measured, RunVerdict, TensorVerdict
+
+# As wide as it may get: every line of its table is there.
+_LIMITS = ModelLimits(256, 0, 49152, 256, 383)
+_COVERAGE = Coverage(
+    _LIMITS,
+    ["plugin", "function body"],
+    ["2", "default"],
+    ["some runtime"],
+    ["cases mixed8, far", "what takes more than 100 tokens"],
+)
+for _case in choose_cases("mixed,long,decode", 2304, _LIMITS):
+    for _call in _case.calls(np.arange(100), _LIMITS, 0):
+        _COVERAGE.add(_call, [99_999] * len(_call.ids))
+COVERAGE = _COVERAGE.to_dict()
 
 # Tokens read at the comparison points.
 POINTS = (31, 62, 125, 250, 500, 750, 1000, 1250, 1500, 1750, 123456)
@@ -50,9 +69,10 @@ def report(*candidates: CandidateVerdict) -> Report:
         changed_tolerances={},
         table=TABLE,
         horizon_tokens=500.0,
-        cases=[CaseRun(case, 12345, 256) for case in CASES],
+        cases=[CaseRun(replace(case, tokens=1234), 12345, 256) for case in CASES],
         candidates=candidates,
         worst=[None] * len(candidates),
+        coverage=COVERAGE,
         baseline=None,
         environment={"versions": {"numpy": "2"}},
         command="fwl-export check bundle",

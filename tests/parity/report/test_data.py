@@ -80,7 +80,7 @@ def test_repr_is_the_verdict() -> None:
 def test_json_has_everything_and_no_number_that_is_not_finite(tmp_path: Path) -> None:
     report(GOOD, candidate(tensor("logits", math.inf))).write(tmp_path / "report.json")
     data = read_report(tmp_path / "report.json")
-    assert (data["schema_version"], data["passed"], data["exit_code"]) == (2, False, 1)
+    assert (data["schema_version"], data["passed"], data["exit_code"]) == (3, False, 1)
     assert [c["passed"] for c in data["candidates"]] == [True, False]
     assert data["candidates"][1]["use"] is None
     assert len(data["tolerances"]) == len(TABLE)
@@ -97,7 +97,7 @@ def test_the_documented_schema_is_the_written_one() -> None:
     text = (Path(fwl_export.parity.__file__).parent / "README.md").read_text()
     data = report(GOOD).to_dict()
     (found,) = data["candidates"]
-    for part in (data, found, found["runs"][0], found["runs"][0]["tensors"][0]):
+    for part in (data, data["coverage"], found, found["runs"][0], found["runs"][0]["tensors"][0]):
         for key in part:
             assert f"`{key}`" in text, key
 
@@ -106,8 +106,8 @@ def test_the_documented_schema_is_the_written_one() -> None:
     ("content", "message"),
     [
         (
-            {"schema_version": 1, "candidates": []},
-            "schema_version is 1, but .* run the check again",
+            {"schema_version": 2, "candidates": []},
+            "schema_version is 2, but .* run the check again",
         ),
         (
             {"schema_version": 99, "candidates": []},

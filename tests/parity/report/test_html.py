@@ -29,7 +29,14 @@ needs_browser = pytest.mark.skipif(_CHROMIUM is None, reason="no chromium is ins
 @pytest.fixture(scope="module")
 def report(tiny_bundle: Path) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 100)
-    found = check_bundle(read_bundle(tiny_bundle), ids, tokens=24, cases="text", text="play.txt")
+    found = check_bundle(
+        read_bundle(tiny_bundle),
+        ids,
+        tokens=24,
+        candidates="onnxruntime",
+        cases="text",
+        text="play.txt",
+    )
     return found.to_dict()
 
 

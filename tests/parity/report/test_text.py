@@ -8,8 +8,19 @@ from dataclasses import replace
 import pytest
 
 from fwl_export.parity import to_markdown, to_text
+from fwl_export.parity.coverage import coverage_table
 from fwl_export.parity.verdict import CandidateVerdict
-from tests.parity.report.examples import DIED, GOOD, LOST, MANY, WRONG, candidate, report, tensor
+from tests.parity.report.examples import (
+    COVERAGE,
+    DIED,
+    GOOD,
+    LOST,
+    MANY,
+    WRONG,
+    candidate,
+    report,
+    tensor,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,12 +35,12 @@ from tests.parity.report.examples import DIED, GOOD, LOST, MANY, WRONG, candidat
     ],
     ids=["good", "many", "many tensors", "far outside", "failed at once", "failed later"],
 )
-def test_a_summary_fits_into_thirty_lines_of_a_hundred_columns(
+def test_a_summary_fits_into_thirty_lines_of_eighty_columns(
     verdicts: list[CandidateVerdict],
 ) -> None:
     lines = to_text(report(*verdicts)).splitlines()
     assert len(lines) <= 30, len(lines)
-    assert max(map(len, lines)) <= 100, max(lines, key=len)
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
 
 
 def test_the_summary_says_who_is_closest_to_its_limit() -> None:
@@ -37,6 +48,19 @@ def test_the_summary_says_who_is_closest_to_its_limit() -> None:
     assert "within budget: the largest use is 40%, by fast.up.bias of some runtime" in text
     assert text.index("\nlogits") < text.index("\nfast.up.bias")
     assert report(GOOD).passed
+    assert "use = error ÷ allowed error; allowed = k × PyTorch's own float32 error" in text
+
+
+def test_the_summary_says_what_was_tried() -> None:
+    lines = to_text(report(GOOD)).splitlines()
+    tried = [line for line in lines if line.startswith("tried: ")]
+    assert len(tried) == len(coverage_table(COVERAGE)) == 8
+    assert any(" of 49 152 read, " in line for line in tried)
+    assert not any(line.endswith("…") for line in tried)
+    assert tried[-1].startswith("tried: left out  cases mixed8, far; ")
+
+
+def test_a_good_report_has_no_problems() -> None:
     assert report(GOOD).problems() == []
 
 

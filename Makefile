@@ -8,6 +8,8 @@ VENV    ?= .venv
 EXTRAS  ?= export,cpu,rtx,hf,dev
 # More options for pip, e.g. the index of a torch build without CUDA.
 PIP_ARGS ?=
+# Packages of which any build will do, whose hashes are not checked: UNHASHED=torch.
+UNHASHED ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -76,6 +78,7 @@ clean: ## remove what builds, tests and the demo wrote; .venv stays
 	rm -rf build dist demo-bundle .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find fwl_export tests tools attacks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) tools/install.py --venv $(VENV) --extras "$(EXTRAS)" -- $(PIP_ARGS)
+$(INSTALLED): pyproject.toml constraints.txt constraints-cuda.txt
+	@$(PYTHON) tools/install.py --venv $(VENV) --extras "$(EXTRAS)" --unhashed "$(UNHASHED)" \
+	  -- $(PIP_ARGS)
 	@touch $@

@@ -2,9 +2,6 @@
 
 The attacker wants memory to be exhausted before the weights are read. The sizes must be compared
 with the file first, and the checkpoint refused.
-
-Open. To do: "Manifest, config, reports: typed and bounded on reading", and compared with the size
-of the weights.
 """
 
 from __future__ import annotations
@@ -23,4 +20,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="traceback: RuntimeError")
+    run(attack)

@@ -1,8 +1,6 @@
 """A manifest of a hundred thousand opening brackets.
 
 The attacker wants the reader to exhaust the stack. The file must be refused.
-
-Open. To do: "Manifest, config, reports: typed and bounded on reading: [...] deep nesting".
 """
 
 from __future__ import annotations
@@ -17,4 +15,4 @@ def attack(place: Place) -> None:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="traceback: RecursionError")
+    run(attack)

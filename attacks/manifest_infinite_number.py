@@ -1,8 +1,6 @@
 """A manifest with an infinite number, which JSON forbids and Python's reader accepts.
 
 The attacker wants the code that computes with the number to crash. The value must be refused.
-
-Open. To do: "Manifest, config, reports: typed and bounded on reading: [...] infinities".
 """
 
 from __future__ import annotations
@@ -16,4 +14,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="traceback: OverflowError")
+    run(attack)

@@ -1,8 +1,6 @@
 """A manifest that allows zero tokens per call, so that a text is never finished.
 
 The attacker wants a session to loop without end. The value must be refused.
-
-Open. To do: "`max_tokens` 0 hangs `feed`".
 """
 
 from __future__ import annotations
@@ -16,4 +14,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="hang")
+    run(attack)

@@ -1,8 +1,6 @@
 """A manifest that declares a state tensor of Python objects.
 
 The attacker wants bytes of the file to be used as pointers to objects. The type must be refused.
-
-Open. To do: "Manifest, config, reports: typed and bounded on reading: [...] wrong state dtypes".
 """
 
 from __future__ import annotations
@@ -16,4 +14,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="traceback: TypeError")
+    run(attack)

@@ -1,8 +1,6 @@
 """An ONNX file of 4 MB in which every byte is 0xFF: a protobuf number without an end.
 
 The attacker wants the reader to be busy for hours. The file must be refused at once.
-
-Open. To do: "An ONNX file of 0xFF must not hang."
 """
 
 from __future__ import annotations
@@ -18,4 +16,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="hang")
+    run(attack)

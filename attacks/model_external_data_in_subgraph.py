@@ -2,8 +2,6 @@
 
 The attacker wants to exchange weights unnoticed by the hashes, hidden from readers that look at
 the main graph only. Opening the bundle must refuse the file.
-
-Open. To do: "What the graph loads must be in the manifest, in subgraphs too."
 """
 
 from __future__ import annotations
@@ -35,4 +33,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="accepted")
+    run(attack)

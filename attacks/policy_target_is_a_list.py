@@ -1,8 +1,6 @@
 """A precision policy whose target is a list, which cannot be a dictionary's key.
 
 The attacker wants the code that looks up the target to crash. The policy must be refused.
-
-Open. To do: "Manifest, config, reports: typed and bounded on reading: [...] unhashable values".
 """
 
 from __future__ import annotations
@@ -21,4 +19,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="traceback: TypeError")
+    run(attack)

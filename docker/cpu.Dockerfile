@@ -17,13 +17,13 @@ RUN apt-get update \
 WORKDIR /source
 COPY . .
 # Address of an index with torch's builds without CUDA, as PyTorch's installation page gives it. Empty:
-# pip takes the build of its own index, which brings several GB of CUDA.
+# pip takes the build of its own index, which brings several GB of CUDA. All other packages are
+# checked against the hashes in constraints.txt; of torch any build will do if an address is given.
 ARG TORCH_INDEX=""
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
-    && python -m venv /opt/fwl \
-    && wheel="$(echo /wheels/fwl_export-*.whl)" \
-    && /opt/fwl/bin/pip install --no-cache-dir -c constraints.txt \
-       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${wheel}[export,cpu]"
+    && python tools/install.py --venv /opt/fwl --extras export,cpu \
+       --package "$(echo /wheels/fwl_export-*.whl)" ${TORCH_INDEX:+--unhashed torch} \
+       -- --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
 
 FROM python:3.12-slim-bookworm
 

@@ -19,9 +19,9 @@ COPY . .
 RUN python3 -m venv /opt/fwl && /opt/fwl/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 # The extra `gpu` is not among the packages that constraints.txt pins, so its releases follow
-# pyproject.toml's lower bounds; everything both have in common is pinned.
-RUN wheel="$(echo /wheels/fwl_export-*.whl)" \
-    && /opt/fwl/bin/pip install --no-cache-dir -c constraints.txt "${wheel}[export,gpu]"
+# pyproject.toml's lower bounds; everything both have in common is pinned, with hashes.
+RUN python3 tools/install.py --venv /opt/fwl --extras export,gpu \
+    --package "$(echo /wheels/fwl_export-*.whl)" -- --no-cache-dir
 
 FROM nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 

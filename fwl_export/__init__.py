@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from fwl_export.errors import FwlError as FwlError
     from fwl_export.errors import MissingDependencyError as MissingDependencyError
     from fwl_export.errors import NotFiniteError as NotFiniteError
+    from fwl_export.errors import OutputBusyError as OutputBusyError
     from fwl_export.errors import OutputExistsError as OutputExistsError
     from fwl_export.errors import PluginError as PluginError
     from fwl_export.errors import ReportError as ReportError
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from fwl_export.errors import StateError as StateError
     from fwl_export.errors import TokenError as TokenError
     from fwl_export.errors import TrainingError as TrainingError
+    from fwl_export.errors import UpdateNormError as UpdateNormError
     from fwl_export.export import export_bundle as export_bundle
     from fwl_export.model.checkpoint import Checkpoint as Checkpoint
     from fwl_export.model.checkpoint import load_checkpoint as load_checkpoint
@@ -84,6 +86,7 @@ _PUBLIC = {
     "FwlError": "errors",
     "MissingDependencyError": "errors",
     "NotFiniteError": "errors",
+    "OutputBusyError": "errors",
     "OutputExistsError": "errors",
     "PluginError": "errors",
     "ReportError": "errors",
@@ -91,6 +94,7 @@ _PUBLIC = {
     "StateError": "errors",
     "TokenError": "errors",
     "TrainingError": "errors",
+    "UpdateNormError": "errors",
     "Bundle": "bundle",
     "read_bundle": "bundle",
     "BackboneConfig": "bundle.config",

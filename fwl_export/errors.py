@@ -48,6 +48,10 @@ class NotFiniteError(TokenError):
     """The model's output has NaN or infinite values."""
 
 
+class UpdateNormError(TokenError):
+    """A row would have learned more than the session's `max_update_norm` allows."""
+
+
 class ReportError(FwlError):
     """A parity report cannot be read, has another schema version, or is of another model."""
 
@@ -99,3 +103,7 @@ def missing_export_package(user: str, error: ModuleNotFoundError) -> MissingDepe
 
 class OutputExistsError(FwlError):
     """The output path exists, and was not overwritten."""
+
+
+class OutputBusyError(FwlError):
+    """Another process is writing the same output; nothing was written."""

@@ -412,8 +412,10 @@ class Machine:
 
         def worker(request: BuildRequest, tick: Any) -> NetworkMetadata:
             graph = onnx.load(request.model, load_external_data=False).graph
-            inputs = [TensorMetadata(t.name, _shape(t), _dtype(t).name) for t in graph.input]
-            outputs = [TensorMetadata(t.name, _shape(t), _dtype(t).name) for t in graph.output]
+            inputs = [TensorMetadata(t.name, list(_shape(t)), _dtype(t).name) for t in graph.input]
+            outputs = [
+                TensorMetadata(t.name, list(_shape(t)), _dtype(t).name) for t in graph.output
+            ]
             profiles = [_profile(sizes, inputs) for sizes in request.ranges]
             updated = [n.input[-1].removeprefix(PAST) for n in graph.node if n.op_type == NAME]
             plan.update(

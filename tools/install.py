@@ -5,6 +5,11 @@
 Runs on the bare Python that will be the environment's, so it uses the standard library only. Says
 what takes the time, keeps pip's own output in VENV/install.log, and shows its end if pip fails.
 Nothing is installed if the packages, constraints and options are those of the last run.
+
+Every file that pip takes must have a sha256 that constraints.txt lists, or constraints-cuda.txt for
+torch's CUDA builds: pip runs in its hash-checking mode, and the pinned build backend builds
+fwl-export itself. Extras that are not pinned, such as `gpu`, are installed after that, without
+hashes, and named.
 """
 
 from __future__ import annotations
@@ -14,17 +19,29 @@ import hashlib
 import json
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OLDEST = (3, 11)
+
+# What is installed, and what torch's CUDA builds bring in addition or instead.
+LOCKS = ("constraints.txt", "constraints-cuda.txt")
+
+# Stands for what is needed without any extra, in the lists of the constraints.
+BASE = "always"
+
+# What builds fwl-export and packages that have no wheel; pip installs it first.
+BUILD = ("scikit-build-core", "packaging", "pathspec", "setuptools")
 
 # Downloads below this size are not worth a line each.
 LARGE_MB = 10
@@ -50,6 +67,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="folder to create")
     parser.add_argument("--extras", default="", help="extras of fwl-export, with commas between")
+    parser.add_argument(
+        "--package",
+        type=Path,
+        default=REPOSITORY,
+        help="wheel to install, default: this checkout, editable",
+    )
+    parser.add_argument(
+        "--unhashed", default="", help="packages of which any build will do, such as torch"
+    )
     parser.add_argument("pip", nargs="*", help="more options for pip, after --")
     options = parser.parse_args()
     if sys.version_info < OLDEST:
@@ -61,10 +87,11 @@ def main() -> int:
         )
         return 1
     stamp = options.venv / ".installed"
-    wanted = fingerprint(options.extras, options.pip)
+    source = Source(options.package, frozenset(filter(None, options.unhashed.split(","))))
+    wanted = fingerprint(options.extras, [*options.pip, str(source.package), options.unhashed])
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return 0
-    code = install(options.venv, options.extras, options.pip)
+    code = install(options.venv, options.extras, options.pip, source)
     if code == 0:
         stamp.write_text(wanted, encoding="utf-8")
     return code
@@ -81,18 +108,34 @@ def fingerprint(extras: str, pip_options: Iterable[str]) -> str:
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     parts = [project["build-system"], project["project"], extras, list(pip_options), sys.version]
-    constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
-    text = json.dumps([*parts, constraints], sort_keys=True)
+    constraints = [(REPOSITORY / name).read_text(encoding="utf-8") for name in LOCKS]
+    text = json.dumps([*parts, *constraints], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest() + "\n"
 
 
-def install(venv: Path, extras: str, pip_options: Iterable[str]) -> int:
+@dataclass(frozen=True)
+class Source:
+    """What to install.
+
+    Attributes:
+      package: Wheel of fwl-export, or the checkout, which becomes an editable installation.
+      unhashed: Names of pinned packages of which any build will do: their hashes are not checked.
+    """
+
+    package: Path = REPOSITORY
+    unhashed: frozenset[str] = frozenset()
+
+
+def install(
+    venv: Path, extras: str, pip_options: Iterable[str], source: Source | None = None
+) -> int:
     """Create the environment, install the packages, and say what is being done.
 
     Args:
       venv: Folder of the virtual environment.
       extras: Extras of fwl-export, with commas between.
       pip_options: More options for pip.
+      source: What to install; by default the checkout.
 
     Returns:
       pip's exit code, or that of creating the environment.
@@ -115,17 +158,130 @@ def install(venv: Path, extras: str, pip_options: Iterable[str]) -> int:
                 file=sys.stderr,
             )
             return done.returncode
-    target = f"{REPOSITORY}[{extras}]" if extras else str(REPOSITORY)
     say(f"installing fwl-export[{extras}]; nothing is compiled. {expected(extras)}".strip())
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
-    command += ["--progress-bar", "off", "-c", str(REPOSITORY / "constraints.txt")]
     log = venv / "install.log"
-    code = run_pip([*command, *pip_options, "-e", target], log, say)
+    log.unlink(missing_ok=True)
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    command += ["--progress-bar", "off", *pip_options]
+    code = install_locked(command, venv, extras, source or Source(), say)
     if code:
         explain(log)
     else:
         say(f"done; `. {venv}/bin/activate` puts fwl-export on the path")
     return code
+
+
+def install_locked(pip: list[str], venv: Path, extras: str, source: Source, say: Say) -> int:
+    """Install the package, and what it needs by the hashes of the constraints.
+
+    Args:
+      pip: Beginning of a command line that installs something.
+      venv: Folder of the virtual environment.
+      extras: Extras of fwl-export, with commas between.
+      source: What to install.
+      say: Function that shows a line to the user.
+
+    Returns:
+      The exit code of the first run of pip that failed, or 0.
+    """
+    log, wheels = venv / "install.log", venv / "wheels"
+    main, cuda = (read_lock((REPOSITORY / name).read_text(encoding="utf-8")) for name in LOCKS)
+    chosen = {name.strip() for name in extras.split(",") if name.strip()}
+    by_hash = ["--require-hashes", "--no-build-isolation", "-r"]
+
+    def run(command: list[str], pins: Iterable[Pin]) -> int:
+        file = venv / "requirements.txt"
+        file.write_text("".join(pin.line() for pin in pins), encoding="utf-8")
+        return run_pip([*pip[:3], *command, *pip[4:], *by_hash, str(file)], log, say)
+
+    code = run(["install", "--no-deps"], [main[name] for name in BUILD])
+    pins = {name: pin for name, pin in main.items() if pin.extras & {BASE, *chosen}}
+    if any_build := [f"{name}=={pins.pop(name).version}" for name in source.unhashed & {*pins}]:
+        say(f"without hashes, as asked: {', '.join(any_build)}")
+        code = code or run_pip([*pip, "--no-deps", *any_build], log, say)
+    if "torch" in pins and not torch_metadata(venv, pins["torch"].version):
+        # Only the wheel says whether it is a CUDA build, and pip would not look at it twice.
+        ask = [*pip[:3], "download", *pip[4:], "--no-deps", "--dest", str(wheels)]
+        code = code or run_pip([*ask, f"torch=={pins['torch'].version}"], log, say)
+        pins["torch"] = replace(pins["torch"], file=next(iter(wheels.glob("torch-*.whl")), None))
+    if re.search("^Requires-Dist: (nvidia|cuda-toolkit)", torch_metadata(venv), re.MULTILINE):
+        pins |= cuda
+    code = code or run(["install"], pins.values())
+    shutil.rmtree(wheels, ignore_errors=True)
+    package, last = str(source.package), ["--no-deps"]
+    if loose := chosen - {extra for pin in main.values() for extra in pin.extras}:
+        say(f"without hashes, because nothing pins them: extras {', '.join(sorted(loose))}")
+        package, last = f"{package}[{','.join(sorted(loose))}]", []
+    editable = [] if source.package.is_file() else ["-e"]
+    return code or run_pip([*pip, *last, "--no-build-isolation", *editable, package], log, say)
+
+
+def torch_metadata(venv: Path, version: str = "") -> str:
+    """Return the metadata of torch as it was downloaded or is installed, or "".
+
+    Args:
+      venv: Folder of the virtual environment, with the downloaded wheel in its folder `wheels`.
+      version: Release that must be installed, without the name of its build; "" for any.
+    """
+    for wheel in (venv / "wheels").glob("torch-*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+            return archive.read(name).decode()
+    for folder in venv.glob("lib/*/site-packages/torch-*.dist-info"):
+        found = folder.name.removeprefix("torch-").removesuffix(".dist-info").partition("+")[0]
+        if version in ("", found):
+            return (folder / "METADATA").read_text(encoding="utf-8")
+    return ""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A release that the constraints name.
+
+    Attributes:
+      name: Name of the package, normalized.
+      version: Its version.
+      hashes: sha256 of the release's files, in hexadecimal.
+      extras: Extras of fwl-export that need it, or `BASE`.
+      file: Wheel on this machine to install it from, or None.
+    """
+
+    name: str
+    version: str
+    hashes: tuple[str, ...] = ()
+    extras: frozenset[str] = frozenset()
+    file: Path | None = None
+
+    def line(self) -> str:
+        """Return the lines of a requirements file that ask for the release."""
+        options = "".join(f" \\\n    --hash=sha256:{digest}" for digest in self.hashes)
+        comment = f"    # for: {', '.join(sorted(self.extras))}\n" if self.extras else ""
+        what = f"{self.name}=={self.version}" if self.file is None else str(self.file.resolve())
+        return f"{what}{options}\n{comment}"
+
+
+def read_lock(text: str) -> dict[str, Pin]:
+    """Return the pins of a file of constraints, by name.
+
+    Args:
+      text: Content of the file: requirements with their hashes, as `Pin.line` writes them.
+    """
+    pins = {}
+    for match in re.finditer(r"^([\w.-]+)==(\S+)(.*\n(?: +.*\n)*)", text, re.MULTILINE):
+        hashes = tuple(re.findall(r"--hash=sha256:(\w{64})", match[3]))
+        extras = re.search(r"# for: (.*)", match[3])
+        name = normalized(match[1])
+        pins[name] = Pin(name, match[2], hashes, frozenset(extras[1].split(", ") if extras else ()))
+    return pins
+
+
+def normalized(name: str) -> str:
+    """Return a package's name as indexes compare it.
+
+    Args:
+      name: Name as somebody wrote it.
+    """
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def expected(extras: str) -> str:
@@ -149,14 +305,14 @@ def run_pip(command: list[str], log: Path, say: Say) -> int:
 
     Args:
       command: pip's command line.
-      log: File to write pip's output to.
+      log: File to append pip's output to.
       say: Function that shows a line to the user.
 
     Returns:
       pip's exit code.
     """
     with (
-        log.open("w", encoding="utf-8") as stream,
+        log.open("a", encoding="utf-8") as stream,
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as process,
@@ -238,6 +394,7 @@ def explain(log: Path) -> None:
         "  No network, or a mirror:  make install PIP_ARGS='--index-url URL'\n"
         "  No room on the disk:      make install EXTRAS=export,cpu (leaves out RTX and tests)\n"
         "  torch without CUDA:       make install PIP_ARGS='--extra-index-url URL of its builds'\n"
+        "  Hash of torch differs:    make install UNHASHED=torch, for a build that is not listed\n"
         "  To start over:            remove the folder of the environment, then make install",
         file=sys.stderr,
     )

@@ -304,7 +304,7 @@ def _graph(bundle: Bundle) -> TracedGraph:
             f"bundle '{bundle.folder}' has no {GRAPH_FILE}, the traced graph that bisect compares "
             "with; export it again with this version"
         )
-    return read_graph(bundle.file(GRAPH_FILE))
+    return read_graph(bundle.folder / GRAPH_FILE, bundle.read_file(GRAPH_FILE))
 
 
 class _Search:

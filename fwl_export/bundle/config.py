@@ -8,19 +8,35 @@ step size per layer, and uses the framework's epsilon).
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fwl_export.errors import ConfigError
-from fwl_export.json_files import check_schema
+from fwl_export.json_files import check_schema, shown, typed
 
 SCHEMA_VERSION = 1
 OLD_SCHEMA = "write the file again or update fwl-export"
 
 # Keys that were added to this schema later; without them a file means their defaults.
 _ADDED_LATER = ("anchor_interval", "logit_softcap")
+
+# No published model comes near these sizes; sizes beyond them would only exhaust memory or time.
+_LARGEST = {
+    "vocab_size": 1 << 24,
+    **dict.fromkeys(("width", "input_size", "hidden_size", "output_size"), 1 << 20),
+    "layers": 1 << 10,
+    "heads": 1 << 16,
+    "window": 1 << 24,
+    "mlp_ratio": 1 << 10,
+}
+_LARGEST_FACTOR = 1e30
+# Settings of transformers by which modules are made one after another, which takes time for each.
+_COUNTS_MODULES = re.compile(r"^n(um)?_(\w+_)?(layer|expert|block)s?$")
+_MOST_MODULES = 1 << 12
+_LARGEST_POSITION = 1 << 40
 
 _Dataclass = typing.TypeVar("_Dataclass")
 
@@ -53,6 +69,8 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "width", "layers", "heads", "window", "mlp_ratio", "rotary_base")
+        if not 0 <= self.norm_epsilon <= _LARGEST_FACTOR:
+            raise ConfigError(f"backbone.norm_epsilon is {self.norm_epsilon}; expected 0 or more")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ConfigError(
                 f"backbone.width {self.width} divided by {self.heads} heads is "
@@ -88,12 +106,16 @@ class HuggingFaceConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "width", "window")
-        if self.max_positions < 0:
-            raise ConfigError(f"backbone.max_positions is {self.max_positions}; expected 0 or more")
+        if not 0 <= self.max_positions <= _LARGEST_POSITION:
+            raise ConfigError(
+                f"backbone.max_positions is {self.max_positions}; expected 0 or more, and at most "
+                f"{_LARGEST_POSITION}"
+            )
         if not isinstance(self.model.get("model_type"), str):
             raise ConfigError(
                 "backbone.model has no model_type; expected a configuration of transformers"
             )
+        check_module_counts(self.model, "backbone.model")
 
 
 AnyBackboneConfig = BackboneConfig | HuggingFaceConfig
@@ -138,15 +160,15 @@ class FastWeightsConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "input_size", "hidden_size", "output_size", "loss_normalizer")
-        if not 0 <= self.norm_epsilon < math.inf:
+        if not 0 <= self.norm_epsilon <= _LARGEST_FACTOR:
             raise ConfigError(
                 f"fast_weights.norm_epsilon is {self.norm_epsilon}; expected 0 or more"
             )
-        if self.anchor_interval < 0:
+        if not 0 <= self.anchor_interval <= _LARGEST_POSITION:
             raise ConfigError(
                 f"fast_weights.anchor_interval is {self.anchor_interval}; expected 0 or more"
             )
-        if not 0 <= self.logit_softcap < math.inf:
+        if not 0 <= self.logit_softcap <= _LARGEST_FACTOR:
             raise ConfigError(
                 f"fast_weights.logit_softcap is {self.logit_softcap}; expected 0 or more"
             )
@@ -207,6 +229,23 @@ class ModelConfig:
         return _build(cls, values, source, "")
 
 
+def check_module_counts(model: Mapping[str, Any], source: str) -> None:
+    """Check that a configuration of transformers asks for no endless number of layers or experts.
+
+    Args:
+      model: Configuration of the model in transformers, which may have configurations inside.
+      source: Name of its origin in error messages.
+
+    Raises:
+      ConfigError: It asks for more than any model has.
+    """
+    for key, value in model.items():
+        if isinstance(value, dict):
+            check_module_counts(value, f"{source}.{key}")
+        elif _COUNTS_MODULES.search(key) and isinstance(value, int) and value > _MOST_MODULES:
+            raise ConfigError(f"{source}.{key} is {value}; expected at most {_MOST_MODULES}")
+
+
 def config_from_dict(
     cls: type[_Dataclass], data: Any, source: str, prefix: str, partial: bool = False
 ) -> _Dataclass:
@@ -230,14 +269,16 @@ def _build(
 ) -> _Dataclass:
     """Build a configuration dataclass from parsed JSON, checking every key and type."""
     if not isinstance(data, dict):
-        raise ConfigError(f"{source}: '{prefix.rstrip('.')}' must be an object, got {data!r}")
+        raise ConfigError(f"{source}: '{prefix.rstrip('.')}' must be an object, got {shown(data)}")
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
             raise ConfigError(
-                f"{source}: unknown key '{prefix}{key}'; known keys: {', '.join(sorted(hints))}"
+                f"{source}: unknown key '{prefix}{shown(key)[1:-1]}'; known keys: "
+                f"{', '.join(sorted(hints))}"
             )
-    values: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
+    scalars: dict[str, Any] = {}
     for key, hint in hints.items():
         if key not in data and (partial or key in _ADDED_LATER):
             continue
@@ -245,41 +286,30 @@ def _build(
             raise ConfigError(f"{source}: key '{prefix}{key}' is missing")
         part = _backbone_class(data[key], source) if hint == AnyBackboneConfig else hint
         if dataclasses.is_dataclass(part):
-            values[key] = _build(
+            parts[key] = _build(
                 typing.cast(type, part), data[key], source, f"{prefix}{key}.", partial
             )
         else:
-            values[key] = _checked(data[key], hint, f"{source}: '{prefix}{key}'")
-    return cls(**values)
+            scalars[key] = hint
+    kind = typing.TypedDict(cls.__name__, scalars, total=False)  # type: ignore[misc] # the class's
+    values = typed(data, kind, source, ConfigError, prefix=prefix)
+    return cls(**values, **parts)
 
 
 def _backbone_class(data: Any, source: str) -> type[AnyBackboneConfig]:
     kinds = {"decoder": BackboneConfig, "huggingface": HuggingFaceConfig}
     kind = data.get("type", "decoder") if isinstance(data, dict) else "decoder"
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(
-            f"{source}: 'backbone.type' is {kind!r}; expected {' or '.join(map(repr, kinds))}"
+            f"{source}: 'backbone.type' is {shown(kind)}; expected {' or '.join(map(repr, kinds))}"
         )
     return kinds[kind]
 
 
-def _checked(value: Any, hint: Any, where: str) -> Any:
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            choices = " or ".join(repr(a) for a in typing.get_args(hint))
-            raise ConfigError(f"{where} is {value!r}; expected {choices}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    hint = typing.get_origin(hint) or hint  # dict[str, Any] -> dict
-    if type(value) is not hint:
-        raise ConfigError(f"{where} is {value!r}; expected {hint.__name__}")
-    return value
-
-
 def _positive(config: Any, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        if not 0 < value < math.inf:
+        value, largest = getattr(config, name), _LARGEST.get(name, _LARGEST_FACTOR)
+        if not 0 < value <= largest:
             section = type(config).__name__.removesuffix("Config")
-            raise ConfigError(f"{section}.{name} is {value}; expected more than 0")
+            expected = "more than 0" if not value > 0 else f"at most {largest}"
+            raise ConfigError(f"{section}.{name} is {shown(value)}; expected {expected}")

@@ -18,18 +18,28 @@ import hashlib
 import html
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from fwl_export.bundle.config import ModelConfig
-from fwl_export.bundle.onnx_file import external_data_locations
-from fwl_export.bundle.state import TensorSpec
+from msgspec import Meta
+
+from fwl_export.bundle.config import BackboneConfig, ModelConfig
+from fwl_export.bundle.onnx_file import (
+    ValueInfo,
+    external_data_locations,
+    external_tensors,
+    graph_values,
+)
+from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
 from fwl_export.errors import BundleError, FwlError
-from fwl_export.files import replaced_file
-from fwl_export.json_files import check_schema, read_json
+from fwl_export.files import finish_replacement, open_regular, replaced_file
+from fwl_export.json_files import Count, Name, check_schema, read_json, shown, typed
 from fwl_export.printable import printable
 
 _log = logging.getLogger(__name__)
@@ -44,6 +54,16 @@ PRECISION_FILE = "precision.json"
 CHECKPOINT_FOLDER = "checkpoint"
 ENGINES_FOLDER = "engines"
 REPORTS_FOLDER = "reports"
+
+# How long to wait while other processes add files: each takes as long as hashing its files.
+_ADD_SECONDS = 60.0
+
+# Bounds of what a manifest may ask for.
+MAX_TOKENS_LIMIT = 1 << 24
+STATE_BYTES_LIMIT = 64 << 30  # per row
+
+_LONGEST_PATH = 250  # characters; file systems allow 255 bytes in one name
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -102,26 +122,99 @@ class Manifest:
           BundleError: The schema version is not the one that this version of fwl-export reads, or a
             part is missing or malformed.
         """
-        check_schema(data, SCHEMA_VERSION, source, BundleError, "export the model again")
-        try:
-            return cls(
-                config=ModelConfig.from_dict(data["config"], f"{source}: config"),
-                precision=str(data["precision"]),
-                max_tokens=int(data["max_tokens"]),
-                opset=int(data["opset"]),
-                op=dict(data["op"]),
-                state=[TensorSpec.from_dict(spec) for spec in data["state"]],
-                model_id=str(data["model_id"]),
-                versions=dict(data["versions"]),
-                files={
-                    str(name): {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])}
-                    for name, e in data["files"].items()
-                },
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        remedy = "export the model again"
+        check_schema(data, SCHEMA_VERSION, source, BundleError, remedy)
+        stored = typed(data, _Stored, f"{source} is malformed", BundleError, remedy)
+        config = ModelConfig.from_dict(stored["config"], f"{source}: config")
+        state = [TensorSpec.from_dict(spec) for spec in stored["state"]]
+        _check_state(config, stored["max_tokens"], state, source)
+        values: dict[str, Any] = {**stored, "config": config, "state": state}
+        return cls(**values)
+
+
+class _StoredFile(TypedDict):
+    sha256: Name
+    bytes: Count
+
+
+class _StoredOp(TypedDict):
+    domain: Name
+    name: Name
+    version: Count
+    nodes: Count
+
+
+class _Stored(TypedDict):
+    """What `Manifest.from_dict` reads of a manifest, and the bounds of its values."""
+
+    config: Any
+    precision: Name
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS_LIMIT)]
+    opset: Annotated[int, Meta(ge=1, le=1000)]
+    op: _StoredOp
+    state: list[StoredSpec]
+    model_id: Name
+    versions: dict[Name, Name]
+    files: dict[str, _StoredFile]
+
+
+def _check_state(
+    config: ModelConfig, max_tokens: int, state: Sequence[TensorSpec], source: str
+) -> None:
+    """Check that a state can belong to a model, before memory is reserved for it.
+
+    Args:
+      config: Configuration of the model.
+      max_tokens: Largest T of one call.
+      state: Specs of the state's tensors.
+      source: Name of the manifest in error messages.
+
+    Raises:
+      BundleError: A tensor is named twice, is missing or has another size than the configuration
+        says, or all of them exceed `STATE_BYTES_LIMIT`.
+    """
+    remedy = "export the model again"
+    shapes = {spec.name: spec.shape for spec in state}
+    if len(shapes) < len(state):
+        twice, _ = Counter(spec.name for spec in state).most_common(1)[0]
+        raise BundleError(f"{source} is malformed: it names the state '{twice}' twice; {remedy}")
+    for name, expected in _known_shapes(config, max_tokens, shapes).items():
+        if shapes.get(name) != expected:
+            found = list(shapes[name]) if name in shapes else "missing"
             raise BundleError(
-                f"{source} is malformed ({type(error).__name__}: {error}); export the model again"
-            ) from None
+                f"{source} is malformed: the state '{name}' is {found}, but the configuration says "
+                f"{list(expected)}; {remedy}"
+            )
+    if (total := sum(spec.bytes_per_row for spec in state)) > STATE_BYTES_LIMIT:
+        raise BundleError(
+            f"{source} is malformed: its state has {total} bytes per row; expected at most "
+            f"{STATE_BYTES_LIMIT}; {remedy}"
+        )
+
+
+def _known_shapes(
+    config: ModelConfig, max_tokens: int, names: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of those tensors of the state that follow from the configuration.
+
+    Args:
+      config: Configuration of the model.
+      max_tokens: Largest T of one call.
+      names: Names of the state's tensors; only those of caches in use count.
+    """
+    layer, backbone = config.fast_weights, config.backbone
+    d, h, s = layer.input_size, layer.hidden_size, layer.output_size
+    kinds = ["fast", "anchor"] if layer.anchor_interval else ["fast"]
+    shapes: dict[str, tuple[int, ...]] = {"position": (), "pending.hidden": (d,)}
+    for kind in kinds:
+        shapes |= {f"{kind}.up.kernel": (d, h), f"{kind}.down.kernel": (h, s)}
+    if isinstance(backbone, BackboneConfig):
+        head = backbone.width // backbone.heads
+        cache = (backbone.heads, backbone.window + max_tokens - 1, head)
+        names = [name for name in names if name.startswith("cache.")]
+        made = [f"cache.{n}.{kind}" for n in range(backbone.layers) for kind in ("key", "value")]
+        shapes |= dict.fromkeys([*made, *names], cache)
+    return shapes
 
 
 class Bundle:
@@ -184,6 +277,14 @@ class Bundle:
         Raises:
           BundleError: The file is not in the manifest, is missing, or differs from the manifest.
         """
+        path, entry = self._listed(name)
+        found = describe_file(path)
+        if found != entry:
+            raise self._differs(name, found, entry)
+        return path
+
+    def _listed(self, name: str) -> tuple[Path, Mapping[str, Any]]:
+        """Return path and manifest entry of a file, which must exist."""
         path = inside(self.folder, name)
         entry = self.manifest.files.get(name)
         if entry is None:
@@ -193,15 +294,50 @@ class Bundle:
                 f"bundle '{self.folder}' lacks the file '{name}'; copy the bundle again, or export "
                 "the model again"
             )
-        found = describe_file(path)
+        return path, entry
+
+    def _differs(
+        self, name: str, found: Mapping[str, Any], entry: Mapping[str, Any]
+    ) -> BundleError:
+        return BundleError(
+            f"'{name}' in bundle '{self.folder}' has sha256 {found['sha256'][:12]}… and "
+            f"{found['bytes']} bytes, but the manifest says {entry['sha256'][:12]}… and "
+            f"{entry['bytes']} bytes; it was changed or truncated: copy the bundle again, or "
+            "export the model again"
+        )
+
+    def read_file(self, name: str) -> bytes:
+        """Return the content of one of the bundle's files, after checking size and hash.
+
+        What is returned is what was checked, also if the file on disk is changed at the same time.
+
+        Args:
+          name: Path inside the bundle, with slashes, e.g. "tokenizer.json".
+
+        Raises:
+          BundleError: The file is not in the manifest, is missing, or differs from the manifest.
+        """
+        path, entry = self._listed(name)
+        with open_regular(path, BundleError) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            # A file of another size is refused anyway, and may be too large for the memory.
+            content = stream.readall() if size == entry["bytes"] else b""
+        found = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content) or size}
         if found != entry:
-            raise BundleError(
-                f"'{name}' in bundle '{self.folder}' has sha256 {found['sha256'][:12]}… and "
-                f"{found['bytes']} bytes, but the manifest says {entry['sha256'][:12]}… and "
-                f"{entry['bytes']} bytes; it was changed or truncated: copy the bundle again, or "
-                "export the model again"
-            )
-        return path
+            raise self._differs(name, found, entry)
+        return content
+
+    def read_model(self) -> tuple[bytes, dict[str, bytes]]:
+        """Return the ONNX file, and its external data by their names, after checking them.
+
+        Raises:
+          BundleError: See `read_file`.
+        """
+        model, path = self.read_file(MODEL_FILE), self.folder / MODEL_FILE
+        names = external_data_locations(path, model)
+        external_tensors(path, model)  # no tensors but these may have external data
+        self._check_graph(graph_values(path, model))
+        return model, {name: self.read_file(name) for name in names}
 
     def model_files(self) -> Path:
         """Return the path of the ONNX file, after checking it and its external data.
@@ -212,7 +348,37 @@ class Bundle:
         path = self.file(MODEL_FILE)
         for location in external_data_locations(path):
             self.file(location)
+        self._check_graph(graph_values(path))
         return path
+
+    def _check_graph(self, values: Mapping[str, ValueInfo]) -> None:
+        """Check that the graph has the manifest's state, before memory is reserved for it.
+
+        Args:
+          values: Inputs and outputs of the graph.
+        """
+        vocabulary = TensorSpec("logits", (0, self.manifest.config.vocab_size), "float32")
+        expected = {"logits": vocabulary}
+        for spec in self.manifest.state:
+            expected |= {PAST + spec.name: spec, PRESENT + spec.name: spec}
+        missing = [name for name in values if name.startswith(PAST) and name not in expected]
+        if missing:
+            raise BundleError(
+                f"the ONNX file of bundle '{self.folder}' takes {shown(missing[0])}, which is not "
+                "in the manifest's state; export the model again"
+            )
+        for name, spec in expected.items():
+            found = values.get(name, ValueInfo("no such tensor", ()))
+            same = len(found.shape) == len(spec.shape) + 1 and all(
+                not size or not wanted or size == wanted
+                for size, wanted in zip(found.shape[1:], spec.shape, strict=True)
+            )
+            if not same or found.dtype != spec.dtype:
+                raise BundleError(
+                    f"'{name}' in the ONNX file of bundle '{self.folder}' is {found.dtype} "
+                    f"{list(found.shape)}, but the manifest says {spec.dtype} "
+                    f"{[0, *spec.shape]}, where 0 is any size; export the model again"
+                )
 
     def verify(self) -> None:
         """Check size and hash of every file.
@@ -259,7 +425,8 @@ class Bundle:
     def add_files(self, names: Sequence[str]) -> Bundle:
         """Add files that were written into the folder to the manifest.
 
-        The manifest on disk is read again first, to keep what other processes added meanwhile.
+        Several processes may do so at the same time: one waits for another, and none loses what
+        another added.
 
         Args:
           names: Paths inside the bundle, with slashes.
@@ -268,14 +435,75 @@ class Bundle:
           The bundle with its new manifest; this object keeps the old one.
 
         Raises:
-          BundleError: A path leads out of the folder, or the manifest cannot be read.
+          BundleError: A path leads out of the folder, the manifest cannot be read, or the folder
+            now holds a bundle of another model, to which nothing is added.
+          OutputBusyError: Another process has been changing the manifest for a minute.
           OSError: A file cannot be read, or the manifest cannot be written.
         """
-        latest = read_bundle(self.folder).manifest
-        entries = {name: describe_file(inside(self.folder, name)) for name in names}
-        data = {**latest.to_dict(), "files": {**latest.files, **entries}}
-        write_manifest(self.folder, data)
+        return self._changed_files(
+            lambda files: {
+                **files,
+                **{name: describe_file(inside(self.folder, name)) for name in names},
+            }
+        )
+
+    def remove_files(self, names: Sequence[str]) -> Bundle:
+        """Take files out of the manifest, whether they are in it or not; they stay on disk.
+
+        Before a file is replaced it is taken out, and added afterwards. So at any moment, even if
+        the power fails, every file in the manifest has the hash stated there. For arguments and
+        errors, see `add_files`.
+        """
+        self.check_not_replaced()
+        latest = read_bundle(self.folder)
+        if latest.manifest.files.keys().isdisjoint(names):
+            return latest
+        return self._changed_files(lambda files: {n: e for n, e in files.items() if n not in names})
+
+    def _changed_files(self, change: Callable[[_Files], _Files]) -> Bundle:
+        """Replace the list of files in the manifest; between reading and writing, nobody else can.
+
+        Args:
+          change: Function that returns the new list for the one on disk.
+        """
+        path = self.folder / MANIFEST_FILE
+        try:
+            with replaced_file(path, wait=_ADD_SECONDS) as beside:
+                latest = read_bundle(self.folder).manifest
+                if _model(latest) != _model(self.manifest):
+                    raise self._replaced()
+                data = {**latest.to_dict(), "files": change(latest.files)}
+                beside.write_text(_text(data), encoding="utf-8")
+        except FileNotFoundError as error:
+            if error.filename != str(path) and self.folder.exists():
+                raise
+            raise self._replaced() from None  # with the folder in which the manifest was written
         return read_bundle(self.folder)
+
+    def check_not_replaced(self) -> None:
+        """Check that the folder still holds this model's bundle, whatever was added to it.
+
+        Raises:
+          BundleError: The folder now holds a bundle of another model, or none.
+        """
+        if _model(read_bundle(self.folder).manifest) != _model(self.manifest):
+            raise self._replaced()
+
+    def _replaced(self) -> BundleError:
+        return BundleError(
+            f"bundle '{self.folder}' was replaced by another export meanwhile, so nothing was "
+            "added to it; start again with the new bundle"
+        )
+
+
+_Files = Mapping[str, Mapping[str, Any]]
+
+
+def _model(manifest: Manifest) -> tuple[dict[str, Any], list[Any]]:
+    """Return what tells a bundle's model from another: all but versions and files added later."""
+    data = manifest.to_dict()
+    del data["versions"], data["files"]
+    return data, [manifest.files.get(name) for name in (MODEL_FILE, MODEL_DATA_FILE)]
 
 
 def is_bundle(folder: Path) -> bool:
@@ -295,6 +523,8 @@ def read_bundle(folder: Path) -> Bundle:
     """
     folder = Path(folder)
     path = folder / MANIFEST_FILE
+    if not path.exists():
+        finish_replacement(folder)  # whoever replaced the bundle may have been killed meanwhile
     try:
         data = read_json(path, BundleError)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -316,7 +546,11 @@ def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
       data: Content, as from `Manifest.to_dict`.
     """
     with replaced_file(folder / MANIFEST_FILE) as path:
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        path.write_text(_text(data), encoding="utf-8")
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2) + "\n"
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -332,9 +566,18 @@ def inside(folder: Path, name: str) -> Path:
     parts = PurePosixPath(name)
     path = folder / parts
     leaves = parts.is_absolute() or ".." in parts.parts or "\\" in name or not name
-    if leaves or not path.resolve().is_relative_to(folder.resolve()):
+    if not leaves and (_CONTROL_CHARACTERS.search(name) or len(name) > _LONGEST_PATH):
         raise BundleError(
-            f"bundle '{folder}' names the path '{name}', which leaves the bundle's folder; "
+            f"bundle '{folder}' names the path {shown(name)}, which has control characters or more "
+            f"than {_LONGEST_PATH} characters; do not use this bundle"
+        )
+    try:
+        leaves = leaves or not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link that leads back to itself
+        leaves = True
+    if leaves:
+        raise BundleError(
+            f"bundle '{folder}' names the path {shown(name)}, which leaves the bundle's folder; "
             "do not use this bundle"
         )
     return path

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from fwl_export.errors import StateError
+from fwl_export.json_files import Name, Size
 
 PAST = "past."
 PRESENT = "present."
@@ -47,6 +48,20 @@ INPUTS = (
     InputSpec("logit_positions", ("B", "P"), "int64"),
     InputSpec("learning_rate_scale", ("B",), "float32"),
 )
+
+
+class StoredSpec(TypedDict):
+    """A `TensorSpec` in a file.
+
+    Attributes:
+      name: See `TensorSpec`.
+      shape: See `TensorSpec`.
+      dtype: See `TensorSpec`.
+    """
+
+    name: Name
+    shape: list[Size]
+    dtype: Literal["float16", "float32", "float64", "int64"]
 
 
 @dataclass(frozen=True)
@@ -102,12 +117,15 @@ def check(specs: Sequence[TensorSpec], state: Mapping[str, Array], batch: int) -
                 "another model? `fwl-export inspect` lists the model's state"
             )
     for spec in specs:
-        array = state.get(spec.name)
+        array: Any = state.get(spec.name)
         if array is None:
             raise StateError(
                 f"state lacks the tensor '{spec.name}'; was it saved from another model? "
                 "`fwl-export inspect` lists the model's state"
             )
+        if not isinstance(array, np.ndarray):
+            kind = type(array).__name__
+            raise StateError(f"state '{spec.name}' is a {kind}; expected a NumPy array")
         if array.shape != (batch, *spec.shape) or array.dtype != np.dtype(spec.dtype):
             raise StateError(
                 f"state '{spec.name}' is {array.dtype} {list(array.shape)}, but the model says "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fwl_export.cli.options import BundleArgument, JsonOption
 from fwl_export.cli.terminal import COLUMNS, print_json, size, table
+from fwl_export.printable import one_line
 
 if TYPE_CHECKING:
     from fwl_export.bundle.config import AnyBackboneConfig, FastWeightsConfig
@@ -39,13 +39,9 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
 
 
 def _read_engines(opened: Bundle) -> list[dict[str, Any]]:
-    from fwl_export.bundle.manifest import ENGINES_FOLDER
+    from fwl_export.engines.choose import read_engines
 
-    return [
-        json_module.loads(opened.file(name).read_text(encoding="utf-8"))
-        for name in opened.manifest.files
-        if name.startswith(ENGINES_FOLDER + "/") and name.endswith(".json")
-    ]
+    return [engine.to_dict() for engine in read_engines(opened)]
 
 
 def _sections(
@@ -55,7 +51,7 @@ def _sections(
     engines: Sequence[Mapping[str, Any]],
 ) -> Iterator[str]:
     """Yield the paragraphs of the report."""
-    yield "\n".join(_model_lines(folder, manifest))
+    yield "\n".join(map(one_line, _model_lines(folder, manifest)))
     yield "State of one session"
     yield _state_table(manifest)
     text = "Operators: " + ", ".join(f"{name}\u00a0{count}" for name, count in operators.items())

@@ -15,8 +15,6 @@ from fwl_export.bundle.manifest import (
     MODEL_FILE,
     Bundle,
     describe_file,
-    read_bundle,
-    write_manifest,
 )
 from fwl_export.deprecations import renamed_arguments
 from fwl_export.engines.metadata import (
@@ -80,7 +78,9 @@ def build_engines(
       EngineError: An argument does not fit, the parser or the builder refuses the model, or it
         does without the plugin that is required.
       MissingDependencyError: The variant is not installed.
-      BundleError: The ONNX file differs from what the manifest says.
+      BundleError: The ONNX file differs from what the manifest says, or another export replaced the
+        bundle meanwhile.
+      OutputBusyError: Another process is building the same engine.
     """
     ranges = _ranges(bundle, precision, chunk, max_batch)
     use = _plugin_use(plugin, in_place_state, embed_plugin)
@@ -185,8 +185,30 @@ def _build(
     bundle: Bundle, request: BuildRequest, probe: Probe, tick: Callable[[float], None]
 ) -> EngineMetadata:
     """Build one engine, write its metadata beside it, and add both files to the manifest."""
+    engine = request.output
+    names = [f"{ENGINES_FOLDER}/{path.name}" for path in (engine.with_suffix(".json"), engine)]
+    try:
+        metadata = _write(bundle, request, names, probe, tick)
+    except (OSError, EngineError):
+        bundle.check_not_replaced()  # if it was, this says so, rather than that a file is missing
+        raise
+    bundle.add_files(names)
+    _log.info("built '%s' in %.1f s: %s", names[1], metadata.build_seconds, metadata.update_path)
+    return metadata
+
+
+def _write(
+    bundle: Bundle,
+    request: BuildRequest,
+    names: Sequence[str],
+    probe: Probe,
+    tick: Callable[[float], None],
+) -> EngineMetadata:
+    """Build one engine and write it, with its metadata beside it; the manifest lists neither then.
+
+    Another process that builds the same engine is refused: it would take minutes to wait for it.
+    """
     described = request.output.with_suffix(".json")
-    names = [f"{ENGINES_FOLDER}/{path.name}" for path in (described, request.output)]
     with replaced_file(described) as beside, replaced_file(request.output) as engine:
         network = _compile(replace(request, output=engine), request.output, tick)
         metadata = _metadata(bundle, request, probe, network, engine)
@@ -197,9 +219,7 @@ def _build(
                 "bundle again with this version of fwl-export"
             )
         beside.write_text(json.dumps(metadata.to_dict(), indent=2) + "\n", encoding="utf-8")
-        _forget(bundle, names)
-    bundle.add_files(names)
-    _log.info("built '%s' in %.1f s: %s", names[1], metadata.build_seconds, metadata.update_path)
+        bundle.remove_files(names)
     return metadata
 
 
@@ -259,17 +279,6 @@ def _metadata(
             op_state_tensors(bundle.file(MODEL_FILE)) if request.in_place_state else []
         ),
     )
-
-
-def _forget(bundle: Bundle, names: Sequence[str]) -> None:
-    """Take files out of the manifest before they change.
-
-    So at any moment, even if the power fails, every file in the manifest has the hash stated there.
-    """
-    manifest = read_bundle(bundle.folder).manifest
-    files = {name: entry for name, entry in manifest.files.items() if name not in names}
-    if len(files) < len(manifest.files):
-        write_manifest(bundle.folder, {**manifest.to_dict(), "files": files})
 
 
 def _update_path(plugin_layers: int, updates: int) -> str:

@@ -24,8 +24,8 @@ def read_engines(bundle: Bundle) -> list[EngineMetadata]:
     engines = []
     for name in bundle.manifest.files:
         if name.startswith(ENGINES_FOLDER + "/") and name.endswith(".json"):
-            path = bundle.file(name)
-            data = read_json(path, EngineError, "build the engine again with `fwl-export build`")
+            path, remedy = bundle.folder / name, "build the engine again with `fwl-export build`"
+            data = read_json(path, EngineError, remedy, bundle.read_file(name))
             engines.append(EngineMetadata.from_dict(data, str(path)))
     return engines
 

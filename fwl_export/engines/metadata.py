@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
+
+from msgspec import Meta
 
 from fwl_export.bundle.onnx_file import op_inputs
 from fwl_export.bundle.state import PAST
 from fwl_export.errors import EngineError
-from fwl_export.json_files import check_schema
+from fwl_export.json_files import Count, Finite, Name, check_schema, typed
 from fwl_export.op.spec import DOMAIN, NAME
 
 SCHEMA_VERSION = 1
 
 FUNCTION_BODY = "function body"
 PLUGIN = "plugin"
+
+Axis = Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)]
 
 # Keys of the file that differ from the attributes' names.
 _KEYS = {"variant": "flavour"}
@@ -32,9 +36,9 @@ class TensorMetadata:
       dtype: numpy's name of its type, e.g. "float32".
     """
 
-    name: str
-    shape: Sequence[int]
-    dtype: str
+    name: Name
+    shape: Sequence[Axis]
+    dtype: Name
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class ProfileMetadata:
       inputs: The "min", "opt" and "max" shape of every input, by the input's name.
     """
 
-    name: str
-    inputs: Mapping[str, Mapping[str, Sequence[int]]]
+    name: Name
+    inputs: Mapping[Name, Mapping[Name, Sequence[Count]]]
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,10 @@ class NetworkMetadata:
     inputs: Sequence[TensorMetadata]
     outputs: Sequence[TensorMetadata]
     profiles: Sequence[ProfileMetadata]
-    layers: int
-    plugin_layers: int
+    layers: Count
+    plugin_layers: Count
     tf32: bool
-    build_seconds: float
+    build_seconds: Finite
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data, for another process."""
@@ -79,7 +83,7 @@ class NetworkMetadata:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> NetworkMetadata:
         """Read what `to_dict` returned."""
-        return cls(**_typed(data))
+        return typed(data, cls, "the worker's answer", EngineError)
 
 
 @dataclass(frozen=True)
@@ -116,27 +120,27 @@ class EngineMetadata:
         of earlier versions; `op_state_tensors` then finds them in the ONNX file.
     """
 
-    name: str
-    variant: str
-    version: str
-    sm: int
-    precision: str
+    name: Name
+    variant: Name
+    version: Name
+    sm: Count
+    precision: Name
     tf32: bool
     inputs: Sequence[TensorMetadata]
     outputs: Sequence[TensorMetadata]
     profiles: Sequence[ProfileMetadata]
-    layers: int
-    plugin_layers: int
-    plugin_sha256: str
+    layers: Count
+    plugin_layers: Count
+    plugin_sha256: Name
     plugin_embedded: bool
     in_place_state: bool
-    update_path: str
-    build_seconds: float
-    engine_bytes: int
-    sha256: str
-    model_id: str
-    versions: Mapping[str, str]
-    in_place_tensors: Sequence[str] | None = None
+    update_path: Name
+    build_seconds: Finite
+    engine_bytes: Count
+    sha256: Name
+    model_id: Name
+    versions: Mapping[Name, Name]
+    in_place_tensors: Sequence[Name] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data."""
@@ -156,16 +160,24 @@ class EngineMetadata:
         """
         remedy = "build the engine again with `fwl-export build`"
         check_schema(data, SCHEMA_VERSION, source, EngineError, remedy)
-        try:
-            known = {
-                f.name: data[_KEYS.get(f.name, f.name)] for f in fields(cls) if f.default is MISSING
-            }
-            known["in_place_tensors"] = data.get("in_place_tensors")
-            return cls(**_typed(known))
-        except (KeyError, TypeError) as error:
-            raise EngineError(
-                f"{source} is malformed ({type(error).__name__}: {error}); {remedy}"
-            ) from None
+        values = typed(data, _stored(), f"{source} is malformed", EngineError, remedy)
+        for profile in values["profiles"]:
+            for name, shapes in profile.inputs.items():
+                if missing := sorted({"min", "opt", "max"} - set(shapes)):
+                    raise EngineError(
+                        f"{source} is malformed: profile '{profile.name}' has no '{missing[0]}' of "
+                        f"'{name}'; {remedy}"
+                    )
+        named = {key: name for name, key in _KEYS.items()}
+        return cls(**{named.get(key, key): value for key, value in values.items()})
+
+
+def _stored() -> Any:
+    """Return the type of the file: the attributes of `EngineMetadata`, under the file's keys."""
+    hints = get_type_hints(EngineMetadata, include_extras=True)
+    keys = {_KEYS.get(name, name): hint for name, hint in hints.items()}
+    keys["in_place_tensors"] = NotRequired[keys["in_place_tensors"]]
+    return TypedDict("_Stored", keys)  # type: ignore[operator] # the keys are the attributes
 
 
 def op_state_tensors(model: Path) -> list[str]:
@@ -178,13 +190,3 @@ def op_state_tensors(model: Path) -> list[str]:
       BundleError: The file is not an ONNX model.
     """
     return [inputs[-1].removeprefix(PAST) for inputs in op_inputs(model, DOMAIN, NAME)]
-
-
-def _typed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data with its tensors and profiles as objects."""
-    return {
-        **data,
-        "inputs": [TensorMetadata(**tensor) for tensor in data["inputs"]],
-        "outputs": [TensorMetadata(**tensor) for tensor in data["outputs"]],
-        "profiles": [ProfileMetadata(**profile) for profile in data["profiles"]],
-    }

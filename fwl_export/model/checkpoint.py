@@ -6,22 +6,29 @@ A checkpoint cannot run code when it is loaded: it holds only JSON and safetenso
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import nn
 
-from fwl_export.bundle.config import ModelConfig
+from fwl_export.bundle.config import HuggingFaceConfig, ModelConfig
 from fwl_export.bundle.tokenizer import load_tokenizer
 from fwl_export.errors import CheckpointError
 from fwl_export.files import check_output, replaced_folder
 from fwl_export.json_files import read_json
+from fwl_export.model.backbones.decoder import Decoder
+from fwl_export.model.backbones.huggingface import causal_model
+from fwl_export.model.fast_weights import FastWeights
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.stored import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     ZeroWeights,
+    check_size,
     read_tensors,
 )
 
@@ -46,13 +53,38 @@ class Checkpoint:
         return self.model.config
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) -> Checkpoint:
     """Read a checkpoint folder.
+
+    Args:
+      folder: Path of the folder.
+      read: Function that returns the content of one of its files, such as one that checks hashes;
+        None reads the files from the folder.
 
     Raises:
       CheckpointError: A file is missing, truncated, or does not fit the config.
       ConfigError: config.json has an unknown key or a value out of range.
     """
+    if read is None:
+        _check_complete(folder)
+    content: Callable[[str], bytes | None] = read or (lambda name: None)
+    config = load_config(folder / CONFIG_FILE, content(CONFIG_FILE))
+    check_size(folder / WEIGHTS_FILE, _parameters(config))
+    with ZeroWeights():
+        model = FWLModel(config)
+    tensors = read_tensors(folder / WEIGHTS_FILE, model.stored_tensors(), content(WEIGHTS_FILE))
+    model.load_stored_tensors(tensors)
+    tokenizer = load_tokenizer(
+        folder / TOKENIZER_FILE,
+        config.vocab_size,
+        config.padded_vocabulary,
+        content(TOKENIZER_FILE),
+    )
+    return Checkpoint(model.eval().requires_grad_(False), tokenizer)
+
+
+def _check_complete(folder: Path) -> None:
+    """Check that a folder has the files of a checkpoint."""
     if not folder.is_dir():
         found = "is not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(
@@ -65,22 +97,32 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 f"checkpoint '{folder}' has no {name}; a checkpoint holds {CONFIG_FILE}, "
                 f"{WEIGHTS_FILE} and {TOKENIZER_FILE}"
             )
-    config = load_config(folder / CONFIG_FILE)
-    with ZeroWeights():
-        model = FWLModel(config)
-    model.load_stored_tensors(read_tensors(folder / WEIGHTS_FILE, model.stored_tensors()))
-    tokenizer = load_tokenizer(folder / TOKENIZER_FILE, config.vocab_size, config.padded_vocabulary)
-    return Checkpoint(model.eval().requires_grad_(False), tokenizer)
 
 
-def load_config(path: Path) -> ModelConfig:
+def load_config(path: Path, content: bytes | None = None) -> ModelConfig:
     """Read a model's config.json.
+
+    Args:
+      path: Path of the file.
+      content: Content of the file, if it was read already.
 
     Raises:
       CheckpointError: The file is not JSON.
       ConfigError: The file is not the configuration of a model.
     """
-    return ModelConfig.from_dict(read_json(path, CheckpointError), str(path))
+    return ModelConfig.from_dict(read_json(path, CheckpointError, content=content), str(path))
+
+
+def _parameters(config: ModelConfig) -> int:
+    """Return how many parameters a model will have, without memory for them."""
+    with torch.device("meta"):
+        backbone: nn.Module
+        if isinstance(config.backbone, HuggingFaceConfig):
+            backbone = causal_model(config.backbone.model)
+        else:
+            backbone = Decoder(config.backbone, config.vocab_size)
+        layer = FastWeights(config.fast_weights, config.vocab_size)
+    return sum(tensor.numel() for part in (backbone, layer) for tensor in part.parameters())
 
 
 def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fwl_export.bundle.config import OLD_SCHEMA, SCHEMA_VERSION, FastWeightsConfig, config_from_dict
 from fwl_export.errors import CheckpointError, ConfigError
 from fwl_export.files import replaced_folder
-from fwl_export.json_files import check_schema, read_json
+from fwl_export.json_files import check_schema, read_json, shown
 from fwl_export.model.fast_weights import FastWeights
 from fwl_export.model.stored import (
     CONFIG_FILE,
@@ -95,7 +95,7 @@ def expected_tensors(config: FastWeightsConfig, vocab_size: int) -> dict[str, Te
 def _read_config(path: Path) -> FastWeightsConfig:
     data = read_json(path, CheckpointError)
     if not isinstance(data, dict) or set(data) != {"schema_version", "fast_weights"}:
-        found = ", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__
+        found = shown(", ".join(sorted(data)) if isinstance(data, dict) else type(data).__name__)
         raise ConfigError(
             f"{path}: expected an object with schema_version and fast_weights, got {found}; give "
             "the folder of a Fast Weight Layer alone, not the checkpoint of a whole model"

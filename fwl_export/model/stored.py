@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fwl_export.errors import CheckpointError
+from fwl_export.json_files import brief
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+# Numbers that a model may have beyond its file, and then be refused for the tensor that differs.
+_SMALL = 1 << 22
 
 
 class ZeroWeights(TorchFunctionMode):
@@ -41,35 +47,69 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, expected: Mapping[str, Tensor], content: bytes | None = None
+) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file in float32, after checking them.
 
     Args:
       path: Path of the file.
       expected: A tensor of the expected shape for every name that the file must have.
+      content: Content of the file, if it was read already.
 
     Raises:
       CheckpointError: The file cannot be read, or a tensor is missing, unknown, not finite, or has
         another shape.
     """
-    tensors = {name: tensor.float() for name, tensor in load_tensors(path).items()}
+    tensors = {name: tensor.float() for name, tensor in load_tensors(path, content).items()}
     _check_names(path, set(tensors), set(expected))
     for name, tensor in expected.items():
         _check_tensor(path, name, tensors[name], tensor)
     return tensors
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def check_size(path: Path, parameters: int) -> None:
+    """Check that a model fits a safetensors file roughly, before memory is reserved for it.
+
+    Args:
+      path: Path of the file.
+      parameters: Number of parameters of the model; the file may hold a shared one only once.
+
+    Raises:
+      CheckpointError: The file cannot be read, or holds far less than the model needs.
+    """
+    with _readable(path), safe_open(path, "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - no mapping
+    stored = sum(math.prod(shape) for shape in shapes)
+    if parameters > 2 * stored + _SMALL:
+        raise CheckpointError(
+            f"{path} holds {stored} numbers, but {CONFIG_FILE} describes a model of {parameters}; "
+            "expected both files from the same model"
+        )
+
+
+def load_tensors(path: Path, content: bytes | None = None) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, by name.
+
+    Args:
+      path: Path of the file.
+      content: Content of the file, if it was read already.
 
     Raises:
       CheckpointError: The file cannot be read.
     """
+    with _readable(path):
+        return load_file(path) if content is None else load(content)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        yield
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}); if it is truncated, copy it again"
+            f"{path} cannot be read as safetensors ({brief(error)}); if it is truncated, copy it "
+            "again"
         ) from None
 
 
@@ -87,12 +127,16 @@ def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
         )
 
 
-def _check_tensor(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
-    if found.shape != expected.shape:
+def _check_shape(path: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    if list(found) != list(expected):
         raise CheckpointError(
-            f"{path}: tensor '{name}' has shape {list(found.shape)}, but {CONFIG_FILE} requires "
-            f"{list(expected.shape)}; expected both files from the same model"
+            f"{path}: tensor '{name}' has shape {list(found)}, but {CONFIG_FILE} requires "
+            f"{list(expected)}; expected both files from the same model"
         )
+
+
+def _check_tensor(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
+    _check_shape(path, name, found.shape, expected.shape)
     if not all_finite(found):
         raise CheckpointError(
             f"{path}: tensor '{name}' holds NaN or infinite values; the training has diverged: "

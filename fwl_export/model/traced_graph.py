@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fwl_export.errors import BundleError
-from fwl_export.json_files import check_schema, read_json
+from fwl_export.json_files import Name, Text, check_schema, read_json, shown, typed
 from fwl_export.op.spec import DOMAIN, NAME
 from fwl_export.op.torch_op import run_chunked
 
@@ -38,7 +38,17 @@ _OPERATORS = (
 _COMPOSITE = frozenset(
     (
         *("_unsafe_view", "arange", "argsort", "baddbmm", "broadcast_tensors", "broadcast_to"),
-        *("chunk", "conj", "contiguous", "cumprod", "detach", "dropout", "einsum", "expand_as"),
+        *(
+            "chunk",
+            "conj",
+            "contiguous",
+            "convert_element_type",
+            "cumprod",
+            "detach",
+            "dropout",
+            "einsum",
+            "expand_as",
+        ),
         *("flatten", "floor_divide", "group_norm", "instance_norm", "item", "layer_norm", "linear"),
         *("lift_fresh_copy", "linalg_vector_norm", "log_softmax", "logsumexp", "masked_fill"),
         *("matmul", "max", "meshgrid", "min", "movedim", "narrow", "new_full", "new_ones"),
@@ -50,6 +60,7 @@ _COMPOSITE = frozenset(
         *("unfold", "unsafe_chunk", "unsafe_split", "view_as", "where", "zeros", "zeros_like"),
     )
 )
+_CONVERSION = "prims.convert_element_type.default"
 _NEVER = ("as_strided", "empty", "empty_strided", "rand", "randn", "randperm")
 # The only text arguments that an operator may have.
 _TEXT_ARGUMENTS = ("approximate", "reduce", "rounding_mode", "indexing", "equation", "mode")
@@ -67,10 +78,10 @@ class Source:
       dtype: Name of a constant's dtype, e.g. "int64".
     """
 
-    kind: str
-    name: str
+    kind: Literal["parameter", "constant", "input"]
+    name: Name
     value: Any = None
-    dtype: str = ""
+    dtype: Name = ""
 
 
 @dataclass(frozen=True)
@@ -86,11 +97,11 @@ class Operation:
       scope: Path of the module or method that it was traced in.
     """
 
-    name: str
-    target: str
+    name: Name
+    target: Name
     arguments: list[Any]
     options: dict[str, Any] = field(default_factory=dict)
-    scope: str = ""
+    scope: Text = ""
 
     def references(self) -> Iterator[str]:
         """Yield the names of the results that it takes as arguments."""
@@ -111,9 +122,9 @@ class TracedGraph:
       outputs: The name of the result that is each output of the ONNX graph, by the output's name.
     """
 
-    sources: Mapping[str, Source]
+    sources: Mapping[Name, Source]
     operations: Sequence[Operation]
-    outputs: Mapping[str, str]
+    outputs: Mapping[Name, Name]
 
     def run(
         self, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor], dtype: torch.dtype
@@ -130,15 +141,12 @@ class TracedGraph:
           All tensors by name: inputs, constants and results.
 
         Raises:
-          BundleError: An operator is none that runs, or cannot be run with its arguments.
+          BundleError: An operator is not one that runs, or cannot run on these tensors.
         """
         exact = dtype == torch.float64
         values: dict[str, Any] = {}
         for name, source in self.sources.items():
-            value = {"parameter": parameters, "input": inputs}.get(source.kind, {}).get(source.name)
-            if value is None:
-                with _malformed(f"constant '{name}'"):
-                    value = torch.tensor(source.value, dtype=_dtype(source.dtype))
+            value = _source_value(source, {"parameter": parameters, "input": inputs})
             values[name] = _widened(value) if exact else value
         with torch.inference_mode():
             for operation in self.operations:
@@ -157,24 +165,75 @@ class TracedGraph:
         path.write_text(json.dumps(data, indent=0, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_graph(path: Path) -> TracedGraph:
+def read_graph(path: Path, content: bytes | None = None) -> TracedGraph:
     """Read what `TracedGraph.write` wrote.
+
+    Args:
+      path: Path of the file.
+      content: Content of the file, if it was read already.
 
     Raises:
       BundleError: The file has another schema version, or is malformed.
     """
-    data = read_json(path, BundleError, _REMEDY)
+    data = read_json(path, BundleError, _REMEDY, content)
     check_schema(data, SCHEMA_VERSION, path.name, BundleError, _REMEDY)
-    try:
-        return TracedGraph(
-            {name: Source(**source) for name, source in data["sources"].items()},
-            [Operation(**operation) for operation in data["operations"]],
-            dict(data["outputs"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    graph = typed(data, TracedGraph, f"{path.name} is malformed", BundleError, _REMEDY)
+    if problem := next(_problems(graph), None):
+        raise BundleError(f"{path.name} is malformed: {problem}; {_REMEDY}")
+    return graph
+
+
+def _problems(graph: TracedGraph) -> Iterator[str]:
+    """Yield what would keep a graph from running: names without a value, and unknown dtypes."""
+    for name, source in graph.sources.items():
+        if source.kind == "constant" and not _is_dtype(source.dtype):
+            yield f"constant '{name}' has the dtype {shown(source.dtype)}; expected one of torch's"
+    known = set(graph.sources)
+    for operation in graph.operations:
+        for value in _leaves([operation.arguments, list(operation.options.values())]):
+            if isinstance(value, dict) and not _is_code(value):
+                yield f"operator '{operation.name}' has the argument {shown(value)}"
+        for name in operation.references():
+            if name not in known:
+                yield f"operator '{operation.name}' takes {shown(name)}, which is not there yet"
+        known.add(operation.name)
+    for name, result in graph.outputs.items():
+        if result not in known:
+            yield f"output '{name}' is {shown(result)}, which is not computed"
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def _is_code(value: dict[str, Any]) -> bool:
+    """Return whether an object among an operator's arguments is one that `_decode` knows."""
+    (kind, content), *more = value.items() or [("", None)]
+    if more or not isinstance(content, str):
+        return False
+    return kind == "ref" or {
+        "dtype": _is_dtype(content),
+        "float": content in ("nan", "inf", "-inf"),
+    }.get(kind, False)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _source_value(source: Source, given: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    if source.kind == "constant":
+        with _malformed(f"constant '{source.name}'"):
+            return torch.tensor(source.value, dtype=_dtype(source.dtype))
+    if source.name not in given[source.kind]:
         raise BundleError(
-            f"{path.name} is malformed ({type(error).__name__}: {error}); {_REMEDY}"
-        ) from None
+            f"the traced graph's {source.kind} '{source.name}' does not exist; {_REMEDY}"
+        )
+    return given[source.kind][source.name]
 
 
 @contextmanager
@@ -249,12 +308,12 @@ def _function(target: str) -> Any:
         return torch.reshape  # the graph does not record the memory layout that a view needs
     packet, _, overload = name.partition(".")
     found = None
-    if namespace == "aten":
-        found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if namespace == "aten" or target == _CONVERSION:
+        found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
     if not isinstance(found, torch._ops.OpOverload) or not _is_harmless(found, packet):
         raise BundleError(
-            f"the traced graph has the operator '{target}', which this fwl-export does not run; "
-            f"{_REMEDY} with this version"
+            f"the traced graph has the operator {shown(target)}, which this fwl-export does not run"
+            f"; {_REMEDY} with this version"
         )
     return found
 

@@ -96,6 +96,11 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ConfigError(f"training.{name} is {value}; expected more than 0")
+        for name in ("step_learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"training.seed is {self.seed}; expected 0 or more, of 63 bits")
         if not 0 < self.cooldown <= 1:
             raise ConfigError(
                 f"training.cooldown is {self.cooldown}; expected more than 0, at most 1"

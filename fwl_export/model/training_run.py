@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from fwl_export.bundle.config import (
 )
 from fwl_export.bundle.tokenizer import load_tokenizer, read_ids
 from fwl_export.errors import ConfigError
+from fwl_export.json_files import read_bounded, shown
 from fwl_export.model.checkpoint import check_checkpoint_output, load_checkpoint, save_checkpoint
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
@@ -28,6 +30,9 @@ from fwl_export.model.training_files import TrainingLog
 RESUME_FILE, LOG_FILE, CHECKPOINT_FOLDER = "resume.safetensors", "log.csv", "checkpoint"
 
 _TABLES = ("model", "training")
+_LARGEST_FILE = 1 << 18  # in bytes
+# tomllib takes time with the square of the number of a key's parts, a.b.c and so on.
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,17 @@ def read_run_config(path: Path) -> RunConfig:
         is out of range.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        text = read_bounded(path, ConfigError, _LARGEST_FILE).decode()
+        if _LONG_KEY.search(text):
+            raise ValueError("a key has more than 32 parts")
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise ConfigError(f"{path} is not TOML ({error})") from None
     known = {*_TYPES, *_TABLES}
     if unknown := sorted(set(data) - known):
         raise ConfigError(
-            f"{path}: unknown key '{unknown[0]}'; known keys: {', '.join(sorted(known))}"
+            f"{path}: unknown key '{shown(unknown[0])[1:-1]}'; known keys: "
+            f"{', '.join(sorted(known))}"
         )
     values: dict[str, Any] = {}
     for key, value in data.items():
@@ -98,13 +107,18 @@ def read_run_config(path: Path) -> RunConfig:
             continue
         kind, expected = _TYPES[key]
         if type(value) is not kind:
-            raise ConfigError(f"{path}: '{key}' is {value!r}; expected {expected}")
+            raise ConfigError(f"{path}: '{key}' is {shown(value)}; expected {expected}")
+        texts: list[Any] = value if isinstance(value, list) else [value]
+        if any("\0" in str(text) for text in texts):
+            raise ConfigError(f"{path}: '{key}' is {shown(value)}; expected no NUL in a path")
         # "demo" is not a path: it names the checkpoint that ships with the package.
         place = key in ("output", "tokenizer", "checkpoint") and value != "demo"
         values[key] = path.parent / str(value) if place else value
     for key in ("output", "texts"):
         if not values.get(key):
             raise ConfigError(f"{path}: key '{key}' is missing or empty")
+    if wrong := [text for text in values["texts"] if not isinstance(text, str)]:
+        raise ConfigError(f"{path}: 'texts' has {shown(wrong[0])}; expected files or patterns")
     values["texts"] = tuple(str(path.parent / str(text)) for text in values["texts"])
     _check_start(path, data)
     training = config_from_dict(
@@ -134,7 +148,7 @@ def _model_tables(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     ):
         name = unknown[0] if isinstance(tables, dict) else tables
         raise ConfigError(
-            f"{path}: 'model' has {name!r}; expected the tables [model.backbone] and "
+            f"{path}: 'model' has {shown(name)}; expected the tables [model.backbone] and "
             "[model.fast_weights]"
         )
     backbone = config_from_dict(

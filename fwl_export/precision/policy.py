@@ -19,14 +19,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from fwl_export.errors import ConfigError
 from fwl_export.files import replaced_file
-from fwl_export.json_files import check_schema, read_json
+from fwl_export.json_files import Name, check_schema, read_json, typed
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import StreamingModel, UpdateOp
 from fwl_export.op.torch_op import linear_attention_update
@@ -92,33 +92,36 @@ class PrecisionPolicy:
             )
 
 
-def read_policy(path: Path) -> PrecisionPolicy:
+def read_policy(path: Path, content: bytes | None = None) -> PrecisionPolicy:
     """Read a policy from its JSON file.
+
+    Args:
+      path: Path of the file.
+      content: Content of the file, if it was read already.
 
     Raises:
       ConfigError: The file is not a policy, or has another schema version.
     """
     remedy = "make it again with `fwl-export precision`"
-    data = read_json(path, ConfigError, remedy)
+    data = read_json(path, ConfigError, remedy, content)
     check_schema(data, SCHEMA_VERSION, f"precision policy '{path}'", ConfigError, remedy)
-    excluded, quantized = (data.get(key) for key in (_EXCLUDED_KEY, _QUANTIZED_KEY))
-    for key, names in ((_EXCLUDED_KEY, excluded), (_QUANTIZED_KEY, quantized)):
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(
-                f"precision policy '{path}': '{key}' must be a list of names of the model's parts; "
-                f"{remedy}"
-            )
+    stored = typed(data, _Stored, f"precision policy '{path}'", ConfigError, remedy)
+    excluded, quantized = stored["kept"], stored["lowered"]
     if both := sorted({*excluded} & {*quantized}):
         raise ConfigError(
             f"precision policy '{path}' lists '{both[0]}' in both '{_EXCLUDED_KEY}' and "
             f"'{_QUANTIZED_KEY}'; a part belongs in one of the two"
         )
-    if data.get("target") not in TARGETS:
-        raise ConfigError(
-            f"precision policy '{path}': target is {data.get('target')!r}; expected "
-            f"{' or '.join(TARGETS)}"
-        )
-    return PrecisionPolicy(data["target"], quantized, excluded, data.get("measured") or {})
+    return PrecisionPolicy(stored["target"], quantized, excluded, stored.get("measured") or {})
+
+
+class _Stored(TypedDict):
+    """What `read_policy` reads of a policy's file; its keys are `_EXCLUDED_KEY` etc."""
+
+    target: Literal["fp16", "bf16", "int8w"]
+    kept: list[Name]
+    lowered: list[Name]
+    measured: NotRequired[dict[str, Any] | None]
 
 
 def write_policy(path: Path, policy: PrecisionPolicy) -> None:

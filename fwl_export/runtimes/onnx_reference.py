@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import external_data_helper
 from onnx.reference import ReferenceEvaluator
 
 from fwl_export.bundle import state as states
-from fwl_export.bundle.manifest import Bundle
+from fwl_export.bundle.manifest import MODEL_FILE, Bundle
 from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
 from fwl_export.errors import BundleError
 from fwl_export.runtimes.base import Call, Loaded, Rows, index
@@ -75,11 +76,30 @@ def load(bundle: Bundle, options: Options) -> Loaded:
     Raises:
       BundleError: The evaluator cannot load the model.
     """
-    path = bundle.model_files()
+    path = bundle.folder / MODEL_FILE
+    content, data = bundle.read_model()
     try:
-        evaluator = ReferenceEvaluator(onnx.load(path))
+        model = onnx.load_model_from_string(content)
+        _put_inside(model, data)
+        evaluator = ReferenceEvaluator(model)
     except Exception as error:  # an operator may raise anything
         raise BundleError(f"ONNX's reference evaluator cannot load '{path}': {error}") from None
     manifest = bundle.manifest
     runner = OnnxReferenceRunner(evaluator, manifest.state)
     return Loaded(runner, manifest.state, manifest.max_tokens)
+
+
+def _put_inside(model: onnx.ModelProto, data: Mapping[str, bytes]) -> None:
+    """Move external data into a model.
+
+    Args:
+      model: The model, changed in place.
+      data: Content of each file of external data, by its name in the model.
+    """
+    for tensor in external_data_helper._get_all_tensors(model):
+        if external_data_helper.uses_external_data(tensor):
+            place: Any = external_data_helper.ExternalDataInfo(tensor)
+            begin, content = place.offset or 0, data[place.location]
+            tensor.raw_data = content[begin : begin + place.length if place.length else None]
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fwl_export.bundle.manifest import Bundle
+from fwl_export.bundle.manifest import MODEL_FILE, Bundle
+from fwl_export.bundle.onnx_file import external_tensors
 from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
 from fwl_export.errors import BundleError, MissingDependencyError
 from fwl_export.ort import import_onnxruntime, register_plugin
@@ -58,6 +60,9 @@ def load_model(
 ) -> OnnxRuntimeModel:
     """Load a bundle's ONNX file.
 
+    ONNX Runtime gets the bytes whose hashes were checked. So a session does not notice it if the
+    files are overwritten, truncated or removed while it is open.
+
     Args:
       bundle: Bundle whose ONNX file and external data are checked first.
       threads: Threads inside one operator; None lets ONNX Runtime choose.
@@ -70,17 +75,62 @@ def load_model(
       MissingDependencyError: ONNX Runtime is not installed, or not with CUDA.
       ConfigError: The device is unknown.
     """
-    path = bundle.model_files()
-    session = open_file(path, threads, plugin, device)
+    path = bundle.folder / MODEL_FILE
+    model, data = bundle.read_model()
+    session = _open(path, model, _arrays(path, model, data), threads, plugin, device)
     manifest = bundle.manifest
     place = parse_device(device)
     return OnnxRuntimeModel(session, manifest.state, manifest.config.vocab_size, place)
+
+
+def _arrays(path: Path, model: bytes, data: Mapping[str, bytes]) -> dict[str, Array]:
+    """Return the weights in a model's external data by name, in the memory of `data`.
+
+    Args:
+      path: Path of the ONNX file, for messages.
+      model: Content of the ONNX file.
+      data: Content of each file of external data, by its name in the model.
+    """
+    arrays: dict[str, Array] = {}
+    for tensor in external_tensors(path, model):
+        content = data[tensor.location]
+        if not tensor.dtype or not 0 <= tensor.offset <= len(content) - tensor.size:
+            raise BundleError(
+                f"ONNX Runtime cannot load '{path}': tensor '{tensor.name}' has an unknown type or "
+                f"lies outside of '{tensor.location}'; export the model again"
+            )
+        count = math.prod(tensor.shape)
+        flat = np.frombuffer(content, tensor.dtype, count, tensor.offset)
+        arrays[tensor.name] = flat.reshape(tensor.shape)
+    return arrays
 
 
 def open_file(
     path: Path, threads: int | None = None, plugin: str | Path = "auto", device: str = "cpu"
 ) -> onnxruntime.InferenceSession:
     """Load an ONNX file outside of a bundle; for arguments and errors see `load_model`."""
+    return _open(path, str(path), {}, threads, plugin, device)
+
+
+def _open(
+    path: Path,
+    model: str | bytes,
+    weights: Mapping[str, Array],
+    threads: int | None,
+    plugin: str | Path,
+    device: str,
+) -> onnxruntime.InferenceSession:
+    """Load an ONNX file; for errors see `load_model`.
+
+    Args:
+      path: Path of the file, for messages.
+      model: The path as text, or the file's content.
+      weights: The tensors with external data by name, if `model` is the content. ONNX Runtime
+        copies them, so that they can be dropped afterwards.
+      threads: Threads inside one operator; None lets ONNX Runtime choose.
+      plugin: Choice of the plugin library, see `open_session`.
+      device: Device to run on.
+    """
     place = parse_device(device)
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -100,10 +150,15 @@ def open_file(
     library = find_plugin(ONNXRUNTIME, plugin)
     if library is not None:
         register_plugin(options, library)
+    if weights:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        # Without the last argument, ONNX Runtime prints an "EP Error" and tries other providers.
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-        raise BundleError(f"ONNX Runtime cannot load '{path}': {error}") from None
+        where = "" if place[0] == "cpu" else f" on device '{device}'"
+        raise BundleError(f"ONNX Runtime cannot load '{path}'{where}: {error}") from None
     if place[0] == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise MissingDependencyError(  # ONNX Runtime itself only warns, and falls back to the CPU
             f"ONNX Runtime cannot use device '{device}'; `fwl-export doctor` says what is missing"

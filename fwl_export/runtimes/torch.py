@@ -42,18 +42,23 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
       BundleError: The bundle has no checkpoint, or one of its files was changed.
       CheckpointError: The checkpoint cannot be loaded.
     """
-    names = [n for n in bundle.manifest.files if n.startswith(CHECKPOINT_FOLDER + "/")]
-    if not names:
+    if not any(name.startswith(CHECKPOINT_FOLDER + "/") for name in bundle.manifest.files):
         raise BundleError(
             f"bundle '{bundle.folder}' was exported without its checkpoint, which the torch "
             "runtime reads; export it again without --no-checkpoint"
         )
-    for name in names:
-        bundle.file(name)
-    model = load_checkpoint(bundle.folder / CHECKPOINT_FOLDER).model
+    model = load_checkpoint(
+        bundle.folder / CHECKPOINT_FOLDER,
+        lambda name: bundle.read_file(f"{CHECKPOINT_FOLDER}/{name}"),
+    ).model
+    if model.config != bundle.manifest.config:
+        raise BundleError(
+            f"bundle '{bundle.folder}' holds the checkpoint of a model with another configuration "
+            "than its manifest; export the model again"
+        )
     chosen: str | PrecisionPolicy = precision or bundle.manifest.precision
     if PRECISION_FILE in bundle.manifest.files:
-        policy = read_policy(bundle.file(PRECISION_FILE))
+        policy = read_policy(bundle.folder / PRECISION_FILE, bundle.read_file(PRECISION_FILE))
         if precision in (None, bundle.manifest.precision):
             chosen = policy
         else:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,14 @@ from typing import Any
 import onnx
 import pytest
 
-from fwl_export.bundle.manifest import Manifest, read_bundle
+from fwl_export import files
+from fwl_export.bundle import manifest as manifests
+from fwl_export.bundle.manifest import Manifest, describe_file, read_bundle
 from fwl_export.bundle.onnx_file import external_data_locations
 from fwl_export.errors import BundleError, FwlError
+from fwl_export.files import replaced_folder
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -76,7 +84,9 @@ def test_an_older_schema(own_bundle: Path) -> None:
 @pytest.mark.parametrize("key", ["config", "state", "files", "max_tokens", "model_id"])
 def test_a_missing_part(own_bundle: Path, key: str) -> None:
     edit(own_bundle, lambda data: data.pop(key))
-    refused(own_bundle, "manifest.json is malformed (KeyError")
+    refused(
+        own_bundle, f"manifest.json is malformed: key '{key}' is missing; export the model again"
+    )
 
 
 def test_a_part_of_the_wrong_kind(own_bundle: Path) -> None:
@@ -150,6 +160,125 @@ def test_added_files_are_recorded(own_bundle: Path) -> None:
     after = bundle.add_files(["engines/b.engine"])
     assert {"engines/a.engine", "engines/b.engine"} <= set(after.manifest.files)
     after.verify()
+
+
+ADD = """
+import sys
+from pathlib import Path
+from fwl_export.bundle.manifest import read_bundle
+folder, number = Path(sys.argv[1]), sys.argv[2]
+bundle = read_bundle(folder)
+print("ready", flush=True)
+sys.stdin.readline()
+for entry in range(20):
+    name = f"engines/{number}-{entry}"
+    (folder / name).write_text(name)
+    bundle.add_files([name])
+"""
+
+
+def test_no_process_loses_what_another_adds(own_bundle: Path) -> None:
+    (own_bundle / "engines").mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ADD, str(own_bundle), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        for number in range(4)
+    ]
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        assert process.communicate()[1] == ""
+    bundle = read_bundle(own_bundle)
+    added = [name for name in bundle.manifest.files if name.startswith("engines/")]
+    assert len(added) == 80
+    bundle.verify()
+    assert sorted(path.name for path in own_bundle.glob(".*")) == []
+
+
+def test_files_are_taken_out_of_the_manifest(own_bundle: Path) -> None:
+    bundle = read_bundle(own_bundle)
+    after = bundle.remove_files(["tokenizer.json", "engines/none"])
+    assert set(bundle.manifest.files) - set(after.manifest.files) == {"tokenizer.json"}
+    manifest = own_bundle / "manifest.json"
+    before = manifest.stat()
+    bundle.remove_files(["tokenizer.json"])
+    assert manifest.stat() == before
+    assert "tokenizer.json" in bundle.add_files(["tokenizer.json"]).manifest.files
+
+
+def test_nothing_is_added_to_a_bundle_of_another_model(
+    own_bundle: Path, tiny_bundle_fp16: Path
+) -> None:
+    bundle, words = read_bundle(own_bundle), "was replaced by another export meanwhile, so nothing"
+    (own_bundle / "more").write_text("x")
+    with replaced_folder(own_bundle) as beside:
+        shutil.copytree(tiny_bundle_fp16, beside, dirs_exist_ok=True)
+    (own_bundle / "more").write_text("x")
+    before = (own_bundle / "manifest.json").read_bytes()
+    for change in (bundle.add_files, bundle.remove_files):
+        with pytest.raises(BundleError, match=words):
+            change(["more"])
+    assert (own_bundle / "manifest.json").read_bytes() == before
+    # The same weights, exported with another opset.
+    bundle = read_bundle(own_bundle)
+    edit(own_bundle, lambda data: data.update(opset=21))
+    with pytest.raises(BundleError, match=words):
+        bundle.add_files(["more"])
+
+
+def test_a_bundle_that_is_replaced_while_a_file_is_added_gets_nothing(
+    own_bundle: Path, tiny_bundle_fp16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = read_bundle(own_bundle)
+    (own_bundle / "more").write_text("x")
+
+    def export(path: Path) -> dict[str, Any]:
+        entry = describe_file(path)
+        with replaced_folder(own_bundle) as beside:
+            shutil.copytree(tiny_bundle_fp16, beside, dirs_exist_ok=True)
+        return entry
+
+    monkeypatch.setattr(manifests, "describe_file", export)
+    with pytest.raises(BundleError, match="was replaced by another export meanwhile, so nothing"):
+        bundle.add_files(["more"])
+    names = sorted(path.name for path in own_bundle.iterdir())
+    assert names == sorted(path.name for path in tiny_bundle_fp16.iterdir())
+    assert "more" not in read_bundle(own_bundle).manifest.files
+
+
+def test_read_file_returns_what_was_hashed(own_bundle: Path) -> None:
+    bundle, path = read_bundle(own_bundle), own_bundle / "tokenizer.json"
+    content = path.read_bytes()
+    assert bundle.read_file("tokenizer.json") == content
+    for other in (content[:-1], content + b" ", b"[" + content[1:], b""):
+        path.write_bytes(other)
+        with pytest.raises(BundleError, match="was changed or truncated: copy the bundle again"):
+            bundle.read_file("tokenizer.json")
+    with pytest.raises(BundleError, match="has no 'x' in its manifest"):
+        bundle.read_file("x")
+    path.unlink()
+    with pytest.raises(BundleError, match=r"lacks the file 'tokenizer\.json'"):
+        bundle.read_file("tokenizer.json")
+
+
+def test_reading_completes_a_replacement_that_was_cut_off(own_bundle: Path) -> None:
+    work = own_bundle.with_name(".bundle.fwl-export")
+    work.mkdir()
+    (work / "lock").write_text(files._MARK)
+    own_bundle.rename(work / "old")
+    read_bundle(own_bundle).verify()
+    assert not work.exists()
 
 
 def test_a_bundle_that_is_replaced_while_it_is_loaded_is_refused(

@@ -77,9 +77,15 @@ def test_a_policy_survives_its_file(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"schema_version": 9}, "schema_version is 9, but this fwl-export reads 1"),
-        ({"target": "fp4"}, "target is 'fp4'; expected fp16 or bf16 or int8w"),
+        (
+            {"target": "fp4"},
+            "'target' is 'fp4'; expected 'fp16' or 'bf16' or 'int8w'; make it again",
+        ),
         ({"kept": [UPDATE], "lowered": [UPDATE]}, f"lists '{UPDATE}' in both 'kept' and"),
-        ({"kept": "all"}, "'kept' must be a list of names"),
+        (
+            {"kept": "all"},
+            "'kept' is 'all'; expected a list; make it again with `fwl-export precision`",
+        ),
     ],
 )
 def test_files_that_are_not_policies(

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 import threading
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from tools import install
-from tools.install import expected, explain, fingerprint, heartbeat, progress, run_pip
+from tools.install import (
+    REPOSITORY,
+    Pin,
+    Source,
+    expected,
+    explain,
+    fingerprint,
+    heartbeat,
+    progress,
+    read_lock,
+    run_pip,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +91,7 @@ def test_lines_fit_80_columns(
 ) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
-    monkeypatch.setattr(install, "run_pip", lambda command, log, say: 0)
+    monkeypatch.setattr(install, "install_locked", lambda *arguments: 0)
     assert install.install(tmp_path, "export,cpu,rtx,hf,dev", []) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "[   0 s] installing fwl-export[export,cpu,rtx,hf,dev]" in lines[0]
@@ -104,7 +119,7 @@ def run(monkeypatch: pytest.MonkeyPatch, venv: Path, *options: str) -> int:
 def test_nothing_is_installed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, list[str]]] = []
 
-    def fake(venv: Path, extras: str, pip_options: list[str]) -> int:
+    def fake(venv: Path, extras: str, pip_options: list[str], source: object) -> int:
         calls.append((extras, pip_options))
         return 1 if extras == "broken" else 0
 
@@ -123,3 +138,125 @@ def test_an_old_python_is_refused(
     monkeypatch.setattr(install, "OLDEST", (99, 0))
     assert run(monkeypatch, tmp_path) == 1
     assert "fwl-export needs Python 99.0 or newer" in capsys.readouterr().err
+
+
+def locks() -> list[dict[str, Pin]]:
+    return [read_lock((REPOSITORY / name).read_text(encoding="utf-8")) for name in install.LOCKS]
+
+
+def test_every_pin_has_hashes() -> None:
+    for lock in locks():
+        assert lock
+        assert [name for name, pin in lock.items() if not pin.hashes] == []
+        assert all(len({*pin.hashes}) == len(pin.hashes) for pin in lock.values())
+    main, _ = locks()
+    assert {*install.BUILD, "torch", "numpy", "msgspec", "allpairspy", "triton"} <= {*main}
+
+
+def test_every_requirement_of_the_project_is_pinned() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    installed = ("export", "tensorboard", "hf", "cpu", "rtx", "import", "plots", "docs", "dev")
+    wanted = [*project["dependencies"], *(line for extra in installed for line in extras[extra])]
+    names = {install.normalized(re.split(r"[^\w.-]", line)[0]) for line in wanted}
+    assert names - {*locks()[0]} == {"fwl-export"}
+
+
+def fake_wheel(folder: Path, torch: str) -> None:
+    (folder / "wheels").mkdir()
+    with zipfile.ZipFile(folder / "wheels" / "torch-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("torch-1.dist-info/METADATA", f"Name: torch\n{torch}")
+
+
+def test_torch_is_not_downloaded_again(tmp_path: Path) -> None:
+    folder = tmp_path / "lib" / "python3.11" / "site-packages" / "torch-2.13.0+cpu.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Name: torch\n")
+    assert install.torch_metadata(tmp_path, "2.13.0")
+    assert install.torch_metadata(tmp_path)
+    assert not install.torch_metadata(tmp_path, "2.14.0")
+
+
+@pytest.mark.parametrize(
+    ("torch", "triton"),
+    [
+        ("Requires-Dist: filelock\n", "3.8.0"),
+        ('Requires-Dist: nvidia-cublas==13; platform_system == "Linux"\n', "3.7.1"),
+        ("Requires-Dist: cuda-toolkit[cublas]==13.0.3\n", "3.7.1"),
+    ],
+)
+def test_only_what_the_extras_need_is_installed_by_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str, triton: str
+) -> None:
+    runs: list[tuple[list[str], dict[str, Pin]]] = []
+
+    def fake(command: list[str], log: Path, say: object) -> int:
+        file = tmp_path / "requirements.txt"
+        runs.append((command, read_lock(file.read_text(encoding="utf-8"))))
+        if "download" in command:
+            fake_wheel(tmp_path, torch)
+        return 0
+
+    monkeypatch.setattr(install, "run_pip", fake)
+    pip = ["python", "-m", "pip", "install", "-v"]
+    assert install.install_locked(pip, tmp_path, "export,dev", Source(), print) == 0
+    build, download, locked, last = runs
+    assert download[0][-2:] == [str(tmp_path / "wheels"), f"torch=={locks()[0]['torch'].version}"]
+    assert {*build[1]} == {*install.BUILD}
+    for command, _ in (build, locked):
+        assert "--require-hashes" in command
+        assert "--no-build-isolation" in command
+        assert "-v" in command
+    assert locked[1]["triton"].version == triton
+    assert ("nvidia-cublas" in locked[1]) == (triton == "3.7.1")
+    assert {"numpy", "pytest", "allpairspy"} <= {*locked[1]}
+    text = (tmp_path / "requirements.txt").read_text(encoding="utf-8")
+    assert re.search(r"^/.*/wheels/torch-1-py3-none-any.whl \\\n    --hash", text, re.MULTILINE)
+    assert "onnxruntime" not in locked[1]
+    assert all(pin.hashes for pin in locked[1].values())
+    assert last[0][-4:] == ["--no-deps", "--no-build-isolation", "-e", str(REPOSITORY)]
+    assert not (tmp_path / "wheels").exists()
+
+
+def test_extras_that_are_not_pinned_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    said: list[str] = []
+    monkeypatch.setattr(install, "run_pip", lambda command, log, say: commands.append(command))
+    wheel = tmp_path / "fwl_export-1-py3-none-any.whl"
+    wheel.touch()
+    pip = ["python", "-m", "pip", "install"]
+    source = Source(wheel, frozenset({"numpy", "torch"}))
+    install.install_locked(pip, tmp_path, "cpu,gpu", source, said.append)
+    numpy = f"numpy=={locks()[0]['numpy'].version}"
+    assert said == [
+        f"without hashes, as asked: {numpy}",
+        "without hashes, because nothing pins them: extras gpu",
+    ]
+    assert [*pip, "--no-deps", numpy] in commands
+    assert "numpy" not in read_lock((tmp_path / "requirements.txt").read_text(encoding="utf-8"))
+    assert commands[-1][-2:] == ["--no-build-isolation", f"{wheel}[gpu]"]
+    assert not any("download" in command for command in commands)
+
+
+def test_pip_refuses_a_file_with_another_hash(tmp_path: Path) -> None:
+    """The hashes decide: pip, as it is called here, takes no file that is not listed."""
+    wheel = tmp_path / "planted-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("planted.py", "")
+        archive.writestr("planted-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(
+            "planted-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n"
+        )
+        archive.writestr("planted-1.0.dist-info/RECORD", "")
+    right = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    log = tmp_path / "log"
+    for digest, code in ((right, 0), ("0" * 64, 1)):
+        file = tmp_path / "requirements.txt"
+        file.write_text(Pin("planted", "1.0", (digest,)).line())
+        command = [sys.executable, "-m", "pip", "install", "--target", str(tmp_path / digest[:4])]
+        command += ["--no-index", "--find-links", str(tmp_path), "--no-deps", "--require-hashes"]
+        found = install.run_pip([*command, "-r", str(file)], log, lambda line: None)
+        assert (found != 0) == bool(code), log.read_text()
+    assert "DO NOT MATCH THE HASHES" in log.read_text()

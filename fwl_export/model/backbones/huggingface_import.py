@@ -20,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwl_export.bundle.config import FastWeightsConfig, HuggingFaceConfig
+from fwl_export.bundle.config import FastWeightsConfig, HuggingFaceConfig, check_module_counts
 from fwl_export.errors import CheckpointError, ConfigError
+from fwl_export.json_files import read_json, shown
 from fwl_export.model.backbones.huggingface import (
     HuggingFaceBackbone,
     import_transformers,
     layer_types,
+    refuse_code,
 )
 from fwl_export.model.stored import ZeroWeights, all_finite
 
@@ -317,16 +319,20 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(
             f"backbone '{folder}' has no config.json; expected the folder of a transformers model"
         )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not JSON ({error})") from None
+    config = read_json(folder / "config.json", CheckpointError)
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{folder / 'config.json'} is {shown(config)}; expected the configuration of a "
+            "transformers model, a JSON object"
+        )
+    check_module_counts(config, str(folder / "config.json"))
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"backbone '{folder}' has no safetensors; other formats can run code when they are "
             "loaded: convert it with transformers' save_pretrained"
         )
-    if isinstance(config, dict) and config.get("quantization_config"):
+    refuse_code(config, CheckpointError)
+    if config.get("quantization_config"):
         raise CheckpointError(
             f"backbone '{folder}' is quantized; give the original model with float weights"
         )

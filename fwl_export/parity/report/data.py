@@ -6,11 +6,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from fwl_export.errors import ReportError
 from fwl_export.files import replaced_file
-from fwl_export.json_files import check_schema, read_json, without_non_finite
+from fwl_export.json_files import (
+    Count,
+    Finite,
+    Name,
+    Size,
+    check_schema,
+    read_json,
+    typed,
+    without_non_finite,
+)
 from fwl_export.parity.cases import Case
 from fwl_export.parity.compare import Place, Prediction, pooled
 from fwl_export.parity.drift import MODE_NAMES, Failure
@@ -204,9 +215,71 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ReportError(
             f"'{path}' is not a report of `fwl-export check`; did you mean another file?"
         )
-    return check_schema(
-        data, SCHEMA_VERSION, f"report '{path}'", ReportError, "run the check again"
-    )
+    where, remedy = f"report '{path}'", "run the check again"
+    check_schema(data, SCHEMA_VERSION, where, ReportError, remedy)
+    typed(data, _Stored, f"{where} is malformed", ReportError, remedy)
+    _check_points(data, f"{where} is malformed", remedy)
+    result: dict[str, Any] = data
+    return result
+
+
+class _StoredTensor(TypedDict):
+    name: Name
+    max_abs: list[Finite | None]
+    relative_rms: list[Finite | None]
+
+
+class _StoredRun(TypedDict):
+    case: Name
+    mode: Name
+    depths: list[Count]
+    tensors: list[_StoredTensor]
+
+
+class _StoredCandidate(TypedDict):
+    name: Name
+    runs: list[_StoredRun]
+
+
+class _StoredBundle(TypedDict):
+    name: Name
+    model_id: Name
+
+
+class _StoredSettings(TypedDict):
+    reference: Name
+    candidates: list[Name]
+    cases: list[Annotated[str, Meta(pattern=r"\A\w+(@\d{1,7})?\Z")]]
+    tokens: Size
+    seed: Count
+
+
+class _StoredText(TypedDict):
+    name: Name
+    ids: list[Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]]
+
+
+class _Stored(TypedDict):
+    """What `--replay` and `--baseline` use of a report; its other keys are for people."""
+
+    bundle: _StoredBundle
+    settings: _StoredSettings
+    text: _StoredText
+    candidates: list[_StoredCandidate]
+
+
+def _check_points(data: Mapping[str, Any], where: str, remedy: str) -> None:
+    """Check that every tensor has an error for each comparison point of its run."""
+    for candidate in data["candidates"]:
+        for run in candidate["runs"]:
+            for tensor in run["tensors"]:
+                for measure in ("max_abs", "relative_rms"):
+                    if len(tensor[measure]) != len(run["depths"]):
+                        raise ReportError(
+                            f"{where}: case '{run['case']}' has {len(run['depths'])} comparison "
+                            f"points, but '{tensor['name']}' has {len(tensor[measure])} errors; "
+                            f"{remedy}"
+                        )
 
 
 def problems(candidate: CandidateVerdict) -> list[str]:

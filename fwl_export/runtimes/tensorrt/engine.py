@@ -120,7 +120,7 @@ def load_model(
     cuda = Cuda(index, chosen.remedy)
     trt = import_variant(chosen)
     metadata = choose_engine(bundle, engines, gpu, chosen.name, str(trt.__version__))
-    path = _engine_file(bundle, metadata)
+    path, content = bundle.folder / _file_name(metadata), _engine_file(bundle, metadata)
     cuda.use()
     log: deque[str] = deque(maxlen=16)
     logger = error_logger(trt, log)
@@ -129,7 +129,7 @@ def load_model(
         assert library is not None  # needs_library refuses "none"
         load_plugin(trt, f"{chosen.title} {metadata.version}", library, log)
     runtime = trt.Runtime(logger)
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         words = f": {log[-1]}" if log else ""
         raise EngineError(
@@ -155,12 +155,20 @@ def load_model(
     )
 
 
-def _engine_file(bundle: Bundle, metadata: EngineMetadata) -> Path:
-    name = f"{ENGINES_FOLDER}/{metadata.name}.engine"
-    path = bundle.file(name)
+def _file_name(metadata: EngineMetadata) -> str:
+    return f"{ENGINES_FOLDER}/{metadata.name}.engine"
+
+
+def _engine_file(bundle: Bundle, metadata: EngineMetadata) -> bytes:
+    """Return the content of an engine's file, after checking it."""
+    name = _file_name(metadata)
+    content = bundle.read_file(name)
     if bundle.manifest.files[name]["sha256"] != metadata.sha256:
-        raise EngineError(f"'{path}' is not the engine that its metadata describes; build it again")
-    return path
+        raise EngineError(
+            f"'{bundle.folder / name}' is not the engine that its metadata describes; build it "
+            "again"
+        )
+    return content
 
 
 def new_context(model: TensorRTModel, decode: bool) -> Any:

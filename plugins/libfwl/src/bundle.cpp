@@ -2,12 +2,13 @@
 
 #include <sys/stat.h>
 
-#include <array>
+#include <algorithm>
 #include <filesystem>
-#include <fstream>
-#include <nlohmann/json.hpp>
+#include <set>
 
 #include "error.h"
+#include "input_file.h"
+#include "json_text.h"
 #include "sha256.h"
 
 namespace fwl::internal {
@@ -17,7 +18,14 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 constexpr int kSchemaVersion = 3;
-constexpr char kModelFile[] = "model.onnx";
+constexpr char kManifestFile[] = "manifest.json";
+
+// Limits on what a manifest says, far beyond what any model needs.
+constexpr uint64_t kManifestBytes = 4 << 20;
+constexpr uint64_t kMostStateBytes = uint64_t{1} << 36; // of one row
+constexpr size_t kMostTensors = 4096, kMostSizes = 8, kLongestName = 128;
+constexpr int64_t kLargestSize = (int64_t{1} << 31) - 1;
+constexpr size_t kSha256Digits = 64;
 
 [[noreturn]] void fail(const std::string& message) {
   throw Failure(FWL_ERROR_BUNDLE, message);
@@ -43,45 +51,43 @@ fs::path inside(const fs::path& folder, const std::string& name) {
   return path;
 }
 
-// Passes a file's content to `take`, block by block, and checks its size and hash at the end.
-template <class Take>
-fs::path read_checked(const Bundle& bundle, const std::string& name, const Take& take) {
-  const auto entry = bundle.files.find(name);
-  if (entry == bundle.files.end()) {
-    fail("bundle '" + bundle.folder + "' has no '" + name +
-         "' in its manifest; export the model again");
-  }
-  const fs::path path = inside(bundle.folder, name);
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream) {
+// Reads a file whose size is known. Nothing is allocated unless the file has that size.
+std::string read_file(const Bundle& bundle, const std::string& name, uint64_t bytes) {
+  InputFile file(inside(bundle.folder, name).string());
+  if (file.is_missing()) {
     fail("bundle '" + bundle.folder + "' lacks the file '" + name +
          "'; copy the bundle again, or export the model again");
   }
-  Sha256 hash;
-  uint64_t size = 0;
-  std::vector<char> block(1 << 20);
-  while (stream && size <= entry->second.bytes) {
-    stream.read(block.data(), static_cast<std::streamsize>(block.size()));
-    const size_t count = static_cast<size_t>(stream.gcount());
-    hash.update(reinterpret_cast<const unsigned char*>(block.data()), count);
-    take(block.data(), count);
-    size += count;
+  if (!file.is_open()) {
+    fail("bundle '" + bundle.folder + "': '" + name + "' cannot be read: " + file.reason());
   }
-  if (hash.hex() != entry->second.sha256 || size != entry->second.bytes) {
-    fail("'" + name + "' in bundle '" + bundle.folder +
-         "' is not what the manifest says; it was changed or truncated: copy the bundle again, or "
-         "export the model again");
+  std::string content;
+  if (file.size() == bytes) {
+    content.resize(bytes);
+    if (!file.read(content.data(), content.size()) || !file.is_at_end()) {
+      content.clear();
+    }
   }
-  return path;
+  return content;
 }
 
 std::string manifest_text(const std::string& folder) {
-  std::ifstream stream(fs::path(folder) / "manifest.json", std::ios::binary);
-  if (!stream) {
-    fail("'" + folder +
-         "' is not a bundle: it has no manifest.json; `fwl-export export` writes one");
+  const std::string path = (fs::path(folder) / kManifestFile).string();
+  InputFile file(path);
+  if (!file.is_open()) {
+    fail("'" + folder + "' is not a bundle: it has no manifest.json" +
+         (file.is_missing() ? "" : " that can be read (" + file.reason() + ")") +
+         "; `fwl-export export` writes one");
   }
-  return std::string(std::istreambuf_iterator<char>(stream), {});
+  if (file.size() > kManifestBytes) {
+    fail(path + " has " + std::to_string(file.size()) + " bytes, but a manifest has at most " +
+         std::to_string(kManifestBytes) + "; do not use this bundle");
+  }
+  std::string content(file.size(), ' ');
+  if (!file.read(content.data(), content.size())) {
+    fail(path + " was changed while it was read; open the bundle again");
+  }
+  return content;
 }
 
 // Returns text that differs once the folder or its manifest was replaced or changed: devices,
@@ -101,33 +107,88 @@ std::string identity_of(const std::string& folder) {
   };
   add(folder, lstat);
   add(folder, stat);
-  add((fs::path(folder) / "manifest.json").string(), stat);
+  add((fs::path(folder) / kManifestFile).string(), stat);
   return identity;
 }
 
 Type type_named(const std::string& name) {
-  if (name == "float32") {
-    return Type::kFloat32;
+  for (const auto& [known, type] : {std::pair{"float32", Type::kFloat32},
+                                    {"float16", Type::kFloat16},
+                                    {"int64", Type::kInt64}}) {
+    if (name == known) {
+      return type;
+    }
   }
-  if (name == "float16") {
-    return Type::kFloat16;
-  }
-  if (name == "int64") {
-    return Type::kInt64;
-  }
-  fail("the bundle's state has a tensor of type '" + name +
-       "', which this libfwl does not know; update libfwl");
+  throw Malformed("the state has a tensor of the unknown type '" + name + "'");
 }
 
 TensorSpec read_spec(const json& data) {
-  TensorSpec spec{data.at("name"), data.at("shape"), type_named(data.at("dtype"))};
-  for (const int64_t size : spec.shape) {
-    if (size < 1) {
-      fail("the bundle's state '" + spec.name + "' has a size of " + std::to_string(size) +
-           "; expected 1 or more. Export the model again");
+  TensorSpec spec{text(member(data, "name"), "name of a state tensor", kLongestName),
+                  {},
+                  type_named(text(member(data, "dtype"), "dtype"))};
+  if (spec.name.empty() || spec.name == "__metadata__") { // a name that state files cannot hold
+    throw Malformed("the state has a tensor called '" + spec.name + "'");
+  }
+  uint64_t elements = 1;
+  for (const json& size : array(member(data, "shape"), "shape of " + spec.name, kMostSizes)) {
+    spec.shape.push_back(integer(size, "shape of " + spec.name, 1));
+    if (__builtin_mul_overflow(elements, static_cast<uint64_t>(spec.shape.back()), &elements) ||
+        elements > kMostStateBytes) {
+      throw Malformed("state '" + spec.name + "' is too large");
     }
   }
   return spec;
+}
+
+std::vector<TensorSpec> read_state(const json& data) {
+  std::vector<TensorSpec> state;
+  std::set<std::string> names;
+  uint64_t bytes = 0;
+  for (const json& entry : array(data, "state", kMostTensors)) {
+    state.push_back(read_spec(entry));
+    bytes += state.back().bytes();
+    if (!names.insert(state.back().name).second) {
+      throw Malformed("the state has two tensors called '" + state.back().name + "'");
+    }
+    if (bytes > kMostStateBytes) {
+      throw Malformed("the state of a row has more than " + std::to_string(kMostStateBytes) +
+                      " bytes");
+    }
+  }
+  if (state.empty() || state[0].name != "position" || state[0].type != Type::kInt64 ||
+      state[0].elements() != 1) {
+    throw Malformed("the state does not start with the position");
+  }
+  return state;
+}
+
+std::map<std::string, FileEntry> read_files(const json& data) {
+  std::map<std::string, FileEntry> files;
+  for (const auto& [name, entry] : object(data, "files").items()) {
+    files[text(name, "name of a file")] = {
+        text(member(entry, "sha256"), "sha256 of " + name, kSha256Digits),
+        static_cast<uint64_t>(integer(member(entry, "bytes"), "bytes of " + name, 0))};
+  }
+  return files;
+}
+
+// Returns a number that may be missing.
+int64_t optional_integer(const json& data, const std::string& name) {
+  return data.contains(name) ? integer(data[name], name, 0) : 0;
+}
+
+void read_manifest(const json& manifest, Bundle& bundle) {
+  const json& config = object(member(manifest, "config"), "config");
+  bundle.model_id = text(member(manifest, "model_id"), "model_id", kSha256Digits);
+  bundle.precision = text(member(manifest, "precision"), "precision", 16);
+  bundle.max_tokens = integer(member(manifest, "max_tokens"), "max_tokens", 1, kLargestSize);
+  bundle.vocab_size = integer(member(config, "vocab_size"), "vocab_size", 1, kLargestSize);
+  bundle.anchor_interval =
+      optional_integer(object(member(config, "fast_weights"), "fast_weights"), "anchor_interval");
+  bundle.max_positions =
+      optional_integer(object(member(config, "backbone"), "backbone"), "max_positions");
+  bundle.state = read_state(member(manifest, "state"));
+  bundle.files = read_files(member(manifest, "files"));
 }
 
 } // namespace
@@ -153,58 +214,43 @@ size_t Bundle::state_bytes() const {
 }
 
 Bundle read_bundle(const std::string& folder) {
-  const std::string path = (fs::path(folder) / "manifest.json").string();
+  const std::string path = (fs::path(folder) / kManifestFile).string();
   Bundle bundle;
   bundle.folder = folder;
   bundle.identity = identity_of(folder);
   try {
-    const json manifest = json::parse(manifest_text(folder));
-    const json& version = manifest.at("schema_version");
-    if (version != kSchemaVersion) {
-      fail(path + ": schema_version is " + version.dump() + ", but this libfwl reads " +
-           std::to_string(kSchemaVersion) +
+    const json manifest = parse_json(manifest_text(folder));
+    const json& version = member(manifest, "schema_version");
+    if (!version.is_number_unsigned() || version != kSchemaVersion) {
+      fail(path + ": schema_version is " + printable(version.dump().c_str()) +
+           ", but this libfwl reads " + std::to_string(kSchemaVersion) +
            "; install the libfwl of the fwl-export release that wrote the bundle");
     }
-    bundle.model_id = manifest.at("model_id");
-    bundle.precision = manifest.at("precision");
-    bundle.max_tokens = manifest.at("max_tokens");
-    bundle.vocab_size = manifest.at("config").at("vocab_size");
-    bundle.anchor_interval =
-        manifest.at("config").at("fast_weights").value("anchor_interval", int64_t{0});
-    bundle.max_positions = manifest.at("config").at("backbone").value("max_positions", int64_t{0});
-    for (const json& spec : manifest.at("state")) {
-      bundle.state.push_back(read_spec(spec));
-    }
-    for (const auto& [name, entry] : manifest.at("files").items()) {
-      bundle.files[name] = {entry.at("sha256"), entry.at("bytes")};
-    }
-  } catch (const json::exception& error) {
+    read_manifest(manifest, bundle);
+  } catch (const Malformed& error) {
     fail(path + " is malformed (" + printable(error.what()) + "); export the model again");
   }
-  if (bundle.max_tokens < 1 || bundle.vocab_size < 1 || bundle.anchor_interval < 0 ||
-      bundle.state.empty() || bundle.state[0].name != "position" ||
-      bundle.state[0].type != Type::kInt64 || bundle.state[0].elements() != 1) {
-    fail(path + " is malformed: sizes are out of range, or the state does not start with the "
-                "position; export the model again");
+  for (const auto& file : bundle.files) {
+    inside(folder, file.first);
   }
   return bundle;
 }
 
 std::string checked_content(const Bundle& bundle, const std::string& name) {
-  std::string content;
-  read_checked(bundle, name, [&](const char* data, size_t count) { content.append(data, count); });
-  return content;
-}
-
-std::string checked_model(const Bundle& bundle) {
-  const auto nothing = [](const char*, size_t) {};
-  const fs::path path = read_checked(bundle, kModelFile, nothing);
-  for (const auto& file : bundle.files) {
-    if (file.first != kModelFile && file.first.rfind(kModelFile, 0) == 0) {
-      read_checked(bundle, file.first, nothing); // external data
-    }
+  const auto entry = bundle.files.find(name);
+  if (entry == bundle.files.end()) {
+    fail("bundle '" + bundle.folder + "' has no '" + printable(name.c_str()) +
+         "' in its manifest; export the model again");
   }
-  return path.string();
+  const std::string content = read_file(bundle, name, entry->second.bytes);
+  Sha256 hash;
+  hash.update(content.data(), content.size());
+  if (content.size() != entry->second.bytes || hash.hex() != entry->second.sha256) {
+    fail("'" + name + "' in bundle '" + bundle.folder +
+         "' is not what the manifest says; it was changed or truncated: copy the bundle again, or "
+         "export the model again");
+  }
+  return content;
 }
 
 void check_unchanged(const Bundle& bundle) {

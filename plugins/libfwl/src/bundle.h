@@ -12,6 +12,8 @@ enum class Type { kFloat32, kFloat16, kInt64 };
 
 size_t bytes_of(Type type);
 
+constexpr char kModelFile[] = "model.onnx";
+
 // One tensor of the state.
 struct TensorSpec {
   std::string name;           // without "past." or "present."
@@ -49,13 +51,12 @@ struct Bundle {
 // Reads the manifest, and no other file yet. Throws if there is no bundle or it has another schema.
 Bundle read_bundle(const std::string& folder);
 
-// Returns the content of a file. Throws if it is not the file that the manifest describes.
+// Returns the content of a file. Throws if it is not the file that the manifest describes. Whoever
+// uses a file uses this content, and does not open the file again, which could be another one then.
 std::string checked_content(const Bundle& bundle, const std::string& name);
 
-// Checks the ONNX file and its external data, and returns the path of the ONNX file.
-std::string checked_model(const Bundle& bundle);
-
-// Throws if the bundle was replaced or changed after its manifest was read.
+// Throws if the bundle was replaced or changed after its manifest was read; explains the failure of
+// something else.
 void check_unchanged(const Bundle& bundle);
 
 } // namespace fwl::internal

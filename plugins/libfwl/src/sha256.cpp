@@ -22,7 +22,8 @@ uint32_t turned(uint32_t x, int bits) {
 
 } // namespace
 
-void Sha256::update(const unsigned char* data, size_t size) {
+void Sha256::update(const void* bytes, size_t size) {
+  auto data = static_cast<const unsigned char*>(bytes);
   size_ += size;
   while (size > 0) {
     if (rest_size_ == 0 && size >= rest_.size()) {

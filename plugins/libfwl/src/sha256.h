@@ -11,7 +11,7 @@ namespace fwl::internal {
 
 class Sha256 {
 public:
-  void update(const unsigned char* data, size_t size);
+  void update(const void* data, size_t size);
   // Returns the hash as 64 hexadecimal digits. May be called once, at the end.
   std::string hex();
 

@@ -1,30 +1,26 @@
 #include "state_file.h"
 
-#include <dirent.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <unistd.h>
-
-#include <atomic>
-#include <cerrno>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <memory>
-#include <nlohmann/json.hpp>
+#include <map>
+#include <optional>
 
 #include "error.h"
+#include "input_file.h"
+#include "json_text.h"
+#include "output_file.h"
+#include "safetensors.h"
+#include "sha256.h"
 
 namespace fwl::internal {
 namespace {
 
-using nlohmann::json;
-namespace fs = std::filesystem;
-
 constexpr char kFormat[] = "fwl-state";
-constexpr char kVersion[] = "1";
+// Files of version 1 have no sha256.
+constexpr char kVersion[] = "2", kOldVersion[] = "1";
+
+// The longest header: of tensors and metadata, and of the positions of the rows in it.
+constexpr uint64_t kHeaderBytes = 1 << 20, kHeaderBytesPerRow = 32;
 
 // Endings of the names of tensors that stand for a compressed one.
 constexpr char kHalf[] = ".half", kScale[] = ".scale";
@@ -34,97 +30,6 @@ constexpr char kUsed[] = ".used";
 const char* safetensors_type(Type type) {
   return type == Type::kFloat32 ? "F32" : type == Type::kFloat16 ? "F16" : "I64";
 }
-
-std::string reason() {
-  return std::strerror(errno);
-}
-
-// A temporary file beside the target. `commit` renames it to the target; without that it is
-// removed. Temporary files that killed processes have left behind are removed first.
-class Replacement {
-public:
-  explicit Replacement(const std::string& target) : target_(target) {
-    std::error_code absent;
-    const fs::path real = fs::canonical(target, absent);
-    if (!absent) { // follow links, so that a link stays a link
-      target_ = real.string();
-      if (!fs::is_regular_file(real, absent)) {
-        throw Failure(FWL_ERROR_IO, "cannot write '" + target + "': it is not a regular file");
-      }
-    }
-    remove_leftovers();
-    do { // the name may be taken: processes in other containers can have the same id
-      path_ = target_ + "." + std::to_string(getpid()) + "." + std::to_string(++count()) + ".tmp";
-      file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    } while (file_ < 0 && errno == EEXIST);
-    if (file_ < 0) {
-      fail();
-    }
-  }
-  ~Replacement() {
-    if (file_ >= 0) {
-      close(file_);
-    }
-    if (!renamed_) {
-      unlink(path_.c_str());
-    }
-  }
-
-  void write(const char* data, size_t size) {
-    while (size > 0) {
-      const ssize_t count = ::write(file_, data, size);
-      if (count < 0 && errno == EINTR) {
-        continue;
-      }
-      if (count < 0) {
-        fail();
-      }
-      data += count;
-      size -= static_cast<size_t>(count);
-    }
-  }
-
-  void commit() {
-    const int file = file_;
-    file_ = -1;
-    if (close(file) != 0 || std::rename(path_.c_str(), target_.c_str()) != 0) {
-      fail();
-    }
-    renamed_ = true;
-  }
-
-private:
-  // A counter that makes names differ between the threads of a process.
-  static std::atomic<unsigned>& count() {
-    static std::atomic<unsigned> value{0};
-    return value;
-  }
-  void remove_leftovers() const {
-    const size_t slash = target_.rfind('/') + 1; // 0 if there is none
-    const std::string folder = slash == 0 ? "." : target_.substr(0, slash);
-    const std::string prefix = target_.substr(slash) + ".";
-    const std::unique_ptr<DIR, int (*)(DIR*)> entries(opendir(folder.c_str()), closedir);
-    while (const dirent* const entry = entries ? readdir(entries.get()) : nullptr) {
-      long process = 0;
-      int end = 0;
-      if (std::strncmp(entry->d_name, prefix.c_str(), prefix.size()) == 0 &&
-          std::sscanf(entry->d_name + prefix.size(), "%ld.%*u.tmp%n", &process, &end) == 1 &&
-          end > 0 && entry->d_name[prefix.size() + static_cast<size_t>(end)] == '\0' &&
-          process > 0 && kill(static_cast<pid_t>(process), 0) != 0 && errno == ESRCH) {
-        unlink((target_.substr(0, slash) + entry->d_name).c_str());
-      }
-    }
-  }
-  [[noreturn]] void fail() const {
-    const std::string why = reason();
-    throw Failure(FWL_ERROR_IO, "cannot write '" + target_ + "': " + why);
-  }
-
-  std::string target_;
-  std::string path_;
-  int file_ = -1;
-  bool renamed_ = false;
-};
 
 // Returns where tensor `index` starts in a row's state.
 size_t row_offset(const Bundle& bundle, size_t index) {
@@ -142,81 +47,116 @@ int64_t position_of(const RowState& row) {
   return position;
 }
 
-// The content of a safetensors file, with its header checked.
-class Tensors {
+// Returns the positions of rows, separated by commas.
+std::string tokens_of(const std::vector<RowState>& rows) {
+  std::string tokens;
+  for (const RowState& row : rows) {
+    tokens += (tokens.empty() ? "" : ",") + std::to_string(position_of(row));
+  }
+  return tokens;
+}
+
+std::string listed(const std::vector<int64_t>& shape) {
+  std::string all;
+  for (const int64_t size : shape) {
+    all += (all.empty() ? "[" : ",") + std::to_string(size);
+  }
+  return all.empty() ? "[]" : all + "]";
+}
+
+[[noreturn]] void damaged(const std::string& path, const std::string& why) {
+  throw Failure(FWL_ERROR_STATE, "'" + path +
+                                     "' is not a state file, or was truncated or changed (" + why +
+                                     "); save it again");
+}
+
+// A state file: first its header is read and checked, and then its tensors.
+class StateFile {
 public:
-  Tensors(const std::string& path, std::string content)
-      : path_(path), content_(std::move(content)) {
+  // Reads the header. `rows` is the number of rows that the file should hold.
+  StateFile(const std::string& path, size_t rows) : path_(path), file_(path) {
+    if (!file_.is_open()) {
+      throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': " + file_.reason());
+    }
     uint64_t size = 0;
-    if (content_.size() < sizeof(size)) {
+    if (file_.size() < sizeof(size) || !file_.read(reinterpret_cast<char*>(&size), sizeof(size))) {
       damaged("it has no header");
     }
-    std::memcpy(&size, content_.data(), sizeof(size));
-    if (size > content_.size() - sizeof(size)) {
+    const uint64_t rest = file_.size() - sizeof(size);
+    if (size > rest) {
       damaged("its header is truncated");
     }
-    start_ = sizeof(size) + size;
-    try {
-      header_ = json::parse(content_.data() + sizeof(size), content_.data() + start_);
-      if (!header_.is_object()) {
-        damaged("its header is not an object");
-      }
-      uint64_t end = 0;
-      for (const auto& [name, entry] : header_.items()) {
-        if (name == "__metadata__") {
-          metadata = entry;
-          continue;
-        }
-        const uint64_t first = entry.at("data_offsets").at(0),
-                       last = entry.at("data_offsets").at(1);
-        if (first > last || last > content_.size() - start_) {
-          damaged("tensor '" + name + "' is truncated");
-        }
-        end = std::max(end, last);
-      }
-      if (end != content_.size() - start_) {
-        damaged("bytes follow its tensors");
-      }
-    } catch (const json::exception& error) {
-      damaged(printable(error.what()));
+    if (size > kHeaderBytes + rows * kHeaderBytesPerRow) {
+      damaged("its header has " + std::to_string(size) + " bytes, too many for " +
+              std::to_string(rows) + " rows");
+    }
+    std::string text(size, '\0');
+    if (!file_.read(text.data(), size)) {
+      damaged("its header is truncated");
+    }
+    header_ = parse_safetensors(text, rest - size);
+    data_bytes_ = rest - size;
+  }
+
+  // Reads the tensors. The caller has compared their sizes with the model's.
+  void read_data() {
+    data_.resize(data_bytes_);
+    if (!file_.read(data_.data(), data_bytes_) || !file_.is_at_end()) {
+      damaged("its size changed while it was read");
     }
   }
 
-  bool has(const std::string& name) const { return header_.contains(name); }
+  bool has(const std::string& name) const { return header_.tensors.count(name) > 0; }
+  size_t count() const { return header_.tensors.size(); }
+  const std::vector<int64_t>& shape(const std::string& name) const { return tensor(name).shape; }
 
-  std::vector<int64_t> shape(const std::string& name) const { return header_.at(name).at("shape"); }
-
-  // Returns the bytes of a tensor, after checking its type, shape and size.
-  const char* data(const std::string& name, const char* type,
-                   const std::vector<int64_t>& shape) const {
-    const json& entry = header_.at(name);
-    uint64_t bytes = std::strcmp(type, "I64") == 0 ? 8 : std::strcmp(type, "F32") == 0 ? 4 : 2;
-    for (const int64_t size : shape) {
-      bytes *= static_cast<uint64_t>(size);
-    }
-    const uint64_t first = entry.at("data_offsets").at(0), last = entry.at("data_offsets").at(1);
-    if (entry.at("dtype") != type || entry.at("shape") != json(shape) || last - first != bytes) {
-      throw Failure(FWL_ERROR_STATE, "'" + path_ + "': state '" + name + "' is " +
-                                         entry.at("dtype").dump() + entry.at("shape").dump() +
-                                         ", but the model says " + type + json(shape).dump() +
-                                         "; was it saved from another model?");
-    }
-    return content_.data() + start_ + first;
+  // Returns an entry of the metadata, or nothing.
+  std::optional<std::string> metadata(const std::string& key) const {
+    const auto found = header_.metadata.find(key);
+    return found == header_.metadata.end() ? std::nullopt : std::optional(found->second);
   }
 
-  [[noreturn]] void damaged(const std::string& why) const {
-    throw Failure(FWL_ERROR_STATE, "'" + path_ +
-                                       "' is not a state file, or was truncated or changed (" +
-                                       why + "); save it again");
+  // Checks type and shape of a tensor.
+  void check(const std::string& name, const std::string& type,
+             const std::vector<int64_t>& shape) const {
+    const StoredTensor& found = tensor(name);
+    if (found.type != type || found.shape != shape) {
+      throw Failure(FWL_ERROR_STATE, "'" + path_ + "': state '" + name + "' is " + found.type +
+                                         listed(found.shape) + ", but the model says " + type +
+                                         listed(shape) + "; was it saved from another model?");
+    }
   }
 
-  json metadata = json::object();
+  const char* data(const std::string& name) const { return data_.data() + tensor(name).first; }
+
+  // Compares tensors and metadata with the sha256, which files of version 1 do not have.
+  void check_sha256() const {
+    const std::optional<std::string> expected = metadata("sha256");
+    const auto add_data = [&](const std::string& name, Sha256& hash) {
+      const StoredTensor& found = tensor(name);
+      hash.update(data_.data() + found.first, found.last - found.first);
+    };
+    if (expected && header_.sha256(add_data) != *expected) {
+      damaged("its sha256 is not that of its content");
+    }
+  }
+
+  [[noreturn]] void damaged(const std::string& why) const { internal::damaged(path_, why); }
 
 private:
+  const StoredTensor& tensor(const std::string& name) const {
+    const auto found = header_.tensors.find(name);
+    if (found == header_.tensors.end()) {
+      damaged("it lacks the tensor '" + name + "'");
+    }
+    return found->second;
+  }
+
   std::string path_;
-  std::string content_;
-  json header_;
-  size_t start_ = 0;
+  InputFile file_;
+  SafetensorsHeader header_;
+  uint64_t data_bytes_ = 0;
+  std::string data_;
 };
 
 float float_at(const char* data, size_t index) {
@@ -239,22 +179,40 @@ struct Target {
   size_t offset;
 };
 
-// Restores a tensor that was saved as it is.
-void restore_plain(const Tensors& file, const TensorSpec& spec, const Target& target) {
-  const size_t bytes = spec.bytes(), rows = target.rows.size();
-  const char* data = file.data(spec.name, safetensors_type(spec.type), with_rows(rows, spec.shape));
-  for (size_t r = 0; r < rows; ++r) {
-    std::memcpy(target.row(r), data + r * bytes, bytes);
+// One way in which a file may hold a tensor of the state. `check` compares types, shapes and number
+// of tensors with the model before the data is read, so that no file asks for more memory than the
+// model's state takes. `restore` fills the rows of the target from the data.
+struct Form {
+  std::string compress;             // the file's kind of compression; "" if that does not matter
+  std::vector<std::string> endings; // of the names of the tensors that stand for it
+  bool (*fits)(const TensorSpec& spec);
+  void (*check)(const StateFile& file, const TensorSpec& spec, size_t rows);
+  void (*restore)(const StateFile& file, const TensorSpec& spec, const Target& target);
+};
+
+void check_plain(const StateFile& file, const TensorSpec& spec, size_t rows) {
+  file.check(spec.name, safetensors_type(spec.type), with_rows(rows, spec.shape));
+}
+
+void restore_plain(const StateFile& file, const TensorSpec& spec, const Target& target) {
+  const char* data = file.data(spec.name);
+  for (size_t r = 0; r < target.rows.size(); ++r) {
+    std::memcpy(target.row(r), data + r * spec.bytes(), spec.bytes());
   }
 }
 
-// Restores a float32 tensor that was saved as float16 values and one scale for each row.
-void restore_halves(const Tensors& file, const TensorSpec& spec, const Target& target) {
-  const size_t elements = spec.elements(), rows = target.rows.size();
-  const char* halves = file.data(spec.name + kHalf, "F16", with_rows(rows, spec.shape));
-  const char* scales = file.data(spec.name + kScale, "F32", {static_cast<int64_t>(rows)});
+// A float32 tensor that was saved as float16 values and one scale for each row.
+void check_halves(const StateFile& file, const TensorSpec& spec, size_t rows) {
+  file.check(spec.name + kHalf, "F16", with_rows(rows, spec.shape));
+  file.check(spec.name + kScale, "F32", {static_cast<int64_t>(rows)});
+}
+
+void restore_halves(const StateFile& file, const TensorSpec& spec, const Target& target) {
+  const size_t elements = spec.elements();
+  const char* halves = file.data(spec.name + kHalf);
+  const char* scales = file.data(spec.name + kScale);
   std::vector<float> values(elements);
-  for (size_t r = 0; r < rows; ++r) {
+  for (size_t r = 0; r < target.rows.size(); ++r) {
     for (size_t i = 0; i < elements; ++i) {
       uint16_t bits;
       std::memcpy(&bits, halves + (r * elements + i) * sizeof(bits), sizeof(bits));
@@ -264,21 +222,31 @@ void restore_halves(const Tensors& file, const TensorSpec& spec, const Target& t
   }
 }
 
-// Restores a float32 matrix [K, V] that was saved as factors [K, rank] and [rank, V] of each row.
-void restore_factors(const Tensors& file, const TensorSpec& spec, const Target& target) {
-  const size_t rows = target.rows.size();
-  const std::vector<int64_t> shape = file.shape(spec.name + kLeft);
-  const int64_t rank = shape.empty() ? 0 : shape.back();
-  if (rank < 1 || rank > spec.shape[0] + spec.shape[1]) {
+// Returns the rank of the factors of a matrix.
+int64_t rank_of(const StateFile& file, const TensorSpec& spec) {
+  const std::vector<int64_t>& shape = file.shape(spec.name + kLeft);
+  return shape.empty() ? 0 : shape.back();
+}
+
+// A float32 matrix [K, V] that was saved as factors [K, rank] and [rank, V] of each row. Factors
+// that are larger than the matrix are never saved.
+void check_factors(const StateFile& file, const TensorSpec& spec, size_t rows) {
+  const int64_t size_k = spec.shape[0], size_v = spec.shape[1], rank = rank_of(file, spec);
+  if (rank < 1 || rank > size_k * size_v / (size_k + size_v)) {
     file.damaged("the factors of '" + spec.name + "' have rank " + std::to_string(rank));
   }
+  file.check(spec.name + kLeft, "F32", with_rows(rows, {size_k, rank}));
+  file.check(spec.name + kRight, "F32", with_rows(rows, {rank, size_v}));
+}
+
+void restore_factors(const StateFile& file, const TensorSpec& spec, const Target& target) {
   const auto size_k = static_cast<size_t>(spec.shape[0]);
   const auto size_v = static_cast<size_t>(spec.shape[1]);
-  const auto size_r = static_cast<size_t>(rank);
-  const char* left = file.data(spec.name + kLeft, "F32", with_rows(rows, {spec.shape[0], rank}));
-  const char* right = file.data(spec.name + kRight, "F32", with_rows(rows, {rank, spec.shape[1]}));
+  const auto size_r = static_cast<size_t>(rank_of(file, spec));
+  const char* left = file.data(spec.name + kLeft);
+  const char* right = file.data(spec.name + kRight);
   std::vector<float> values(size_k * size_v);
-  for (size_t r = 0; r < rows; ++r) {
+  for (size_t r = 0; r < target.rows.size(); ++r) {
     std::fill(values.begin(), values.end(), 0.0f);
     for (size_t k = 0; k < size_k; ++k) {
       for (size_t j = 0; j < size_r; ++j) {
@@ -292,22 +260,30 @@ void restore_factors(const Tensors& file, const TensorSpec& spec, const Target& 
   }
 }
 
-// Restores a cache [heads, slots, size] of which only the slots in use were saved; the others are
-// zeros.
-void restore_used(const Tensors& file, const TensorSpec& spec, const Target& target) {
-  const size_t rows = target.rows.size();
-  const std::vector<int64_t> shape = file.shape(spec.name + kUsed);
-  const int64_t used = shape.size() == 4 ? shape[2] : -1;
+// Returns how many slots of a cache a file holds, or -1 if the tensor is no cache.
+int64_t used_of(const StateFile& file, const TensorSpec& spec) {
+  const std::vector<int64_t>& shape = file.shape(spec.name + kUsed);
+  return shape.size() == spec.shape.size() + 1 ? shape[2] : -1;
+}
+
+// A cache [heads, slots, ...] of which only the slots in use were saved; the others are zeros.
+void check_used(const StateFile& file, const TensorSpec& spec, size_t rows) {
+  const int64_t used = used_of(file, spec);
   if (used < 0 || used > spec.shape[1]) {
     file.damaged("'" + spec.name + kUsed + "' does not fit the model");
   }
-  const char* data = file.data(spec.name + kUsed, safetensors_type(spec.type),
-                               with_rows(rows, {spec.shape[0], used, spec.shape[2]}));
-  const size_t slot = static_cast<size_t>(spec.shape[2]) * bytes_of(spec.type);
-  const size_t filled = static_cast<size_t>(used) * slot;
-  const size_t whole = static_cast<size_t>(spec.shape[1]) * slot;
+  std::vector<int64_t> shape = spec.shape;
+  shape[1] = used;
+  file.check(spec.name + kUsed, safetensors_type(spec.type), with_rows(rows, shape));
+}
+
+void restore_used(const StateFile& file, const TensorSpec& spec, const Target& target) {
+  const char* data = file.data(spec.name + kUsed);
   const auto heads = static_cast<size_t>(spec.shape[0]);
-  for (size_t r = 0; r < rows; ++r) {
+  const size_t whole = spec.bytes() / heads;
+  const size_t slot = whole / static_cast<size_t>(spec.shape[1]);
+  const size_t filled = static_cast<size_t>(used_of(file, spec)) * slot;
+  for (size_t r = 0; r < target.rows.size(); ++r) {
     std::memset(target.row(r), 0, spec.bytes());
     for (size_t h = 0; h < heads; ++h) {
       std::memcpy(target.row(r) + h * whole, data + (r * heads + h) * filled, filled);
@@ -315,50 +291,67 @@ void restore_used(const Tensors& file, const TensorSpec& spec, const Target& tar
   }
 }
 
-// Restores one tensor of every row from whichever form the file holds it in.
-void restore(const Tensors& file, const TensorSpec& spec, const Target& target) {
-  const bool is_float = spec.type == Type::kFloat32;
-  if (file.has(spec.name)) {
-    restore_plain(file, spec, target);
-  } else if (is_float && file.has(spec.name + kHalf)) {
-    restore_halves(file, spec, target);
-  } else if (is_float && spec.shape.size() == 2 && file.has(spec.name + kLeft)) {
-    restore_factors(file, spec, target);
-  } else if (spec.shape.size() == 3 && file.has(spec.name + kUsed)) {
-    restore_used(file, spec, target);
-  } else {
-    throw Failure(FWL_ERROR_STATE, "the state file lacks the tensor '" + spec.name +
-                                       "'; was it saved from another model?");
-  }
+bool starts_with(const std::string& name, const std::string& start) {
+  return name.compare(0, start.size(), start) == 0;
 }
 
-std::string read_content(const std::string& path) {
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream) {
-    throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': " + reason());
-  }
-  std::error_code absent;
-  if (fs::is_directory(path, absent)) {
-    throw Failure(FWL_ERROR_IO, "cannot read '" + path + "': it is a folder");
-  }
-  return std::string(std::istreambuf_iterator<char>(stream), {});
+bool is_float(const TensorSpec& spec) {
+  return spec.type == Type::kFloat32;
 }
 
-// Checks that a file is a state file, of this version and of this model.
-void check_metadata(const json& metadata, const std::string& path, const Bundle& bundle) {
-  if (metadata.value("format", "") != kFormat) {
+bool is_matrix(const TensorSpec& spec) {
+  return is_float(spec) && spec.shape.size() == 2 &&
+         (starts_with(spec.name, "fast.") || starts_with(spec.name, "anchor."));
+}
+
+bool is_cache(const TensorSpec& spec) {
+  return starts_with(spec.name, "cache.") && spec.shape.size() >= 2;
+}
+
+const std::vector<Form>& forms() {
+  static const std::vector<Form> kForms{
+      {"fp16", {kHalf, kScale}, is_float, check_halves, restore_halves},
+      {"lowrank", {kLeft, kRight}, is_matrix, check_factors, restore_factors},
+      {"lowrank", {kUsed}, is_cache, check_used, restore_used},
+      {"", {""}, [](const TensorSpec&) { return true; }, check_plain, restore_plain}};
+  return kForms;
+}
+
+// Returns the form in which a file holds a tensor.
+const Form& form_of(const StateFile& file, const TensorSpec& spec) {
+  for (const Form& form : forms()) {
+    const bool may_be = form.compress.empty() || form.compress == file.metadata("compress");
+    if (may_be && form.fits(spec) && file.has(spec.name + form.endings[0])) {
+      return form;
+    }
+  }
+  throw Failure(FWL_ERROR_STATE, "the state file lacks the tensor '" + spec.name +
+                                     "'; was it saved from another model?");
+}
+
+// Checks that a file is a state file, of a version that can be read and of this model.
+void check_metadata(const StateFile& file, const std::string& path, const Bundle& bundle) {
+  if (file.metadata("format") != kFormat) {
     throw Failure(FWL_ERROR_STATE,
                   "'" + path +
                       "' is a safetensors file, but not a state file; expected a file that "
                       "`fwl-export read` or fwl_session_save_state wrote");
   }
-  if (metadata.at("version") != kVersion) {
-    throw Failure(FWL_ERROR_STATE, "'" + path + "' is a state file of version " +
-                                       metadata.at("version").dump() +
-                                       ", but this libfwl reads version " + kVersion +
+  const std::string version = file.metadata("version").value_or("");
+  if (version != kVersion && version != kOldVersion) {
+    throw Failure(FWL_ERROR_STATE, "'" + path + "' is a state file of version '" +
+                                       printable(version.c_str()) +
+                                       "', but this libfwl reads versions 1 and " + kVersion +
                                        "; update libfwl, or save the state again");
   }
-  if (metadata.at("model_id") != bundle.model_id) {
+  if (version == kVersion && !file.metadata("sha256")) {
+    file.damaged("it has no sha256");
+  }
+  const std::string compress = file.metadata("compress").value_or("");
+  if (compress != "none" && compress != "fp16" && compress != "lowrank") {
+    file.damaged("it has no known kind of compression");
+  }
+  if (file.metadata("model_id") != bundle.model_id) {
     throw Failure(FWL_ERROR_STATE,
                   "'" + path +
                       "' was saved from another model; only the model that wrote a "
@@ -366,16 +359,22 @@ void check_metadata(const json& metadata, const std::string& path, const Bundle&
   }
 }
 
-std::vector<RowState> restored_rows(const Tensors& file, const Bundle& bundle) {
-  const unsigned long count = std::stoul(file.metadata.at("rows").get<std::string>());
-  if (count < 1 || count > kMaxRows) {
+// Compares a file's header with the model, and returns how many rows it holds.
+size_t check_tensors(const StateFile& file, const Bundle& bundle) {
+  const int64_t count = decimal(file.metadata("rows").value_or(""), "rows");
+  const auto rows = static_cast<size_t>(count);
+  if (rows < 1 || rows > kMaxRows) {
     file.damaged("it holds " + std::to_string(count) + " rows");
   }
-  // Compares `count` with the file's size before memory is taken for that many rows.
-  file.data("position", "I64", {static_cast<int64_t>(count)});
-  std::vector<RowState> rows(count, RowState(bundle.state_bytes()));
-  for (size_t i = 0; i < bundle.state.size(); ++i) {
-    restore(file, bundle.state[i], {rows, row_offset(bundle, i)});
+  size_t expected = 0;
+  for (const TensorSpec& spec : bundle.state) {
+    const Form& form = form_of(file, spec);
+    form.check(file, spec, rows);
+    expected += form.endings.size();
+  }
+  if (file.count() != expected) {
+    file.damaged("it has " + std::to_string(file.count()) +
+                 " tensors, but the model's state needs " + std::to_string(expected));
   }
   return rows;
 }
@@ -410,61 +409,76 @@ void check_state(const Bundle& bundle, const RowState& row, const std::string& s
     }
     offset += spec.bytes();
   }
-  if (position_of(row) < 0) {
-    throw Failure(FWL_ERROR_STATE, source + ": the position is negative; do not use this state");
+  const int64_t position = position_of(row);
+  const int64_t most = bundle.max_positions > 0 ? bundle.max_positions : kMostTokens;
+  if (position < 0 || position > most) {
+    throw Failure(FWL_ERROR_STATE, source + ": the position is " + std::to_string(position) +
+                                       "; expected 0 to " + std::to_string(most) +
+                                       ": do not use this state");
   }
 }
 
 void save_state(const std::string& path, const Bundle& bundle, const std::vector<RowState>& rows) {
-  json header, metadata;
-  std::string tokens;
   for (const RowState& row : rows) {
     check_state(bundle, row, "'" + path + "'");
-    tokens += (tokens.empty() ? "" : ",") + std::to_string(position_of(row));
   }
-  metadata = {{"format", kFormat},
-              {"version", kVersion},
-              {"model_id", bundle.model_id},
-              {"rows", std::to_string(rows.size())},
-              {"tokens", tokens},
-              {"compress", "none"}};
-  header["__metadata__"] = metadata;
-  uint64_t offset = 0;
-  for (const TensorSpec& spec : bundle.state) {
-    const uint64_t bytes = rows.size() * spec.bytes();
-    header[spec.name] = {{"dtype", safetensors_type(spec.type)},
-                         {"shape", with_rows(rows.size(), spec.shape)},
-                         {"data_offsets", {offset, offset + bytes}}};
-    offset += bytes;
-  }
-  std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' '); // aligns the tensors
-  const uint64_t size = text.size();
-  Replacement file(path);
-  file.write(reinterpret_cast<const char*>(&size), sizeof(size));
-  file.write(text.data(), text.size());
+  SafetensorsHeader header;
+  header.metadata = {{"format", kFormat},           {"version", kVersion},
+                     {"model_id", bundle.model_id}, {"rows", std::to_string(rows.size())},
+                     {"tokens", tokens_of(rows)},   {"compress", "none"}};
+  std::map<std::string, size_t> starts; // of the tensors, in a row's state
+  uint64_t end = 0;
   for (size_t i = 0; i < bundle.state.size(); ++i) {
-    const size_t start = row_offset(bundle, i);
+    const TensorSpec& spec = bundle.state[i];
+    const uint64_t first = end;
+    end += rows.size() * spec.bytes();
+    header.tensors[spec.name] = {safetensors_type(spec.type), with_rows(rows.size(), spec.shape),
+                                 first, end};
+    starts[spec.name] = row_offset(bundle, i);
+  }
+  header.metadata["sha256"] = header.sha256([&](const std::string& name, Sha256& hash) {
+    const StoredTensor& tensor = header.tensors.at(name);
     for (const RowState& row : rows) {
-      file.write(row.data() + start, bundle.state[i].bytes());
+      hash.update(row.data() + starts.at(name), (tensor.last - tensor.first) / rows.size());
+    }
+  });
+  const std::string text = header.text();
+  OutputFile file(path);
+  file.write(text.data(), text.size());
+  for (const TensorSpec& spec : bundle.state) {
+    for (const RowState& row : rows) {
+      file.write(row.data() + starts.at(spec.name), spec.bytes());
     }
   }
   file.commit();
 }
 
-std::vector<RowState> load_state(const std::string& path, const Bundle& bundle) {
-  const Tensors file(path, read_content(path));
+std::vector<RowState> load_state(const std::string& path, const Bundle& bundle, size_t rows) {
   try {
-    check_metadata(file.metadata, path, bundle);
-    std::vector<RowState> rows = restored_rows(file, bundle);
-    for (const RowState& row : rows) {
-      check_state(bundle, row, "'" + path + "'");
+    StateFile file(path, rows);
+    check_metadata(file, path, bundle);
+    const size_t held = check_tensors(file, bundle);
+    if (held != rows) {
+      throw Failure(FWL_ERROR_ARGUMENT, "'" + path + "' holds " + std::to_string(held) +
+                                            " rows, but the call names " + std::to_string(rows) +
+                                            "; name as many rows as the file holds");
     }
-    return rows;
-  } catch (const json::exception& error) {
-    file.damaged(printable(error.what()));
-  } catch (const std::logic_error& error) { // std::stoul
-    file.damaged("its row count is not a number");
+    file.read_data();
+    file.check_sha256();
+    std::vector<RowState> states(rows, RowState(bundle.state_bytes()));
+    for (size_t i = 0; i < bundle.state.size(); ++i) {
+      const TensorSpec& spec = bundle.state[i];
+      form_of(file, spec).restore(file, spec, {states, row_offset(bundle, i)});
+    }
+    for (const RowState& state : states) {
+      check_state(bundle, state, "'" + path + "'");
+    }
+    if (file.metadata("tokens") != tokens_of(states)) {
+      damaged(path, "its metadata name other positions than its tensors");
+    }
+    return states;
+  } catch (const Malformed& error) {
+    damaged(path, printable(error.what()));
   }
 }
 

@@ -360,7 +360,7 @@ def edit_metadata(bundle: Path, metadata: EngineMetadata, **changes: Any) -> Non
     [
         ({"sha256": "0" * 64}, "is not the engine that its metadata describes"),
         ({"schema_version": 9}, "schema_version is 9, but this fwl-export reads 1"),
-        ({"inputs": [{"name": "x"}]}, "is malformed (TypeError"),
+        ({"inputs": [{"name": "x"}]}, "is malformed: key 'inputs[0].shape' is missing; build"),
         ({"inputs": []}, "does not fit its metadata or this version of fwl-export: '"),
         ({"outputs": []}, "does not fit its metadata or this version of fwl-export: 'logits' diff"),
     ],

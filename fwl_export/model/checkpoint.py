@@ -18,7 +18,7 @@ from torch import nn
 from fwl_export.bundle.config import HuggingFaceConfig, ModelConfig
 from fwl_export.bundle.tokenizer import load_tokenizer
 from fwl_export.errors import CheckpointError
-from fwl_export.files import check_output, replaced_folder
+from fwl_export.files import check_output, finish_replacement, replaced_folder
 from fwl_export.json_files import read_json
 from fwl_export.model.backbones.decoder import Decoder
 from fwl_export.model.backbones.huggingface import causal_model
@@ -85,6 +85,8 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
 
 def _check_complete(folder: Path) -> None:
     """Check that a folder has the files of a checkpoint."""
+    if not folder.exists():
+        finish_replacement(folder)  # whoever replaced it may have been killed meanwhile
     if not folder.is_dir():
         found = "is not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(

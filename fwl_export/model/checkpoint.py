@@ -66,7 +66,7 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
       ConfigError: config.json has an unknown key or a value out of range.
     """
     if read is None:
-        _check_complete(folder)
+        check_complete(folder)
     content: Callable[[str], bytes | None] = read or (lambda name: None)
     config = load_config(folder / CONFIG_FILE, content(CONFIG_FILE))
     check_size(folder / WEIGHTS_FILE, _parameters(config))
@@ -83,8 +83,12 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
     return Checkpoint(model.eval().requires_grad_(False), tokenizer)
 
 
-def _check_complete(folder: Path) -> None:
-    """Check that a folder has the files of a checkpoint."""
+def check_complete(folder: Path) -> None:
+    """Check that a folder has the files of a checkpoint.
+
+    Raises:
+      CheckpointError: There is no such folder, or a file is missing.
+    """
     if not folder.exists():
         finish_replacement(folder)  # whoever replaced it may have been killed meanwhile
     if not folder.is_dir():

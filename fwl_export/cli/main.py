@@ -32,7 +32,7 @@ from fwl_export.cli.options import GENERAL, LogFileOption, QuietOption, VerboseO
 from fwl_export.cli.precision import precision
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
-from fwl_export.cli.terminal import print_exception, safe_streams
+from fwl_export.cli.terminal import flush_output, print_exception, safe_streams
 from fwl_export.cli.train import train
 from fwl_export.errors import FwlError, missing_export_package
 from fwl_export.printable import indented
@@ -74,7 +74,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with safe_streams(), logging_for_one_command() as logger:
         try:
-            _run(logger)
+            try:
+                _run(logger)
+            finally:
+                flush_output()
         except FwlError as error:
             _fail(logger, str(error), error.exit_code)
         except ModuleNotFoundError as error:

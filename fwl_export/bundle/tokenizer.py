@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -10,6 +13,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fwl_export.errors import CheckpointError, FwlError, TokenError
+from fwl_export.filesystem import open_regular
 from fwl_export.json_files import brief, read_bounded
 
 # Published tokenizers of 260 000 entries have 35 MB.
@@ -74,14 +78,15 @@ def read_ids(path: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     """Return the token ids of a text file, [N] int64.
 
     Args:
-      path: Text file in UTF-8.
+      path: Text file in UTF-8; not a pipe or a device, which may have no end.
       tokenizer: Tokenizer of the model.
 
     Raises:
       TokenError: The file is not UTF-8 text or has fewer than 2 tokens, or the tokenizer fails.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path, TokenError) as stream:
+            text = stream.readall().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TokenError(f"cannot read '{path}' as text: {error}") from None
     ids = encode(text, tokenizer)
@@ -101,7 +106,8 @@ def encode(text: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
       TokenError: The tokenizer fails, as one whose patterns backtrack too long does.
     """
     try:
-        return np.array(tokenizer.encode(text).ids, dtype=np.int64)
+        with _without_panic_messages():
+            return np.array(tokenizer.encode(text).ids, dtype=np.int64)
     except Exception as error:
         problem: BaseException = error
     except BaseException as error:
@@ -114,3 +120,16 @@ def encode(text: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
         f"the tokenizer cannot split this text into tokens ({first}); was tokenizer.json damaged, "
         "or does it come from somebody you do not know?"
     ) from None
+
+
+@contextlib.contextmanager
+def _without_panic_messages() -> Iterator[None]:
+    """Send standard error nowhere meanwhile: Rust prints its panics there, besides raising them."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # standard error is closed
+            before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, before)
+            stack.callback(os.close, nowhere)
+            stack.callback(os.dup2, before, 2)
+            os.dup2(nowhere, 2)
+        yield

@@ -54,7 +54,7 @@ def check(
             help="Runtimes to check, separated by commas, with their options after colons: "
             "onnxruntime:no-plugin, torch:float32, tensorrt:rtx. onnx-reference@200 reads 200 "
             "tokens only.",
-            show_default="onnxruntime",
+            show_default="onnxruntime, with the plugin and without",
             autocompletion=list_completion(CANDIDATES),
         ),
     ] = None,
@@ -62,9 +62,9 @@ def check(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Kinds of calls to make, separated by commas. decode@5000 decodes 5000 tokens one "
-            "by one.",
-            show_default=",".join(CASES),
+            help=f"Kinds of calls to make, separated by commas: {', '.join(CASES)}; mixed stands "
+            "for mixed1 to mixed8. decode@5000 reads 5000 tokens.",
+            show_default="all",
             autocompletion=list_completion(CASES),
         ),
     ] = None,
@@ -73,6 +73,13 @@ def check(
         int | None,
         typer.Option(help="Tokens of the text to read.", show_default=str(DEFAULT_TOKENS), min=1),
     ] = None,
+    all_ids: Annotated[
+        bool,
+        typer.Option(
+            "--all-ids",
+            help="Read every token id, however many there are; case long has 2304 otherwise.",
+        ),
+    ] = False,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -145,6 +152,8 @@ def check(
       fwl-export check demo-bundle --candidates onnxruntime,torch:float32
     """
     given = {"reference": reference, "candidates": candidates, "cases": cases, "seed": seed}
+    if all_ids:
+        given["all_ids"] = True
     with _errors_of_a_check():
         request = _request(bundle, {**given, "tokens": tokens}, text, replay)
         request.options |= {"strict": strict, "threads": threads}
@@ -155,7 +164,8 @@ def check(
         result, target = _run(request, command, report)
         page = html or target.with_suffix(".html")
         _write(result, {"json": target, "junit": junit, "markdown": markdown, "html": page})
-    _print(result, target, page, json)
+        with _errors_of_standard_output():
+            _print(result, target, page, json)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -211,10 +221,10 @@ def _replayed(
     from fwl_export.errors import ConfigError, ReportError
     from fwl_export.parity import read_report
 
-    if text is not None or options.keys() & {"cases", "tokens", "seed"}:
+    if text is not None or options.keys() & {"cases", "tokens", "seed", "all_ids"}:
         raise ConfigError(
             "--replay takes text, cases, tokens and seed from its report; leave out "
-            "--text, --cases, --tokens and --seed"
+            "--text, --cases, --tokens, --seed and --all-ids"
         )
     data = read_report(replay)
     if data["bundle"]["model_id"] != bundle.manifest.model_id:
@@ -296,12 +306,13 @@ def _print(result: Report, target: Path, page: Path, json: bool) -> None:
 
 def _read_tolerances(path: Path | None) -> Any:
     from fwl_export.errors import ConfigError
+    from fwl_export.json_files import read_bounded
 
     if path is None:
         return {}
     try:
-        return json_module.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json_module.loads(read_bounded(path, ConfigError).decode())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"--tolerances '{path}' is not JSON ({error}); expected an object whose keys are the "
             "prefixes of tensor names"
@@ -331,7 +342,21 @@ def _command(
     options = {"--text": text, "--replay": replay, **files}
     for name, path in options.items():
         words += [name, str(path)] if path is not None else []
-    return shlex.join([*words, *(["--strict"] if request.options["strict"] else [])])
+    flags = {"--strict": "strict", "--all-ids": "all_ids"}
+    words += [flag for flag, key in flags.items() if request.options.get(key)]
+    return shlex.join(words)
+
+
+@contextmanager
+def _errors_of_standard_output() -> Iterator[None]:
+    """Name standard output in the error if it leads to a full disk; a closed pipe is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), "standard output") from None
 
 
 @contextmanager
@@ -350,6 +375,8 @@ def _errors_of_a_check() -> Iterator[None]:
         raise CheckError(
             f"check needs '{name}', which is not installed; pip install 'fwl-export[export]'"
         ) from None
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if error.filename is None:
             raise

@@ -20,7 +20,7 @@ from fwl_export.bundle.manifest import Manifest
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ConfigError
 from fwl_export.parity import design
-from fwl_export.parity.schedule import ROWS, Schedule, ScheduledCall, make_call
+from fwl_export.parity.schedule import FIRST_POINT, ROWS, Schedule, ScheduledCall, make_call
 
 TEXT, MIXED, REPEAT, LONG, DECODE, FAR, AGAIN = (
     "text", "mixed", "repeat", "long", "decode", "far", "again"
@@ -213,7 +213,8 @@ class _Plan(NamedTuple):
       moves: Rows to put at another position before it.
       forced: Whether teacher-forced sessions make the call.
       compare: Whether states are compared after it.
-      setting: What it covers of the covering design, or None.
+      setting: What it covers of the covering design, or None. Rows of such a call that would
+        pass an anchor in it are moved to the anchor first, because sessions split calls there.
     """
 
     lengths: Array
@@ -241,6 +242,7 @@ class _Reader:
         self._texts = [np.roll(ids, -start) for start in starts]
         self._case = case
         self._limit = limits.max_positions
+        self._interval = limits.anchor_interval
         self._read = np.zeros(case.rows, np.int64)  # never lowered
         self._positions = np.zeros(case.rows, np.int64)  # of the rows' states
 
@@ -293,7 +295,7 @@ class _Reader:
             ids=ids,
             labels=labels,
             tokens_read=total + size,
-            compare_state=plan.compare,
+            compare_state=plan.compare and total + size >= FIRST_POINT,
             logit_positions=plan.wanted,
             last_only=plan.last_only,
             forks=plan.forks,
@@ -309,6 +311,8 @@ class _Reader:
         kept = after.copy()
         for source, target in plan.forks:
             after[target] = after[source]
+        if plan.setting and self._interval:
+            plan = plan._replace(moves=self._to_anchors(after, plan.lengths))
         for row, position in plan.moves:
             after[row] = position
         full = after + plan.lengths > self._limit if self._limit else np.zeros(len(after), bool)
@@ -321,6 +325,14 @@ class _Reader:
         kept[list(reset)] = 0
         self._positions = kept
         return plan._replace(reset=tuple(sorted(reset)), forks=(), moves=())
+
+    def _to_anchors(self, positions: Array, lengths: Array) -> tuple[tuple[int, int], ...]:
+        """Return the next anchor of each row that would pass it within a call, as moves."""
+        passing = positions % self._interval + lengths > self._interval
+        return tuple(
+            (int(row), int(-(-positions[row] // self._interval) * self._interval))
+            for row in np.flatnonzero(passing & (lengths <= self._interval))
+        )
 
 
 def _cut(plan: _Plan, size: int) -> _Plan:
@@ -380,12 +392,13 @@ def _designed(
     elif setting.before == "reset deepest":
         reset = (deepest,)
     forks = ((deepest, int(rng.choice(others))),) if setting.before == "fork" else ()
+    weights, scale = _weighted(rng, setting, shape)
     return _Plan(
         _LENGTHS[setting.lengths](rng, *shape),
         _IDS[setting.ids](rng, shape, vocabulary),
         size,
-        _WEIGHTS[setting.weights](rng, shape),
-        _SCALES[setting.scale](rng, setting.rows),
+        weights,
+        scale,
         _WANTED[setting.logits](rng, shape, max_tokens),
         setting.logits == "last",
         reset,
@@ -394,6 +407,18 @@ def _designed(
         compare=flags[1],
         setting=setting,
     )
+
+
+def _weighted(
+    rng: np.random.Generator, setting: design.Setting, shape: tuple[int, int]
+) -> tuple[Array | None, Array | None]:
+    """Return weights and scales whose products sessions accept; None stands for ones."""
+    weights = _WEIGHTS[setting.weights](rng, shape)
+    scale = _SCALES[setting.scale](rng, setting.rows)
+    if weights is not None and scale is not None:
+        weights = np.minimum(weights, _LARGEST_STEP / np.maximum(scale, 1)[:, None])
+        weights = weights.astype(np.float32)
+    return weights, scale
 
 
 def _ragged(rng: np.random.Generator, rows: int, size: int, longest: int) -> Array:
@@ -435,7 +460,7 @@ _WEIGHTS: dict[str, Callable[[np.random.Generator, _Shape], Array | None]] = {
     "fractions": lambda rng, shape: rng.random(shape, np.float32),
     "small": lambda rng, shape: np.full(shape, 1e-3, np.float32),
     "large": lambda rng, shape: rng.choice(
-        np.array([0.5, 1, 2, 5], np.float32), shape, p=(0.3, 0.4, 0.2, 0.1)
+        np.array([0.5, 1, 2, 5, 8], np.float32), shape, p=(0.3, 0.4, 0.15, 0.1, 0.05)
     ),
 }
 
@@ -443,7 +468,7 @@ _SCALES: dict[str, Callable[[np.random.Generator, int], Array | None]] = {
     "one": lambda rng, rows: None,
     "zero": lambda rng, rows: np.zeros(rows),
     "half": lambda rng, rows: np.full(rows, 0.5),
-    "two": lambda rng, rows: np.full(rows, 2.0),
+    "three": lambda rng, rows: np.full(rows, 3.0),
     "by row": lambda rng, rows: rng.permutation(np.resize([0.5, 2, 0, 1.5, 1], rows)),
 }
 
@@ -483,14 +508,17 @@ def _repeat(
 ) -> Iterator[_Plan]:
     start = int(rng.integers(0, len(ids)))
     texts = [np.roll(ids, -start)[:period] for period in (1, 2, 7)]
-    read, number = 0, 0
-    while True:
+    read = 0
+    for number in itertools.count():
         size = min(int(rng.choice((1, 3, 16, 61))), limits.max_tokens)
         places = np.arange(read, read + size)
-        read, number = read + size, number + 1
+        read += size
         yield _Plan(
             np.full(len(texts), size),
             np.stack([text[places % len(text)] for text in texts]),
+            # Steps of 1, 4 and 8 times the usual size, in the second half.
+            weights=None if read <= 64 else np.repeat([[1], [4], [4]], size, 1).astype(np.float32),
+            scale=None if read <= 64 else np.array([1, 1, 2]),
             forced=number % 2 == 0,
             compare=number % _COMPARED_AFTER == 0,
         )
@@ -539,7 +567,7 @@ def _next_to_decode(interval: int, max_tokens: int, number: int, positions: Arra
         np.array([size]),
         last_only=number // 8 % 2 == 1,  # in runs: sessions keep the call of the one before
         forced=number % 8 == 0,
-        compare=number % 64 == 0,
+        compare=number % 64 == 63,
     )
 
 
@@ -598,10 +626,11 @@ def _again(
             np.full(case.rows, shape[1]),
             weights=None if number % 3 else rng.random(shape, np.float32),
             scale=None if number % 4 else np.array([1.5, 0.5]),
-            forced=False,
+            forced=number % 2 == 0,
         )
 
 
+_LARGEST_STEP = 9.99  # weight times scale; sessions refuse more than 10
 _COMPARED_AFTER = 5  # calls after which states are compared again
 _AROUND = 40  # tokens before and after an anchor that are decoded one by one
 _FAR_APART = 640  # tokens between two ends of the ring buffers beyond which decoding reaches none

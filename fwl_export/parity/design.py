@@ -30,7 +30,7 @@ _LARGE = 128
 _OF_LARGE_CALLS = {
     *("equal", "ragged", "padded"),
     *("one", "some zero", "large"),
-    *("two", "by row"),
+    *("three", "by row"),
     *("last", "few", "more"),
     *("nothing", "reset deepest"),
     *("text", "any", "high"),
@@ -52,13 +52,13 @@ WEIGHTS = {
     "some zero": "0 or 1",
     "fractions": "any number from 0 to 1",
     "small": "1e-3",
-    "large": "0.5, 1, 2 or 5",
+    "large": "0.5, 1, 2, 5 or 8",
 }
 SCALES = {
     "one": "1 in every row",
     "zero": "0 in every row",
     "half": "0.5 in every row",
-    "two": "2 in every row",
+    "three": "3 in every row",
     "by row": "another one of 0, 0.5, 1, 1.5, 2 in each row",
 }
 LOGITS = {

@@ -225,6 +225,7 @@ class _CandidateRun:
         self.drift = RunDrift()
         self.going = True
         self._sums: _Sums | None = None
+        self._last: tuple[Array, Array] | None = None  # logits of the call before, and a copy
         if wrong := _other_state(session, reference):
             self._fail(Failure(key.name, 0, 0, wrong, "shape"))
         self.drift.dtypes = {spec.name: spec.dtype for spec in session.specs}
@@ -243,6 +244,12 @@ class _CandidateRun:
         if isinstance(found, Failure):
             self._fail(found)
             return
+        if self._last and not np.array_equal(*self._last):
+            message = "it has changed the logits that the call before returned"
+            at = (self.key.name, call.step, call.tokens_read)
+            self._fail(Failure(*at, message, "not repeatable", LOGITS))
+            return
+        self._last = found.logits, found.logits.copy()
         self.drift.dtypes[LOGITS] = str(found.logits.dtype)
         self._sums = self._sums or _Sums(self.session)
         self._sums.add(found, right, call)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 from pathlib import Path
 from xml.etree import ElementTree
@@ -69,6 +71,61 @@ def test_the_default_text_is_the_held_out_play(
     assert result.code == 0, result.err
     assert "text play.txt" in result.out
     assert "cases: text 20 tokens" in result.out
+
+
+@pytest.mark.parametrize("suffix", ["json", "html"])
+def test_a_full_disk_ends_with_2_and_names_the_file(
+    suffix: str,
+    own_bundle: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, *arguments: object, **options: object) -> int:
+        if path.suffix == f".{suffix}":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", full)
+    target = tmp_path / "report.json"
+    given = ("--text", text, "--tokens", 20, "--cases", "text", "--candidates", "onnxruntime")
+    result = run(capsys, "check", own_bundle, *given, "--report", target)
+    assert result.code == 2
+    assert f"No space left on device: '{target.with_suffix('.' + suffix)}'" in result.err
+    assert "Traceback" not in result.err
+    assert target.exists() == (suffix == "html")
+
+
+def test_standard_output_that_is_full_is_not_a_verdict(
+    own_bundle: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fwl_export.cli.check._print", full)
+    given = ("--text", text, "--tokens", 20, "--cases", "text", "--candidates", "onnxruntime")
+    result = run(capsys, "check", own_bundle, *given)
+    assert result.code == 2
+    assert "No space left on device: 'standard output'" in result.err
+
+
+def test_all_ids_are_read_on_request(
+    own_bundle: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--text", text, "--tokens", 20, "--cases", "long", "--candidates", "onnxruntime")
+    some = run(capsys, "check", own_bundle, *given)
+    every = run(capsys, "check", own_bundle, *given, "--all-ids", "--json")
+    assert "tried: token ids 20 of 64 read, 19 learned from" in some.out
+    data = json.loads(every.out)
+    assert data["coverage"]["token_ids_read"] == data["coverage"]["token_ids_learned"] == 64
+    assert data["settings"]["cases"] == ["long@65"]
+    assert "--all-ids" in shlex.split(data["command"])
 
 
 @pytest.mark.parametrize(

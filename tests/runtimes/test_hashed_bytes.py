@@ -12,9 +12,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from fwl_export import open_session
-from fwl_export.bundle.manifest import MODEL_DATA_FILE, MODEL_FILE, Bundle, read_bundle
+from fwl_export.bundle.manifest import MODEL_FILE, Bundle, read_bundle
+from fwl_export.bundle.onnx_file import external_tensors
 from fwl_export.errors import BundleError
-from fwl_export.runtimes import onnxruntime
 
 IDS = list(range(20))
 
@@ -63,26 +63,6 @@ def test_a_file_that_changes_while_it_is_opened_is_refused_or_not_noticed(
     assert np.array_equal(open_session(own_bundle).feed(IDS), expected)
 
 
-def test_a_version_that_reads_from_disk_only_says_so(
-    own_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = open_session(own_bundle).feed(IDS)
-    monkeypatch.setattr(onnxruntime, "_IN_MEMORY", "no_such_method")
-    with caplog.at_level("WARNING"):
-        assert np.array_equal(open_session(own_bundle).feed(IDS), expected)
-    assert "do not write into its files while a session is open" in caplog.text
-    original = onnxruntime._open
-
-    def changed(*arguments: object) -> object:
-        session = original(*arguments)  # type: ignore[arg-type] # passed through
-        zero(own_bundle / MODEL_DATA_FILE)
-        return session
-
-    monkeypatch.setattr(onnxruntime, "_open", changed)
-    with pytest.raises(BundleError, match="was changed or truncated"):
-        open_session(own_bundle)
-
-
 def external(name: str, file: str) -> TensorProto:
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[4])
     tensor.data_location = TensorProto.EXTERNAL
@@ -118,3 +98,27 @@ def test_external_data_inside_nodes_are_refused_though_the_manifest_lists_them(
     read_bundle(own_bundle).add_files([MODEL_FILE, "w.bin"])
     with pytest.raises(BundleError, match="tensors inside nodes or functions whose data are in "):
         open_session(own_bundle)
+
+
+@pytest.mark.parametrize(("key", "value"), [("offset", "999999999"), ("length", "12")])
+def test_a_tensor_outside_of_its_file_is_refused(own_bundle: Path, key: str, value: str) -> None:
+    model = onnx.load(str(own_bundle / MODEL_FILE), load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.external_data)
+    next(entry for entry in tensor.external_data if entry.key == key).value = value
+    (own_bundle / MODEL_FILE).write_bytes(model.SerializeToString())
+    read_bundle(own_bundle).add_files([MODEL_FILE])
+    with pytest.raises(BundleError, match=r"lies outside of 'model\.onnx\.data'|has 12 bytes, not"):
+        open_session(own_bundle)
+
+
+def test_external_tensors_are_those_that_onnx_finds(tiny_bundle_fp16: Path) -> None:
+    path = tiny_bundle_fp16 / MODEL_FILE
+    model = onnx.load(str(path), load_external_data=False)
+    stored = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    found = {tensor.name: tensor for tensor in external_tensors(path, path.read_bytes())}
+    assert len(stored) == len(found) > 0
+    for tensor in stored:
+        dtype, place = helper.tensor_dtype_to_np_dtype(tensor.data_type), found[tensor.name]
+        assert (place.dtype, place.shape) == (dtype.name, tuple(tensor.dims))
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        assert (str(place.offset), str(place.size)) == (entries["offset"], entries["length"])

@@ -344,9 +344,8 @@ void check_metadata(const StateFile& file, const std::string& path, const Bundle
                                        "', but this libfwl reads versions 1 and " + kVersion +
                                        "; update libfwl, or save the state again");
   }
-  if ((version == kVersion) != file.metadata("sha256").has_value()) {
-    file.damaged(version == kVersion ? "it has no sha256"
-                                     : "it has a sha256, which files of version 1 do not have");
+  if (version == kVersion && !file.metadata("sha256")) {
+    file.damaged("it has no sha256");
   }
   const std::string compress = file.metadata("compress").value_or("");
   if (compress != "none" && compress != "fp16" && compress != "lowrank") {
@@ -411,11 +410,11 @@ void check_state(const Bundle& bundle, const RowState& row, const std::string& s
     offset += spec.bytes();
   }
   const int64_t position = position_of(row);
-  const int64_t most = bundle.max_positions > 0 ? bundle.max_positions : kLargestInteger;
+  const int64_t most = bundle.max_positions > 0 ? bundle.max_positions : kMostTokens;
   if (position < 0 || position > most) {
     throw Failure(FWL_ERROR_STATE, source + ": the position is " + std::to_string(position) +
-                                       ", but this model reads 0 to " + std::to_string(most) +
-                                       " tokens; do not use this state");
+                                       "; expected 0 to " + std::to_string(most) +
+                                       ": do not use this state");
   }
 }
 

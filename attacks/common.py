@@ -237,6 +237,27 @@ def write_safetensors(
     return path
 
 
+def signed(header: Mapping[str, Any], data: bytes) -> dict[str, Any]:
+    """Return a state file's header with the checksum that its content now has.
+
+    Whoever can change a state file can do this too: the checksum finds damage, not malice.
+
+    Args:
+      header: JSON header of the file.
+      data: Bytes after the header.
+    """
+    digest = hashlib.sha256()
+    metadata = {k: v for k, v in header["__metadata__"].items() if k != "sha256"}
+    for name in sorted(header.keys() - {"__metadata__"}, key=str.encode):
+        entry = header[name]
+        shape = ",".join(map(str, entry["shape"]))
+        digest.update(f"{name}\n{entry['dtype']}\n{shape}\n".encode())
+        digest.update(data[slice(*entry["data_offsets"])])
+    for key in sorted(metadata, key=str.encode):
+        digest.update(f"{key}\n{metadata[key]}\n".encode())
+    return {**header, "__metadata__": {**metadata, "sha256": digest.hexdigest()}}
+
+
 def open_and_read(place: Place) -> object:
     """Open the bundle and read a token, as an application would.
 

@@ -3,7 +3,6 @@
 The attacker wants readers that take the first entry and readers that take the last to load
 different states. The file must be refused.
 
-Open. To do: "Overlap, gaps, duplicate keys" must be refused; Python takes the last one.
 """
 
 from __future__ import annotations
@@ -22,4 +21,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="accepted")
+    run(attack)

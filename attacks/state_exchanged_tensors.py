@@ -3,8 +3,6 @@
 The attacker wants a session to continue from a state that no text leads to. The file must be
 refused.
 
-Open. To do: "A sha256 over the tensors in the metadata (a flipped bit, two tensors that changed
-places: refused)".
 """
 
 from __future__ import annotations
@@ -20,4 +18,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="accepted")
+    run(attack)

@@ -2,14 +2,21 @@
 
 The attacker wants positions to wrap around to negative numbers. The file must be refused.
 
-Open. To do: "Position near 2^63" must be refused.
 """
 
 from __future__ import annotations
 
 import struct
 
-from attacks.common import Place, load_state, read_safetensors, run, saved_state, write_safetensors
+from attacks.common import (
+    Place,
+    load_state,
+    read_safetensors,
+    run,
+    saved_state,
+    signed,
+    write_safetensors,
+)
 
 
 def attack(place: Place) -> object:
@@ -17,8 +24,9 @@ def attack(place: Place) -> object:
     header, data = read_safetensors(path)
     start, end = header["position"]["data_offsets"]
     spoiled = data[:start] + struct.pack("<q", (1 << 63) - 1) + data[end:]
-    return load_state(place, write_safetensors(path, header, spoiled))
+    header["__metadata__"]["tokens"] = str((1 << 63) - 1)
+    return load_state(place, write_safetensors(path, signed(header, spoiled), spoiled))
 
 
 if __name__ == "__main__":
-    run(attack, open_today="accepted")
+    run(attack)

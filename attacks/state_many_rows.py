@@ -3,12 +3,11 @@
 The attacker wants the reader to allocate room for all of them. The number must be compared with
 the tensors before anything is allocated, and the file refused.
 
-Open. To do: "Sizes are compared with the session before anything is allocated."
 """
 
 from __future__ import annotations
 
-from attacks.common import Place, load_state, read_safetensors, run, write_safetensors
+from attacks.common import Place, load_state, read_safetensors, run, signed, write_safetensors
 from fwl_export.runtimes import open_session
 
 
@@ -19,8 +18,8 @@ def attack(place: Place) -> object:
     session.save_state(path, compress="lowrank")
     header, data = read_safetensors(path)
     header["__metadata__"]["rows"] = "100000000"
-    return load_state(place, write_safetensors(path, header, data))
+    return load_state(place, write_safetensors(path, signed(header, data), data))
 
 
 if __name__ == "__main__":
-    run(attack, open_today="traceback: MemoryError")
+    run(attack)

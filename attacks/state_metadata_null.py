@@ -2,7 +2,6 @@
 
 The attacker wants the code that reads the metadata to crash. The file must be refused.
 
-Open. To do: "Null metadata" must be refused.
 """
 
 from __future__ import annotations
@@ -18,4 +17,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="traceback: AttributeError")
+    run(attack)

@@ -2,7 +2,6 @@
 
 The attacker wants a server to wait forever. Anything but a regular file must be refused.
 
-Open. To do: "FIFO and device files" must be refused.
 """
 
 from __future__ import annotations
@@ -19,4 +18,4 @@ def attack(place: Place) -> object:
 
 
 if __name__ == "__main__":
-    run(attack, open_today="hang")
+    run(attack)

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import struct
 
-from attacks.common import Place, load_state, read_safetensors, run, saved_state, write_safetensors
+from attacks.common import (
+    Place,
+    load_state,
+    read_safetensors,
+    run,
+    saved_state,
+    signed,
+    write_safetensors,
+)
 
 
 def attack(place: Place) -> object:
@@ -16,7 +24,7 @@ def attack(place: Place) -> object:
     name = next(n for n, e in header.items() if n.startswith("fast.") and e["dtype"] == "F32")
     start, _ = header[name]["data_offsets"]
     spoiled = data[:start] + struct.pack("<f", float("nan")) + data[start + 4 :]
-    return load_state(place, write_safetensors(path, header, spoiled))
+    return load_state(place, write_safetensors(path, signed(header, spoiled), spoiled))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from fwl_export.errors import StateError as StateError
     from fwl_export.errors import TokenError as TokenError
     from fwl_export.errors import TrainingError as TrainingError
+    from fwl_export.errors import UpdateNormError as UpdateNormError
     from fwl_export.export import export_bundle as export_bundle
     from fwl_export.model.checkpoint import Checkpoint as Checkpoint
     from fwl_export.model.checkpoint import load_checkpoint as load_checkpoint
@@ -93,6 +94,7 @@ _PUBLIC = {
     "StateError": "errors",
     "TokenError": "errors",
     "TrainingError": "errors",
+    "UpdateNormError": "errors",
     "Bundle": "bundle",
     "read_bundle": "bundle",
     "BackboneConfig": "bundle.config",

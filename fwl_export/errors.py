@@ -48,6 +48,10 @@ class NotFiniteError(TokenError):
     """The model's output has NaN or infinite values."""
 
 
+class UpdateNormError(TokenError):
+    """A row would have learned more than the session's `max_update_norm` allows."""
+
+
 class ReportError(FwlError):
     """A parity report cannot be read, has another schema version, or is of another model."""
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import reprlib
-import stat
 import types
 import typing
 from collections import Counter
@@ -22,6 +22,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from fwl_export.errors import FwlError
+from fwl_export.filesystem import open_regular
+from fwl_export.printable import one_line
 
 # Python's objects take up to 20 times as much memory as the JSON text that describes them.
 LARGEST_FILE = 32 << 20  # in bytes
@@ -49,6 +51,7 @@ _WORDS = {
     "object": "an object",
 }
 
+_LONGEST_QUOTE = 300
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -76,7 +79,7 @@ def read_json(
     if content is None:
         content = read_bounded(path, error)
     try:
-        return _parsed(content.decode())
+        return parse_json(content.decode())
     except RecursionError:
         raise error(f"{path} is not JSON (it is nested too deeply); {hint}") from None
     except ValueError as problem:
@@ -95,17 +98,13 @@ def read_bounded(path: Path, error: type[FwlError], limit: int = LARGEST_FILE) -
       FwlError: The file is larger, or is a pipe or a device; raised as `error`.
       OSError: The file cannot be read.
     """
-    status = Path(path).stat()
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise error(f"'{path}' is a pipe or a device; expected a regular file")
-    with Path(path).open("rb") as stream:
-        content = stream.read(min(status.st_size, limit) + 1)  # reserves that much memory
-    if len(content) > limit:
-        raise error(
-            f"'{path}' has {max(status.st_size, len(content))} bytes; expected at most {limit}. "
-            "Is it the right file?"
-        )
-    return content
+    with open_regular(Path(path), error) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise error(
+                f"'{path}' has {size} bytes; expected at most {limit}. Is it the right file?"
+            )
+        return stream.readall()
 
 
 def check_schema(
@@ -191,7 +190,17 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def _parsed(text: str) -> Any:
+def brief(problem: object) -> str:
+    """Return the message of another library's exception, which may quote a whole file, in short.
+
+    Args:
+      problem: The exception.
+    """
+    text = one_line(str(problem))
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
+
+
+def parse_json(text: str) -> Any:
     """Return the data of a JSON text.
 
     Raises:

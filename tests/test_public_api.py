@@ -48,6 +48,7 @@ PUBLIC = {
     "StateError",
     "TokenError",
     "TrainingError",
+    "UpdateNormError",
     "bisect_bundle",
     "build_engines",
     "check_bundle",

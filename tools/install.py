@@ -28,7 +28,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -199,11 +199,14 @@ def install_locked(pip: list[str], venv: Path, extras: str, source: Source, say:
     if any_build := [f"{name}=={pins.pop(name).version}" for name in source.unhashed & {*pins}]:
         say(f"without hashes, as asked: {', '.join(any_build)}")
         code = code or run_pip([*pip, "--no-deps", *any_build], log, say)
-    if not code and "torch" in pins and not torch_needs(venv):
-        code = run(["download", "--no-deps", "--dest", str(wheels)], [main["torch"]])
-    if any(re.match("nvidia|cuda-toolkit", line) for line in torch_needs(venv)):
+    if "torch" in pins and not torch_metadata(venv, pins["torch"].version):
+        # Only the wheel says whether it is a CUDA build, and pip would not look at it twice.
+        ask = [*pip[:3], "download", *pip[4:], "--no-deps", "--dest", str(wheels)]
+        code = code or run_pip([*ask, f"torch=={pins['torch'].version}"], log, say)
+        pins["torch"] = replace(pins["torch"], file=next(iter(wheels.glob("torch-*.whl")), None))
+    if re.search("^Requires-Dist: (nvidia|cuda-toolkit)", torch_metadata(venv), re.MULTILINE):
         pins |= cuda
-    code = code or run(["install", "--find-links", str(wheels)], pins.values())
+    code = code or run(["install"], pins.values())
     shutil.rmtree(wheels, ignore_errors=True)
     package, last = str(source.package), ["--no-deps"]
     if loose := chosen - {extra for pin in main.values() for extra in pin.extras}:
@@ -213,19 +216,22 @@ def install_locked(pip: list[str], venv: Path, extras: str, source: Source, say:
     return code or run_pip([*pip, *last, "--no-build-isolation", *editable, package], log, say)
 
 
-def torch_needs(venv: Path) -> list[str]:
-    """Return the requirements of torch as it is installed or was downloaded, or nothing.
+def torch_metadata(venv: Path, version: str = "") -> str:
+    """Return the metadata of torch as it was downloaded or is installed, or "".
 
     Args:
       venv: Folder of the virtual environment, with the downloaded wheel in its folder `wheels`.
+      version: Release that must be installed, without the name of its build; "" for any.
     """
-    files = [*venv.glob("lib/*/site-packages/torch-*.dist-info/METADATA")]
-    text = "".join(file.read_text(encoding="utf-8") for file in files)
     for wheel in (venv / "wheels").glob("torch-*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-            text = archive.read(name).decode()
-    return re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE)
+            return archive.read(name).decode()
+    for folder in venv.glob("lib/*/site-packages/torch-*.dist-info"):
+        found = folder.name.removeprefix("torch-").removesuffix(".dist-info").partition("+")[0]
+        if version in ("", found):
+            return (folder / "METADATA").read_text(encoding="utf-8")
+    return ""
 
 
 @dataclass(frozen=True)
@@ -237,18 +243,21 @@ class Pin:
       version: Its version.
       hashes: sha256 of the release's files, in hexadecimal.
       extras: Extras of fwl-export that need it, or `BASE`.
+      file: Wheel on this machine to install it from, or None.
     """
 
     name: str
     version: str
     hashes: tuple[str, ...] = ()
     extras: frozenset[str] = frozenset()
+    file: Path | None = None
 
     def line(self) -> str:
         """Return the lines of a requirements file that ask for the release."""
         options = "".join(f" \\\n    --hash=sha256:{digest}" for digest in self.hashes)
         comment = f"    # for: {', '.join(sorted(self.extras))}\n" if self.extras else ""
-        return f"{self.name}=={self.version}{options}\n{comment}"
+        what = f"{self.name}=={self.version}" if self.file is None else str(self.file.resolve())
+        return f"{what}{options}\n{comment}"
 
 
 def read_lock(text: str) -> dict[str, Pin]:

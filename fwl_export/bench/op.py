@@ -303,7 +303,10 @@ def _bound(
     if library is not None:
         register_plugin(options, library)
     session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        enable_fallback=0,
     )
     output = np.zeros_like(arrays["value"])
     past = _aligned(arrays["past_state"])

@@ -17,3 +17,6 @@ DEFAULT_MAX_BATCH = 8
 
 DEFAULT_SMS = (80, 86, 89, 120)
 """GPU architectures that TensorRT-RTX builds engines for: compute capabilities without the dot."""
+
+DEFAULT_MAX_LEARNING_WEIGHT = 10.0
+"""Largest product of a token's label weight and its row's learning-rate scale in a session."""

@@ -30,7 +30,12 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 from fwl_export.bundle.config import BackboneConfig, ModelConfig
-from fwl_export.bundle.onnx_file import ValueInfo, external_data_locations, graph_values
+from fwl_export.bundle.onnx_file import (
+    ValueInfo,
+    external_data_locations,
+    external_tensors,
+    graph_values,
+)
 from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
 from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import finish_replacement, open_regular, replaced_file
@@ -57,6 +62,7 @@ _ADD_SECONDS = 60.0
 MAX_TOKENS_LIMIT = 1 << 24
 STATE_BYTES_LIMIT = 64 << 30  # per row
 
+_LONGEST_PATH = 250  # characters; file systems allow 255 bytes in one name
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -329,6 +335,7 @@ class Bundle:
         """
         model, path = self.read_file(MODEL_FILE), self.folder / MODEL_FILE
         names = external_data_locations(path, model)
+        external_tensors(path, model)  # no tensors but these may have external data
         self._check_graph(graph_values(path, model))
         return model, {name: self.read_file(name) for name in names}
 
@@ -354,6 +361,12 @@ class Bundle:
         expected = {"logits": vocabulary}
         for spec in self.manifest.state:
             expected |= {PAST + spec.name: spec, PRESENT + spec.name: spec}
+        missing = [name for name in values if name.startswith(PAST) and name not in expected]
+        if missing:
+            raise BundleError(
+                f"the ONNX file of bundle '{self.folder}' takes {shown(missing[0])}, which is not "
+                "in the manifest's state; export the model again"
+            )
         for name, spec in expected.items():
             found = values.get(name, ValueInfo("no such tensor", ()))
             same = len(found.shape) == len(spec.shape) + 1 and all(
@@ -553,10 +566,10 @@ def inside(folder: Path, name: str) -> Path:
     parts = PurePosixPath(name)
     path = folder / parts
     leaves = parts.is_absolute() or ".." in parts.parts or "\\" in name or not name
-    if not leaves and _CONTROL_CHARACTERS.search(name):
+    if not leaves and (_CONTROL_CHARACTERS.search(name) or len(name) > _LONGEST_PATH):
         raise BundleError(
-            f"bundle '{folder}' names the path {shown(name)}, which has control characters; do not "
-            "use this bundle"
+            f"bundle '{folder}' names the path {shown(name)}, which has control characters or more "
+            f"than {_LONGEST_PATH} characters; do not use this bundle"
         )
     try:
         leaves = leaves or not path.resolve().is_relative_to(folder.resolve())

@@ -6,6 +6,7 @@ come from anybody: numbers, sizes, nesting and the number of fields are bounded.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,15 +29,25 @@ _MESSAGES = {
 }
 # Other field numbers of onnx.proto.
 _MODEL_GRAPH = 7
-_GRAPH_NODE, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 11, 12
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
 _NODE_INPUT, _NODE_OP_TYPE, _NODE_DOMAIN = 1, 4, 7
 _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR = 1, 2, 1
 _TENSOR_TYPE_ELEMENT, _TENSOR_TYPE_SHAPE, _SHAPE_AXIS, _AXIS_SIZE = 1, 2, 1, 1
-_TENSOR_EXTERNAL_DATA = 13
+_TENSOR_SIZES, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL_DATA = 1, 2, 8, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
-# NumPy's names of the types of elements.
+# NumPy's names of the types of elements: of our inputs and outputs, and of stored tensors.
 _DTYPES = {1: "float32", 7: "int64", 10: "float16", 11: "float64"}
+_STORED_DTYPES = _DTYPES | {
+    2: "uint8",
+    3: "int8",
+    4: "uint16",
+    5: "int16",
+    6: "int32",
+    9: "bool",
+    12: "uint32",
+    13: "uint64",
+}
 
 # Protobuf's wire types, and the sizes in bytes of those with a fixed size.
 _VARINT, _BYTES = 0, 2
@@ -59,6 +70,26 @@ class ValueInfo(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+
+
+class ExternalTensor(NamedTuple):
+    """A tensor of the graph whose data are in another file.
+
+    Attributes:
+      name: Name of the tensor.
+      dtype: NumPy's name of the type, or "" for a type that NumPy does not have.
+      shape: Sizes of the axes.
+      location: Name of the file, relative to the ONNX file's folder.
+      offset: First byte of the data in the file.
+      size: Number of bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    location: str
+    offset: int
+    size: int
 
 
 def external_data_locations(path: Path, content: bytes | None = None) -> set[str]:
@@ -89,6 +120,40 @@ def external_data_locations(path: Path, content: bytes | None = None) -> set[str
         if addresses := sorted(location for location in found if "*" in location):
             raise ValueError(f"a tensor has its data at {shown(addresses[0])}, which is not a file")
         return found
+
+
+def external_tensors(path: Path, content: bytes) -> list[ExternalTensor]:
+    """Return the weights whose data are in other files.
+
+    ONNX Runtime can take these from memory. Those of graphs inside nodes and of functions it would
+    still look for on disk, in the current folder: they may have no external data.
+
+    Args:
+      path: Path of the ONNX file.
+      content: Content of the file.
+
+    Raises:
+      BundleError: A tensor other than the graph's own weights has its data in another file, or the
+        file is not an ONNX model.
+    """
+    with _opened(path, content) as model:
+        found = [
+            model.external_tensor(tensor)
+            for graph in model.parts(model.whole, _MODEL_GRAPH)
+            for tensor in model.parts(graph, _GRAPH_INITIALIZER)
+            if any(True for _ in model.parts(tensor, _TENSOR_EXTERNAL_DATA))
+        ]
+        everywhere = sum(
+            any(True for _ in model.parts(tensor, _TENSOR_EXTERNAL_DATA))
+            for tensor in model.tensors("model", model.whole, 0)
+        )
+    if everywhere != len(found):
+        raise BundleError(
+            f"'{path}' has {everywhere - len(found)} tensors inside nodes or functions whose data "
+            "are in another file; expected external data of the graph's own weights only. Put "
+            "these tensors into the ONNX file, or export the model again"
+        )
+    return found
 
 
 def graph_values(path: Path, content: bytes | None = None) -> dict[str, ValueInfo]:
@@ -184,6 +249,29 @@ class _Reader:
                 if number in kinds and isinstance(part, memoryview):
                     yield from self.tensors(kinds[number], part, depth + 1)
 
+    def external_tensor(self, tensor: memoryview) -> ExternalTensor:
+        """Return name, type, shape and place of a tensor whose data are in another file."""
+        shape: list[int] = []
+        element = 0
+        for number, value in self.fields(tensor):
+            if number == _TENSOR_TYPE and isinstance(value, int):
+                element = value
+            elif number == _TENSOR_SIZES and isinstance(value, int):
+                shape.append(value)
+            elif number == _TENSOR_SIZES and isinstance(value, memoryview):  # several in one field
+                at = 0
+                while at < len(value):
+                    size, at = _varint(value, at)
+                    shape.append(size)
+        entries = list(self.parts(tensor, _TENSOR_EXTERNAL_DATA))
+        texts = {self.text(e, _ENTRY_KEY): self.text(e, _ENTRY_VALUE) for e in entries}
+        name, dtype = self.text(tensor, _TENSOR_NAME), _STORED_DTYPES.get(element, "")
+        size = math.prod(shape) * _bytes_of(dtype)
+        if dtype and int(texts.get("length", size)) != size:
+            raise ValueError(f"tensor {shown(name)} has {texts['length']} bytes, not {size}")
+        offset = int(texts.get("offset", "0"))
+        return ExternalTensor(name, dtype, tuple(shape), texts["location"], offset, size)
+
     def nodes(self) -> Iterator[tuple[str, str, memoryview]]:
         """Yield domain and name of the operator of each of the graph's nodes, and the node."""
         for graph in self.parts(self.whole, _MODEL_GRAPH):
@@ -252,6 +340,11 @@ class _Reader:
                 raise ValueError(f"it ends inside a field at byte {at}")
             yield tag >> 3, message[at : at + size]
             at += size
+
+
+def _bytes_of(dtype: str) -> int:
+    """Return the size of an element; the name of a type ends with its bits, except for "bool"."""
+    return int(dtype.lstrip("abfilnotu") or 8) // 8
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:

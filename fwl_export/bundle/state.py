@@ -117,12 +117,15 @@ def check(specs: Sequence[TensorSpec], state: Mapping[str, Array], batch: int) -
                 "another model? `fwl-export inspect` lists the model's state"
             )
     for spec in specs:
-        array = state.get(spec.name)
+        array: Any = state.get(spec.name)
         if array is None:
             raise StateError(
                 f"state lacks the tensor '{spec.name}'; was it saved from another model? "
                 "`fwl-export inspect` lists the model's state"
             )
+        if not isinstance(array, np.ndarray):
+            kind = type(array).__name__
+            raise StateError(f"state '{spec.name}' is a {kind}; expected a NumPy array")
         if array.shape != (batch, *spec.shape) or array.dtype != np.dtype(spec.dtype):
             raise StateError(
                 f"state '{spec.name}' is {array.dtype} {list(array.shape)}, but the model says "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -10,7 +13,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fwl_export.errors import CheckpointError, FwlError, TokenError
-from fwl_export.json_files import read_bounded, shown
+from fwl_export.filesystem import open_regular
+from fwl_export.json_files import brief, read_bounded
 
 # Published tokenizers of 260 000 entries have 35 MB.
 _LARGEST_FILE = 256 << 20
@@ -67,26 +71,65 @@ def _parsed(path: Path, content: bytes | None) -> Tokenizer:
     except (FwlError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises nothing narrower, and panics in Rust
-        raise CheckpointError(
-            f"{path} is not a tokenizer file ({shown(str(error))[1:-1]})"
-        ) from None
+        raise CheckpointError(f"{path} is not a tokenizer file ({brief(error)})") from None
 
 
 def read_ids(path: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     """Return the token ids of a text file, [N] int64.
 
     Args:
-      path: Text file in UTF-8.
+      path: Text file in UTF-8; not a pipe or a device, which may have no end.
       tokenizer: Tokenizer of the model.
 
     Raises:
-      TokenError: The file is not UTF-8 text, or has fewer than 2 tokens.
+      TokenError: The file is not UTF-8 text or has fewer than 2 tokens, or the tokenizer fails.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path, TokenError) as stream:
+            text = stream.readall().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TokenError(f"cannot read '{path}' as text: {error}") from None
-    ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
+    ids = encode(text, tokenizer)
     if len(ids) < 2:
         raise TokenError(f"'{path}' has {len(ids)} tokens; expected 2 or more")
     return ids
+
+
+def encode(text: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """Return the token ids of a text, [N] int64.
+
+    Args:
+      text: Text of any length.
+      tokenizer: Tokenizer of the model.
+
+    Raises:
+      TokenError: The tokenizer fails, as one whose patterns backtrack too long does.
+    """
+    try:
+        with _without_panic_messages():
+            return np.array(tokenizer.encode(text).ids, dtype=np.int64)
+    except Exception as error:
+        problem: BaseException = error
+    except BaseException as error:
+        # Panics of Rust code are no `Exception`; Ctrl-C is none either.
+        if type(error).__name__ != "PanicException":
+            raise
+        problem = error
+    first, _, _ = str(problem).partition("\n")
+    raise TokenError(
+        f"the tokenizer cannot split this text into tokens ({first}); was tokenizer.json damaged, "
+        "or does it come from somebody you do not know?"
+    ) from None
+
+
+@contextlib.contextmanager
+def _without_panic_messages() -> Iterator[None]:
+    """Send standard error nowhere meanwhile: Rust prints its panics there, besides raising them."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # standard error is closed
+            before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, before)
+            stack.callback(os.close, nowhere)
+            stack.callback(os.dup2, before, 2)
+            os.dup2(nowhere, 2)
+        yield

@@ -306,12 +306,13 @@ def _print(result: Report, target: Path, page: Path, json: bool) -> None:
 
 def _read_tolerances(path: Path | None) -> Any:
     from fwl_export.errors import ConfigError
+    from fwl_export.json_files import read_bounded
 
     if path is None:
         return {}
     try:
-        return json_module.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json_module.loads(read_bounded(path, ConfigError).decode())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"--tolerances '{path}' is not JSON ({error}); expected an object whose keys are the "
             "prefixes of tensor names"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fwl_export.cli.options import BundleArgument, JsonOption
 from fwl_export.cli.terminal import COLUMNS, print_json, size, table
+from fwl_export.printable import one_line
 
 if TYPE_CHECKING:
     from fwl_export.bundle.config import AnyBackboneConfig, FastWeightsConfig
@@ -50,7 +51,7 @@ def _sections(
     engines: Sequence[Mapping[str, Any]],
 ) -> Iterator[str]:
     """Yield the paragraphs of the report."""
-    yield "\n".join(_model_lines(folder, manifest))
+    yield "\n".join(map(one_line, _model_lines(folder, manifest)))
     yield "State of one session"
     yield _state_table(manifest)
     text = "Operators: " + ", ".join(f"{name}\u00a0{count}" for name, count in operators.items())

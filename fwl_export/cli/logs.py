@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fwl_export.printable import indented
@@ -42,6 +42,22 @@ class _LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return indented(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """Appends records to a file. If one cannot be written, the command ends with this error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        logging.getLogger(ROOT).removeHandler(self)
+        self.close()
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, self.baseFilename) from None
+        super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what did not fit was told already
+            super().close()
 
 
 _terminal = _Terminal()
@@ -87,7 +103,7 @@ def configure(verbose: int, quiet: bool, log_file: Path | None) -> None:
     level = _LEVELS[min(_terminal.verbosity, len(_LEVELS) - 1)]
     _terminal.setLevel(logging.ERROR if _terminal.quiet and not _terminal.verbosity else level)
     if log_file is not None:
-        handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
+        handler = _LogFile(log_file, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(_LineFormatter(_FILE_FORMAT, "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     has_file = any(isinstance(handler, logging.FileHandler) for handler in logger.handlers)

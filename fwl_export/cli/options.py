@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fwl_export.bundle.defaults import DEFAULT_MAX_LEARNING_WEIGHT
 from fwl_export.plugins import CHOICES as PLUGIN_CHOICES
 from fwl_export.runtimes.registry import RUNTIMES
 
@@ -81,8 +82,10 @@ LearningRateScaleOption = Annotated[
     float,
     typer.Option(
         "--learning-rate-scale",
-        help="Factor on the learning rates of the fast weights; 0 means learn nothing.",
+        help="Factor on the learning rates of the fast weights; 0 means learn nothing. More than "
+        f"{DEFAULT_MAX_LEARNING_WEIGHT:g} is refused, since it could spoil all that follows.",
         min=0,
+        max=DEFAULT_MAX_LEARNING_WEIGHT,
     ),
 ]
 RuntimeOption = Annotated[

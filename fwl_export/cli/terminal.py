@@ -10,9 +10,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 import textwrap
 import time
+import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -21,7 +24,7 @@ import typer
 
 from fwl_export.cli import logs
 from fwl_export.json_files import without_non_finite
-from fwl_export.printable import one_line, printable, without_ci_commands
+from fwl_export.printable import indented, one_line, printable, without_ci_commands
 
 # What every table and paragraph fits in.
 COLUMNS = 80
@@ -58,14 +61,48 @@ def safe_streams() -> Iterator[None]:
     Characters that the terminal's encoding lacks are escaped too.
     """
     before = sys.stdout, sys.stderr
-    for stream in before:
+    # Python has no stream where the file was closed.
+    here = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]
+    for stream in here:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = map(_SafeStream, before)
+    sys.stdout, sys.stderr = map(_SafeStream, here)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def flush_output() -> None:
+    """Write out what was printed, so that a full disk is an error like any other.
+
+    Raises:
+      OSError: It cannot be written; the file is called "standard output".
+      SystemExit: Nobody reads the output any more, as in a pipe into `head`.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python tries again at its end
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(141) from None
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def print_exception(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Print a traceback on standard error, as Python does, but with the message made safe.
+
+    Args:
+      kind: Class of the exception.
+      error: The exception.
+      trace: Where it was raised.
+    """
+    parts = traceback.format_exception(kind, error, trace)
+    # Of the parts, those without a leading space are messages.
+    shown = [part if part[0].isspace() else indented(part.rstrip("\n")) + "\n" for part in parts]
+    _unfiltered(sys.stderr).write(without_ci_commands(printable("".join(shown))))
 
 
 def _unfiltered(stream: TextIO) -> TextIO:

@@ -7,7 +7,10 @@ for, because the rest of a checkpoint may be large. None of these formats can ho
 from __future__ import annotations
 
 import functools
+import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,26 @@ import numpy as np
 
 from fwl_export.bundle.state import Array
 from fwl_export.errors import CheckpointError, MissingDependencyError
+from fwl_export.filesystem import open_regular
 from fwl_export.importers import tensor_bundle
+from fwl_export.json_files import brief, shown
 
 # Maps the path of each array to a function that reads it.
 Arrays = Mapping[str, Callable[[], Array]]
 
+# What zipfile and NumPy raise for damaged files.
+_NPZ_ERRORS = (
+    *(ValueError, TypeError, OSError, EOFError, KeyError, RuntimeError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, SyntaxError, RecursionError),
+)
+# Weights hardly compress. An array that grows more than this, and is large, is an attack.
+_LARGEST_RATIO = 20
+_SMALL_ARRAY = 1 << 26  # in bytes
+
 _EXTRA = "pip install 'fwl-export[import]'"
+
+# What Python raises for data of another structure than expected.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 # Codes of Flax's msgpack extensions (flax/serialization.py).
 _FLAX_ARRAY, _FLAX_COMPLEX, _FLAX_SCALAR = 1, 2, 3
@@ -70,29 +87,58 @@ def _check_exists(source: Path) -> None:
 
 
 def _is_zip(source: Path) -> bool:
-    with source.open("rb") as stream:
+    with open_regular(source, CheckpointError) as stream:
         return stream.read(2) == b"PK"
 
 
 def _read_npz(source: Path) -> Arrays:
     def read(name: str) -> Array:
         try:
+            _check_npy(source, name)
             with np.load(source, allow_pickle=False) as file:
                 return file[name]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except _NPZ_ERRORS as error:
             raise CheckpointError(
-                f"{source}: array '{name}' cannot be read ({error}); save its numbers again with "
-                "numpy.savez"
+                f"{source}: array {shown(name)} cannot be read ({brief(error)}); save its "
+                "numbers again with numpy.savez"
             ) from None
 
     try:
         with np.load(source, allow_pickle=False) as file:
             names = list(file.files)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _NPZ_ERRORS as error:
         raise CheckpointError(
-            f"{source} cannot be read as .npz ({error}); if it is truncated, copy it again"
+            f"{source} cannot be read as .npz ({brief(error)}); if it is truncated, copy it again"
         ) from None
     return {name: functools.partial(read, name) for name in names}
+
+
+def _check_npy(source: Path, name: str) -> None:
+    """Check that an array of an .npz file holds what its header says, before it is read.
+
+    Raises:
+      ValueError, OSError, ...: See `_NPZ_ERRORS`.
+    """
+    with zipfile.ZipFile(source) as archive:
+        names = archive.namelist()
+        info = archive.getinfo(name if name in names else f"{name}.npy")
+        if info.file_size > _SMALL_ARRAY + _LARGEST_RATIO * info.compress_size:
+            raise ValueError(
+                f"it grows from {info.compress_size} to {info.file_size} bytes, which no weights do"
+            )
+        with archive.open(info) as stream:
+            major, _ = np.lib.format.read_magic(stream)
+            reader = "read_array_header_1_0" if major == 1 else "read_array_header_2_0"
+            shape, _, dtype = getattr(np.lib.format, reader)(stream)
+    if math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(
+            f"its header says {dtype} {list(shape)}, but it has {info.file_size} bytes"
+        )
+
+
+def _check_claim(claimed: int, held: int) -> None:
+    if claimed > held:
+        raise ValueError(f"it claims {claimed} bytes, of which the file holds {held}")
 
 
 def _read_msgpack(source: Path) -> Arrays:
@@ -106,14 +152,14 @@ def _read_msgpack(source: Path) -> Arrays:
         tree = msgpack.unpackb(
             source.read_bytes(), ext_hook=_flax_extension, raw=False, strict_map_key=False
         )
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        arrays: dict[str, Array] = {}
+        _flatten(tree, "", arrays)
+    except (*_MALFORMED, msgpack.UnpackException) as error:
         raise CheckpointError(
-            f"{source} cannot be read as Flax's msgpack ({error or type(error).__name__}); "
+            f"{source} cannot be read as Flax's msgpack ({str(error) or type(error).__name__}); "
             "expected a msgpack file, an orbax folder, or an .npz file. If it is truncated, copy "
             "it again"
         ) from None
-    arrays: dict[str, Array] = {}
-    _flatten(tree, "", arrays)
     return {name: functools.partial(np.asarray, array) for name, array in arrays.items()}
 
 
@@ -165,6 +211,13 @@ def _read_orbax(source: Path) -> Arrays:
         spec = {"driver": driver, "kvstore": part, "fill_missing_data_reads": False}
         try:
             array = tensorstore.open(spec, read=True).result()
+            # tensorstore ends the process when memory is short.
+            sizes = array.shape, array.chunk_layout.read_chunk.shape or ()
+            largest = max(math.prod(size or 0 for size in shape) for shape in sizes)
+            held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            _check_claim(
+                largest * array.dtype.numpy_dtype.itemsize, _SMALL_ARRAY + _LARGEST_RATIO * held
+            )
             return _plain(np.asarray(array.read().result()))
         except (ValueError, OSError) as error:
             raise CheckpointError(

@@ -65,18 +65,8 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
       CheckpointError: A file is missing, truncated, or does not fit the config.
       ConfigError: config.json has an unknown key or a value out of range.
     """
-    if not folder.is_dir():
-        found = "is not a folder" if folder.exists() else "does not exist"
-        raise CheckpointError(
-            f"checkpoint '{folder}' {found}; expected a folder with {CONFIG_FILE}, {WEIGHTS_FILE} "
-            f"and {TOKENIZER_FILE}, as `fwl-export train` and `fwl-export import` write it"
-        )
-    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"checkpoint '{folder}' has no {name}; a checkpoint holds {CONFIG_FILE}, "
-                f"{WEIGHTS_FILE} and {TOKENIZER_FILE}"
-            )
+    if read is None:
+        _check_complete(folder)
     content: Callable[[str], bytes | None] = read or (lambda name: None)
     config = load_config(folder / CONFIG_FILE, content(CONFIG_FILE))
     check_size(folder / WEIGHTS_FILE, _parameters(config))
@@ -91,6 +81,22 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
         content(TOKENIZER_FILE),
     )
     return Checkpoint(model.eval().requires_grad_(False), tokenizer)
+
+
+def _check_complete(folder: Path) -> None:
+    """Check that a folder has the files of a checkpoint."""
+    if not folder.is_dir():
+        found = "is not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"checkpoint '{folder}' {found}; expected a folder with {CONFIG_FILE}, {WEIGHTS_FILE} "
+            f"and {TOKENIZER_FILE}, as `fwl-export train` and `fwl-export import` write it"
+        )
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"checkpoint '{folder}' has no {name}; a checkpoint holds {CONFIG_FILE}, "
+                f"{WEIGHTS_FILE} and {TOKENIZER_FILE}"
+            )
 
 
 def load_config(path: Path, content: bytes | None = None) -> ModelConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fwl_export.errors import CheckpointError
+from fwl_export.json_files import brief
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -107,7 +108,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}); if it is truncated, copy it again"
+            f"{path} cannot be read as safetensors ({brief(error)}); if it is truncated, copy it "
+            "again"
         ) from None
 
 

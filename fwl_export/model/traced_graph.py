@@ -195,11 +195,11 @@ def _problems(graph: TracedGraph) -> Iterator[str]:
                 yield f"operator '{operation.name}' has the argument {shown(value)}"
         for name in operation.references():
             if name not in known:
-                yield f"operator '{operation.name}' takes '{name}', which is not computed before"
+                yield f"operator '{operation.name}' takes {shown(name)}, which is not there yet"
         known.add(operation.name)
     for name, result in graph.outputs.items():
         if result not in known:
-            yield f"output '{name}' is '{result}', which is not computed"
+            yield f"output '{name}' is {shown(result)}, which is not computed"
 
 
 def _is_dtype(name: str) -> bool:
@@ -312,8 +312,8 @@ def _function(target: str) -> Any:
         found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
     if not isinstance(found, torch._ops.OpOverload) or not _is_harmless(found, packet):
         raise BundleError(
-            f"the traced graph has the operator '{target}', which this fwl-export does not run; "
-            f"{_REMEDY} with this version"
+            f"the traced graph has the operator {shown(target)}, which this fwl-export does not run"
+            f"; {_REMEDY} with this version"
         )
     return found
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fwl_export.errors import CheckpointError, MissingDependencyError
-from fwl_export.files import replaced_file
+from fwl_export.files import named_errors, replaced_file
 
 
 def save_progress(
@@ -141,8 +141,9 @@ class TrainingLog:
             if self._writer is not None:
                 self._board = self._writer(str(self._board_folder), purge_step=step)
         values = [*(f"{value:.9g}" for value in row.values()), f"{time.time():.0f}"]
-        csv.writer(self._stream).writerow(values)
-        self._stream.flush()
+        with named_errors(self._path):
+            csv.writer(self._stream).writerow(values)
+            self._stream.flush()
         if self._board is not None:
             for name in row.keys() - {"step"}:
                 self._board.add_scalar(name, row[name], int(row["step"]))
@@ -150,7 +151,8 @@ class TrainingLog:
     def close(self) -> None:
         """Close the files."""
         if self._stream is not None:
-            self._stream.close()
+            with named_errors(self._path):
+                self._stream.close()
         if self._board is not None:
             self._board.close()
 

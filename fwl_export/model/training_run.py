@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ RESUME_FILE, LOG_FILE, CHECKPOINT_FOLDER = "resume.safetensors", "log.csv", "che
 
 _TABLES = ("model", "training")
 _LARGEST_FILE = 1 << 18  # in bytes
+# tomllib takes time with the square of the number of a key's parts, a.b.c and so on.
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,17 @@ def read_run_config(path: Path) -> RunConfig:
         is out of range.
     """
     try:
-        data = tomllib.loads(read_bounded(path, ConfigError, _LARGEST_FILE).decode())
+        text = read_bounded(path, ConfigError, _LARGEST_FILE).decode()
+        if _LONG_KEY.search(text):
+            raise ValueError("a key has more than 32 parts")
+        data = tomllib.loads(text)
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise ConfigError(f"{path} is not TOML ({error})") from None
     known = {*_TYPES, *_TABLES}
     if unknown := sorted(set(data) - known):
         raise ConfigError(
-            f"{path}: unknown key '{unknown[0]}'; known keys: {', '.join(sorted(known))}"
+            f"{path}: unknown key '{shown(unknown[0])[1:-1]}'; known keys: "
+            f"{', '.join(sorted(known))}"
         )
     values: dict[str, Any] = {}
     for key, value in data.items():

@@ -13,17 +13,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fwl_export.runtimes.limits import Learned, LearningLimits
     from fwl_export.runtimes.opening import open_session
     from fwl_export.runtimes.registry import RUNTIMES
     from fwl_export.runtimes.sampling import Sampler
     from fwl_export.runtimes.session import Session, SessionSpec
     from fwl_export.runtimes.slots import Slots
 
-__all__ = ["RUNTIMES", "Sampler", "Session", "SessionSpec", "Slots", "open_session"]
+__all__ = [
+    "RUNTIMES",
+    "Learned",
+    "LearningLimits",
+    "Sampler",
+    "Session",
+    "SessionSpec",
+    "Slots",
+    "open_session",
+]
 
 # Loaded on first use, so that `fwl-export --help` can read the registry without NumPy.
 _MODULES = {
     "RUNTIMES": "registry",
+    "Learned": "limits",
+    "LearningLimits": "limits",
     "Sampler": "sampling",
     "Session": "session",
     "SessionSpec": "session",

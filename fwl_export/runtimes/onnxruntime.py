@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fwl_export.bundle.manifest import MODEL_FILE, Bundle
+from fwl_export.bundle.onnx_file import external_tensors
 from fwl_export.bundle.state import PAST, PRESENT, Array, State, TensorSpec
 from fwl_export.errors import BundleError, MissingDependencyError
 from fwl_export.ort import import_onnxruntime, register_plugin
@@ -23,9 +25,6 @@ _log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     import onnxruntime
 
-
-# The method of `SessionOptions` that takes external data from memory, in newer versions.
-_IN_MEMORY = "add_external_initializers_from_files_in_memory"
 
 _ALIGNMENT = 64  # in bytes: one cache line, and the widest vector of the plugin's kernel
 
@@ -77,29 +76,33 @@ def load_model(
       ConfigError: The device is unknown.
     """
     path = bundle.folder / MODEL_FILE
-    if hasattr(import_onnxruntime().SessionOptions, _IN_MEMORY):
-        model, data = bundle.read_model()
-        session = _open(path, model, data, threads, plugin, device)
-    else:
-        session = _open_mapped(bundle, path, threads, plugin, device)
+    model, data = bundle.read_model()
+    session = _open(path, model, _arrays(path, model, data), threads, plugin, device)
     manifest = bundle.manifest
     place = parse_device(device)
     return OnnxRuntimeModel(session, manifest.state, manifest.config.vocab_size, place)
 
 
-def _open_mapped(
-    bundle: Bundle, path: Path, threads: int | None, plugin: str | Path, device: str
-) -> onnxruntime.InferenceSession:
-    """Load a bundle's ONNX file by its path, with a version that cannot take it from memory."""
-    bundle.model_files()
-    session = _open(path, str(path), {}, threads, plugin, device)
-    bundle.model_files()  # it may have been changed while it was loaded
-    _log.warning(
-        "this version of ONNX Runtime keeps '%s' open: replace the bundle as a whole, as export "
-        "does, and do not write into its files while a session is open",
-        bundle.folder,
-    )
-    return session
+def _arrays(path: Path, model: bytes, data: Mapping[str, bytes]) -> dict[str, Array]:
+    """Return the weights in a model's external data by name, in the memory of `data`.
+
+    Args:
+      path: Path of the ONNX file, for messages.
+      model: Content of the ONNX file.
+      data: Content of each file of external data, by its name in the model.
+    """
+    arrays: dict[str, Array] = {}
+    for tensor in external_tensors(path, model):
+        content = data[tensor.location]
+        if not tensor.dtype or not 0 <= tensor.offset <= len(content) - tensor.size:
+            raise BundleError(
+                f"ONNX Runtime cannot load '{path}': tensor '{tensor.name}' has an unknown type or "
+                f"lies outside of '{tensor.location}'; export the model again"
+            )
+        count = math.prod(tensor.shape)
+        flat = np.frombuffer(content, tensor.dtype, count, tensor.offset)
+        arrays[tensor.name] = flat.reshape(tensor.shape)
+    return arrays
 
 
 def open_file(
@@ -112,7 +115,7 @@ def open_file(
 def _open(
     path: Path,
     model: str | bytes,
-    data: Mapping[str, bytes],
+    weights: Mapping[str, Array],
     threads: int | None,
     plugin: str | Path,
     device: str,
@@ -122,8 +125,8 @@ def _open(
     Args:
       path: Path of the file, for messages.
       model: The path as text, or the file's content.
-      data: The external data by their names, if `model` is the content. ONNX Runtime copies them,
-        so that they can be dropped afterwards.
+      weights: The tensors with external data by name, if `model` is the content. ONNX Runtime
+        copies them, so that they can be dropped afterwards.
       threads: Threads inside one operator; None lets ONNX Runtime choose.
       plugin: Choice of the plugin library, see `open_session`.
       device: Device to run on.
@@ -147,13 +150,15 @@ def _open(
     library = find_plugin(ONNXRUNTIME, plugin)
     if library is not None:
         register_plugin(options, library)
-    if data:
-        names, contents = list(data), list(data.values())
-        getattr(options, _IN_MEMORY)(names, contents, [len(content) for content in contents])
+    if weights:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
     try:
-        session = ort.InferenceSession(model, options, providers=providers)
+        # Without the last argument, ONNX Runtime prints an "EP Error" and tries other providers.
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-        raise BundleError(f"ONNX Runtime cannot load '{path}': {error}") from None
+        where = "" if place[0] == "cpu" else f" on device '{device}'"
+        raise BundleError(f"ONNX Runtime cannot load '{path}'{where}: {error}") from None
     if place[0] == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise MissingDependencyError(  # ONNX Runtime itself only warns, and falls back to the CPU
             f"ONNX Runtime cannot use device '{device}'; `fwl-export doctor` says what is missing"

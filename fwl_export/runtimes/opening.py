@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Literal
 
+from fwl_export.bundle.defaults import DEFAULT_MAX_LEARNING_WEIGHT
 from fwl_export.bundle.manifest import Bundle, read_bundle
 from fwl_export.deprecations import renamed_arguments
 from fwl_export.runtimes import registry
+from fwl_export.runtimes.arguments import check_open_arguments, checked_batch
+from fwl_export.runtimes.limits import LearningLimits
 from fwl_export.runtimes.registry import Options
 from fwl_export.runtimes.session import Session, SessionSpec
 
@@ -26,6 +30,8 @@ def open_session(
     device: str | None = None,
     variant: str | None = None,
     cuda_graph: bool = True,
+    max_learning_weight: float = DEFAULT_MAX_LEARNING_WEIGHT,
+    max_update_norm: float = math.inf,
 ) -> Session:
     """Open a bundle for reading text: load its model, and start `batch` fresh rows of state.
 
@@ -54,25 +60,44 @@ def open_session(
       variant: For "tensorrt" only: "rtx" (TensorRT-RTX) or "tensorrt". None takes one that is
         installed and has an engine for this GPU.
       cuda_graph: For "tensorrt": replay calls of one token as CUDA graphs, which is faster.
+      max_learning_weight: Largest product of a token's label weight and its row's learning-rate
+        scale, and largest scale; `math.inf` means no limit. A token with a product of 1000 or more
+        can spoil the predictions of all that follow, see docs/concepts/limits.md.
+      max_update_norm: Largest norm of what a row has learned, as `Session.learned` tells it; a call
+        or a state that exceeds it is refused. Choose it for your model from the norms over texts
+        that it should read. `math.inf`, no limit, costs no time.
 
     Returns:
       A session whose rows have read nothing yet.
 
     Raises:
       BundleError: The bundle is missing, was changed on disk, or cannot be loaded.
-      ConfigError: There is no such runtime or device, or the runtime does not take an argument.
-      ShapeError: `batch` is less than 1, or more than the engine takes.
+      ConfigError: There is no such runtime or device, the runtime does not take an argument, or an
+        argument has the wrong type or is out of range.
+      ShapeError: `batch` is less than 1, or more than the engine or the memory takes.
       DeviceError: Runtime "tensorrt": there is no such GPU, or it refused a call.
       EngineError: Runtime "tensorrt": the bundle has no engine for this GPU, or it cannot be
         loaded. The message names the command that builds one.
       PluginError: The plugin library is required and missing, or cannot be loaded.
       MissingDependencyError: The runtime's package is not installed, or not for that device.
     """
+    check_open_arguments(
+        threads,
+        bundle=bundle,
+        runtime=runtime,
+        precision=precision,
+        plugin=plugin,
+        device=device,
+        variant=variant,
+        cuda_graph=cuda_graph,
+    )
+    rows = checked_batch(batch)  # before the model is loaded, which takes seconds
+    limits = LearningLimits(max_learning_weight, max_update_norm)
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))
     options = Options(precision, threads, plugin, device, variant, cuda_graph)
     with opened.unchanged():
         loaded = registry.load(runtime, opened, options)
-    _log.info("opened '%s' in runtime %s, batch %d", opened.folder, runtime, batch)
+    _log.info("opened '%s' in runtime %s, batch %d", opened.folder, runtime, rows)
     config = opened.manifest.config
     spec = SessionSpec(
         loaded.state,
@@ -82,4 +107,4 @@ def open_session(
         opened.manifest.model_id,
         config.backbone.max_positions,
     )
-    return Session(loaded.runner, spec, batch)
+    return Session(loaded.runner, spec, rows, limits)

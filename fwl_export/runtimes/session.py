@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +16,21 @@ from fwl_export.bundle import state as states
 from fwl_export.bundle import state_file
 from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.bundle.state_file import SavedState
-from fwl_export.errors import ConfigError, NotFiniteError, ShapeError, TokenError
+from fwl_export.errors import ConfigError, NotFiniteError, ShapeError, StateError, TokenError
+from fwl_export.runtimes import limits as learning
+from fwl_export.runtimes.arguments import (
+    checked_batch,
+    checked_numbers,
+    checked_rows,
+    whole_number,
+)
 from fwl_export.runtimes.base import Call, Runner
+from fwl_export.runtimes.limits import Learned, LearningLimits
 from fwl_export.runtimes.sampling import Sampler
+
+# Tokens that a row may have read in all. Positions stay far from where 64 bits overflow, and are
+# exact in float64.
+MOST_TOKENS = 2**53
 
 
 @dataclass(frozen=True)
@@ -70,40 +81,55 @@ class Session:
       model_id: Identity of the model, as hex; state files load only into the same model.
       specs: Names, shapes and dtypes of the state's tensors, in the model's order.
       spec: The attributes above, except `batch`, as one `SessionSpec`.
+      limits: How much the session may learn, as `open_session` was told.
     """
 
-    def __init__(self, runner: Runner, spec: SessionSpec, batch: int = 1) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        spec: SessionSpec,
+        batch: int = 1,
+        limits: LearningLimits | None = None,
+    ) -> None:
         """Start `batch` fresh rows. Applications call `fwl_export.open_session` instead.
 
         Args:
           runner: The loaded model in its runtime; no other session may use it.
           spec: What the session needs to know about the model.
           batch: Number of rows.
+          limits: How much the session may learn. None means the defaults.
 
         Raises:
-          ShapeError: `batch` is less than 1, or more than the runner takes.
+          ShapeError: `batch` is less than 1, or more than the runner or the memory takes.
           ConfigError: `spec.max_tokens` is less than 1.
         """
-        if batch < 1:
-            raise ShapeError(f"batch is {batch}; expected 1 or more rows")
+        self.batch = checked_batch(batch)
         if spec.max_tokens < 1:
             raise ConfigError(f"spec.max_tokens is {spec.max_tokens}; expected 1 or more tokens")
         self.spec = spec
+        self.limits = limits or LearningLimits()
         self.specs = list(spec.state)
         self.vocab_size = spec.vocab_size
         self.max_tokens = spec.max_tokens
         self.anchor_interval = spec.anchor_interval
         self.model_id = spec.model_id
         self.max_positions = spec.max_positions
-        self.batch = batch
         self._lock = threading.RLock()
         # A list, not an array: a few NumPy calls take as long as a step of a small model.
-        self._positions = [0] * batch
-        self._learning_rate_scale = np.ones(batch, np.float32)
+        self._positions = [0] * self.batch
+        self._learning_rate_scale = np.ones(self.batch, np.float32)
+        learning.check_scale(self._learning_rate_scale, self.limits.max_learning_weight)
         self._plain: tuple[tuple[int, bool], Call] | None = None  # see _plain_call
         self._runner = runner
-        self._current = runner.new_buffers(batch)
-        self._spare = [runner.new_buffers(batch)]
+        try:
+            self._current = runner.new_buffers(self.batch)
+            self._spare = [runner.new_buffers(self.batch)]
+        except MemoryError:
+            size = 2 * self.batch * sum(each.bytes_per_row for each in self.specs)
+            raise ShapeError(
+                f"batch is {self.batch}, for which the state takes {size / 1e9:.1f} GB, more than "
+                "there is memory; take fewer rows, or a smaller model"
+            ) from None
 
     def __repr__(self) -> str:
         shown = self._positions[:8]
@@ -122,9 +148,9 @@ class Session:
           batch: Number of fresh rows.
 
         Raises:
-          ShapeError: `batch` is less than 1, or more than the engine takes.
+          ShapeError: `batch` is less than 1, or more than the engine or the memory takes.
         """
-        return Session(self._runner.another(), self.spec, batch)
+        return Session(self._runner.another(), self.spec, batch, self.limits)
 
     def feed(
         self,
@@ -145,7 +171,9 @@ class Session:
             or more, without upper limit: `feed` splits reads longer than `max_tokens`.
           label_weights: [B, T] or [T], finite and 0 or more: how much the model learns from each
             token, as the label of the prediction before it. 1 is as trained; 0 reads a token
-            without learning from it and without forgetting. None means 1 everywhere.
+            without learning from it and without forgetting. None means 1 everywhere. Times the
+            row's learning-rate scale it is at most the session's `max_learning_weight`, 10 by
+            default.
           lengths: [B] integers, 0 to T: how many of its T tokens each row reads; the rest is
             padding, and may hold any number. None means T for all rows.
           last_only: Return only the logits after each row's last token, which saves a product with
@@ -163,12 +191,19 @@ class Session:
           TokenError: A token id, weight or length is out of range, or a row would read more than
             `max_positions` tokens in all.
           NotFiniteError: The model's output has a NaN or infinite value; a `TokenError` too.
+          UpdateNormError: A row would have learned more than the session's `max_update_norm`; a
+            `TokenError` too.
           DeviceError, EngineError: The GPU or TensorRT refused the call.
         """
+        if not isinstance(last_only, (bool, np.bool_)):
+            raise ShapeError(f"last_only is {last_only!r}; expected True or False")
         ids, weights, counts = self._checked(tokens, label_weights, lengths)
         wanted = self._checked_wanted(logit_positions, ids.shape[1], last_only)
         with self._lock:
             self._check_positions(counts)
+            if weights is not None:
+                limit = self.limits.max_learning_weight
+                learning.check_weights(weights, self._learning_rate_scale, limit, ids)
             positions = [a + b for a, b in zip(self._positions, counts, strict=True)]
             at_once = self._next_lengths(counts, [0] * self.batch) == counts
             if at_once and max(counts) == ids.shape[1]:
@@ -206,8 +241,17 @@ class Session:
         else:
             call = self._call(ids, weights, counts, last_only)
         present = self._spare_buffers()
-        logits = _real_logits(self._runner.run(call, self._current, present), call, counts)
+        logits = self._run(call, self._current, present, counts)
         self._current, self._spare[0] = present, self._current
+        return logits
+
+    def _run(self, call: Call, past: Any, present: Any, counts: list[int]) -> Array:
+        """Run a call of the model, and check what it returned and what the rows have learned."""
+        logits = _real_logits(self._runner.run(call, past, present), call, counts)
+        limit = self.limits.max_update_norm
+        if limit != math.inf:
+            state = self._runner.read(present, slice(None))
+            learning.check_update(learning.learned(self.specs, state), limit)
         return logits
 
     def _plain_call(self, ids: Array, counts: list[int], last_only: bool) -> Call:
@@ -255,7 +299,7 @@ class Session:
             present = self._spare_buffers()
             taken.append(self._spare.pop())
             try:
-                found = _real_logits(self._runner.run(call, past, present), call, here)
+                found = self._run(call, past, present, here)
             except BaseException:
                 self._spare += [buffers for buffers in taken if buffers is not self._current]
                 self._keep_one_spare()
@@ -347,9 +391,12 @@ class Session:
             tokens with `list` can show them as they come.
 
         Raises:
+          ConfigError: `count` is not a whole number of 0 or more.
           ShapeError: The session has more than one row, or the prompt has the wrong shape.
           TokenError: A token of the prompt is out of range; see `feed`.
         """
+        if (whole_number(count) or 0) < 0 or whole_number(count) is None:
+            raise ConfigError(f"count is {count!r}; expected a whole number of 0 or more tokens")
         if self.batch != 1:
             raise ShapeError(f"generate needs a session of one row; this one has {self.batch} rows")
         tokens = np.asarray(prompt)
@@ -382,17 +429,17 @@ class Session:
     def learning_rate_scale(self) -> Array:
         """Factor of the model's learned step sizes, per row: [B] float32, initially 1.
 
-        Assign one number for all rows, or one per row; finite, 0 or more. It applies to tokens read
-        from then on and leaves what was learned before, and the rate of forgetting, as they are.
-        At 0 a row learns nothing but still forgets while it reads; with label weights of 0 it does
-        neither. The factor belongs to the row, not to its text: `reset` does not change it, and
-        state files do not contain it.
+        Assign one number for all rows, or one per row; finite, 0 or more, and at most the session's
+        `max_learning_weight`, 10 by default. It applies to tokens read from then on and leaves what
+        was learned before, and the rate of forgetting, as they are. At 0 a row learns nothing but
+        still forgets while it reads; with label weights of 0 it does neither. The factor belongs to
+        the row, not to its text: `reset` does not change it, and state files do not contain it.
         """
         return self._learning_rate_scale.copy()
 
     @learning_rate_scale.setter
     def learning_rate_scale(self, scale: npt.ArrayLike) -> None:
-        given = np.asarray(scale, np.float32)
+        given = checked_numbers("learning_rate_scale", scale)
         if given.shape not in ((), (self.batch,)):
             raise ShapeError(
                 f"learning_rate_scale has shape {list(given.shape)}; expected one number, or "
@@ -402,9 +449,23 @@ class Session:
             raise ConfigError(
                 f"learning_rate_scale is {given.tolist()}; expected finite numbers of 0 or more"
             )
+        scales = np.broadcast_to(given, self.batch).copy()
+        learning.check_scale(scales, self.limits.max_learning_weight)
         with self._lock:
-            self._learning_rate_scale = np.broadcast_to(given, self.batch).copy()
+            self._learning_rate_scale = scales
             self._plain = None
+
+    def learned(self) -> Learned:
+        """Return how much each row has learned, as norms; 0 for fresh rows.
+
+            session.feed(document)
+            print(session.learned().norms)  # [812.4]
+
+        Watch them, and roll back what learned too much. They take well under a millisecond per row
+        of the demo model; from a GPU the state is copied first.
+        """
+        with self._lock:
+            return learning.learned(self.specs, self.peek())
 
     @property
     def state(self) -> State:
@@ -453,11 +514,13 @@ class Session:
 
         Raises:
           ShapeError: A row does not exist or is named twice, or there are none.
-          StateError: The state does not fit this model, or has NaN or infinite values.
+          StateError: The state does not fit this model, has NaN or infinite values or a position
+            out of range, or has learned more than the session's `max_update_norm`.
         """
         chosen = self._checked_rows(rows)
         states.check(self.specs, state, len(chosen))
         states.check_finite(state)
+        self._check_given(state)
         with self._lock:
             if len(chosen) == self.batch:  # no row keeps its state
                 written = self._spare_buffers()
@@ -472,6 +535,18 @@ class Session:
                     raise
             for row, position in zip(chosen, state["position"], strict=True):
                 self._positions[row] = int(position)
+
+    def _check_given(self, state: Mapping[str, Array]) -> None:
+        most = self.max_positions or MOST_TOKENS
+        for row, position in enumerate(state["position"].tolist()):
+            if not 0 <= position <= most:
+                raise StateError(
+                    f"row {row} of the state is at position {position}; expected 0 to {most}: do "
+                    "not use this state"
+                )
+        if self.limits.max_update_norm != math.inf:
+            found = learning.learned(self.specs, state)
+            learning.check_state(found, self.limits.max_update_norm)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Forget all that some rows have read and learned; their next text starts afresh.
@@ -544,16 +619,7 @@ class Session:
         self.write_rows(chosen, state)
 
     def _checked_rows(self, rows: Sequence[int]) -> list[int]:
-        try:
-            chosen = [operator.index(row) for row in rows]
-        except TypeError:
-            raise ShapeError(f"rows are {list(rows)}; expected whole numbers") from None
-        for row in chosen:
-            if not 0 <= row < self.batch:
-                raise ShapeError(f"row {row} does not exist; expected 0 to {self.batch - 1}")
-        if len(set(chosen)) < len(chosen) or not chosen:
-            raise ShapeError(f"rows are {chosen}; expected one or more rows, each once")
-        return chosen
+        return checked_rows(rows, self.batch)
 
     def _checked(
         self,
@@ -606,7 +672,7 @@ class Session:
         """Return the weights [B, T]; those at padding, where `real` is False, may be anything."""
         if label_weights is None:
             return np.ones(real.shape, np.float32)
-        weights = np.asarray(label_weights, np.float32)
+        weights = checked_numbers("label_weights", label_weights)
         if weights.ndim == 1 and self.batch == 1:
             weights = weights[None]
         if weights.shape != real.shape:
@@ -654,7 +720,10 @@ class Session:
     def _checked_lengths(self, lengths: npt.ArrayLike | None, size: int) -> list[int]:
         if lengths is None:
             return [size] * self.batch
-        counts = np.asarray(lengths)
+        try:
+            counts = np.asarray(lengths)
+        except ValueError:
+            raise ShapeError("lengths are nested; expected one whole number for each row") from None
         if counts.shape != (self.batch,) or not np.issubdtype(counts.dtype, np.integer):
             raise ShapeError(
                 f"lengths are {counts.dtype} {list(counts.shape)}; expected {self.batch} whole "

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fwl_export.bundle.state import Array, State
 from fwl_export.errors import ShapeError, TokenError
+from fwl_export.runtimes.arguments import checked_numbers, shown, whole_number
 from fwl_export.runtimes.session import Session
 
 
@@ -109,14 +110,16 @@ class Slots:
         Args:
           tokens: Token ids [T] of each slot to move, by slot; T is 1 or more and may differ.
           label_weights: How much to learn from each token, [T] or one number, by slot; see
-            `Session.feed`. Slots that are missing here take 1.
+            `Session.feed`. Slots that are missing here take 1; slots that `tokens` does not name
+            are an error.
 
         Returns:
           Logits [V] float32 after each slot's last token, by slot.
 
         Raises:
           ShapeError: A slot is not in use, a shape does not fit, or no slot is named.
-          TokenError: A token id or weight is out of range; see `Session.feed`. No slot has moved.
+          TokenError: A token id or weight is out of range, or a slot would have learned too much;
+            see `Session.feed`. No slot has moved.
         """
         with self._lock:
             return self._feed(tokens, label_weights)
@@ -126,15 +129,20 @@ class Slots:
         tokens: Mapping[int, npt.ArrayLike],
         label_weights: Mapping[int, npt.ArrayLike] | None,
     ) -> dict[int, Array]:
+        for name, value in (("tokens", tokens), ("label_weights", label_weights or {})):
+            if not isinstance(value, Mapping):
+                raise ShapeError(f"{name} is {shown(value)}; expected a mapping by slot")
         given = {slot: self._checked_ids(slot, ids) for slot, ids in tokens.items()}
         if not given:
             raise ShapeError("tokens is empty; expected token ids for at least one slot")
+        if others := set(label_weights or {}) - set(given):
+            raise ShapeError(f"label_weights names {shown(others)}, but tokens does not")
         shape = (self.session.batch, max(map(len, given.values())))
         batch, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         lengths = np.zeros(shape[0], np.int64)
         for slot, ids in given.items():
             batch[slot, : len(ids)], lengths[slot] = ids, len(ids)
-            weight = np.asarray(1.0 if label_weights is None else label_weights.get(slot, 1.0))
+            weight = checked_numbers("label_weights", (label_weights or {}).get(slot, 1.0))
             if weight.shape not in ((), ids.shape):
                 raise ShapeError(
                     f"label_weights of slot {slot} have shape {list(weight.shape)}; expected "
@@ -145,8 +153,11 @@ class Slots:
         return {slot: logits[slot] for slot in given}
 
     def _checked_ids(self, slot: int, tokens: npt.ArrayLike) -> Array:
-        ids = np.asarray(tokens)
         self._check(slot)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:
+            raise ShapeError(f"tokens of slot {slot} are nested; expected [T]") from None
         if ids.ndim != 1 or not len(ids):
             raise ShapeError(f"tokens of slot {slot} have shape {list(ids.shape)}; expected [T]")
         # Checked per slot, since dtypes differ: an id beyond int64 would not fit the batch.
@@ -160,5 +171,6 @@ class Slots:
         return ids
 
     def _check(self, slot: int) -> None:
-        if slot in self._free or not 0 <= slot < self.session.batch:
-            raise ShapeError(f"slot {slot} is not in use; those in use are {self.used}")
+        number = whole_number(slot)
+        if number is None or number in self._free or not 0 <= number < self.session.batch:
+            raise ShapeError(f"slot {shown(slot)} is not in use; those in use are {self.used}")

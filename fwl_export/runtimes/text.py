@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from fwl_export.bundle.manifest import TOKENIZER_FILE, Bundle
 from fwl_export.bundle.state import Array
-from fwl_export.bundle.tokenizer import load_tokenizer
+from fwl_export.bundle.tokenizer import encode, load_tokenizer
 from fwl_export.errors import TokenError
 from fwl_export.runtimes.sampling import log_softmax
 from fwl_export.runtimes.session import Session
@@ -114,9 +114,9 @@ def prompt_ids(prompt: str, tokenizer: Tokenizer) -> Array:
     """Return the token ids of a prompt, [N] int64.
 
     Raises:
-      TokenError: The prompt has no tokens.
+      TokenError: The prompt has no tokens, or the tokenizer fails.
     """
-    ids = np.array(tokenizer.encode(prompt).ids, dtype=np.int64)
+    ids = encode(prompt, tokenizer)
     if not len(ids):
         raise TokenError("the prompt is empty; expected at least one token")
     return ids

@@ -10,6 +10,7 @@ import pytest
 
 from fwl_export.cli.terminal import (
     note,
+    print_exception,
     print_generated,
     print_json,
     progress_bar,
@@ -113,3 +114,14 @@ def test_streams_are_restored() -> None:
     with safe_streams():
         assert (sys.stdout, sys.stderr) != before
     assert (sys.stdout, sys.stderr) == before
+
+
+def test_a_traceback_acts_on_nothing_either(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise RuntimeError(EVIL)
+    except RuntimeError as error:
+        print_exception(type(error), error, error.__traceback__)
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback")
+    assert r"RuntimeError: a\x1b]0;pwned\x07\x9b2J\rb\u202e\x7f\ud800" in text
+    assert "\x1b" not in text

@@ -28,6 +28,8 @@ class Options(ctypes.Structure):
         ("tensorrt_library", ctypes.c_char_p),
         ("tensorrt_plugin", ctypes.c_char_p),
         ("allow_embedded_plugin", ctypes.c_int32),
+        ("max_learning_weight", ctypes.c_double),
+        ("max_update_norm", ctypes.c_double),
     ]
 
 
@@ -149,6 +151,11 @@ class Session:
         found = np.full(self.rows, -1, np.int64)
         self.call("positions", _pointer(found))
         return list(map(int, found))
+
+    def learned(self) -> list[float]:
+        found = np.full(self.rows, np.nan)
+        self.call("learned", _pointer(found))
+        return list(map(float, found))
 
     def set_learning_rate_scale(self, scale: Sequence[float]) -> None:
         self.call("set_learning_rate_scale", _pointer(np.ascontiguousarray(scale, np.float32)))

@@ -73,6 +73,24 @@ def test_serve_rows(libfwl: Path, runtime: Path, anchored_bundle: Path) -> None:
         assert line.split() == [str(token) for token in session.generate(prompt, 12)], n
 
 
+def test_rollback(libfwl: Path, runtime: Path, anchored_bundle: Path) -> None:
+    text = np.random.default_rng(0).integers(0, VOCABULARY, 40)
+    done = run(runtime, libfwl / "rollback_c", anchored_bundle, 1.5, *text)
+    assert done.returncode == 0, done.stderr
+    usual, heavy, after = map(float, done.stdout.split())
+    session = open_session(anchored_bundle, plugin="none")
+    session.feed(text)
+    assert usual == pytest.approx(session.learned().norms[0], rel=1e-5)
+    session.feed(text, np.full(40, 10.0))
+    assert heavy == pytest.approx(session.learned().norms[0], rel=1e-4)
+    assert heavy > 1.5 * usual
+    assert after == usual
+    kept = run(runtime, libfwl / "rollback_c", anchored_bundle, 1000, *text)
+    assert kept.stdout.split()[2] == kept.stdout.split()[1]
+    assert run(runtime, libfwl / "rollback_c", anchored_bundle).returncode == 2
+    assert run(runtime, libfwl / "rollback_c", anchored_bundle, 2, -1).stderr.startswith("error: t")
+
+
 def test_soak(
     libfwl: Path, runtime: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -157,12 +158,28 @@ def test_a_process_killed_while_libfwl_saves_leaves_the_old_file_or_the_new_one(
         process.stdout.close()
         found.load_state(path)
         np.testing.assert_array_equal(found.read_row(0), expected[found.positions[0]])
-    # The next save removes the files that killed processes left, and no others.
-    kept = {path.name, f"{path.name}.{os.getppid()}.1.tmp", f"{path.name}.{process.pid}.copy"}
-    for name in kept | {f"{path.name}.{process.pid}.1.tmp"}:
-        (tmp_path / name).touch()
-    found.save_state(path)
-    assert {entry.name for entry in tmp_path.iterdir()} == kept
+    # The next save removes what killed processes left, and nothing that only looks like it.
+    lock, signature = "lock", "written by libfwl\n"
+    for name, content in (
+        (".fwl-killed", {lock: signature, "file": "half a state"}),
+        (".fwl-notour", {lock: "", "file": "mine"}),
+        (".fwl-letter", {"file": "mine"}),
+        (".fwl-living", {lock: signature, "file": "still being written"}),
+        (f"{path.name}.{process.pid}.1.tmp", {"file": "mine"}),
+    ):
+        (tmp_path / name).mkdir()
+        for part, text in content.items():
+            (tmp_path / name / part).write_text(text)
+    with (tmp_path / ".fwl-living" / lock).open() as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        found.save_state(path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        path.name,
+        ".fwl-notour",
+        ".fwl-letter",
+        ".fwl-living",
+        f"{path.name}.{process.pid}.1.tmp",
+    }
 
 
 def test_libfwl_saves_despite_files_of_a_process_with_the_same_id(

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_wrong_arguments_move_no_row(model: Model) -> None:
         ("token", "token id -1 (row 0, position 0)", {"tokens": [[-1], [1]]}),
         ("token", "label_weights contains nan; expected finite numbers of 0 or more",
          {"tokens": [[1], [1]], "label_weights": [[1], [np.nan]]}),
-        ("token", "label_weights contains -1.000000; expected finite numbers",
+        ("token", "label_weights contains -1; expected finite numbers",
          {"tokens": [[1], [1]], "label_weights": [[-1], [1]]}),
         ("token", "the length of row 1 is 3; expected 0 to 2",
          {"tokens": ids(2, 2), "lengths": [1, 3]}),
@@ -199,7 +200,10 @@ def test_wrong_arguments_move_no_row(model: Model) -> None:
     )
 
 
-def test_an_output_that_is_not_finite_moves_no_row(anchored: Model) -> None:
+def test_an_output_that_is_not_finite_moves_no_row(
+    library: Library, runtime: Path, anchored_bundle: Path
+) -> None:
+    anchored = library.open(anchored_bundle, runtime, max_learning_weight=np.inf)
     session = anchored.session(1)
     session.feed(ids(1, 5))
     before = session.read_row(0)
@@ -220,8 +224,18 @@ def test_paths_of_folders_pipes_and_links(model: Model, tmp_path: Path) -> None:
     session.save_state(path)
     os.mkfifo(pipe)
     refused("io", "it is a folder", lambda: session.load_state(tmp_path))
-    for other in (tmp_path, pipe):
-        refused("io", "it is not a regular file", lambda other=other: session.save_state(other))
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "socket"))
+    specials = [pipe, Path("/dev/zero"), Path("/dev/null"), Path("/dev/tty"), tmp_path / "socket"]
+    for special in specials:
+        refused(
+            "io", "it is not a regular file", lambda special=special: session.load_state(special)
+        )
+    for special in (tmp_path, *specials):
+        refused(
+            "io", "it is not a regular file", lambda special=special: session.save_state(special)
+        )
+    listener.close()
     assert pipe.is_fifo()
     link.symlink_to(path)
     before = path.read_bytes()
@@ -229,11 +243,24 @@ def test_paths_of_folders_pipes_and_links(model: Model, tmp_path: Path) -> None:
     session.save_state(link)
     assert link.is_symlink()
     assert path.read_bytes() != before
+    # A link to a file that does not exist yet stays a link too, as in Python.
+    session.save_state(path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "second").symlink_to("folder/new.state")
+    (tmp_path / "first").symlink_to(tmp_path / "second")
+    session.save_state(tmp_path / "first")
+    assert (tmp_path / "first").is_symlink()
+    assert (tmp_path / "second").is_symlink()
+    assert (tmp_path / "folder" / "new.state").read_bytes() == path.read_bytes()
+    (tmp_path / "loop").symlink_to("loop")
+    refused(
+        "io", "is a link that cannot be followed", lambda: session.save_state(tmp_path / "loop")
+    )
 
 
 def test_damaged_state_files(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "a.state"
-    session = model.session(1)
+    session, pair = model.session(1), model.session(2)
     session.feed(ids(1, 3))
     before = session.read_row(0)
     session.save_state(path)
@@ -260,16 +287,27 @@ def test_damaged_state_files(model: Model, tmp_path: Path) -> None:
     tensors = load_file(path)
     for change, message in (
         ({"format": "other"}, "is a safetensors file, but not a state file; expected a file"),
-        ({"version": "2"}, 'is a state file of version "2", but this libfwl reads version 1'),
+        (
+            {"version": "3"},
+            "is a state file of version '3', but this libfwl reads versions 1 and 2",
+        ),
+        ({"version": "2"}, "it has no sha256"),
+        ({"version": "2", "sha256": "0" * 64}, "its sha256 is not that of its content"),
+        ({"sha256": "0" * 64}, "its sha256 is not that of its content"),
         ({"model_id": "x"}, "was saved from another model"),
-        ({"rows": "many"}, "its row count is not a number"),
+        ({"compress": "zip"}, "it has no known kind of compression"),
+        ({"tokens": "4"}, "its metadata name other positions than its tensors"),
+        ({"rows": "many"}, "'rows' is not a number"),
         ({"rows": "2"}, "but the model says"),
-        ({"rows": "99999999999999999999"}, "its row count is not a number"),
+        ({"rows": "0"}, "it holds 0 rows"),
+        ({"rows": "99999999999999999999"}, "'rows' is not a number"),
     ):
-        metadata = {"format": "fwl-state", "version": "1", "rows": "1"}
-        metadata |= {"model_id": model.info.model_id.decode(), **change}
+        metadata = {"format": "fwl-state", "version": "1", "rows": "1", "tokens": "3"}
+        metadata |= {"compress": "none", "model_id": model.info.model_id.decode(), **change}
         save_file(tensors, path, metadata)
         refused("state", message, lambda: session.load_state(path))
+    path.write_bytes(content)
+    refused("argument", "holds 1 rows, but the call names 2", lambda: pair.load_state(path))
     refused("io", "cannot read", lambda: session.load_state(tmp_path / "b"))
     refused("io", "cannot write", lambda: session.save_state(tmp_path / "no" / "b"))
     path.write_bytes(content)
@@ -332,7 +370,7 @@ def test_bundles_that_cannot_be_used(
     path.write_bytes(path.read_bytes()[:-9])
     entry = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
     manifest.write_text(json.dumps({**data, "files": {**data["files"], "model.onnx": entry}}))
-    refused("bundle", "ONNX Runtime: ", opened)
+    refused("bundle", "is not an ONNX model that libfwl reads (it ends inside a field)", opened)
 
 
 def test_programs_built_with_an_older_header(library: Library, model: Model) -> None:

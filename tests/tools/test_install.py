@@ -162,11 +162,19 @@ def test_every_requirement_of_the_project_is_pinned() -> None:
     assert names - {*locks()[0]} == {"fwl-export"}
 
 
-def fake_venv(folder: Path, torch: str = "") -> Path:
-    (folder / "wheels").mkdir(parents=True)
+def fake_wheel(folder: Path, torch: str) -> None:
+    (folder / "wheels").mkdir()
     with zipfile.ZipFile(folder / "wheels" / "torch-1-py3-none-any.whl", "w") as archive:
         archive.writestr("torch-1.dist-info/METADATA", f"Name: torch\n{torch}")
-    return folder
+
+
+def test_torch_is_not_downloaded_again(tmp_path: Path) -> None:
+    folder = tmp_path / "lib" / "python3.11" / "site-packages" / "torch-2.13.0+cpu.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Name: torch\n")
+    assert install.torch_metadata(tmp_path, "2.13.0")
+    assert install.torch_metadata(tmp_path)
+    assert not install.torch_metadata(tmp_path, "2.14.0")
 
 
 @pytest.mark.parametrize(
@@ -185,13 +193,15 @@ def test_only_what_the_extras_need_is_installed_by_its_hash(
     def fake(command: list[str], log: Path, say: object) -> int:
         file = tmp_path / "requirements.txt"
         runs.append((command, read_lock(file.read_text(encoding="utf-8"))))
+        if "download" in command:
+            fake_wheel(tmp_path, torch)
         return 0
 
     monkeypatch.setattr(install, "run_pip", fake)
-    venv = fake_venv(tmp_path, torch)
     pip = ["python", "-m", "pip", "install", "-v"]
-    assert install.install_locked(pip, venv, "export,dev", Source(), print) == 0
-    build, locked, last = runs
+    assert install.install_locked(pip, tmp_path, "export,dev", Source(), print) == 0
+    build, download, locked, last = runs
+    assert download[0][-2:] == [str(tmp_path / "wheels"), f"torch=={locks()[0]['torch'].version}"]
     assert {*build[1]} == {*install.BUILD}
     for command, _ in (build, locked):
         assert "--require-hashes" in command
@@ -199,11 +209,13 @@ def test_only_what_the_extras_need_is_installed_by_its_hash(
         assert "-v" in command
     assert locked[1]["triton"].version == triton
     assert ("nvidia-cublas" in locked[1]) == (triton == "3.7.1")
-    assert {"torch", "numpy", "pytest", "allpairspy"} <= {*locked[1]}
+    assert {"numpy", "pytest", "allpairspy"} <= {*locked[1]}
+    text = (tmp_path / "requirements.txt").read_text(encoding="utf-8")
+    assert re.search(r"^/.*/wheels/torch-1-py3-none-any.whl \\\n    --hash", text, re.MULTILINE)
     assert "onnxruntime" not in locked[1]
     assert all(pin.hashes for pin in locked[1].values())
     assert last[0][-4:] == ["--no-deps", "--no-build-isolation", "-e", str(REPOSITORY)]
-    assert not (venv / "wheels").exists()
+    assert not (tmp_path / "wheels").exists()
 
 
 def test_extras_that_are_not_pinned_are_named(

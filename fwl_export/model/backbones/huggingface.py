@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fwl_export.bundle.config import HuggingFaceConfig
-from fwl_export.errors import ConfigError, MissingDependencyError
+from fwl_export.errors import ConfigError, FwlError, MissingDependencyError
 from fwl_export.model.backbones.ring import Ring, float_mask
 
 # Rotary phases are integers modulo this period, which are exact at any position, as in decoder.py.
@@ -270,6 +270,7 @@ def causal_model(config: dict[str, Any]) -> Any:
       MissingDependencyError: transformers is not installed.
     """
     transformers = import_transformers()
+    refuse_code(config, ConfigError)
     kind = config["model_type"]
     try:
         settings = transformers.AutoConfig.for_model(**copy.deepcopy(config))
@@ -282,6 +283,33 @@ def causal_model(config: dict[str, Any]) -> Any:
             f"model_type '{kind}' from this config "
             f"({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from None
+
+
+def refuse_code(config: Any, error: type[FwlError]) -> None:
+    """Refuse a configuration that makes transformers fetch and run code from elsewhere.
+
+    A name with a slash in a setting such as `attn_implementation`, at any depth, is that of a
+    repository of kernels.
+
+    Args:
+      config: Configuration, as it was read from JSON.
+      error: Class of the exception to raise.
+
+    Raises:
+      FwlError: It names such a repository; raised as `error`.
+    """
+    left = [config]
+    while left:
+        part = left.pop()
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+        for key, value in part.items() if isinstance(part, dict) else ():
+            names = value.values() if isinstance(value, dict) else [value]
+            is_code = key.endswith("_implementation") and any("/" in str(name) for name in names)
+            if is_code or (key == "use_kernels" and value):
+                raise error(
+                    f"the model's config sets {key} to {value!r}, which makes transformers fetch "
+                    "and run code; remove it: this package computes attention in its own way"
+                )
 
 
 def import_transformers() -> Any:

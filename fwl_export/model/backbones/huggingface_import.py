@@ -27,6 +27,7 @@ from fwl_export.model.backbones.huggingface import (
     HuggingFaceBackbone,
     import_transformers,
     layer_types,
+    refuse_code,
 )
 from fwl_export.model.stored import ZeroWeights, all_finite
 
@@ -330,6 +331,7 @@ def _check_folder(folder: Path) -> None:
             f"backbone '{folder}' has no safetensors; other formats can run code when they are "
             "loaded: convert it with transformers' save_pretrained"
         )
+    refuse_code(config, CheckpointError)
     if config.get("quantization_config"):
         raise CheckpointError(
             f"backbone '{folder}' is quantized; give the original model with float weights"

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <nlohmann/json.hpp>
 #include <vector>
 
 #include "error.h"
+#include "json_text.h"
 
 namespace fwl::internal {
 namespace {
@@ -15,46 +15,66 @@ using nlohmann::json;
 constexpr int kMetadataVersion = 1;
 constexpr char kFolder[] = "engines/";
 constexpr char kEnd[] = ".json";
+constexpr uint64_t kMetadataBytes = 4 << 20;
+constexpr size_t kLongestText = 128;
+constexpr int64_t kLargestSm = 10000;
 
 bool ends_with(const std::string& text, const std::string& end) {
   return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
+// Reads the metadata of an engine; `name` is its path inside the bundle, without an ending.
+Engine parse_metadata(const json& metadata, const Bundle& bundle, const std::string& name) {
+  const json& version = member(metadata, "schema_version");
+  if (!version.is_number_unsigned() || version != kMetadataVersion) {
+    throw Failure(FWL_ERROR_BUNDLE,
+                  "'" + name + kEnd + "' has schema_version " + printable(version.dump().c_str()) +
+                      ", but this libfwl reads " + std::to_string(kMetadataVersion) +
+                      "; build the engine again");
+  }
+  const auto file = bundle.files.find(name + ".engine");
+  if (file == bundle.files.end()) {
+    throw Failure(FWL_ERROR_BUNDLE, "'" + name + kEnd +
+                                        "' describes an engine that is missing; build the engine "
+                                        "again");
+  }
+  if (text(member(metadata, "model_id"), "model_id") != bundle.model_id ||
+      text(member(metadata, "sha256"), "sha256") != file->second.sha256) {
+    throw Failure(FWL_ERROR_BUNDLE, "'" + name +
+                                        "' was built from another model; build the "
+                                        "engine again with `fwl-export build`");
+  }
+  Engine engine;
+  engine.name = name.substr(sizeof(kFolder) - 1);
+  engine.variant = text(member(metadata, "flavour"), "flavour", kLongestText);
+  engine.version = text(member(metadata, "version"), "version", kLongestText);
+  engine.sm = static_cast<int>(integer(member(metadata, "sm"), "sm", 1, kLargestSm));
+  engine.plugin = text(member(metadata, "update_path"), "update_path", kLongestText) == "plugin";
+  engine.embedded = boolean(member(metadata, "plugin_embedded"), "plugin_embedded");
+  engine.in_place = boolean(member(metadata, "in_place_state"), "in_place_state");
+  const auto tensors = metadata.find("in_place_tensors");
+  if (tensors != metadata.end() && !tensors->is_null()) {
+    engine.in_place_tensors.emplace();
+    for (const json& tensor : array(*tensors, "in_place_tensors", bundle.state.size())) {
+      engine.in_place_tensors->push_back(text(tensor, "in_place_tensors"));
+    }
+  }
+  return engine;
+}
+
 Engine read_metadata(const Bundle& bundle, const std::string& file) {
-  const std::string content = checked_content(bundle, file);
+  const auto entry = bundle.files.find(file);
+  if (entry != bundle.files.end() && entry->second.bytes > kMetadataBytes) {
+    throw Failure(FWL_ERROR_BUNDLE, "'" + file + "' has " + std::to_string(entry->second.bytes) +
+                                        " bytes; expected at most " +
+                                        std::to_string(kMetadataBytes));
+  }
   try {
-    const json metadata = json::parse(content);
-    if (metadata.at("schema_version") != kMetadataVersion) {
-      throw Failure(FWL_ERROR_BUNDLE,
-                    "'" + file + "' has schema_version " + metadata.at("schema_version").dump() +
-                        ", but this libfwl reads " + std::to_string(kMetadataVersion) +
-                        "; build the engine again");
-    }
-    const std::string name = file.substr(0, file.size() - (sizeof(kEnd) - 1));
-    if (metadata.at("model_id") != bundle.model_id ||
-        metadata.at("sha256") != bundle.files.at(name + ".engine").sha256) {
-      throw Failure(FWL_ERROR_BUNDLE, "'" + name +
-                                          "' was built from another model; build the "
-                                          "engine again with `fwl-export build`");
-    }
-    Engine engine;
-    engine.name = name.substr(sizeof(kFolder) - 1);
-    engine.variant = metadata.at("flavour");
-    engine.version = metadata.at("version");
-    engine.sm = metadata.at("sm");
-    engine.plugin = metadata.at("update_path") == "plugin";
-    engine.embedded = metadata.at("plugin_embedded");
-    engine.in_place = metadata.at("in_place_state");
-    if (metadata.contains("in_place_tensors") && !metadata["in_place_tensors"].is_null()) {
-      engine.in_place_tensors = metadata["in_place_tensors"].get<std::vector<std::string>>();
-    }
-    return engine;
-  } catch (const json::exception& error) {
+    return parse_metadata(parse_json(checked_content(bundle, file)), bundle,
+                          file.substr(0, file.size() - (sizeof(kEnd) - 1)));
+  } catch (const Malformed& error) {
     throw Failure(FWL_ERROR_BUNDLE, "'" + file + "' is malformed (" + printable(error.what()) +
                                         "); build the engine again");
-  } catch (const std::out_of_range&) {
-    throw Failure(FWL_ERROR_BUNDLE,
-                  "'" + file + "' describes an engine that is missing; build the engine again");
   }
 }
 
@@ -74,7 +94,7 @@ std::array<int, 3> version_of(const std::string& text) {
   const char* at = text.c_str();
   for (int& part : version) {
     char* end = nullptr;
-    part = static_cast<int>(std::strtol(at, &end, 10));
+    part = static_cast<int>(std::clamp<long>(std::strtol(at, &end, 10), 0, 1 << 20));
     at = *end == '.' ? end + 1 : end;
   }
   return version;

@@ -128,9 +128,12 @@ fwl_status fwl_model_open(const char* bundle, const fwl_options* options, fwl_mo
       }
       std::memcpy(static_cast<void*>(&chosen), options, options->size);
     }
+    const fwl::internal::Limits limits =
+        fwl::internal::limits_of(chosen.max_learning_weight, chosen.max_update_norm);
     auto made = std::make_shared<fwl::internal::Model>();
     made->bundle = fwl::internal::read_bundle(bundle);
     made->runtime = open_runtime(made->bundle, chosen);
+    made->limits = limits;
     *model = new fwl_model{std::move(made)};
   });
 }
@@ -199,6 +202,15 @@ fwl_status fwl_session_set_learning_rate_scale(fwl_session* session, const float
   return guarded(error, [&] {
     require(session, "session");
     session->session.set_learning_rate_scale(scale);
+  });
+}
+
+fwl_status fwl_session_learned(fwl_session* session, double* norms, fwl_error* error) {
+  return guarded(error, [&] {
+    require(session, "session");
+    require(norms, "norms");
+    const std::vector<double> found = session->session.learned();
+    std::copy(found.begin(), found.end(), norms);
   });
 }
 

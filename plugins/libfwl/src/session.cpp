@@ -25,6 +25,19 @@ struct ReleaseAtEnd {
   std::unique_ptr<Buffers>& buffers;
 };
 
+// Checks the learning-rate scales against the limit for a label weight of 1.
+void check_scale(const std::vector<float>& scale, const Limits& limits) {
+  for (size_t r = 0; r < scale.size(); ++r) {
+    if (scale[r] > limits.max_learning_weight) {
+      refuse(FWL_ERROR_ARGUMENT, "the learning_rate_scale of row " + std::to_string(r) + " is " +
+                                     number_text(scale[r]) + ", but max_learning_weight is " +
+                                     number_text(limits.max_learning_weight) +
+                                     "; use a smaller scale, or open the model with a larger "
+                                     "max_learning_weight");
+    }
+  }
+}
+
 size_t predictions_of(fwl_logits which, size_t rows, size_t count) {
   return which == FWL_LOGITS_ALL ? rows * count : which == FWL_LOGITS_LAST ? rows : 0;
 }
@@ -70,6 +83,7 @@ Session::Session(std::shared_ptr<const Model> model, size_t rows)
   max_tokens_ = std::min(model_->bundle.max_tokens, model_->runtime->max_tokens());
   positions_.assign(rows, 0);
   call_.learning_rate_scale.assign(rows, 1.0f);
+  check_scale(call_.learning_rate_scale, model_->limits);
 }
 
 void Session::feed(const int64_t* tokens, size_t count, const float* label_weights,
@@ -98,6 +112,7 @@ void Session::feed(const int64_t* tokens, size_t count, const float* label_weigh
     fill_call(text, progress);
     runner_->run(call_, *past, *present, found_);
     check_output(progress);
+    check_norms(*present);
     collect(text, progress, results);
     progress.advance();
     if (!last) {
@@ -233,13 +248,61 @@ void Session::check_tokens(const int64_t* tokens, size_t count, const float* lab
                                     std::to_string(model_->bundle.vocab_size - 1));
       }
       if (label_weights != nullptr) {
-        const float weight = label_weights[r * count + i];
-        if (!std::isfinite(weight) || weight < 0) {
-          refuse(FWL_ERROR_TOKEN, "label_weights contains " + std::to_string(weight) +
-                                      "; expected finite numbers of 0 or more");
-        }
+        check_weight(tokens, label_weights, count, r, i);
       }
     }
+  }
+}
+
+// Checks a token's label weight, and its product with the row's learning-rate scale.
+void Session::check_weight(const int64_t* tokens, const float* label_weights, size_t count,
+                           size_t row, size_t column) const {
+  const float weight = label_weights[row * count + column];
+  if (!std::isfinite(weight) || weight < 0) {
+    refuse(FWL_ERROR_TOKEN, "label_weights contains " + number_text(weight) +
+                                "; expected finite numbers of 0 or more");
+  }
+  const float scale = call_.learning_rate_scale[row];
+  if (weight * scale > model_->limits.max_learning_weight) {
+    refuse(FWL_ERROR_TOKEN,
+           "the label weight " + number_text(weight) + " of token id " +
+               std::to_string(tokens[row * count + column]) + " (row " + std::to_string(row) +
+               ", position " + std::to_string(column) + ") times the row's learning_rate_scale " +
+               number_text(scale) + " is " + number_text(weight * scale) +
+               ", but max_learning_weight is " + number_text(model_->limits.max_learning_weight) +
+               "; use smaller weights, or open the model with a larger max_learning_weight");
+  }
+}
+
+// Checks what the rows would have learned after a call of the model.
+void Session::check_norms(const Buffers& present) const {
+  if (!model_->limits.has_norm()) {
+    return;
+  }
+  RowState state(model_->bundle.state_bytes());
+  for (size_t r = 0; r < rows_; ++r) {
+    present.read(r, state.data());
+    const double norm = learned_norm(model_->bundle, state);
+    if (!(norm <= model_->limits.max_update_norm)) { // also if it is NaN
+      refuse(FWL_ERROR_TOKEN, "what row " + std::to_string(r) +
+                                  " would have learned has the norm " + number_text(norm) +
+                                  ", but max_update_norm is " +
+                                  number_text(model_->limits.max_update_norm) +
+                                  "; no row has moved: read these tokens with smaller "
+                                  "label_weights, or reset the row");
+    }
+  }
+}
+
+// Checks a state that the caller gives to a row; `source` names it.
+void Session::check_given(const RowState& state, const std::string& source) const {
+  const double norm = model_->limits.has_norm() ? learned_norm(model_->bundle, state) : 0;
+  if (!(norm <= model_->limits.max_update_norm)) {
+    refuse(FWL_ERROR_STATE, source + ": what this state has learned has the norm " +
+                                number_text(norm) + ", but max_update_norm is " +
+                                number_text(model_->limits.max_update_norm) +
+                                "; use a state that has learned less, or open the model with a "
+                                "larger max_update_norm");
   }
 }
 
@@ -281,7 +344,18 @@ void Session::set_learning_rate_scale(const float* scale) {
     refuse(FWL_ERROR_ARGUMENT, "learning_rate_scale must be " + std::to_string(rows_) +
                                    " finite numbers of 0 or more, one for each row");
   }
-  call_.learning_rate_scale.assign(scale, scale + rows_);
+  const std::vector<float> given(scale, scale + rows_);
+  check_scale(given, model_->limits);
+  call_.learning_rate_scale = given;
+}
+
+std::vector<double> Session::learned() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<double> norms;
+  for (size_t r = 0; r < rows_; ++r) {
+    norms.push_back(learned_norm(model_->bundle, row_state(r)));
+  }
+  return norms;
 }
 
 void Session::reset(const size_t* rows, size_t count) {
@@ -327,6 +401,7 @@ void Session::write_row(size_t row, const void* state, size_t size) {
   const char* const bytes = static_cast<const char*>(state);
   const RowState given(bytes, bytes + size);
   check_state(model_->bundle, given, "row " + std::to_string(row));
+  check_given(given, "row " + std::to_string(row));
   put(rows, {given});
 }
 
@@ -345,6 +420,9 @@ void Session::load(const std::string& path, const size_t* rows, size_t count) {
   const std::vector<size_t> all = chosen(rows, count);
   const std::vector<RowState> states = load_state(path, model_->bundle, all.size());
   const std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t n = 0; n < states.size(); ++n) {
+    check_given(states[n], "'" + path + "', row " + std::to_string(n));
+  }
   put(all, states);
 }
 

@@ -8,15 +8,17 @@
 #include <vector>
 
 #include "fwl/fwl.h"
+#include "limits.h"
 #include "runtime.h"
 #include "state_file.h"
 
 namespace fwl::internal {
 
-// A bundle and the runtime that has loaded it.
+// A bundle, the runtime that has loaded it, and how much its sessions may learn.
 struct Model {
   Bundle bundle;
   std::shared_ptr<const Runtime> runtime;
+  Limits limits;
 };
 
 class Session {
@@ -27,6 +29,7 @@ public:
             fwl_logits which, float* logits, size_t logits_size);
   std::vector<int64_t> positions();
   void set_learning_rate_scale(const float* scale);
+  std::vector<double> learned(); // the norm of what each row has learned
   void reset(const size_t* rows, size_t count);
   void fork(size_t source, const size_t* targets, size_t count);
   void read_row(size_t row, void* state, size_t size);
@@ -40,6 +43,10 @@ private:
 
   void check_tokens(const int64_t* tokens, size_t count, const float* label_weights,
                     const int64_t* lengths) const;
+  void check_weight(const int64_t* tokens, const float* label_weights, size_t count, size_t row,
+                    size_t column) const;
+  void check_norms(const Buffers& present) const;
+  void check_given(const RowState& state, const std::string& source) const;
   void check_room(size_t count, fwl_logits which, const float* logits, size_t size) const;
   void check_positions(const std::vector<int64_t>& total) const;
   void set_next_lengths(Progress& progress) const;

@@ -263,25 +263,26 @@ void restore_factors(const StateFile& file, const TensorSpec& spec, const Target
 // Returns how many slots of a cache a file holds, or -1 if the tensor is no cache.
 int64_t used_of(const StateFile& file, const TensorSpec& spec) {
   const std::vector<int64_t>& shape = file.shape(spec.name + kUsed);
-  return shape.size() == 4 ? shape[2] : -1;
+  return shape.size() == spec.shape.size() + 1 ? shape[2] : -1;
 }
 
-// A cache [heads, slots, size] of which only the slots in use were saved; the others are zeros.
+// A cache [heads, slots, ...] of which only the slots in use were saved; the others are zeros.
 void check_used(const StateFile& file, const TensorSpec& spec, size_t rows) {
   const int64_t used = used_of(file, spec);
   if (used < 0 || used > spec.shape[1]) {
     file.damaged("'" + spec.name + kUsed + "' does not fit the model");
   }
-  file.check(spec.name + kUsed, safetensors_type(spec.type),
-             with_rows(rows, {spec.shape[0], used, spec.shape[2]}));
+  std::vector<int64_t> shape = spec.shape;
+  shape[1] = used;
+  file.check(spec.name + kUsed, safetensors_type(spec.type), with_rows(rows, shape));
 }
 
 void restore_used(const StateFile& file, const TensorSpec& spec, const Target& target) {
   const char* data = file.data(spec.name + kUsed);
-  const size_t slot = static_cast<size_t>(spec.shape[2]) * bytes_of(spec.type);
-  const size_t filled = static_cast<size_t>(used_of(file, spec)) * slot;
-  const size_t whole = static_cast<size_t>(spec.shape[1]) * slot;
   const auto heads = static_cast<size_t>(spec.shape[0]);
+  const size_t whole = spec.bytes() / heads;
+  const size_t slot = whole / static_cast<size_t>(spec.shape[1]);
+  const size_t filled = static_cast<size_t>(used_of(file, spec)) * slot;
   for (size_t r = 0; r < target.rows.size(); ++r) {
     std::memset(target.row(r), 0, spec.bytes());
     for (size_t h = 0; h < heads; ++h) {
@@ -304,7 +305,7 @@ bool is_matrix(const TensorSpec& spec) {
 }
 
 bool is_cache(const TensorSpec& spec) {
-  return starts_with(spec.name, "cache.") && spec.shape.size() == 3;
+  return starts_with(spec.name, "cache.") && spec.shape.size() >= 2;
 }
 
 const std::vector<Form>& forms() {
@@ -343,9 +344,8 @@ void check_metadata(const StateFile& file, const std::string& path, const Bundle
                                        "', but this libfwl reads versions 1 and " + kVersion +
                                        "; update libfwl, or save the state again");
   }
-  if ((version == kVersion) != file.metadata("sha256").has_value()) {
-    file.damaged(version == kVersion ? "it has no sha256"
-                                     : "it has a sha256, which files of version 1 do not have");
+  if (version == kVersion && !file.metadata("sha256")) {
+    file.damaged("it has no sha256");
   }
   const std::string compress = file.metadata("compress").value_or("");
   if (compress != "none" && compress != "fp16" && compress != "lowrank") {
@@ -410,11 +410,11 @@ void check_state(const Bundle& bundle, const RowState& row, const std::string& s
     offset += spec.bytes();
   }
   const int64_t position = position_of(row);
-  const int64_t most = bundle.max_positions > 0 ? bundle.max_positions : kLargestInteger;
+  const int64_t most = bundle.max_positions > 0 ? bundle.max_positions : kMostTokens;
   if (position < 0 || position > most) {
     throw Failure(FWL_ERROR_STATE, source + ": the position is " + std::to_string(position) +
-                                       ", but this model reads 0 to " + std::to_string(most) +
-                                       " tokens; do not use this state");
+                                       "; expected 0 to " + std::to_string(most) +
+                                       ": do not use this state");
   }
 }
 

@@ -51,9 +51,12 @@ typedef enum fwl_status {
   FWL_ERROR_ARGUMENT = 1,
   /** The bundle is missing, was changed, has another schema, or the runtime refuses it. */
   FWL_ERROR_BUNDLE = 2,
-  /** A token id, weight or length is out of range, or the model's output is not finite. */
+  /**
+   * A token id, weight or length is out of range, the model's output is not finite, or a row would
+   * have learned too much.
+   */
   FWL_ERROR_TOKEN = 3,
-  /** A state or state file is damaged, holds NaN, or belongs to another model. */
+  /** A state or state file is damaged, holds NaN, is of another model, or has learned too much. */
   FWL_ERROR_STATE = 4,
   /** A library that the runtime needs is missing, or a call of it failed. */
   FWL_ERROR_RUNTIME = 5,
@@ -102,6 +105,17 @@ typedef struct fwl_options {
    * process; set it only for bundles that you trust. 0 (the default): refuse such engines.
    */
   int32_t allow_embedded_plugin;
+  /**
+   * Largest product of a token's label weight and its row's learning-rate scale, and largest scale.
+   * 0 (the default): 10. Infinity: no limit. A token with a product of 1000 or more can spoil the
+   * predictions of all that follow.
+   */
+  double max_learning_weight;
+  /**
+   * Largest norm of what a row has learned, see fwl_session_learned; a call or a state that exceeds
+   * it is refused. 0 (the default) or infinity: no limit, at no cost.
+   */
+  double max_update_norm;
 } fwl_options;
 
 /** What a loaded model is. */
@@ -191,7 +205,8 @@ FWL_API void fwl_session_close(fwl_session* session);
  * @param tokens         [rows, count] token ids, 0 to V - 1. Padding may hold any value.
  * @param count          Tokens per row in the arrays, 1 or more. Any number: long feeds are split.
  * @param label_weights  [rows, count] how much to learn from each token, finite and 0 or more; 0
- *                       reads the token without learning. NULL: 1 everywhere.
+ *                       reads the token without learning. NULL: 1 everywhere. Times the row's
+ *                       learning-rate scale it is at most fwl_options.max_learning_weight.
  * @param lengths        [rows] number of real tokens in each row, 0 to `count`; the rest of the row
  *                       is padding. A row of length 0 stays as it is. NULL: `count` everywhere.
  * @param which          Which logits to return.
@@ -200,8 +215,8 @@ FWL_API void fwl_session_close(fwl_session* session);
  * @param logits_size    Number of floats that `logits` has room for.
  * @param error          Receives the error; may be NULL.
  * @return FWL_ERROR_ARGUMENT for a missing array or too little room, FWL_ERROR_TOKEN for values out
- *         of range, a row beyond the model's last position or an output that is not finite, or
- *         FWL_ERROR_RUNTIME.
+ *         of range, a row beyond the model's last position, an output that is not finite or a row
+ *         that would have learned more than fwl_options.max_update_norm, or FWL_ERROR_RUNTIME.
  */
 FWL_API fwl_status fwl_session_feed(fwl_session* session, const int64_t* tokens, size_t count,
                                     const float* label_weights, const int64_t* lengths,
@@ -226,12 +241,27 @@ FWL_API fwl_status fwl_session_positions(fwl_session* session, int64_t* position
  * alone.
  *
  * @param session  The session.
- * @param scale    [rows] factors, finite and 0 or more; 1 in a new session, 0 to stop learning.
+ * @param scale    [rows] factors, finite, 0 or more, and at most fwl_options.max_learning_weight;
+ *                 1 in a new session, 0 to stop learning.
  * @param error    Receives the error; may be NULL.
  * @return FWL_ERROR_ARGUMENT for NULL or values out of range.
  */
 FWL_API fwl_status fwl_session_set_learning_rate_scale(fwl_session* session, const float* scale,
                                                        fwl_error* error);
+
+/**
+ * Tells how much each row has learned: the norm of its sums of gradients, which the model
+ * multiplies by its step sizes and adds to the trained weights. The norms have no unit, and compare
+ * texts and rows of one model, not models. A fresh row has 0. Watch them, and put back a state that
+ * fwl_session_read_row has returned when a row has learned too much.
+ *
+ * @param session  The session.
+ * @param norms    Receives [rows] numbers: the root of the sum of the squares of all tensors
+ *                 `fast.*` of the row's state.
+ * @param error    Receives the error; may be NULL.
+ * @return FWL_ERROR_ARGUMENT if a pointer is NULL, or FWL_ERROR_RUNTIME.
+ */
+FWL_API fwl_status fwl_session_learned(fwl_session* session, double* norms, fwl_error* error);
 
 /**
  * Makes rows fresh, as if they had read nothing.
@@ -281,7 +311,8 @@ FWL_API fwl_status fwl_session_read_row(fwl_session* session, size_t row, void* 
  * @param size     Bytes at `state`; must be fwl_info.state_bytes.
  * @param error    Receives the error; may be NULL.
  * @return FWL_ERROR_ARGUMENT for a row that does not exist or another size, FWL_ERROR_STATE for
- *         values that are not finite, or FWL_ERROR_RUNTIME.
+ *         values that are not finite, a position out of range, or more learned than
+ *         fwl_options.max_update_norm, or FWL_ERROR_RUNTIME.
  */
 FWL_API fwl_status fwl_session_write_row(fwl_session* session, size_t row, const void* state,
                                          size_t size, fwl_error* error);

@@ -44,6 +44,8 @@ struct Options {
   std::string tensorrt_library;        /**< Path of libnvinfer.so. Empty: search for it by name. */
   std::string tensorrt_plugin;         /**< Path of libfwl_trt.so. Empty: the one beside libfwl. */
   bool allow_embedded_plugin = false;  /**< Run code that an engine carries; see fwl_options. */
+  double max_learning_weight = 0;      /**< Limit of weight times scale. 0: 10; see fwl_options. */
+  double max_update_norm = 0;          /**< Limit of what a row has learned. 0: none. */
 };
 
 namespace detail {
@@ -119,6 +121,13 @@ public:
       throw std::invalid_argument("learning_rate_scale must have one number for each row");
     }
     detail::call(fwl_session_set_learning_rate_scale, handle_, scale.data());
+  }
+
+  /** Returns the norm of what each row has learned, [rows]. */
+  std::vector<double> learned() const {
+    std::vector<double> found(rows_);
+    detail::call(fwl_session_learned, handle_, found.data());
+    return found;
   }
 
   /** Makes all rows fresh. */
@@ -200,6 +209,8 @@ public:
     raw.tensorrt_library = text(options.tensorrt_library);
     raw.tensorrt_plugin = text(options.tensorrt_plugin);
     raw.allow_embedded_plugin = options.allow_embedded_plugin;
+    raw.max_learning_weight = options.max_learning_weight;
+    raw.max_update_norm = options.max_update_norm;
     detail::call(fwl_model_open, bundle.c_str(), static_cast<const fwl_options*>(&raw), &handle_);
   }
   Model(Model&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}

@@ -29,8 +29,8 @@ ANCHORED = dataclasses.replace(
     TINY, fast_weights=dataclasses.replace(TINY.fast_weights, anchor_interval=12)
 )
 
-# As small, but called as the demo model is: in calls of up to 256 tokens, with anchors, a window and
-# ring buffers of the same sizes, so that the same calls of a check reach the same places.
+# As small, but called as the demo model is: in calls of up to 256 tokens, with anchors, a window
+# and ring buffers of the same sizes, so that the same calls of a check reach the same places.
 CALLED_AS_THE_DEMO = ModelConfig(
     2048,
     dataclasses.replace(TINY.backbone, window=128),

@@ -70,7 +70,7 @@ def check_bundle(
     ids: Array,
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
-    candidates: str | Sequence[str] | Mapping[str, Session] | None = None,
+    candidates: str | Sequence[str | Candidate] | Mapping[str, Session] | None = None,
     *,
     reference: str = REFERENCE,
     cases: str | Sequence[str | Case] = DEFAULT_CASES,
@@ -212,7 +212,7 @@ class _Lineup:
 
 def _open_all(
     bundle: Bundle,
-    candidates: str | Sequence[str] | Mapping[str, Session],
+    candidates: str | Sequence[str | Candidate] | Mapping[str, Session],
     reference: Candidate,
     threads: int,
 ) -> _Lineup:

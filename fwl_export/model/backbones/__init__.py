@@ -35,9 +35,9 @@ def build_backbone(config: AnyBackboneConfig, vocab_size: int) -> Backbone:
             return HuggingFaceBackbone(config, vocab_size)
         except _SENSELESS as error:
             raise ConfigError(
-                f"backbone.model of model_type {shown(config.model['model_type'])} cannot be used as "
-                f"a backbone ({type(error).__name__}: {brief(error)}); expected a configuration as "
-                "transformers wrote it"
+                f"backbone.model of model_type {shown(config.model['model_type'])} cannot be used "
+                f"as a backbone ({type(error).__name__}: {brief(error)}); expected a configuration "
+                "as transformers wrote it"
             ) from None
     return Decoder(config, vocab_size)
 

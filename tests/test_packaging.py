@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+import venv
 import zipfile
 from pathlib import Path
 
@@ -93,6 +94,37 @@ def test_without_a_compiler_the_rest_is_installed(tmp_path: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     assert LIBRARY not in names
     assert "fwl_export/cli/main.py" in names
+
+
+def path_without_cmake(folder: Path) -> str:
+    """Return a PATH with the programs of this one, but without CMake."""
+    folder.mkdir()
+    for place in reversed(os.environ["PATH"].split(os.pathsep)):
+        for program in Path(place).glob("*") if Path(place).is_dir() else ():
+            if not program.name.startswith("cmake"):
+                (folder / program.name).unlink(missing_ok=True)
+                (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+def test_without_cmake_the_rest_is_installed(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path, PATH=path_without_cmake(tmp_path / "bin"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert LIBRARY not in names_in(wheel)
+
+
+def test_without_its_backend_a_build_says_what_to_install(tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv")  # has neither scikit-build-core nor pip
+    python = tmp_path / "venv" / "bin" / "python"
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tools/backend')!r}); import fwl_build"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "fwl-export is built by scikit-build-core, but 'scikit_build_core' is not installed here; "
+        "pip install 'scikit-build-core>=0.11', or leave out --no-build-isolation\n"
+    )
 
 
 def test_without_torch_a_bundle_runs(tmp_path: Path, tiny_bundle: Path) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fwl_export.errors import CheckpointError, FwlError, TokenError
+from fwl_export.filesystem import open_regular
 from fwl_export.json_files import brief, read_bounded
 
 # Published tokenizers of 260 000 entries have 35 MB.
@@ -77,14 +78,15 @@ def read_ids(path: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     """Return the token ids of a text file, [N] int64.
 
     Args:
-      path: Text file in UTF-8.
+      path: Text file in UTF-8; not a pipe or a device, which may have no end.
       tokenizer: Tokenizer of the model.
 
     Raises:
       TokenError: The file is not UTF-8 text or has fewer than 2 tokens, or the tokenizer fails.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path, TokenError) as stream:
+            text = stream.readall().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TokenError(f"cannot read '{path}' as text: {error}") from None
     ids = encode(text, tokenizer)

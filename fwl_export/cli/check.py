@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -305,10 +306,17 @@ def _print(result: Report, target: Path, page: Path, json: bool) -> None:
 
 def _read_tolerances(path: Path | None) -> Any:
     from fwl_export.errors import ConfigError
-    from fwl_export.json_files import read_json
+    from fwl_export.json_files import read_bounded
 
-    hint = "expected an object whose keys are the prefixes of tensor names"
-    return {} if path is None else read_json(path, ConfigError, hint)
+    if path is None:
+        return {}
+    try:
+        return json_module.loads(read_bounded(path, ConfigError).decode())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--tolerances '{path}' is not JSON ({error}); expected an object whose keys are the "
+            "prefixes of tensor names"
+        ) from None
 
 
 def _read_baseline(path: Path | None) -> Any:

@@ -30,7 +30,7 @@ EXIT_CODES = (
     ("0", "Done. From check and bisect: everything is within its budget."),
     ("1", "The input cannot be used, or a check failed."),
     ("2", "The command line is wrong, or a check could not run."),
-    ("130, 143", "Interrupted (Ctrl-C), or terminated."),
+    ("130, 141, 143", "Interrupted (Ctrl-C), its output closed, or terminated."),
 )
 
 # Parameters whose option had another name until 0.2.

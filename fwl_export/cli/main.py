@@ -6,6 +6,7 @@ error; a bug shows its traceback.
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
@@ -31,7 +32,7 @@ from fwl_export.cli.options import GENERAL, LogFileOption, QuietOption, VerboseO
 from fwl_export.cli.precision import precision
 from fwl_export.cli.read import read
 from fwl_export.cli.score import score
-from fwl_export.cli.terminal import print_exception, safe_streams
+from fwl_export.cli.terminal import flush_output, print_exception, safe_streams
 from fwl_export.cli.train import train
 from fwl_export.errors import FwlError, missing_export_package
 from fwl_export.printable import indented
@@ -73,7 +74,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with safe_streams(), logging_for_one_command() as logger:
         try:
-            _run(logger)
+            try:
+                _run(logger)
+            finally:
+                flush_output()
         except FwlError as error:
             _fail(logger, str(error), error.exit_code)
         except ModuleNotFoundError as error:
@@ -84,8 +88,11 @@ def main() -> None:
         except OSError as error:
             if error.filename is None and error.errno is None:
                 raise
-            named = f"{error.strerror or error}: '{error.filename}'"
-            _fail(logger, named if error.filename else f"{error}")
+            # What is written to files names them, see `files.named_errors`.
+            where = f"'{error.filename}'" if error.filename else "standard output"
+            full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+            named = f"{error.strerror or error}: {where}"
+            _fail(logger, named if error.filename or full else f"{error}")
 
 
 def _run(logger: logging.Logger) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 import textwrap
 import time
@@ -60,14 +61,32 @@ def safe_streams() -> Iterator[None]:
     Characters that the terminal's encoding lacks are escaped too.
     """
     before = sys.stdout, sys.stderr
-    for stream in before:
+    # Python has no stream where the file was closed.
+    here = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]
+    for stream in here:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = map(_SafeStream, before)
+    sys.stdout, sys.stderr = map(_SafeStream, here)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def flush_output() -> None:
+    """Write out what was printed, so that a full disk is an error like any other.
+
+    Raises:
+      OSError: It cannot be written; the file is called "standard output".
+      SystemExit: Nobody reads the output any more, as in a pipe into `head`.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python tries again at its end
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(141) from None
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def print_exception(

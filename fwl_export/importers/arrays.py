@@ -19,6 +19,7 @@ import numpy as np
 
 from fwl_export.bundle.state import Array
 from fwl_export.errors import CheckpointError, MissingDependencyError
+from fwl_export.filesystem import open_regular
 from fwl_export.importers import tensor_bundle
 from fwl_export.json_files import brief, shown
 
@@ -86,7 +87,7 @@ def _check_exists(source: Path) -> None:
 
 
 def _is_zip(source: Path) -> bool:
-    with source.open("rb") as stream:
+    with open_regular(source, CheckpointError) as stream:
         return stream.read(2) == b"PK"
 
 

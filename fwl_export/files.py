@@ -82,7 +82,7 @@ _DISK_ERRORS = {
 
 
 @contextmanager
-def replaced_folder(target: Path, wait: float = WAIT_SECONDS) -> Iterator[Path]:
+def replaced_folder(target: Path, wait: float | None = None) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its place if the block succeeds.
 
     On an error or interrupt the new folder is removed, and `target` stays as it was. So it does, or
@@ -91,7 +91,8 @@ def replaced_folder(target: Path, wait: float = WAIT_SECONDS) -> Iterator[Path]:
     Args:
       target: Path of the folder to write; replaced if it exists, with all it contains. If it is a
         symbolic link, the link stays, and the folder that it points to is replaced.
-      wait: Seconds to wait for another process that writes the same folder.
+      wait: Seconds to wait for another process that writes the same folder; None means
+        `WAIT_SECONDS`.
 
     Raises:
       OutputExistsError: The target cannot be replaced: it is a link to a file, a device, a mount
@@ -118,7 +119,7 @@ def replaced_folder(target: Path, wait: float = WAIT_SECONDS) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_file(target: Path, wait: float = WAIT_SECONDS) -> Iterator[Path]:
+def replaced_file(target: Path, wait: float | None = None) -> Iterator[Path]:
     """Yield a path beside `target`; the file written there replaces it if the block succeeds.
 
     On an error or interrupt `target` stays as it was. No other process, nor another thread, can
@@ -127,7 +128,8 @@ def replaced_file(target: Path, wait: float = WAIT_SECONDS) -> Iterator[Path]:
     Args:
       target: Path of the file to write. If it is a symbolic link, the link stays and the file that
         it points to is replaced.
-      wait: Seconds to wait for another process that writes the same file.
+      wait: Seconds to wait for another process that writes the same file; None means
+        `WAIT_SECONDS`.
 
     Raises:
       FileExistsError: The target exists and is not a regular file, but e.g. a folder or device.
@@ -187,13 +189,14 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _place_beside(target: Path, wait: float) -> Iterator[Path]:
+def _place_beside(target: Path, wait: float | None) -> Iterator[Path]:
     """Yield a path at which the new target can be written, in a folder that no one else uses.
 
     Args:
       target: Absolute path of the target, without links.
-      wait: Seconds to wait for another process.
+      wait: Seconds to wait for another process; None means `WAIT_SECONDS`.
     """
+    wait = WAIT_SECONDS if wait is None else wait
     with suppress(FileExistsError):  # a file in the way is found below, and named
         target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(_work_folder(target), target, wait) as work:

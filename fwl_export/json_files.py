@@ -79,7 +79,7 @@ def read_json(
     if content is None:
         content = read_bounded(path, error)
     try:
-        return _parsed(content.decode())
+        return parse_json(content.decode())
     except RecursionError:
         raise error(f"{path} is not JSON (it is nested too deeply); {hint}") from None
     except ValueError as problem:
@@ -200,7 +200,7 @@ def brief(problem: object) -> str:
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
 
 
-def _parsed(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Return the data of a JSON text.
 
     Raises:

@@ -62,6 +62,7 @@ _ADD_SECONDS = 60.0
 MAX_TOKENS_LIMIT = 1 << 24
 STATE_BYTES_LIMIT = 64 << 30  # per row
 
+_LONGEST_PATH = 250  # characters; file systems allow 255 bytes in one name
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -565,10 +566,10 @@ def inside(folder: Path, name: str) -> Path:
     parts = PurePosixPath(name)
     path = folder / parts
     leaves = parts.is_absolute() or ".." in parts.parts or "\\" in name or not name
-    if not leaves and _CONTROL_CHARACTERS.search(name):
+    if not leaves and (_CONTROL_CHARACTERS.search(name) or len(name) > _LONGEST_PATH):
         raise BundleError(
-            f"bundle '{folder}' names the path {shown(name)}, which has control characters; do not "
-            "use this bundle"
+            f"bundle '{folder}' names the path {shown(name)}, which has control characters or more "
+            f"than {_LONGEST_PATH} characters; do not use this bundle"
         )
     try:
         leaves = leaves or not path.resolve().is_relative_to(folder.resolve())

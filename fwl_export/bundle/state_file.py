@@ -21,7 +21,6 @@ model and the number of rows that the caller has room for.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -37,7 +36,7 @@ from fwl_export.bundle import state as states
 from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.errors import ConfigError, ShapeError, StateError
 from fwl_export.files import open_regular, replaced_file
-from fwl_export.json_files import brief
+from fwl_export.json_files import brief, parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -267,20 +266,7 @@ def _header(stream: Any, size: int, limit: int) -> tuple[int, Any]:
     text = bytes(_exactly(stream, length)).decode()
     if not text.startswith("{"):
         raise ValueError("its header is not a JSON object")
-    return length, json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"its header names '{twice}' twice")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"its header holds {name}")
+    return length, parse_json(text)
 
 
 def _exactly(stream: Any, size: int) -> bytearray:
@@ -474,7 +460,9 @@ def _array(content: bytearray, entry: _Entry) -> Array:
 
 
 def _check_sum(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    if metadata["version"] == "1" and "sha256" not in metadata:
+    if (metadata["version"] == "1") == ("sha256" in metadata):
+        raise _damaged(path, "a file of version 2 has a sha256, and one of version 1 has none")
+    if metadata["version"] == "1":
         _log.info("'%s' is a state file of version 1, which has no checksum", path)
     elif metadata.get("sha256") != checksum(tensors, metadata):
         raise StateError(

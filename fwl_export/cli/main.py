@@ -6,6 +6,7 @@ error; a bug shows its traceback.
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
@@ -87,8 +88,11 @@ def main() -> None:
         except OSError as error:
             if error.filename is None and error.errno is None:
                 raise
-            named = f"{error.strerror or error}: '{error.filename}'"
-            _fail(logger, named if error.filename else f"{error}")
+            # What is written to files names them, see `files.named_errors`.
+            where = f"'{error.filename}'" if error.filename else "standard output"
+            full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+            named = f"{error.strerror or error}: {where}"
+            _fail(logger, named if error.filename or full else f"{error}")
 
 
 def _run(logger: logging.Logger) -> None:

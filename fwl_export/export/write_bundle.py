@@ -15,7 +15,7 @@ from fwl_export.bundle import manifest as bundles
 from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.bundle.manifest import Bundle, Manifest, describe_file, is_bundle, read_bundle
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
-from fwl_export.errors import ExportError
+from fwl_export.errors import ExportError, OutputExistsError
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import check_output, replaced_folder
 from fwl_export.machine import installed_versions
@@ -63,8 +63,10 @@ def export_bundle(
 
     Raises:
       OutputExistsError: `output` exists and `force` is off, or it is a folder that is never
-        replaced, such as the home folder.
-      ExportError: An argument is not supported, or the written file fails a check.
+        replaced, such as the home folder or one that holds the checkpoint.
+      OutputBusyError: Another process is exporting to the same folder.
+      ExportError: An argument is not supported, the written file fails a check, or the checkpoint
+        was changed meanwhile.
       CheckpointError, ConfigError: The checkpoint cannot be read, see `load_checkpoint`, or the
         policy belongs to another model.
     """
@@ -74,7 +76,10 @@ def export_bundle(
         raise ExportError(f"max_tokens is {max_tokens}; expected 1 or more")
     _check_policy(policy, precision)
     check_bundle_output(output, force)
+    _check_source(checkpoint, output, include_checkpoint)
     progress("reading the checkpoint")
+    chosen = policy or precision
+    model_id = _model_id(checkpoint, chosen)
     loaded = load_checkpoint(checkpoint)
     _log.info("read checkpoint '%s', %s", checkpoint, loaded.config.backbone.type)
     if interval := loaded.config.fast_weights.anchor_interval:
@@ -84,16 +89,16 @@ def export_bundle(
     with replaced_folder(output) as folder:
         progress("tracing the model (10 s or more; grows with its layers)")
         model_path = folder / bundles.MODEL_FILE
-        chosen = policy or precision
         specs = export_onnx(loaded.model, model_path, chosen, max_tokens, opset)
         progress("running it once in ONNX Runtime")
         run_once(model_path, specs)
         progress("writing the manifest")
-        shutil.copyfile(checkpoint / TOKENIZER_FILE, folder / bundles.TOKENIZER_FILE)
-        if include_checkpoint:
-            (folder / bundles.CHECKPOINT_FOLDER).mkdir()
-            for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
-                shutil.copyfile(checkpoint / name, folder / bundles.CHECKPOINT_FOLDER / name)
+        _copy_checkpoint(checkpoint, folder, include_checkpoint)
+        source = folder / bundles.CHECKPOINT_FOLDER if include_checkpoint else checkpoint
+        if _model_id(source, chosen) != model_id:
+            raise ExportError(
+                f"checkpoint '{checkpoint}' was changed while it was exported; export it again"
+            )
         if policy:
             write_policy(folder / bundles.PRECISION_FILE, policy)
         manifest = Manifest(
@@ -108,7 +113,7 @@ def export_bundle(
                 "nodes": UPDATES_PER_MODEL,
             },
             state=specs,
-            model_id=_model_id(checkpoint, chosen),
+            model_id=model_id,
             versions=installed_versions(_TOOLS),
             files={
                 path.relative_to(folder).as_posix(): describe_file(path)
@@ -118,6 +123,25 @@ def export_bundle(
         )
         bundles.write_manifest(folder, manifest.to_dict())
     return read_bundle(output)
+
+
+def _check_source(checkpoint: Path, output: Path, include_checkpoint: bool) -> None:
+    """Check that the bundle does not take the place of the only copy of its checkpoint."""
+    inside = checkpoint.resolve().is_relative_to(output.resolve())
+    if inside and not (include_checkpoint and is_bundle(output)):
+        raise OutputExistsError(
+            f"output '{output}' holds the checkpoint '{checkpoint}' that is to be exported, and "
+            "would be replaced as a whole; choose another name"
+        )
+
+
+def _copy_checkpoint(checkpoint: Path, folder: Path, include_checkpoint: bool) -> None:
+    """Copy the tokenizer of a checkpoint into a bundle, and its other files if wanted."""
+    shutil.copyfile(checkpoint / TOKENIZER_FILE, folder / bundles.TOKENIZER_FILE)
+    if include_checkpoint:
+        (folder / bundles.CHECKPOINT_FOLDER).mkdir()
+        for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+            shutil.copyfile(checkpoint / name, folder / bundles.CHECKPOINT_FOLDER / name)
 
 
 def check_bundle_output(output: Path, force: bool) -> None:

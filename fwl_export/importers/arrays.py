@@ -21,7 +21,7 @@ from fwl_export.bundle.state import Array
 from fwl_export.errors import CheckpointError, MissingDependencyError
 from fwl_export.filesystem import open_regular
 from fwl_export.importers import tensor_bundle
-from fwl_export.json_files import brief
+from fwl_export.json_files import brief, shown
 
 # Maps the path of each array to a function that reads it.
 Arrays = Mapping[str, Callable[[], Array]]
@@ -99,8 +99,8 @@ def _read_npz(source: Path) -> Arrays:
                 return file[name]
         except _NPZ_ERRORS as error:
             raise CheckpointError(
-                f"{source}: array '{name}' cannot be read ({brief(error)}); save its numbers again "
-                "with numpy.savez"
+                f"{source}: array {shown(name)} cannot be read ({brief(error)}); save its "
+                "numbers again with numpy.savez"
             ) from None
 
     try:

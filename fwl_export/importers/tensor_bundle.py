@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fwl_export.errors import CheckpointError, MissingDependencyError
+from fwl_export.json_files import shown
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
@@ -121,7 +122,7 @@ def _read(prefix: Path, shards: int, name: str, entry: dict[int, list[Any]]) -> 
     path = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}")
     if 7 in entry:
         raise CheckpointError(
-            f"{path}: tensor '{name}' is stored in slices, which are not supported; save the "
+            f"{path}: tensor {shown(name)} is stored in slices, which are not supported; save the "
             "checkpoint again without partitioned variables"
         )
     try:
@@ -136,8 +137,8 @@ def _read(prefix: Path, shards: int, name: str, entry: dict[int, list[Any]]) -> 
         return array_from_bytes(raw, kind, shape)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"{path}: tensor '{name}' cannot be read ({error}); if the file is truncated, copy it "
-            "again"
+            f"{path}: tensor {shown(name)} cannot be read ({error}); if the file is truncated, "
+            "copy it again"
         ) from None
 
 

@@ -20,7 +20,7 @@ from fwl_export.bundle.manifest import Manifest
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ConfigError
 from fwl_export.parity import design
-from fwl_export.parity.schedule import ROWS, Schedule, ScheduledCall, make_call
+from fwl_export.parity.schedule import FIRST_POINT, ROWS, Schedule, ScheduledCall, make_call
 
 TEXT, MIXED, REPEAT, LONG, DECODE, FAR, AGAIN = (
     "text", "mixed", "repeat", "long", "decode", "far", "again"
@@ -213,7 +213,8 @@ class _Plan(NamedTuple):
       moves: Rows to put at another position before it.
       forced: Whether teacher-forced sessions make the call.
       compare: Whether states are compared after it.
-      setting: What it covers of the covering design, or None.
+      setting: What it covers of the covering design, or None. Rows of such a call that would
+        pass an anchor in it are moved to the anchor first, because sessions split calls there.
     """
 
     lengths: Array
@@ -241,6 +242,7 @@ class _Reader:
         self._texts = [np.roll(ids, -start) for start in starts]
         self._case = case
         self._limit = limits.max_positions
+        self._interval = limits.anchor_interval
         self._read = np.zeros(case.rows, np.int64)  # never lowered
         self._positions = np.zeros(case.rows, np.int64)  # of the rows' states
 
@@ -293,7 +295,7 @@ class _Reader:
             ids=ids,
             labels=labels,
             tokens_read=total + size,
-            compare_state=plan.compare,
+            compare_state=plan.compare and total + size >= FIRST_POINT,
             logit_positions=plan.wanted,
             last_only=plan.last_only,
             forks=plan.forks,
@@ -309,6 +311,8 @@ class _Reader:
         kept = after.copy()
         for source, target in plan.forks:
             after[target] = after[source]
+        if plan.setting and self._interval:
+            plan = plan._replace(moves=self._to_anchors(after, plan.lengths))
         for row, position in plan.moves:
             after[row] = position
         full = after + plan.lengths > self._limit if self._limit else np.zeros(len(after), bool)
@@ -321,6 +325,14 @@ class _Reader:
         kept[list(reset)] = 0
         self._positions = kept
         return plan._replace(reset=tuple(sorted(reset)), forks=(), moves=())
+
+    def _to_anchors(self, positions: Array, lengths: Array) -> tuple[tuple[int, int], ...]:
+        """Return the next anchor of each row that would pass it within a call, as moves."""
+        passing = positions % self._interval + lengths > self._interval
+        return tuple(
+            (int(row), int(-(-positions[row] // self._interval) * self._interval))
+            for row in np.flatnonzero(passing & (lengths <= self._interval))
+        )
 
 
 def _cut(plan: _Plan, size: int) -> _Plan:
@@ -555,7 +567,7 @@ def _next_to_decode(interval: int, max_tokens: int, number: int, positions: Arra
         np.array([size]),
         last_only=number // 8 % 2 == 1,  # in runs: sessions keep the call of the one before
         forced=number % 8 == 0,
-        compare=number % 64 == 0,
+        compare=number % 64 == 63,
     )
 
 
@@ -614,7 +626,7 @@ def _again(
             np.full(case.rows, shape[1]),
             weights=None if number % 3 else rng.random(shape, np.float32),
             scale=None if number % 4 else np.array([1.5, 0.5]),
-            forced=False,
+            forced=number % 2 == 0,
         )
 
 

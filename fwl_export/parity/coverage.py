@@ -52,7 +52,7 @@ class Coverage:
         real = np.arange(size) < call.lengths[:, None]
         start = np.array(before)
         self._see("rows", [len(call.ids)])
-        self._see("sizes", [size])
+        self._see("sizes", self._sizes(call, start))
         self._see("weights", call.weights[real].tolist())
         self._see("scales", call.scale.tolist())
         self._see("weight_times_scale", (call.weights * call.scale[:, None])[real].tolist())
@@ -74,6 +74,18 @@ class Coverage:
         self._add_crossings(call, start)
         if call.setting is not None:
             self._settings.append(call.setting)
+
+    def _sizes(self, call: ScheduledCall, start: Array) -> list[int]:
+        """Return T of every call of the runtime; sessions split where a row passes an anchor."""
+        left, position, sizes = call.lengths.copy(), start.copy(), []
+        while left.any():
+            here = np.minimum(left, self.limits.max_tokens)
+            if self.limits.anchor_interval:
+                interval = self.limits.anchor_interval
+                here = np.minimum(here, interval - position % interval)
+            sizes.append(int(here.max()))
+            left, position = left - here, position + here
+        return sizes
 
     def _add_ids(self, call: ScheduledCall, real: Array, start: Array) -> None:
         self._read[call.ids[real]] = True

@@ -29,7 +29,7 @@ _STARTS = (0.0, 0.25, 0.0)  # as shares of the tokens that the first row reads
 _RESET_AT = 0.55
 _RESET_ROW = 2
 
-_FIRST_POINT = 16  # tokens; fewer give too few errors to tell how large they usually are
+FIRST_POINT = 16  # tokens; fewer give too few errors to tell how large they usually are
 _POINTS_PER_DOUBLING = 2
 
 _RAGGED = 0.5  # share of calls in which rows have different lengths
@@ -193,7 +193,7 @@ def comparison_points(tokens: int) -> list[int]:
     Their spacing grows with the tokens read; the last point is `tokens`.
     """
     steps = range(64 * _POINTS_PER_DOUBLING)
-    marks = (round(_FIRST_POINT * 2 ** (step / _POINTS_PER_DOUBLING)) for step in steps)
+    marks = (round(FIRST_POINT * 2 ** (step / _POINTS_PER_DOUBLING)) for step in steps)
     return [*takewhile(lambda mark: mark < tokens, marks), tokens]
 
 

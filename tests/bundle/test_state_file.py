@@ -186,8 +186,11 @@ def test_content_that_was_changed_is_refused(tmp_path: Path) -> None:
     refused(header | {"__metadata__": header["__metadata__"] | {"tokens": "5,7"}})
     refused(header | {"__metadata__": header["__metadata__"] | {"compress": "fp16"}})
     refused(header | {"__metadata__": header["__metadata__"] | {"more": "x"}})
-    without = {k: v for k, v in header["__metadata__"].items() if k != "sha256"}
-    refused(header | {"__metadata__": without})
+    no_sum = header | {"__metadata__": _without(header["__metadata__"], "sha256")}
+    for incomplete in (no_sum, _said(header, version="1")):
+        write(path, incomplete, data)
+        with pytest.raises(StateError, match="version 2 has a sha256, and one of version 1 has no"):
+            load_state(path, specs, "abc")
 
 
 def test_a_file_of_version_1_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,11 +223,11 @@ MALFORMED: dict[str, tuple[Callable[[Header, bytes], tuple[Header | str, bytes]]
     ),
     "a key twice": (
         lambda h, d: (json.dumps(h)[:-1] + ', "position": ' + json.dumps(h["position"]) + "}", d),
-        "names 'position' twice",
+        "key 'position' occurs more than once",
     ),
     "a metadata key twice": (
         lambda h, d: (json.dumps(h).replace('"rows": "2"', '"rows": "1", "rows": "2"'), d),
-        "names 'rows' twice",
+        "key 'rows' occurs more than once",
     ),
     "metadata null": (lambda h, d: (h | {"__metadata__": None}, d), "metadata are not text"),
     "a number in the metadata": (lambda h, d: (_said(h, rows=2), d), "metadata are not text"),
@@ -261,12 +264,13 @@ MALFORMED: dict[str, tuple[Callable[[Header, bytes], tuple[Header | str, bytes]]
     "a size of 2^64": (lambda h, d: (_shaped(h, "position", [2**64]), d), "is malformed"),
     "a number that is not one": (
         lambda h, d: (json.dumps(h).replace("[2]", "[NaN]", 1), d),
-        "holds NaN",
+        "NaN is not a finite number",
     ),
     "another type": (
         lambda h, d: (h | {"position": h["position"] | {"dtype": "F64"}}, d),
         "expected I64",
     ),
+    "half of a character": (lambda h, d: (_said(h, more="\ud800"), d), "surrogates not allowed"),
     "an entry too many": (
         lambda h, d: (h | {"position": h["position"] | {"more": 1}}, d),
         "is malformed",

@@ -14,17 +14,25 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
-from fwl_export import __version__, open_session
+from fwl_export import __version__, files, open_session
 from fwl_export.bundle.manifest import MODEL_FILE, Bundle, read_bundle
-from fwl_export.engines import EngineMetadata, build_engines, query_driver
+from fwl_export.engines import EngineMetadata, build, build_engines, query_driver
 from fwl_export.engines.build import _targets
 from fwl_export.engines.request import BuildRequest
 from fwl_export.engines.worker import Probe, describe_variant
-from fwl_export.errors import BundleError, DeviceError, EngineError, MissingDependencyError
+from fwl_export.errors import (
+    BundleError,
+    DeviceError,
+    EngineError,
+    MissingDependencyError,
+    OutputBusyError,
+)
+from fwl_export.files import replaced_file, replaced_folder
 from fwl_export.model.streaming import INPUTS
 from fwl_export.runtimes.tensorrt import engine as tensorrt_engine
 from tests.bundles import MAX_TOKENS, VOCABULARY
@@ -254,6 +262,54 @@ def test_power_that_fails_between_files_and_manifest_leaves_a_bundle_that_verifi
     with pytest.raises(SystemExit):
         build_quickly(own_bundle, [80])
     read_bundle(own_bundle).verify()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_an_export_that_replaces_the_bundle_gets_no_engine_of_the_old_model(
+    quick_worker: QuickWorker,
+    own_bundle: Path,
+    tiny_bundle_fp16: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    def export() -> None:
+        with replaced_folder(own_bundle) as beside:
+            shutil.copytree(tiny_bundle_fp16, beside, dirs_exist_ok=True)
+
+    original = build.build_in_worker
+
+    def replaced_meanwhile(*arguments: Any) -> Any:
+        network = original(*arguments)
+        export()
+        return network
+
+    bundle = read_bundle(own_bundle)
+    if when == "before":
+        bundle.model_files()
+        monkeypatch.setattr(Bundle, "model_files", lambda self: self.folder / MODEL_FILE)
+        export()
+    else:
+        monkeypatch.setattr(build, "build_in_worker", replaced_meanwhile)
+    with pytest.raises(BundleError, match="was replaced by another export meanwhile, so nothing"):
+        build_engines(bundle, "rtx", [80])
+    assert [path for path in own_bundle.rglob("*") if "sm80" in path.name] == []
+    assert manifest_engines(own_bundle) == []
+    read_bundle(own_bundle).verify()
+
+
+def test_the_same_engine_is_not_built_twice_at_a_time(
+    quick_worker: QuickWorker, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "WAIT_SECONDS", 0)
+    engine = own_bundle / "engines" / "rtx-1.2.3-sm80-fp32.engine"
+    busy = r"sm80-fp32\.(engine|json)' is being written by another process"
+    with replaced_file(engine) as beside:
+        beside.write_bytes(b"half")
+        with pytest.raises(OutputBusyError, match=busy):
+            build_quickly(own_bundle, [80])
+    assert manifest_engines(own_bundle) == []
+    (other,) = build_quickly(own_bundle, [86])
+    assert other.sm == 86
 
 
 def test_a_full_disk_is_reported_with_the_engines_name(

@@ -102,6 +102,32 @@ def test_an_existing_output_is_not_overwritten(tmp_path: Path, own_bundle: Path)
     assert (tmp_path / "notes" / "a.txt").read_text() == "precious"
 
 
+def test_the_only_copy_of_a_checkpoint_is_not_replaced_by_its_bundle(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "models" / "checkpoint")
+    before = sorted(tmp_path.rglob("*"))
+    for output in (checkpoint, checkpoint.parent):
+        for include in (True, False):
+            with pytest.raises(OutputExistsError, match="holds the checkpoint"):
+                export_bundle(checkpoint, output, force=True, include_checkpoint=include)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_not_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    original = write_bundle.run_once
+
+    def change(*arguments: object) -> None:
+        original(*arguments)  # type: ignore[arg-type] # passed through
+        write_checkpoint(checkpoint, seed=1)
+
+    monkeypatch.setattr(write_bundle, "run_once", change)
+    with pytest.raises(ExportError, match="was changed while it was exported; export it again"):
+        export_bundle(checkpoint, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_force_does_not_replace_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

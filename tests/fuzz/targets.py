@@ -17,6 +17,7 @@ import torch
 from fwl_export.bundle import onnx_file, state_file
 from fwl_export.bundle.manifest import read_bundle
 from fwl_export.bundle.tokenizer import load_tokenizer, read_ids
+from fwl_export.cli.check import _replayed
 from fwl_export.engines.metadata import EngineMetadata
 from fwl_export.errors import EngineError
 from fwl_export.importers import import_block, tensor_bundle
@@ -31,7 +32,7 @@ from fwl_export.model.traced_graph import read_graph
 from fwl_export.model.training_run import read_run_config
 from fwl_export.parity import read_report
 from fwl_export.parity.candidates import parse_candidate
-from fwl_export.parity.cases import choose_cases
+from fwl_export.parity.cases import ModelLimits, choose_cases
 from fwl_export.parity.report.baseline import compare_with_baseline
 from fwl_export.precision.policy import PrecisionPolicy, parts, read_policy, write_policy
 from fwl_export.runtimes import open_session
@@ -230,24 +231,25 @@ def _engine(bundle: Path, folder: Path) -> Iterator[Target]:
 
 
 def _report(bundle: Path, folder: Path) -> Iterator[Target]:
-    path = folder / "parity.json"
+    path, opened = folder / "parity.json", read_bundle(bundle)
     verdict = candidate(tensor("logits", 0.5), tensor("fast.up.kernel", 0.1))
     report(verdict).write(path)
     data = json.loads(path.read_bytes())
     data["settings"] |= {"cases": ["text@20", "decode@5"], "candidates": ["torch:float32"]}
     data["text"]["ids"] = list(range(VOCABULARY)) * 2
+    data["bundle"]["model_id"] = opened.manifest.model_id
     path.write_text(json.dumps(data), encoding="utf-8")
 
     def baseline() -> None:
         compare_with_baseline([verdict], read_report(path))
 
     def replay() -> None:
-        found = read_report(path)
-        settings = found["settings"]
-        ids = np.array(found["text"]["ids"], np.int64)
-        for case in choose_cases(settings["cases"], settings["tokens"], MAX_TOKENS):
-            case.calls(ids, MAX_TOKENS, settings["seed"])
-        for name in (settings["reference"], *settings["candidates"]):
+        request = _replayed(opened, tiny_tokenizer(), {}, None, path)
+        options, limits = request.options, ModelLimits(MAX_TOKENS, vocab_size=VOCABULARY)
+        for case in choose_cases(options["cases"], options["tokens"], limits, options["seed"]):
+            calls = iter(case.calls(request.ids, limits, options["seed"]))
+            next(calls)
+        for name in (options["reference"], *options["candidates"]):
             parse_candidate(name)
 
     yield _target("report as baseline", path, mutators.JSON, baseline, 5)

@@ -20,6 +20,7 @@ SEED = 1
 INPUTS = 10_000
 
 
+@pytest.mark.slow
 def test_readers_refuse_or_accept(tiny_bundle: Path, tmp_path: Path) -> None:
     found = list(targets(tiny_bundle, tmp_path))
     whole = sum(target.share for target in found)

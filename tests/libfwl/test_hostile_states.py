@@ -274,10 +274,10 @@ def test_positions_out_of_range(
     header["__metadata__"]["tokens"] = f"{position},5"
     path = write_safetensors(tmp_path / "far", signed(header, data), data)
     session = anchored.session(ROWS)
-    refused("state", f"the position is {position}, but", lambda: session.load_state(path))
+    refused("state", f"the position is {position}; expected 0", lambda: session.load_state(path))
     row = session.read_row(0)
     row[:8] = np.array([position]).view(np.uint8)
-    refused("state", f"the position is {position}, but", lambda: session.write_row(0, row))
+    refused("state", f"the position is {position}; expected 0", lambda: session.write_row(0, row))
 
 
 def test_two_tensors_that_changed_places(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fwl_export.errors import ConfigError
-from fwl_export.parity import CASES, choose_cases
+from fwl_export.parity import CASES, choose_cases, design
 from fwl_export.parity.cases import Case, ModelLimits, far_positions, ids_to_read, plan_calls
 from fwl_export.parity.schedule import ScheduledCall
 
@@ -126,6 +126,23 @@ def test_the_design_is_in_its_calls() -> None:
         assert call.last_only == (call.setting.logits == "last")
     assert any(call.forks for call in calls)
     assert any(call.ids.max() == DEMO.vocab_size - 1 for call in calls)
+
+
+@pytest.mark.parametrize("limits", [DEMO, replace(DEMO, anchor_interval=0)])
+def test_every_size_reaches_the_runtime(limits: ModelLimits) -> None:
+    sizes = set()
+    for case in choose_cases("mixed", 2304, limits):
+        positions = [0] * case.rows
+        for call in case.calls(TEXT, limits, 0):
+            before = after(replace(call, lengths=call.lengths * 0), positions)
+            positions = after(call, positions)
+            interval = limits.anchor_interval
+            if not any(
+                interval and start % interval + length > interval
+                for start, length in zip(before, call.lengths, strict=True)
+            ):
+                sizes.add(int(call.lengths.max()))
+    assert {size for near in design.sizes(256).values() for size in near} <= sizes
 
 
 def test_long_reads_every_token_id_and_learns_from_it() -> None:

@@ -44,7 +44,7 @@ def counted(*calls: ScheduledCall, before: tuple[int, ...] = (0, 0)) -> dict[str
 
 def test_padding_counts_for_nothing() -> None:
     found = counted(call(weight=2, scale=0.5))
-    assert (found["rows"], found["sizes"], found["weights"]) == ([2], [3], [2.0])
+    assert (found["rows"], found["sizes"], found["weights"]) == ([2], [2], [2.0])
     assert found["scales"] == [0.5]
     assert found["largest_weight_times_scale"] == 1
     assert (found["empty_rows"], found["ragged_calls"], found["resets"]) == (1, 1, 1)
@@ -67,6 +67,13 @@ def test_an_anchor_is_crossed_by_the_token_at_its_position() -> None:
     assert counted(call((3, 0)), before=(3, 4))["anchors"] == 1
     assert counted(call((3, 0)), before=(3, 4))["wraps"] == 0
     assert counted(call((3, 0)), before=(4, 4))["wraps"] == 1
+
+
+def test_sizes_are_those_after_a_session_has_split_a_call_at_an_anchor() -> None:
+    six = call((6, 0), ((1, 2, 3, 4, 5, 6), (0,) * 6))
+    assert counted(six)["sizes"] == [2, 4]
+    assert counted(six, before=(3, 0))["sizes"] == [1, 4]
+    assert counted(call((2, 0)))["sizes"] == [2], "sessions cut padding off"
 
 
 def test_fewer_and_more_logits_than_tokens_are_told_apart() -> None:

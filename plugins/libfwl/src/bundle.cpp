@@ -24,7 +24,7 @@ constexpr char kManifestFile[] = "manifest.json";
 constexpr uint64_t kManifestBytes = 4 << 20;
 constexpr uint64_t kMostStateBytes = uint64_t{1} << 36; // of one row
 constexpr size_t kMostTensors = 4096, kMostSizes = 8, kLongestName = 128;
-constexpr int64_t kMostTokens = (int64_t{1} << 31) - 1;
+constexpr int64_t kLargestSize = (int64_t{1} << 31) - 1;
 constexpr size_t kSha256Digits = 64;
 
 [[noreturn]] void fail(const std::string& message) {
@@ -181,8 +181,8 @@ void read_manifest(const json& manifest, Bundle& bundle) {
   const json& config = object(member(manifest, "config"), "config");
   bundle.model_id = text(member(manifest, "model_id"), "model_id", kSha256Digits);
   bundle.precision = text(member(manifest, "precision"), "precision", 16);
-  bundle.max_tokens = integer(member(manifest, "max_tokens"), "max_tokens", 1, kMostTokens);
-  bundle.vocab_size = integer(member(config, "vocab_size"), "vocab_size", 1, kMostTokens);
+  bundle.max_tokens = integer(member(manifest, "max_tokens"), "max_tokens", 1, kLargestSize);
+  bundle.vocab_size = integer(member(config, "vocab_size"), "vocab_size", 1, kLargestSize);
   bundle.anchor_interval =
       optional_integer(object(member(config, "fast_weights"), "fast_weights"), "anchor_interval");
   bundle.max_positions =

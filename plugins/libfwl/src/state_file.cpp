@@ -410,11 +410,11 @@ void check_state(const Bundle& bundle, const RowState& row, const std::string& s
     offset += spec.bytes();
   }
   const int64_t position = position_of(row);
-  const int64_t most = bundle.max_positions > 0 ? bundle.max_positions : kLargestInteger;
+  const int64_t most = bundle.max_positions > 0 ? bundle.max_positions : kMostTokens;
   if (position < 0 || position > most) {
     throw Failure(FWL_ERROR_STATE, source + ": the position is " + std::to_string(position) +
-                                       ", but this model reads 0 to " + std::to_string(most) +
-                                       " tokens; do not use this state");
+                                       "; expected 0 to " + std::to_string(most) +
+                                       ": do not use this state");
   }
 }
 

@@ -12,6 +12,9 @@ namespace fwl::internal {
 // The most rows of a session or a state file.
 constexpr size_t kMaxRows = 1u << 20;
 
+// The most tokens that a row can have read, unless the model says fewer; the same in Python.
+constexpr int64_t kMostTokens = int64_t{1} << 53;
+
 // The state of one row outside a session: its tensors one after the other, in the model's order.
 using RowState = std::vector<char>;
 

@@ -23,6 +23,7 @@ from fwl_export.errors import (
 )
 from fwl_export.runtimes import Session
 from tests.bundles import MAX_TOKENS, VOCABULARY
+from tests.cli.run import run
 
 RUNTIMES = ("onnxruntime", "torch", "onnx-reference")
 
@@ -229,3 +230,21 @@ def test_a_poisoned_row_is_rolled_back(anchored_bundle: Path) -> None:
     assert session.learned().norms[1] == usual
     text = ids(2, 20, seed=2)
     np.testing.assert_array_equal(session.feed(text), undisturbed.feed(text))
+
+
+def test_the_command_line_has_the_same_limit(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("ABAB")
+    scale = ("--learning-rate-scale", "10.5")
+    verbs: list[list[Any]] = [
+        ["score"],
+        ["read", "-o", tmp_path / "x.state"],
+        ["generate", "--prompt", "A"],
+    ]
+    for verb in verbs:
+        files = [] if verb[0] == "generate" else [tmp_path / "text.txt"]
+        done = run(capsys, verb[0], tiny_bundle, *files, *verb[1:], *scale)
+        assert done.code != 0, verb
+        assert "--learning-rate-scale" in done.err + done.out
+    assert not (tmp_path / "x.state").exists()

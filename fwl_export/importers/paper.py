@@ -213,8 +213,8 @@ def _find_block(
         shown = ", ".join(sorted(arrays)[:3]) or "nothing"
         raise CheckpointError(
             f"{source} has no block of the paper's {kind.title} code{where}: none of its "
-            f"{len(arrays)} arrays has a path that ends with {expected}. "
-            f"It holds e.g. {one_line(shown)}"
+            f"{len(arrays)} arrays has a path that ends with {expected}. It holds e.g. "
+            f"{one_line(shown)}"
         )
     if len(found) > 1:
         places = " and ".join(sorted(f"'{place.rstrip('/')}'" for _, place in found))

@@ -17,7 +17,7 @@ from tests.fuzz.run import ACCEPTED, HANG, OVER, REFUSED, TRACEBACK, fuzz, outco
 from tests.fuzz.targets import Target, targets
 
 SEED = 1
-INPUTS = 10_000
+INPUTS = 10_100  # of which rounding takes a few
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_readers_refuse_or_accept(tiny_bundle: Path, tmp_path: Path) -> None:
         assert outcome(target) == (ACCEPTED, ""), f"{target.name}: the good file"
         results.append(fuzz(target, SEED, range(round(INPUTS * target.share / whole))))
     print(table(results))
-    assert sum(result.counts.total() for result in results) >= INPUTS - len(found)
+    assert sum(result.counts.total() for result in results) >= 10_000
     assert not [line for result in results for line in result.bad]
     for result in results:  # a fuzz that never gets past the first check finds nothing
         assert result.counts[REFUSED], result.target

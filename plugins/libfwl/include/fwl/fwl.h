@@ -23,7 +23,8 @@
  *
  * Threads: every function may be called from any thread. Calls on one session wait for each other;
  * sessions of one model run at the same time. The library has no global state, and no C++ exception
- * leaves it.
+ * leaves it. When it is loaded, it sets ORT_DISABLE_TELEMETRY=1 in the environment unless that
+ * variable is set, because ONNX Runtime's builds for Linux report to Microsoft.
  */
 #ifndef FWL_FWL_H
 #define FWL_FWL_H
@@ -319,7 +320,8 @@ FWL_API fwl_status fwl_session_write_row(fwl_session* session, size_t row, const
 
 /**
  * Saves the state of rows to a file, which Python can load too. An existing file is replaced only
- * once the new one is complete. State is saved without compression.
+ * once the new one is complete and on the disk; a link stays, and what it points to is replaced.
+ * State is saved without compression.
  *
  * @param session  The session.
  * @param path     Path of the file to write.
@@ -334,7 +336,8 @@ FWL_API fwl_status fwl_session_save_state(fwl_session* session, const char* path
                                           const size_t* rows, size_t count, fwl_error* error);
 
 /**
- * Loads the state of rows from a file that this library or Python saved, compressed or not.
+ * Loads the state of rows from a file that this library or Python saved, compressed or not. Sizes are
+ * compared with the session before memory is taken, and the file's sha256 is checked.
  *
  * @param session  The session.
  * @param path     Path of the file to read.

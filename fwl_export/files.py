@@ -70,7 +70,7 @@ _LONGEST_NAME = 200  # bytes of a name that can be seen in the name of its folde
 
 # Errors of a rename that the system describes too briefly.
 _RENAME_ERRORS = {
-    errno.EBUSY: "it is a mount point or in use, and cannot be replaced; name a new folder inside",
+    errno.EBUSY: "it is a mount point or in use, and cannot be replaced; choose another name",
     errno.EXDEV: "the file system cannot rename it, as with folders of a container's image; "
     "remove it first, or choose another name",
 }
@@ -233,6 +233,8 @@ def _locked(work: Path, target: Path, wait: float) -> Iterator[Path]:
                 _log.warning("'%s' could not be removed (%s); remove it", work, error)
     finally:
         os.close(descriptor)
+        with suppress(OSError):  # on NFS, a file that is removed stays until it is closed
+            work.rmdir()
 
 
 def _remove_work_folder(work: Path) -> None:

@@ -29,6 +29,14 @@ ANCHORED = dataclasses.replace(
     TINY, fast_weights=dataclasses.replace(TINY.fast_weights, anchor_interval=12)
 )
 
+# As small, but called as the demo model is: in calls of up to 256 tokens, with anchors, a window
+# and ring buffers of the same sizes, so that the same calls of a check reach the same places.
+CALLED_AS_THE_DEMO = ModelConfig(
+    2048,
+    dataclasses.replace(TINY.backbone, window=128),
+    dataclasses.replace(TINY.fast_weights, anchor_interval=256),
+)
+
 
 def tiny_tokenizer(size: int = VOCABULARY) -> Tokenizer:
     """Return a tokenizer whose tokens are the `size` ASCII characters that start with the space."""
@@ -53,13 +61,15 @@ def tiny_model(seed: int = 0, config: ModelConfig = TINY) -> FWLModel:
 
 def write_checkpoint(folder: Path, seed: int = 0, config: ModelConfig = TINY) -> Path:
     """Write a tiny checkpoint and return its folder."""
-    save_checkpoint(folder, tiny_model(seed, config), tiny_tokenizer())
+    save_checkpoint(folder, tiny_model(seed, config), tiny_tokenizer(config.vocab_size))
     return folder
 
 
-def write_bundle(folder: Path, checkpoint: Path, precision: str = "fp32") -> Path:
+def write_bundle(
+    folder: Path, checkpoint: Path, precision: str = "fp32", max_tokens: int = MAX_TOKENS
+) -> Path:
     """Export a checkpoint to a tiny bundle and return its folder. This takes some seconds."""
-    export_bundle(checkpoint, folder, precision=precision, max_tokens=MAX_TOKENS)
+    export_bundle(checkpoint, folder, precision=precision, max_tokens=max_tokens)
     return folder
 
 

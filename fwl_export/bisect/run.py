@@ -204,13 +204,12 @@ def _check(
     advance: Callable[[int], None],
 ) -> Mapping[str, Any]:
     """Check the candidates until a case fails; returns the data of the report."""
-    names = [each.name for each in candidates]
     report = check_bundle(
         bundle,
         planned.ids,
         planned.tokens,
         planned.seed,
-        {names[0]: session} if session else names,
+        {candidates[0].name: session} if session else candidates,
         cases=chosen,
         advance=advance,
         stop_early=True,

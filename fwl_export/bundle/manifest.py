@@ -584,10 +584,15 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return a file's entry for the manifest: "sha256", and size in "bytes"."""
-    with path.open("rb") as stream:
+    """Return a file's entry for the manifest: "sha256", and size in "bytes".
+
+    Raises:
+      BundleError: The path is not a regular file.
+      OSError: The file cannot be read.
+    """
+    with open_regular(path, BundleError) as stream:
         digest = hashlib.file_digest(stream, "sha256")
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+        return {"sha256": digest.hexdigest(), "bytes": stream.tell()}
 
 
 def _html(text: str) -> str:

@@ -109,6 +109,10 @@ def check(specs: Sequence[TensorSpec], state: Mapping[str, Array], batch: int) -
     Raises:
       StateError: A tensor is missing or unknown, or has another shape or dtype.
     """
+    given: Any = state
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise StateError(f"the state is a {kind}; expected arrays by name, as read_rows returns")
     expected = {spec.name: spec for spec in specs}
     for name in state:
         if name not in expected:

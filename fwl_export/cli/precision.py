@@ -7,7 +7,7 @@ import tempfile
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from fwl_export.cli.options import JsonOption, TextOption, complete_checkpoint, 
 from fwl_export.cli.terminal import COLUMNS, print_json, spinner, table
 
 if TYPE_CHECKING:
+    from fwl_export.parity import Report
     from fwl_export.parity.precision_search import Distance, Exploration, Limits
     from fwl_export.precision.policy import PrecisionPolicy
     from fwl_export.runtimes import Session
@@ -82,7 +83,8 @@ def precision(
 
     Quantizes each part of the model alone, then excludes the most sensitive parts until the
     others together stay within the limits, and confirms that over a longer text, for fp16 and
-    int8w in ONNX Runtime too. The result is a policy file for `fwl-export export`.
+    int8w in ONNX Runtime too, where the model must also pass `check` with its default cases. The
+    result is a policy file for `fwl-export export`.
 
     Example:
       fwl-export precision demo --target int8w -o policy.json
@@ -122,8 +124,19 @@ def _search(
         def in_onnx_runtime(policy: PrecisionPolicy) -> Mapping[str, Session]:
             return {} if target == "bf16" else _onnx_runtime(folder, Path(scratch), policy)
 
+        def checked(policy: PrecisionPolicy) -> Report | None:
+            return None if target == "bf16" else _checked(Path(scratch), ids)
+
         explorer = Explorer(checkpoint, ids, target, limits, max_tokens, say)
-        return explorer.search(tokens, confirm_tokens, in_onnx_runtime)
+        return explorer.search(tokens, confirm_tokens, in_onnx_runtime, checked)
+
+
+def _checked(scratch: Path, ids: Any) -> Report:
+    """Check the bundle that `_onnx_runtime` has exported last, as `check` does by default."""
+    from fwl_export.bundle.manifest import read_bundle
+    from fwl_export.parity.check import DEFAULT_TOKENS, check_bundle
+
+    return check_bundle(read_bundle(scratch / "bundle"), ids, min(DEFAULT_TOKENS, len(ids) - 1))
 
 
 def _checkpoint_of(source: str) -> Path:
@@ -151,9 +164,7 @@ def _onnx_runtime(folder: Path, scratch: Path, policy: PrecisionPolicy) -> Mappi
     from fwl_export.parity.schedule import ROWS
     from fwl_export.runtimes import open_session
 
-    bundle = export_bundle(
-        folder, scratch / "bundle", force=True, include_checkpoint=False, policy=policy
-    )
+    bundle = export_bundle(folder, scratch / "bundle", force=True, policy=policy)
     return {"ONNX Runtime": open_session(bundle, "onnxruntime", ROWS, threads=1)}
 
 
@@ -178,7 +189,16 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
         COLUMNS,
         break_on_hyphens=False,
     )
-    return f"{table(header, rows)}\n\n{excluded}"
+    return f"{table(header, rows)}\n\n{excluded}{_of_check(found)}"
+
+
+def _of_check(found: Exploration) -> str:
+    """Return a sentence about the check of the policy, or "" if there was none."""
+    if found.checked is None:
+        return ""
+    use = max(candidate.use for candidate in found.checked.candidates)
+    cases = len(found.checked.cases)
+    return f"\npasses check in its {cases} cases, at {use:.0%} of a budget at most"
 
 
 def _next_step(target: str, source: str, output: Path) -> str:

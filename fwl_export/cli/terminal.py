@@ -7,6 +7,7 @@ escapes them in its own way, and generated text that goes to a file or a pipe.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -43,7 +44,8 @@ class _SafeStream:
         self.unfiltered = stream
 
     def write(self, text: str) -> int:
-        self.unfiltered.write(without_ci_commands(printable(text)))
+        with _named_errors(self.unfiltered):
+            self.unfiltered.write(without_ci_commands(printable(text)))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -54,6 +56,13 @@ class _SafeStream:
         return getattr(self.unfiltered, name)
 
 
+class _Nowhere(io.StringIO):
+    """Takes text and keeps none."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 @contextmanager
 def safe_streams() -> Iterator[None]:
     """Let everything that is printed until the block ends pass a filter.
@@ -62,7 +71,7 @@ def safe_streams() -> Iterator[None]:
     """
     before = sys.stdout, sys.stderr
     # Python has no stream where the file was closed.
-    here = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]
+    here = [stream or _Nowhere() for stream in before]
     for stream in here:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -80,10 +89,21 @@ def flush_output() -> None:
       OSError: It cannot be written; the file is called "standard output".
       SystemExit: Nobody reads the output any more, as in a pipe into `head`.
     """
-    try:
+    with _named_errors(_unfiltered(sys.stdout)):
         sys.stdout.flush()
+
+
+@contextmanager
+def _named_errors(stream: TextIO) -> Iterator[None]:
+    """Name standard output in errors of writing to it; see `flush_output`."""
+    try:
+        yield
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python tries again at its end
+        if stream is sys.__stderr__:
+            return  # there is no place left to say so
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            # Python tries again at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             raise SystemExit(141) from None
         raise OSError(error.errno, error.strerror, "standard output") from None
@@ -120,7 +140,8 @@ def print_json(data: Any, indent: int | None = 2) -> None:
     text = json.dumps(without_non_finite(data), indent=indent, allow_nan=False)
     # JSON leaves DEL and what CI systems obey as they are; both can only be inside of strings.
     text = text.replace("\x7f", "\\u007f").replace("##", "#\\u0023")
-    print(text, file=_unfiltered(sys.stdout))
+    with _named_errors(_unfiltered(sys.stdout)):
+        print(text, file=_unfiltered(sys.stdout))
 
 
 def print_generated(text: str) -> None:
@@ -130,8 +151,9 @@ def print_generated(text: str) -> None:
       text: Part of the text; no line break is added.
     """
     stream = _unfiltered(sys.stdout)
-    stream.write(printable(text) if stream.isatty() else text)
-    stream.flush()
+    with _named_errors(stream):
+        stream.write(printable(text) if stream.isatty() else text)
+        stream.flush()
 
 
 def heading(text: str) -> None:

@@ -19,7 +19,7 @@ from fwl_export.errors import ExportError, OutputExistsError
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import check_output, replaced_folder
 from fwl_export.machine import installed_versions
-from fwl_export.model.checkpoint import TOKENIZER_FILE, load_checkpoint
+from fwl_export.model.checkpoint import TOKENIZER_FILE, check_complete, load_checkpoint
 from fwl_export.model.stored import CONFIG_FILE, WEIGHTS_FILE
 from fwl_export.model.streaming import INPUTS
 from fwl_export.op.spec import DOMAIN, NAME, VERSION
@@ -79,6 +79,7 @@ def export_bundle(
     _check_source(checkpoint, output, include_checkpoint)
     progress("reading the checkpoint")
     chosen = policy or precision
+    check_complete(checkpoint)
     model_id = _model_id(checkpoint, chosen)
     loaded = load_checkpoint(checkpoint)
     _log.info("read checkpoint '%s', %s", checkpoint, loaded.config.backbone.type)

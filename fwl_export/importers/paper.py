@@ -25,6 +25,7 @@ from fwl_export.importers.arrays import Arrays, read_jax, read_tensorflow
 from fwl_export.model.checkpoint import Checkpoint
 from fwl_export.model.fwl_checkpoint import UNEMBEDDING, FastWeightsCheckpoint
 from fwl_export.model.language_model import FWLModel
+from fwl_export.printable import one_line
 
 
 class _Parameter(NamedTuple):
@@ -212,7 +213,8 @@ def _find_block(
         shown = ", ".join(sorted(arrays)[:3]) or "nothing"
         raise CheckpointError(
             f"{source} has no block of the paper's {kind.title} code{where}: none of its "
-            f"{len(arrays)} arrays has a path that ends with {expected}. It holds e.g. {shown}"
+            f"{len(arrays)} arrays has a path that ends with {expected}. "
+            f"It holds e.g. {one_line(shown)}"
         )
     if len(found) > 1:
         places = " and ".join(sorted(f"'{place.rstrip('/')}'" for _, place in found))

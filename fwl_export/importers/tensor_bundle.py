@@ -129,13 +129,14 @@ def _read(prefix: Path, shards: int, name: str, entry: dict[int, list[Any]]) -> 
         with path.open("rb") as stream:
             stream.seek(offset)
             raw = stream.read(size)
-        shape = [_integer(_message(size), 1) for size in _message(*entry.get(2, [b""])).get(2, [])]
+        dims = entry.get(2, [b""])[-1]  # of a field that is there twice, protobuf takes the last
+        shape = [_integer(_message(size), 1) for size in _message(dims).get(2, [])]
         kind = _TYPES[_integer(entry, 1)]
         if len(raw) != size or math.prod(shape) * _item_size(kind) != size:
             raise ValueError(f"{len(raw)} bytes for shape {shape}")
         _check_crc(raw, entry[6][0])
         return array_from_bytes(raw, kind, shape)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+    except (ValueError, TypeError, IndexError, KeyError, OSError) as error:
         raise CheckpointError(
             f"{path}: tensor {shown(name)} cannot be read ({error}); if the file is truncated, "
             "copy it again"

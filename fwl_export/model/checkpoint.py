@@ -18,7 +18,7 @@ from torch import nn
 from fwl_export.bundle.config import HuggingFaceConfig, ModelConfig
 from fwl_export.bundle.tokenizer import load_tokenizer
 from fwl_export.errors import CheckpointError
-from fwl_export.files import check_output, replaced_folder
+from fwl_export.files import check_output, finish_replacement, replaced_folder
 from fwl_export.json_files import read_json
 from fwl_export.model.backbones.decoder import Decoder
 from fwl_export.model.backbones.huggingface import causal_model
@@ -66,7 +66,7 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
       ConfigError: config.json has an unknown key or a value out of range.
     """
     if read is None:
-        _check_complete(folder)
+        check_complete(folder)
     content: Callable[[str], bytes | None] = read or (lambda name: None)
     config = load_config(folder / CONFIG_FILE, content(CONFIG_FILE))
     check_size(folder / WEIGHTS_FILE, _parameters(config))
@@ -83,8 +83,14 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
     return Checkpoint(model.eval().requires_grad_(False), tokenizer)
 
 
-def _check_complete(folder: Path) -> None:
-    """Check that a folder has the files of a checkpoint."""
+def check_complete(folder: Path) -> None:
+    """Check that a folder has the files of a checkpoint.
+
+    Raises:
+      CheckpointError: There is no such folder, or a file is missing.
+    """
+    if not folder.exists():
+        finish_replacement(folder)  # whoever replaced it may have been killed meanwhile
     if not folder.is_dir():
         found = "is not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(

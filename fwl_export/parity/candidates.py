@@ -113,18 +113,23 @@ def parse_candidate(text: str) -> Candidate:
     return Candidate(text.strip(), name, arguments, tokens)
 
 
-def parse_candidates(text: str | Sequence[str]) -> list[Candidate]:
+def parse_candidates(text: str | Sequence[str | Candidate]) -> list[Candidate]:
     """Return the candidates of a list of names.
 
     Args:
-      text: Names, as a list or as one string that separates them by commas.
+      text: Names, as a list or as one string that separates them by commas. Candidates in the list
+        stay as they are.
 
     Raises:
       ConfigError: There are no names, a name occurs twice, or a name is wrong, see
         `parse_candidate`.
     """
     names = text.split(",") if isinstance(text, str) else list(text)
-    candidates = [parse_candidate(name) for name in names if name.strip()]
+    candidates = [
+        name if isinstance(name, Candidate) else parse_candidate(name)
+        for name in names
+        if isinstance(name, Candidate) or name.strip()
+    ]
     if not candidates:
         raise ConfigError(
             "no candidate was named; expected, for example, onnxruntime,torch:float32"

@@ -117,7 +117,8 @@ def choose_cases(
     Args:
       cases: Names, such as "text,decode@5000" or a list of such names; "mixed" stands for mixed1 to
         mixed8. Cases that an earlier call returned are kept as they are.
-      tokens: Tokens to read of the text. A case that is named without a number is never longer.
+      tokens: Tokens to read of the text. No other case is longer than twice this number, unless
+        it is named with a number.
       limits: Limits of the model, or only the largest T of a call.
       seed: Seed of the calls, on which the length of some cases depends.
       all_ids: Whether case "long" reads every token id, however many there are.
@@ -169,7 +170,7 @@ def _with_tokens(case: Case, tokens: int, limits: ModelLimits, seed: int, all_id
     elif case.name == LONG and all_ids:
         wanted = limits.vocab_size + 1
     else:
-        wanted = min(case.tokens or _usual_tokens(case, limits, seed), tokens)
+        wanted = min(case.tokens or _usual_tokens(case, limits, seed), 2 * tokens)
     limit = limits.max_positions if case.name in (TEXT, DECODE) else 0
     return replace(case, tokens=min(wanted, limit) if limit else wanted)
 
@@ -595,7 +596,7 @@ def _far(
     for start in range(0, len(targets), case.rows):
         group = targets[start : start + case.rows]
         moves = tuple((row, target - 2) for row, target in enumerate(group))
-        sizes = [size for size in (4, 1, 1, 17) if size <= limits.max_tokens] or [1]
+        sizes = [size for size in (4, 1, 17) if size <= limits.max_tokens] or [1]
         sizes = [1] * (4 // limits.max_tokens) + sizes if limits.max_tokens < 4 else sizes
         for number, size in enumerate(sizes):
             yield _Plan(
@@ -603,7 +604,6 @@ def _far(
                 moves=moves if number == 0 else (),
                 last_only=size > 4,
                 forced=number == 0,
-                compare=size == sizes[-1] and number == len(sizes) - 1,
             )
 
 
@@ -620,8 +620,8 @@ def far_positions(limits: ModelLimits) -> list[int]:
 def _again(
     rng: np.random.Generator, ids: Array, case: Case, limits: ModelLimits, seed: int
 ) -> Iterator[_Plan]:
-    for number, size in enumerate((1, 7, 64, 1, 1, 16, 2, 33, 1, 256)):
-        shape = (case.rows, min(size, limits.max_tokens, 128))
+    for number, size in enumerate((1, 7, 64, 1, 1, 16, 2, 33, 1, 64)):
+        shape = (case.rows, min(size, limits.max_tokens))
         yield _Plan(
             np.full(case.rows, shape[1]),
             weights=None if number % 3 else rng.random(shape, np.float32),
@@ -632,7 +632,7 @@ def _again(
 
 _LARGEST_STEP = 9.99  # weight times scale; sessions refuse more than 10
 _COMPARED_AFTER = 5  # calls after which states are compared again
-_AROUND = 40  # tokens before and after an anchor that are decoded one by one
+_AROUND = 24  # tokens before and after an anchor that are decoded one by one
 _FAR_APART = 640  # tokens between two ends of the ring buffers beyond which decoding reaches none
 _ONE_BY_ONE = 100  # tokens between two anchors up to which all are decoded one by one
 

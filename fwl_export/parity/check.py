@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 CANDIDATES = "onnxruntime"
 BOTH_PATHS = "onnxruntime:plugin,onnxruntime:no-plugin"
-DEFAULT_TOKENS = 2304
+DEFAULT_TOKENS = 1152
 DEFAULT_CASES = ",".join(case.name for case in CASES)
 
 # Two readings of the same calls may differ by this multiple of the first one's distance from the
@@ -70,7 +70,7 @@ def check_bundle(
     ids: Array,
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
-    candidates: str | Sequence[str] | Mapping[str, Session] | None = None,
+    candidates: str | Sequence[str | Candidate] | Mapping[str, Session] | None = None,
     *,
     reference: str = REFERENCE,
     cases: str | Sequence[str | Case] = DEFAULT_CASES,
@@ -212,7 +212,7 @@ class _Lineup:
 
 def _open_all(
     bundle: Bundle,
-    candidates: str | Sequence[str] | Mapping[str, Session],
+    candidates: str | Sequence[str | Candidate] | Mapping[str, Session],
     reference: Candidate,
     threads: int,
 ) -> _Lineup:
@@ -377,7 +377,7 @@ def _say_what_ran(coverage: Coverage, lineup: _Lineup, chosen: Sequence[Case], t
     if missing:
         coverage.left_out.append(f"cases {', '.join(missing)}")
     if tokens < DEFAULT_TOKENS:
-        coverage.left_out.append(f"what takes more than {tokens} tokens")
+        coverage.left_out.append(f"what takes more than {2 * tokens} tokens")
 
 
 def _verdicts(

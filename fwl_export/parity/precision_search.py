@@ -5,6 +5,9 @@ over held-out text. The KL divergences of single parts nearly add up, so quantiz
 ranks the parts by how much they matter. Then as few parts as possible are excluded from the top of
 that ranking, such that the model with all others quantized is within the limits. Last, each
 excluded part is tried once more: it is quantized if the model stays within the limits.
+
+What is recommended must also pass `check` with its default cases, whose weights, scales and
+positions can be too large for a part in float16 although the text is not.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
 from fwl_export.bundle.state import Array
@@ -20,6 +24,7 @@ from fwl_export.model.checkpoint import Checkpoint
 from fwl_export.parity.check import torch_threads
 from fwl_export.parity.compare import pooled
 from fwl_export.parity.drift import FREE_RUNNING, LOGITS, RunDrift, measure_drift
+from fwl_export.parity.report.data import Report
 from fwl_export.parity.schedule import ROWS, Schedule
 from fwl_export.precision.policy import PrecisionPolicy, parts, streaming_model
 from fwl_export.runtimes.session import Session, SessionSpec
@@ -87,6 +92,7 @@ class Exploration:
       everything: Distance with all parts quantized.
       confirmed: Distance under the policy over the longer text, by runtime.
       runs: Number of models that were measured.
+      checked: Report of a check of the policy, or None if it was not checked.
     """
 
     policy: PrecisionPolicy
@@ -94,10 +100,14 @@ class Exploration:
     everything: Distance
     confirmed: Mapping[str, Distance]
     runs: int
+    checked: Report | None = None
 
 
 # Opens sessions of the model under a policy in other runtimes, by name, to measure them too.
 OpenOthers = Callable[[PrecisionPolicy], Mapping[str, Session]]
+
+# Checks the model under a policy; None if it cannot be checked.
+CheckPolicy = Callable[[PrecisionPolicy], Report | None]
 
 
 class Explorer:
@@ -132,6 +142,7 @@ class Explorer:
         tokens: int = 300,
         confirm_tokens: int = 2000,
         open_others: OpenOthers = lambda policy: {},
+        check_policy: CheckPolicy = lambda policy: None,
     ) -> Exploration:
         """Find the policy that keeps the fewest parts in float32.
 
@@ -139,9 +150,10 @@ class Explorer:
           tokens: Tokens to read in each run of the search.
           confirm_tokens: Tokens to read in the last run, which confirms the policy.
           open_others: Opens sessions in other runtimes for the last run, see `OpenOthers`.
+          check_policy: Checks a policy that is within the limits, which it must pass.
 
         Raises:
-          ConfigError: The model in float32 is itself outside the limits.
+          ConfigError: The model in float32 is itself outside the limits, or fails the check.
           TokenError: The text is too short.
         """
         for length in (tokens, confirm_tokens):  # fails at once if the text is too short
@@ -151,8 +163,10 @@ class Explorer:
             ranked = sorted(self._names, key=lambda n: alone[n].kl, reverse=True)
             excluded = self._fewest(ranked, everything, tokens)
             excluded = self._without_needless(excluded, tokens)
-            policy, confirmed = self._confirm(excluded, ranked, confirm_tokens, open_others)
-        measured = {
+            policy, confirmed, checked = self._confirm(
+                excluded, ranked, confirm_tokens, open_others, check_policy
+            )
+        measured: dict[str, Any] = {
             "limits": asdict(self._limits),
             "tokens": tokens,
             "confirm_tokens": confirm_tokens,
@@ -160,8 +174,13 @@ class Explorer:
             "all_lowered": asdict(everything),
             "lowered_alone": {name: asdict(alone[name]) for name in ranked},
         }
+        if checked is not None:
+            measured["check"] = {
+                "uses": {candidate.name: candidate.use for candidate in checked.candidates},
+                "coverage": checked.coverage,
+            }
         policy = replace(policy, measured=measured)
-        return Exploration(policy, alone, everything, confirmed, self._runs)
+        return Exploration(policy, alone, everything, confirmed, self._runs, checked)
 
     def _sensitivities(self, tokens: int) -> tuple[Distance, dict[str, Distance]]:
         """Return the distance with all parts quantized, and those with one part, by its name."""
@@ -208,21 +227,29 @@ class Explorer:
         return excluded
 
     def _confirm(
-        self, excluded: list[str], ranked: Sequence[str], tokens: int, open_others: OpenOthers
-    ) -> tuple[PrecisionPolicy, dict[str, Distance]]:
-        """Return the policy, with as many more parts excluded as the longer text needs."""
+        self,
+        excluded: list[str],
+        ranked: Sequence[str],
+        tokens: int,
+        open_others: OpenOthers,
+        check_policy: CheckPolicy,
+    ) -> tuple[PrecisionPolicy, dict[str, Distance], Report | None]:
+        """Return the policy, with as many more parts excluded as longer text and check need."""
         while True:
             policy = self._policy(excluded)
             self._say(f"confirming over {tokens} tokens with {len(excluded)} parts excluded")
             others = open_others(policy)
             found = self._measure({"PyTorch": policy}, tokens, others)
-            left = [name for name in ranked if name not in excluded]
+            problem = f"is outside the limits over {tokens} tokens; give larger limits"
             if all(d.use(self._limits) <= 1 for d in found.values()):
-                return policy, found
+                self._say(f"checking with {len(excluded)} parts excluded")
+                report = check_policy(policy)
+                if report is None or report.passed:
+                    return policy, found, report
+                problem = f"fails `check`: {report.problems()[0]}"
+            left = [name for name in ranked if name not in excluded]
             if not left:
-                raise ConfigError(
-                    f"even float32 is outside the limits over {tokens} tokens; give larger limits"
-                )
+                raise ConfigError(f"even float32 {problem}")
             excluded = [*excluded, left[0]]
 
     def _policy(self, excluded: Sequence[str]) -> PrecisionPolicy:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +34,11 @@ class _Kind(NamedTuple):
     expected: str
 
 
+_YES_OR_NO = _Kind((bool, np.bool_), "True or False")
 _NAME = _Kind((str,), "a name in quotes")
 _NAME_OR_NONE = _Kind((str, type(None)), "a name in quotes, or None")
 
-# The arguments of `open_session` that are not numbers.
+# Arguments of `open_session`, and of a session's methods, that are neither numbers nor arrays.
 _KINDS = {
     "bundle": _Kind((str, Path, Bundle), "the path of a folder, or what read_bundle returns"),
     "runtime": _NAME,
@@ -44,24 +46,32 @@ _KINDS = {
     "plugin": _Kind((str, Path), "auto, none, required, or the path of a library"),
     "device": _NAME_OR_NONE,
     "variant": _NAME_OR_NONE,
-    "cuda_graph": _Kind((bool,), "True or False"),
+    "cuda_graph": _YES_OR_NO,
+    "learn": _YES_OR_NO,
+    "sampler": _Kind((Callable, type(None)), "a Sampler, or None"),  # type: ignore[arg-type]
+    "path": _Kind((str, os.PathLike), "the path of a file"),
+    "compress": _NAME,
 }
 
 
-def check_open_arguments(threads: object, **arguments: object) -> None:
-    """Check the types of the arguments of `open_session`.
-
-    Args:
-      threads: Its argument of that name.
-      arguments: Its other arguments by name, other than `batch` and the limits.
+def check_types(**arguments: object) -> None:
+    """Check the types of some arguments, each a key of the table above.
 
     Raises:
-      ConfigError: An argument has the wrong type, or `threads` is out of range.
+      ConfigError: An argument has the wrong type.
     """
     for name, value in arguments.items():
         kind = _KINDS[name]
         if not isinstance(value, kind.types):
             raise ConfigError(f"{name} is {shown(value)}; expected {kind.expected}")
+
+
+def check_threads(threads: object) -> None:
+    """Check a number of threads inside one operator, or None.
+
+    Raises:
+      ConfigError: It is not a whole number, or out of range.
+    """
     if threads is None:
         return
     count = whole_number(threads)
@@ -94,10 +104,7 @@ def checked_rows(rows: Sequence[int], batch: int) -> list[int]:
     Raises:
       ShapeError: A row does not exist or is named twice, or there are none.
     """
-    try:
-        given = list(rows)
-    except TypeError:
-        raise ShapeError(f"rows is {shown(rows)}; expected a list of row numbers") from None
+    given = checked_list("rows", rows)
     chosen = [number for number in map(whole_number, given) if number is not None]
     if len(chosen) < len(given):
         raise ShapeError(f"rows are {shown(given)}; expected whole numbers")
@@ -107,6 +114,36 @@ def checked_rows(rows: Sequence[int], batch: int) -> list[int]:
     if len(set(chosen)) < len(chosen) or not chosen:
         raise ShapeError(f"rows are {shown(chosen)}; expected one or more rows, each once")
     return chosen
+
+
+def checked_list(name: str, values: Iterable[Any]) -> list[Any]:
+    """Return several values as a list.
+
+    Raises:
+      ShapeError: They are not several.
+    """
+    try:
+        return list(values)
+    except TypeError:
+        raise ShapeError(f"{name} is {shown(values)}; expected a list of whole numbers") from None
+
+
+def checked_array(name: str, values: npt.ArrayLike) -> Array:
+    """Return values as an array of whatever type they have.
+
+    Args:
+      name: Name of the argument in the message.
+      values: What the caller gave.
+
+    Raises:
+      ShapeError: The rows have different lengths.
+    """
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise ShapeError(
+            f"{name} are rows of different lengths; pad them, and pass lengths"
+        ) from None
 
 
 def checked_numbers(name: str, values: npt.ArrayLike) -> Array:
@@ -119,10 +156,7 @@ def checked_numbers(name: str, values: npt.ArrayLike) -> Array:
     Raises:
       ShapeError: The rows have different lengths, or the values are not real numbers.
     """
-    try:
-        given = np.asarray(values)
-    except ValueError:
-        raise ShapeError(f"{name} has rows of different lengths; pad them") from None
+    given = checked_array(name, values)
     if given.dtype.kind not in "biuf":
         raise ShapeError(f"{name} is {given.dtype}; expected real numbers")
     with np.errstate(over="ignore"):  # infinite values are refused afterwards

@@ -11,7 +11,7 @@ from fwl_export.bundle.defaults import DEFAULT_MAX_LEARNING_WEIGHT
 from fwl_export.bundle.manifest import Bundle, read_bundle
 from fwl_export.deprecations import renamed_arguments
 from fwl_export.runtimes import registry
-from fwl_export.runtimes.arguments import check_open_arguments, checked_batch
+from fwl_export.runtimes.arguments import check_threads, check_types, checked_batch
 from fwl_export.runtimes.limits import LearningLimits
 from fwl_export.runtimes.registry import Options
 from fwl_export.runtimes.session import Session, SessionSpec
@@ -81,8 +81,7 @@ def open_session(
       PluginError: The plugin library is required and missing, or cannot be loaded.
       MissingDependencyError: The runtime's package is not installed, or not for that device.
     """
-    check_open_arguments(
-        threads,
+    check_types(
         bundle=bundle,
         runtime=runtime,
         precision=precision,
@@ -91,6 +90,7 @@ def open_session(
         variant=variant,
         cuda_graph=cuda_graph,
     )
+    check_threads(threads)
     rows = checked_batch(batch)  # before the model is loaded, which takes seconds
     limits = LearningLimits(max_learning_weight, max_update_norm)
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))

@@ -19,9 +19,13 @@ from fwl_export.bundle.state_file import SavedState
 from fwl_export.errors import ConfigError, NotFiniteError, ShapeError, StateError, TokenError
 from fwl_export.runtimes import limits as learning
 from fwl_export.runtimes.arguments import (
+    check_types,
+    checked_array,
     checked_batch,
+    checked_list,
     checked_numbers,
     checked_rows,
+    shown,
     whole_number,
 )
 from fwl_export.runtimes.base import Call, Runner
@@ -178,8 +182,9 @@ class Session:
             padding, and may hold any number. None means T for all rows.
           last_only: Return only the logits after each row's last token, which saves a product with
             the vocabulary at every other position.
-          logit_positions: [B, P] or [P] integers, 0 to T - 1: return only the logits after these
-            tokens of each row, in this order; a position may be named twice. It saves as much.
+          logit_positions: [B, P] integers, or [P] if the session has one row, 0 to T - 1: return
+            only the logits after these tokens of each row, in this order; a position may be named
+            twice. It saves as much.
 
         Returns:
           Logits [B, T, V] float32, unnormalized: entry t predicts the token after token t. Zeros
@@ -391,23 +396,30 @@ class Session:
             tokens with `list` can show them as they come.
 
         Raises:
-          ConfigError: `count` is not a whole number of 0 or more.
+          ConfigError: `count` is not a whole number of 0 or more, or an argument has the wrong
+            type.
           ShapeError: The session has more than one row, or the prompt has the wrong shape.
           TokenError: A token of the prompt is out of range; see `feed`.
         """
-        if (whole_number(count) or 0) < 0 or whole_number(count) is None:
+        check_types(sampler=sampler, learn=learn)
+        most = whole_number(count)
+        if most is None or most < 0:
             raise ConfigError(f"count is {count!r}; expected a whole number of 0 or more tokens")
+        stops = [whole_number(token) for token in checked_list("stop_tokens", stop_tokens)]
+        if None in stops:
+            raise ShapeError(f"stop_tokens are {shown(stop_tokens)}; expected whole numbers")
         if self.batch != 1:
             raise ShapeError(f"generate needs a session of one row; this one has {self.batch} rows")
-        tokens = np.asarray(prompt)
-        return self._generate(tokens, count, sampler or Sampler(), stop_tokens, learn, on_token)
+        tokens = checked_array("prompt", prompt)
+        chosen = Sampler() if sampler is None else sampler
+        return self._generate(tokens, most, chosen, stops, learn, on_token)
 
     def _generate(
         self,
         tokens: Array,
         count: int,
         sampler: Sampler,
-        stop_tokens: Sequence[int],
+        stop_tokens: Sequence[int | None],
         learn: bool,
         on_token: Callable[[int], object],
     ) -> Iterator[int]:
@@ -591,11 +603,12 @@ class Session:
           Sizes in bytes, positions of the rows, and the error of the compression.
 
         Raises:
-          ConfigError: There is no such compression.
+          ConfigError: There is no such compression, or an argument has the wrong type.
           ShapeError: A row does not exist or is named twice, or there are none.
           StateError: The state has NaN or infinite values.
           OSError: The file cannot be written; what was at `path` is as before.
         """
+        check_types(path=path, compress=compress)
         state = self.read_rows(range(self.batch) if rows is None else rows)
         return state_file.save_state(Path(path), self.specs, state, self.model_id, compress)
 
@@ -607,12 +620,14 @@ class Session:
           rows: Rows that take the file's rows, in this order and as many; None means all rows.
 
         Raises:
+          ConfigError: `path` is not a path.
           StateError: The file is not a state file, is damaged or was changed, comes from another
             model, or stands at a position that the model cannot reach.
           ShapeError: The file has another number of rows, or a row does not exist.
           OSError: The file cannot be read.
         """
         chosen = self._checked_rows(range(self.batch) if rows is None else rows)
+        check_types(path=path)
         state = state_file.load_state(
             Path(path), self.specs, self.model_id, len(chosen), self.max_positions
         )
@@ -651,12 +666,7 @@ class Session:
         )
 
     def _checked_ids(self, tokens: npt.ArrayLike) -> Array:
-        try:
-            ids = np.asarray(tokens)
-        except ValueError:
-            raise ShapeError(
-                "tokens are rows of different lengths; pad them, and pass lengths"
-            ) from None
+        ids = checked_array("tokens", tokens)
         if ids.ndim == 1 and self.batch == 1:
             ids = ids[None]
         if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] < 1:
@@ -698,7 +708,9 @@ class Session:
                 "last_only and logit_positions were both given; each says whose logits to return, "
                 "so give only one"
             )
-        wanted = np.asarray(logit_positions)
+        wanted = checked_array("logit_positions", logit_positions)
+        if wanted.dtype.kind not in "iu":
+            raise TokenError(f"logit_positions are {wanted.dtype}; expected whole numbers")
         if wanted.ndim == 1 and self.batch == 1:
             wanted = wanted[None]
         if wanted.ndim != 2 or len(wanted) != self.batch or not wanted.size:
@@ -706,10 +718,10 @@ class Session:
                 f"logit_positions have shape {list(wanted.shape)}; expected [{self.batch}, P] with "
                 "P of 1 or more"
             )
-        if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= size:
+        if wanted.min() < 0 or wanted.max() >= size:
             raise TokenError(
-                f"logit_positions are {wanted.dtype} from {wanted.min()} to {wanted.max()}; "
-                f"expected whole numbers from 0 to {size - 1}"
+                f"logit_positions are from {wanted.min()} to {wanted.max()}; expected 0 to "
+                f"{size - 1}"
             )
         return wanted.astype(np.int64)
 
@@ -720,10 +732,7 @@ class Session:
     def _checked_lengths(self, lengths: npt.ArrayLike | None, size: int) -> list[int]:
         if lengths is None:
             return [size] * self.batch
-        try:
-            counts = np.asarray(lengths)
-        except ValueError:
-            raise ShapeError("lengths are nested; expected one whole number for each row") from None
+        counts = checked_array("lengths", lengths)
         if counts.shape != (self.batch,) or not np.issubdtype(counts.dtype, np.integer):
             raise ShapeError(
                 f"lengths are {counts.dtype} {list(counts.shape)}; expected {self.batch} whole "

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fwl_export.bundle.state import Array, State
 from fwl_export.errors import ShapeError, TokenError
-from fwl_export.runtimes.arguments import checked_numbers, shown, whole_number
+from fwl_export.runtimes.arguments import checked_array, checked_numbers, shown, whole_number
 from fwl_export.runtimes.session import Session
 
 
@@ -129,20 +129,21 @@ class Slots:
         tokens: Mapping[int, npt.ArrayLike],
         label_weights: Mapping[int, npt.ArrayLike] | None,
     ) -> dict[int, Array]:
-        for name, value in (("tokens", tokens), ("label_weights", label_weights or {})):
+        chosen = {} if label_weights is None else label_weights
+        for name, value in (("tokens", tokens), ("label_weights", chosen)):
             if not isinstance(value, Mapping):
                 raise ShapeError(f"{name} is {shown(value)}; expected a mapping by slot")
         given = {slot: self._checked_ids(slot, ids) for slot, ids in tokens.items()}
         if not given:
             raise ShapeError("tokens is empty; expected token ids for at least one slot")
-        if others := set(label_weights or {}) - set(given):
+        if others := set(chosen) - set(given):
             raise ShapeError(f"label_weights names {shown(others)}, but tokens does not")
         shape = (self.session.batch, max(map(len, given.values())))
         batch, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         lengths = np.zeros(shape[0], np.int64)
         for slot, ids in given.items():
             batch[slot, : len(ids)], lengths[slot] = ids, len(ids)
-            weight = checked_numbers("label_weights", (label_weights or {}).get(slot, 1.0))
+            weight = checked_numbers("label_weights", chosen.get(slot, 1.0))
             if weight.shape not in ((), ids.shape):
                 raise ShapeError(
                     f"label_weights of slot {slot} have shape {list(weight.shape)}; expected "
@@ -154,10 +155,7 @@ class Slots:
 
     def _checked_ids(self, slot: int, tokens: npt.ArrayLike) -> Array:
         self._check(slot)
-        try:
-            ids = np.asarray(tokens)
-        except ValueError:
-            raise ShapeError(f"tokens of slot {slot} are nested; expected [T]") from None
+        ids = checked_array(f"tokens of slot {slot}", tokens)
         if ids.ndim != 1 or not len(ids):
             raise ShapeError(f"tokens of slot {slot} have shape {list(ids.shape)}; expected [T]")
         # Checked per slot, since dtypes differ: an id beyond int64 would not fit the batch.

@@ -16,15 +16,16 @@ import torch
 from fwl_export.bisect import Bisection, bisect_bundle
 from fwl_export.bisect.expose import Probe, open_probe
 from fwl_export.bundle.manifest import GRAPH_FILE, read_bundle, write_manifest
-from fwl_export.errors import BundleError, ConfigError
+from fwl_export.errors import BundleError, ConfigError, ReportError
 from fwl_export.model import traced_graph as graphs
 from fwl_export.parity import check_bundle, choose_cases
 from fwl_export.parity.candidates import Candidate
 from fwl_export.runtimes import Session, open_session
 from tests.bundles import MAX_TOKENS, VOCABULARY
-from tests.parity import faults
+from tests.parity import faults, session_faults
 from tests.parity.faults import broken_bundle
 from tests.parity.planted import PLANTED, TABLE, table
+from tests.parity.session_faults import SessionFault
 
 TEXT = np.random.default_rng(0).integers(0, VOCABULARY, 600)
 TOKENS = 120
@@ -334,3 +335,65 @@ def test_a_constant_of_no_dtype(dtype: str) -> None:
     sources = {"x": graphs.Source("constant", "x", [1.0], dtype)}
     with pytest.raises(BundleError, match="which does not exist; export the model again"):
         graphs.TracedGraph(sources, [], {}).run({}, {}, torch.float64)
+
+
+def of_good_bundle(bundle: Path, **changed: Any) -> dict[str, Any]:
+    """Return the report of a check that passed, with some fields of its first tensor changed."""
+    report = check_bundle(
+        read_bundle(bundle), TEXT, 40, candidates=CANDIDATE, cases="text"
+    ).to_dict()
+    report["candidates"][0]["status"] = "outside"
+    report["candidates"][0]["runs"][0]["tensors"][0].update(changed)
+    return report
+
+
+def test_what_check_reported_and_bisect_cannot_explain_is_said(tiny_bundle: Path) -> None:
+    report = of_good_bundle(tiny_bundle, uses=[0.5, 7.0, 3.0])
+    result = bisect_bundle(read_bundle(tiny_bundle), TEXT, CANDIDATE, report=report)
+    assert (result.finding, result.exit_code) == (None, 3)
+    text = result.to_text()
+    assert "NOT FOUND  check fails: 'logits' is at 7 times its budget in case 'text'" in text
+    assert "are within their budgets; bisect cannot explain the failure" in text
+    assert result.to_dict()["found"] is False
+    assert result.to_dict()["check"].startswith("'logits' is at 7 times")
+
+
+def test_a_report_of_something_else_is_refused(tiny_bundle: Path, anchored_bundle: Path) -> None:
+    report = of_good_bundle(tiny_bundle)
+    with pytest.raises(ReportError, match=r"made with the model .*give the bundle that the report"):
+        bisect_bundle(read_bundle(anchored_bundle), TEXT, CANDIDATE, report=report)
+    with pytest.raises(ReportError, match=r"is about onnxruntime:no-plugin, not about onnx-refere"):
+        bisect_bundle(read_bundle(tiny_bundle), TEXT, "onnx-reference", report=report)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "note"),
+    [
+        (SessionFault(before=session_faults.last_position(1)), "selection", "other positions"),
+        (SessionFault(write=session_faults.keeps("pending.")), "rows", "reset"),
+        (SessionFault(session_faults.noise(4)), "unrepeatable", "depends on something else"),
+        (
+            SessionFault(session_faults.leaks("", 2, 1e-2)),
+            "isolation",
+            "alone in a session each is right",
+        ),
+        (
+            SessionFault(session_faults.adds("fast.up.bias", lambda made: made.tokens > 2)),
+            "state",
+            "the session holds another one",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_fault_of_the_session_is_named(
+    fault: SessionFault, kind: str, note: str, tiny_bundle: Path
+) -> None:
+    with fault.planted():
+        result = bisect_bundle(
+            read_bundle(tiny_bundle), TEXT, CANDIDATE, 60, cases="text,mixed5@60"
+        )
+    found = result.finding
+    assert found is not None
+    assert (found.kind, found.fault) == (kind, "runtime"), result.to_text()
+    assert note in found.note
+    assert "the runtime: the ONNX file says otherwise" in result.to_text()

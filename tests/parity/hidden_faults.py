@@ -192,12 +192,12 @@ def _of_logits(sizes: Sizes) -> dict[str, Hidden]:
         "stale logits where T shrinks": Hidden(
             SessionFault(faulty.stale_logits),
             _rows(2, reads(7, 4), about="T shrinks"),
-            ("selection",),
+            ("unrepeatable",),
         ),
         "logits of one array, which the next call overwrites": Hidden(
             SessionFault(faulty.one_array_of_logits),
             _rows(1, reads(3, 3), about="logits are kept until the next call"),
-            ("selection",),
+            ("unrepeatable",),
         ),
     }
 

@@ -1,9 +1,9 @@
 """The planted faults: which tensor `check` catches each by, and where `bisect` locates it.
 
 `python -m tests.parity.planted` writes the table that ships with the package,
-fwl_export/parity/FAULTS.md. With `--measure BUNDLE` it first runs `check` and `bisect`, as they are
-by default, on a bundle with each hidden fault. That takes about a minute per fault; `--only` names
-those to measure, by a regular expression, and other results are kept.
+fwl_export/parity/FAULTS.md. With `--measure` it first runs `check` and `bisect` on a small model
+with each hidden fault. That takes about half a minute per fault; `--only` names those to measure,
+by a regular expression, and other results are kept.
 """
 
 from __future__ import annotations
@@ -220,11 +220,12 @@ def _hidden_table() -> list[str]:
         "## Faults that hide",
         "",
         "Each shows under one kind of use only, and there its error is at least a hundred times",
-        "that of rounding, which a test confirms. The results are those of `check` and `bisect` as",
-        "they are by default, on the demo bundle: the largest use of a budget and the first place",
-        "outside its budget, and what `bisect` finds. A fault of the file is *located* if that is",
-        "one of the changed nodes and the file is blamed; a fault of the runtime, if that is what",
-        "it does wrong and the runtime is blamed.",
+        "that of rounding, which a test confirms. The results are those of `check`, which was",
+        "stopped after the first case that fails, and of `bisect`, with their default candidates,",
+        "cases and budgets. The model is tiny, but its largest call, window, anchors and number of",
+        "token ids are those of the demo model, so the calls are the same. A fault of the file is",
+        "*located* if one of the changed nodes is named and the file is blamed; a fault of the",
+        "runtime, if what it does wrong is named and the runtime is blamed.",
         "",
         "| fault | shown by | found by `check` | located by `bisect` |",
         "|---|---|---|---|",
@@ -247,10 +248,9 @@ if __name__ == "__main__":
     from tests.parity.measure_faults import measure
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", type=Path, metavar="BUNDLE")
+    parser.add_argument("--measure", action="store_true")
     parser.add_argument("--only", default="", metavar="REGEX")
-    parser.add_argument("--skip-bisect", action="store_true")
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.measure, arguments.only, MEASURED, not arguments.skip_bisect)
+        measure(arguments.only, MEASURED)
     TABLE.write_text(table(), encoding="utf-8")

@@ -265,11 +265,20 @@ def spare_rows_of_length_0(made: Made) -> None:
 
 
 def leaks(tensor: str, least_rows: int, share: float) -> Change:
-    """Add a share of each row's state to the next row, in batches of `least_rows` and more."""
+    """Add a share of each row's state to the next row, in batches of `least_rows` and more.
+
+    Args:
+      tensor: Name of the tensor, or the beginning of the names of several.
+      least_rows: Smallest batch in which that happens.
+      share: Share of the row before that is added.
+    """
 
     def change(made: Made) -> None:
-        if made.rows >= least_rows:
-            made.after[tensor][1:] += share * made.after[tensor][:-1]
+        if made.rows < least_rows:
+            return
+        for name, array in made.after.items():
+            if name.startswith(tensor) and array.dtype.kind == "f":
+                array[1:] += share * array[:-1].copy()
 
     return change
 

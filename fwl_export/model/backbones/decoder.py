@@ -57,11 +57,12 @@ class Decoder(nn.Module):
           The hidden states, [B, T, width].
         """
         length = input_ids.shape[1]
-        window = self.config.window
+        # A window beyond the text would only make blocks of padding, as large as the config says.
+        window = min(self.config.window, length)
         x = self.embedding(F.pad(input_ids, (0, -length % window)))
         positions = torch.arange(x.shape[1], device=x.device)[None]
         rotary = self.rotary(positions, x.dtype)
-        mask = self._block_mask(x)
+        mask = self._block_mask(x, window)
         for block in self._blocks():
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, window, use_reentrant=False)
@@ -125,12 +126,11 @@ class Decoder(nn.Module):
         angle = phase.to(angle_type) * (2 * math.pi / ROTARY_PERIOD)
         return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
 
-    def _block_mask(self, x: Tensor) -> Tensor:
+    def _block_mask(self, x: Tensor, window: int) -> Tensor:
         """Return the attention mask of blocks of queries, [1, 1, blocks, window, 2 * window].
 
         A block of queries sees keys of the block before and of its own; the first has none before.
         """
-        window = self.config.window
         query = torch.arange(window, device=x.device)[:, None] + window
         key = torch.arange(2 * window, device=x.device)
         allowed = (key <= query) & (key > query - window)

@@ -205,6 +205,9 @@ def _check(
 ) -> Mapping[str, Any]:
     """Check the candidates until a case fails; returns the data of the report."""
     names = [each.name for each in candidates]
+    first = candidates[0]
+    if session is None and first != parse_candidate(first.name):
+        session = first.open(bundle, 1, 1)  # with a plugin library that its name does not say
     report = check_bundle(
         bundle,
         planned.ids,

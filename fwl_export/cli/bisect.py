@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fwl_export.parity import Candidate
 
 # Repeated here because `fwl_export.bisect` loads NumPy; a test compares the two.
-DEFAULT_TOKENS = 1152
+DEFAULT_TOKENS = 576
 DEFAULT_CASES = ",".join(CASES)
 
 _GRAPH_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if runtime.runs_graph)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fwl_export.bundle.manifest import Bundle
     from fwl_export.parity import Report
 
-DEFAULT_TOKENS = 1152
+DEFAULT_TOKENS = 576
 
 _JUDGING = "Options of the verdict"
 

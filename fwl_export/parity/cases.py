@@ -117,8 +117,8 @@ def choose_cases(
     Args:
       cases: Names, such as "text,decode@5000" or a list of such names; "mixed" stands for mixed1 to
         mixed8. Cases that an earlier call returned are kept as they are.
-      tokens: Tokens to read of the text. No other case is longer than twice this number, unless
-        it is named with a number.
+      tokens: Tokens to read of the text. No other case is longer than four times this number,
+        unless it is named with a number.
       limits: Limits of the model, or only the largest T of a call.
       seed: Seed of the calls, on which the length of some cases depends.
       all_ids: Whether case "long" reads every token id, however many there are.
@@ -170,7 +170,7 @@ def _with_tokens(case: Case, tokens: int, limits: ModelLimits, seed: int, all_id
     elif case.name == LONG and all_ids:
         wanted = limits.vocab_size + 1
     else:
-        wanted = min(case.tokens or _usual_tokens(case, limits, seed), 2 * tokens)
+        wanted = min(case.tokens or _usual_tokens(case, limits, seed), LONGEST_CASE * tokens)
     limit = limits.max_positions if case.name in (TEXT, DECODE) else 0
     return replace(case, tokens=min(wanted, limit) if limit else wanted)
 
@@ -355,13 +355,15 @@ _Maker = Callable[
 
 def _mixed(
     rng: np.random.Generator, ids: Array, case: Case, limits: ModelLimits, seed: int
-) -> Iterator[Callable[[Array], _Plan]]:
+) -> Iterator[_Plan | Callable[[Array], _Plan]]:
     """Yield the calls of the covering design with this case's number of rows."""
     vocabulary = limits.vocab_size or int(ids.max()) + 1
     designed = design.covering_design(limits.max_tokens, seed)
     calls = [entry for entry in designed if entry[0].rows == case.rows]
     if sum(size for _, size in calls) > case.tokens:  # cut where it costs the fewest calls
         calls.sort(key=lambda entry: entry[1])
+    if case.rows == max(design.ROWS):  # the design bounds B times T; this call has the most of both
+        yield _Plan(np.full(case.rows, limits.max_tokens), last_only=True, forced=False)
     compared = 0
     for number, (setting, size) in enumerate(calls):
         # What a call does to a row is compared before the row is reset or replaced.
@@ -630,6 +632,7 @@ def _again(
         )
 
 
+LONGEST_CASE = 4  # times the tokens of the text; without a number, no case is longer
 _LARGEST_STEP = 9.99  # weight times scale; sessions refuse more than 10
 _COMPARED_AFTER = 5  # calls after which states are compared again
 _AROUND = 24  # tokens before and after an anchor that are decoded one by one

@@ -20,7 +20,15 @@ from fwl_export.errors import ShapeError
 from fwl_export.machine import installed_versions, processor_name
 from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
-from fwl_export.parity.cases import AGAIN, CASES, Case, ModelLimits, choose_cases, plan_calls
+from fwl_export.parity.cases import (
+    AGAIN,
+    CASES,
+    LONGEST_CASE,
+    Case,
+    ModelLimits,
+    choose_cases,
+    plan_calls,
+)
 from fwl_export.parity.coverage import Coverage
 from fwl_export.parity.drift import (
     FREE_RUNNING,
@@ -45,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 CANDIDATES = "onnxruntime"
 BOTH_PATHS = "onnxruntime:plugin,onnxruntime:no-plugin"
-DEFAULT_TOKENS = 1152
+DEFAULT_TOKENS = 576
 DEFAULT_CASES = ",".join(case.name for case in CASES)
 
 # Two readings of the same calls may differ by this multiple of the first one's distance from the
@@ -377,7 +385,7 @@ def _say_what_ran(coverage: Coverage, lineup: _Lineup, chosen: Sequence[Case], t
     if missing:
         coverage.left_out.append(f"cases {', '.join(missing)}")
     if tokens < DEFAULT_TOKENS:
-        coverage.left_out.append(f"what takes more than {2 * tokens} tokens")
+        coverage.left_out.append(f"what takes more than {LONGEST_CASE * tokens} tokens")
 
 
 def _verdicts(

@@ -23,7 +23,7 @@ _COVERAGE = Coverage(
     ["some runtime"],
     ["cases mixed8, far", "what takes more than 100 tokens"],
 )
-for _case in choose_cases("mixed,long,decode", 1152, _LIMITS):
+for _case in choose_cases("mixed,long,decode", 576, _LIMITS):
     for _call in _case.calls(np.arange(100), _LIMITS, 0):
         _COVERAGE.add(_call, [99_999] * len(_call.ids))
 COVERAGE = _COVERAGE.to_dict()

@@ -15,7 +15,10 @@ from onnx import TensorProto, helper
 
 from attacks.common import Place, run
 from fwl_export.bisect import reproduce
+from fwl_export.bisect.steps import Outside
 from fwl_export.parity.candidates import Candidate
+from fwl_export.parity.compare import Error
+from fwl_export.parity.tolerances import Budget
 
 
 def attack(place: Place) -> str:
@@ -30,10 +33,8 @@ def attack(place: Place) -> str:
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    budget = types.SimpleNamespace(max_abs=0.0)
-    located = types.SimpleNamespace(
-        tensor=name, nodes=[node], inputs=["x"], outside=types.SimpleNamespace(budget=budget)
-    )
+    outside = Outside(Error(1.0, 1.0, 1.0, None), Budget(0.0, 0.0))
+    located = types.SimpleNamespace(tensor=name, nodes=[node], inputs=["x"], outside=outside)
     folder = place.bundle.with_name("reproducer")
     folder.mkdir()
     wrong, right = np.ones(1, np.float32), np.zeros(1)

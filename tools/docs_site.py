@@ -276,7 +276,8 @@ def c_page(header: str) -> str:
     overview, rest = re.fullmatch(r"/\*(.*?)\*/(.*)", header.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
     lines += [*_prose(overview), ""]
     for comment, code in _declarations(rest):
-        names = re.findall(r"\b(?:FWL_ABI_VERSION|fwl_\w+)(?=\s*\(|;|\s+\d)", code)
+        bare = re.sub(r"/\*.*?\*/", "", code, flags=re.DOTALL)
+        names = re.findall(r"\b(?:FWL_ABI_VERSION|fwl_\w+)(?=\s*\(|;|\s+\d)", bare)
         if not names:
             continue
         title = ", ".join(f"`{name}`" for name in dict.fromkeys(names))

@@ -324,14 +324,14 @@ def _check_origin(path: Path, metadata: Mapping[str, str], model_id: str) -> Non
     version = metadata.get("version")
     if version not in ("1", str(VERSION)):
         raise StateError(
-            f"'{path}' is a state file of version {str(version)[:12]}, but this fwl-export reads "
+            f"'{path}' is a state file of version {brief(version)}, but this fwl-export reads "
             f"versions 1 to {VERSION}; update fwl-export, or save the state again"
         )
     if metadata.get("model_id") != model_id:
         raise StateError(
             f"'{path}' was saved from another model (its model_id is "
-            f"{str(metadata.get('model_id'))[:12]}…, this bundle's is {model_id[:12]}…); only the "
-            "model that wrote a state can load it, at the same precision"
+            f"{brief(metadata.get('model_id'))[:12]}…, this bundle's is {model_id[:12]}…); only "
+            "the model that wrote a state can load it, at the same precision"
         )
     compress = metadata.get("compress")
     if compress not in COMPRESSIONS or "tokens" not in metadata:

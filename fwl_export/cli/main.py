@@ -89,7 +89,9 @@ def main() -> None:
             if error.filename is None and error.errno is None:
                 raise
             # What is written to files names them, see `files.named_errors`.
-            where = f"'{error.filename}'" if error.filename else "standard output"
+            where = "standard output"
+            if error.filename not in (None, where):
+                where = f"'{error.filename}'"
             full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
             named = f"{error.strerror or error}: {where}"
             _fail(logger, named if error.filename or full else f"{error}")

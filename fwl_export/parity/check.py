@@ -131,12 +131,12 @@ def check_bundle(
     ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
     calls = plan_calls(chosen, ids, limits, seed)
     bundle.model_files()
-    horizon_tokens = model_horizon(bundle)
     coverage = Coverage(limits, threads=[str(threads)])
     with torch_threads(threads):
         if candidates is None:
             candidates = default_candidates()
         lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
+        horizon_tokens = model_horizon(bundle)
         _log.info("comparing with %s: %s", reference, ", ".join(c.name for c in lineup.candidates))
         measured: list[_Measured] = []
         for case in chosen:

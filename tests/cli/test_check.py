@@ -118,7 +118,7 @@ def test_standard_output_that_is_full_is_not_a_verdict(
 def test_all_ids_are_read_on_request(
     own_bundle: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ("--text", text, "--tokens", 20, "--cases", "long", "--candidates", "onnxruntime")
+    given = ("--text", text, "--tokens", 10, "--cases", "long", "--candidates", "onnxruntime")
     some = run(capsys, "check", own_bundle, *given)
     every = run(capsys, "check", own_bundle, *given, "--all-ids", "--json")
     assert "tried: token ids 40 of 64 read, 39 learned from" in some.out

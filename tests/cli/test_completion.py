@@ -40,7 +40,10 @@ def complete(
         ("fwl-export export de", ["demo"]),
         ("fwl-export precision demo --target i", ["int8w"]),
         ("fwl-export read b f --compress l", ["lowrank"]),
-        ("fwl-export check b --cases text,m", ["text,mixed"]),
+        (
+            "fwl-export check b --cases text,m",
+            ["text,mixed1", "text,mixed2", "text,mixed5", "text,mixed8"],
+        ),
         ("fwl-export check b --candidates torch,onnx-", ["torch,onnx-reference"]),
         ("fwl-export bisect b --candidate onnx-", ["onnx-reference"]),
         # Nothing offered: the shell completes paths.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from fwl_export.bundle import state as states
 from fwl_export.bundle.state import Array
+from fwl_export.errors import NotFiniteError
 from fwl_export.runtimes import Session
 
 # A step acts on a session, draws from the generator, and appends the logits to the list.
@@ -47,7 +49,11 @@ class Usage:
           right: The same without the fault.
           exact: PyTorch in float64.
         """
-        found, usual, expected = (self.results(s) for s in (faulty, right, exact))
+        usual, expected = self.results(right), self.results(exact)
+        try:
+            found = self.results(faulty)
+        except NotFiniteError:  # as wrong as a result can be
+            return math.inf
         ratios = [
             _distance(found[name], expected[name])
             / max(_distance(usual[name], expected[name]), _ROUNDING)

@@ -344,8 +344,8 @@ void check_metadata(const StateFile& file, const std::string& path, const Bundle
                                        "', but this libfwl reads versions 1 and " + kVersion +
                                        "; update libfwl, or save the state again");
   }
-  if (version == kVersion && !file.metadata("sha256")) {
-    file.damaged("it has no sha256");
+  if ((version == kVersion) != file.metadata("sha256").has_value()) {
+    file.damaged("a file of version 2 has a sha256, and one of version 1 has none");
   }
   const std::string compress = file.metadata("compress").value_or("");
   if (compress != "none" && compress != "fp16" && compress != "lowrank") {

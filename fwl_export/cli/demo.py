@@ -113,12 +113,12 @@ def _summary(output: Path, play: Path, on: Score, off: Score) -> list[str]:
     report = _read_report(output)
     engines = [name for name in manifest.files if name.endswith(".engine")]
     state = sum(spec.bytes_per_row for spec in manifest.state)
-    tokens = report["settings"]["tokens"]
+    calls = report["coverage"]["calls"]
     return [
         f"bundle    {output}: ONNX opset {manifest.opset}, {manifest.precision}, state "
         f"{size(state)} per text",
         f"engines   {len(engines)} TensorRT-RTX, built here and not run: that takes a GPU",
-        f"parity    ONNX Runtime against PyTorch: {tokens} tokens, logits and every",
+        f"parity    ONNX Runtime against PyTorch: {calls} calls, logits and every",
         f"          state tensor within {_largest_use(report):.0%} of the error budget",
         f"reading   {play.name}, {on.tokens} tokens it never saw:",
         f"          perplexity {on.perplexity:.2f} adapting, {off.perplexity:.2f} with adaptation "

@@ -336,8 +336,8 @@ FWL_API fwl_status fwl_session_save_state(fwl_session* session, const char* path
                                           const size_t* rows, size_t count, fwl_error* error);
 
 /**
- * Loads the state of rows from a file that this library or Python saved, compressed or not. Sizes are
- * compared with the session before memory is taken, and the file's sha256 is checked.
+ * Loads the state of rows from a file that this library or Python saved, compressed or not. Sizes
+ * are compared with the session before memory is taken, and the file's sha256 is checked.
  *
  * @param session  The session.
  * @param path     Path of the file to read.

@@ -34,7 +34,7 @@ def test_a_full_disk_is_an_error_like_any_other(
     command = f"FWL inspect {tiny_bundle} {options} > {FULL}"
     done = shell(command, PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 1
-    assert done.stderr == "error: No space left on device: 'standard output'\n"
+    assert done.stderr == "error: No space left on device: standard output\n"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

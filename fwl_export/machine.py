@@ -27,6 +27,15 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def available_memory() -> int | None:
+    """Return how many bytes of memory programs can still take, or None where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
 def processor_name() -> str:
     """Return the processor's own name for itself, e.g. "AMD EPYC 7763 64-Core Processor"."""
     try:

@@ -141,6 +141,20 @@ def choose_cases(
     return list(chosen.values())
 
 
+def cases_with_rows(
+    chosen: Sequence[Case], rows: int, limits: ModelLimits, seed: int
+) -> list[Case]:
+    """Return the cases that need no more than a number of rows; case "far" does with any."""
+    fitting = []
+    for case in chosen:
+        if case.name == FAR and case.rows > rows:
+            smaller = replace(case, rows=rows)
+            fitting.append(replace(smaller, tokens=_usual_tokens(smaller, limits, seed)))
+        elif case.rows <= rows:
+            fitting.append(case)
+    return fitting
+
+
 def plan_calls(
     chosen: Sequence[Case], ids: Array, limits: ModelLimits, seed: int
 ) -> dict[str, Iterable[ScheduledCall]]:

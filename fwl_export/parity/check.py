@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ShapeError
-from fwl_export.machine import installed_versions, processor_name
+from fwl_export.machine import available_memory, installed_versions, processor_name
 from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
 from fwl_export.parity.cases import (
@@ -26,6 +26,7 @@ from fwl_export.parity.cases import (
     LONGEST_CASE,
     Case,
     ModelLimits,
+    cases_with_rows,
     choose_cases,
     plan_calls,
 )
@@ -54,6 +55,11 @@ _log = logging.getLogger(__name__)
 CANDIDATES = "onnxruntime"
 BOTH_PATHS = "onnxruntime:plugin,onnxruntime:no-plugin"
 DEFAULT_TOKENS = 576
+
+# Copies of the state in float32 that a check holds: buffers and copies of the reference, which are
+# in float64, and of PyTorch's own precision; then those of each candidate, in both modes.
+_STATES, _STATES_PER_CANDIDATE = 24, 8
+_SHARE_OF_MEMORY = 0.8
 DEFAULT_CASES = ",".join(case.name for case in CASES)
 
 # Two readings of the same calls may differ by this multiple of the first one's distance from the
@@ -137,6 +143,9 @@ def check_bundle(
             candidates = default_candidates()
         lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
         horizon_tokens = model_horizon(bundle)
+        wanted = chosen
+        chosen = cases_with_rows(chosen, _most_rows(bundle, lineup), limits, seed)
+        calls = plan_calls(chosen, ids, limits, seed)
         _log.info("comparing with %s: %s", reference, ", ".join(c.name for c in lineup.candidates))
         measured: list[_Measured] = []
         for case in chosen:
@@ -144,7 +153,7 @@ def check_bundle(
             verdicts = _verdicts(lineup, measured[-1:], horizon_tokens, table)
             if stop_early and not all(verdict.passed for verdict in verdicts):
                 break
-    _say_what_ran(coverage, lineup, chosen, tokens)
+    _say_what_ran(coverage, lineup, wanted, chosen, tokens)
     verdicts = _verdicts(lineup, measured, horizon_tokens, table)
     if baseline is not None:
         verdicts = compare_with_baseline(verdicts, baseline)
@@ -372,7 +381,23 @@ def default_candidates() -> str:
     return BOTH_PATHS if find_plugin(ONNXRUNTIME) else CANDIDATES
 
 
-def _say_what_ran(coverage: Coverage, lineup: _Lineup, chosen: Sequence[Case], tokens: int) -> None:
+def _most_rows(bundle: Bundle, lineup: _Lineup) -> int:
+    """Return how many rows fit into memory, in all sessions that make the same calls; 1 or more."""
+    memory = available_memory()
+    if memory is None:
+        return max(case.rows for case in CASES)
+    row = sum(spec.bytes_per_row for spec in bundle.manifest.state)
+    copies = _STATES + _STATES_PER_CANDIDATE * len(lineup.candidates)
+    return max(int(_SHARE_OF_MEMORY * memory) // (copies * row), 1)
+
+
+def _say_what_ran(
+    coverage: Coverage,
+    lineup: _Lineup,
+    wanted: Sequence[Case],
+    chosen: Sequence[Case],
+    tokens: int,
+) -> None:
     """Add to the coverage which paths ran, and what a full check would also have tried."""
     words = {"plugin": "plugin", "standard operators": "function body"}
     runtimes = [c.runtime for c in lineup.candidates if c.session]
@@ -384,6 +409,8 @@ def _say_what_ran(coverage: Coverage, lineup: _Lineup, chosen: Sequence[Case], t
     missing = [case.name for case in CASES if case.name not in {c.name for c in chosen}]
     if missing:
         coverage.left_out.append(f"cases {', '.join(missing)}")
+    if any(c.rows > max((case.rows for case in chosen), default=0) for c in wanted):
+        coverage.left_out.append("more rows than the free memory holds the state of")
     if tokens < DEFAULT_TOKENS:
         coverage.left_out.append(f"what takes more than {LONGEST_CASE * tokens} tokens")
 

@@ -11,7 +11,7 @@ import pytest
 import fwl_export.parity
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, MANIFEST_FILE, read_bundle, write_manifest
 from fwl_export.errors import BundleError, ReportError
-from fwl_export.parity import CASES, Report, check_bundle
+from fwl_export.parity import CASES, Report, check, check_bundle
 from fwl_export.parity.verdict import CandidateVerdict
 from fwl_export.runtimes import Session, open_session
 from tests.bundles import MAX_TOKENS, TINY, VOCABULARY
@@ -269,6 +269,25 @@ def test_a_file_that_was_changed_is_refused_before_anything_is_compared(own_bund
     with pytest.raises(BundleError, match=r"'model.onnx.data' in bundle"):
         check_bundle(read_bundle(own_bundle), TEXT, 20)
     assert (own_bundle / MANIFEST_FILE).is_file()
+
+
+def test_cases_of_more_rows_than_memory_holds_are_left_out_and_named(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = read_bundle(tiny_bundle)
+    row = sum(spec.bytes_per_row for spec in bundle.manifest.state)
+    monkeypatch.setattr(check, "available_memory", lambda: 3 * 32 * row / 0.8 + 1)
+    report = check_bundle(bundle, TEXT, 20, candidates="onnxruntime", cases="mixed,far")
+    assert [(run.case.name, run.case.rows) for run in report.cases] == [
+        ("mixed1", 1),
+        ("mixed2", 2),
+        ("far", 3),
+    ]
+    assert report.passed, report.problems()
+    assert report.coverage["rows"] == [1, 2, 3]
+    left_out = " ".join(report.coverage["left_out"])
+    assert "mixed5, mixed8" in left_out
+    assert "more rows than the free memory holds the state of" in left_out
 
 
 def test_the_same_seed_gives_the_same_numbers_and_a_report_replays(tiny_bundle: Path) -> None:

@@ -256,18 +256,18 @@ def _malformed(what: str) -> Iterator[None]:
         ) from None
 
 
-def _dtype(name: Any) -> torch.dtype:
+def _dtype(name: str) -> torch.dtype:
     """Return a dtype by its name; other names of PyTorch's namespace are not looked up.
 
     Raises:
       BundleError: There is no such dtype.
     """
-    found = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(found, torch.dtype):
+    if not _is_dtype(name):
         raise BundleError(
             f"the traced graph has the dtype {name!r}, which does not exist; {_REMEDY}"
         )
-    return found
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _apply(operation: Operation, values: Mapping[str, Any], exact: bool) -> Any:

@@ -135,7 +135,7 @@ def check_bundle(
     chosen = choose_cases(cases, tokens, limits, seed, all_ids)
     table = changed_table(tolerances or {}, strict)
     ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
-    calls = plan_calls(chosen, ids, limits, seed)
+    plan_calls(chosen, ids, limits, seed)  # refuses a text that is too short, before runtimes open
     bundle.model_files()
     coverage = Coverage(limits, threads=[str(threads)])
     with torch_threads(threads):

@@ -144,6 +144,7 @@ def test_learned_tells_the_norms_of_every_row(
     for name, values in expected.items():
         np.testing.assert_allclose(found.tensors[name], values, rtol=1e-5, err_msg=name)
     total = np.sqrt(sum(values**2 for values in expected.values()))
+    # Both add squares of float32 numbers, in another order.
     np.testing.assert_allclose(found.norms, total, rtol=1e-5)
     assert found.norms[0] > 0 == found.norms[1]
     assert json.loads(json.dumps(dataclasses.asdict(found))) == dataclasses.asdict(found)

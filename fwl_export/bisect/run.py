@@ -125,7 +125,7 @@ def bisect_bundle(
         check_candidate(each)
     graph = _graph(bundle)
     planned = _Planned(ids, tokens, seed, cases, text) if report is None else _of_report(report)
-    limits = ModelLimits.of(bundle.manifest)
+    limits = ModelLimits.of_bundle(bundle)
     chosen = choose_cases(planned.cases, planned.tokens, limits, planned.seed)
     fields: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,

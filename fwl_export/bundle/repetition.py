@@ -73,10 +73,10 @@ def repetitions(
 
     Args:
       by_text: Token ids by what they are, see `repeated_tokens`; empty without a tokenizer.
-      ids: Token ids of a text, [N] int64, in which tokens are frequent or rare.
+      ids: Token ids of a text, [N] int64, in which tokens are frequent or rare; N may be 0.
       vocabulary: Number of token ids; 0 means those of the text only.
     """
-    vocabulary = vocabulary or int(ids.max()) + 1
+    vocabulary = vocabulary or int(ids.max(initial=0)) + 1
     found: dict[tuple[int, ...], str] = {}
     for name, pattern in _candidates(by_text, ids, vocabulary):
         if all(0 <= token < vocabulary for token in pattern):
@@ -88,18 +88,18 @@ def repetitions(
 def _candidates(
     by_text: Mapping[str, int], ids: npt.NDArray[np.int64], vocabulary: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and token ids, those that matter most first; some more than once."""
     counts = np.bincount(ids, minlength=vocabulary)
-    ranked = np.argsort(-counts, kind="stable")
-    frequent = [int(token) for token in ranked if counts[token]]
-    absent = np.flatnonzero(counts == 0)
-    first, second = frequent[0], frequent[-1] if len(frequent) < 2 else frequent[1]
-    order = list(by_text.items())
-    yield from ((name, (token,)) for name, token in order[:2])
-    yield "most frequent token", (first,)
-    other = next((token for _, token in order if token != first), second)
-    yield "two tokens in turn", (first, other)
-    yield "token that the text lacks", (int(absent[-1]),) if len(absent) else (frequent[-1],)
-    yield from ((name, (token,)) for name, token in order[2:])
-    yield "rarest token of the text", (frequent[-1],)
+    frequent = [int(token) for token in np.argsort(-counts, kind="stable") if counts[token]]
+    absent = [int(token) for token in np.flatnonzero(counts == 0)]
+    special, common = list(by_text.items()), frequent or absent
+    yield from ((name, (token,)) for name, token in special[:2])
+    yield "most frequent token", (common[0],)
+    others = [*by_text.values(), *common]
+    yield "two tokens in turn", (common[0], next((t for t in others if t != common[0]), common[0]))
+    yield from (("rarest token", (token,)) for token in [*frequent, *absent][-1:])
+    yield from ((name, (token,)) for name, token in special[2:])
+    yield from (("rare token of the text", (token,)) for token in frequent[-1:])
     yield from (("frequent token", (token,)) for token in frequent[1:])
-    yield from (("token that the text lacks", (int(token),)) for token in absent[::-1])
+    spread = np.linspace(0, max(len(absent) - 1, 0), COUNT).astype(int)
+    yield from (("token that the text lacks", (absent[place],)) for place in spread if absent)

@@ -390,7 +390,9 @@ def _feed(
         logits = call.feed(session)
         output = _Output(logits, session.peek())
     except NotFiniteError as error:
-        return _where(Failure(*at, error.cause or str(error), NOT_FINITE, error.tensor), call, error)
+        return _where(
+            Failure(*at, error.cause or str(error), NOT_FINITE, error.tensor), call, error
+        )
     except Exception as error:  # runtimes raise exceptions of any type; the others continue
         return Failure(*at, _text(error))
     shapes = {LOGITS: (*call.wanted.shape, session.vocab_size)}

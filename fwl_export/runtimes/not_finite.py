@@ -7,6 +7,7 @@ something is not finite, and what.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.errors import NotFiniteError
 from fwl_export.runtimes.base import Call, Runner
 from fwl_export.runtimes.limits import learned
+
+_log = logging.getLogger(__name__)
 
 LOGITS = "logits"
 
@@ -57,13 +60,15 @@ class FailedCall:
         Args:
           logits: What the call returned, [B, P, V], with finite values at padding.
         """
-        row, place = map(int, np.argwhere(~np.isfinite(logits))[0][:2])
-        known = int(self.call.logit_positions[row, place])
+        wrong = np.argwhere(~np.isfinite(logits).all(-1))
+        places = [(int(self.call.logit_positions[r, p]), int(r)) for r, p in wrong]
+        token, row = min(places)
+        after: State = {}
         try:
-            token = self._first_token(row, known)
+            token, row = self._first(token) or (token, row)
             after = self._state_after(row, token)
         except Exception:  # whatever happens in the search, the call's own failure is what counts
-            token, after = known, {}
+            _log.debug("the search for the first token that is not finite failed", exc_info=True)
         before = _not_finite(self.runner.read(self.past, [row]))
         tensor = before or _not_finite(after) or LOGITS
         in_call = token + self.done[row]
@@ -79,22 +84,23 @@ class FailedCall:
         )
         return NotFiniteError(message, row, in_call, position, tensor, cause)
 
-    def _first_token(self, row: int, known: int) -> int:
-        """Return the first token of a row after which the logits are not finite.
+    def _first(self, known: int) -> tuple[int, int] | None:
+        """Return the first token after which logits are not finite, and its row; None if none is.
 
         Args:
-          row: Number of the row.
           known: A token after which they are not.
         """
         batch, size = self.call.input_ids.shape
         vocabulary = self._run(self.call, [known]).shape[-1]
         step = max(min(_LOGITS_AT_ONCE // (batch * vocabulary), size), 1)
         for start in range(0, known + 1, step):
-            places = list(range(start, min(start + step, known + 1)))
-            wrong = ~np.isfinite(self._run(self.call, places)[row]).all(-1)
+            places = np.arange(start, min(start + step, known + 1))
+            real = places < self.call.lengths[:, None]
+            wrong = real & ~np.isfinite(self._run(self.call, places.tolist())).all(-1)
             if wrong.any():
-                return places[int(np.argmax(wrong))]
-        return known
+                token, row = np.argwhere(wrong.T)[0]
+                return int(places[token]), int(row)
+        return None
 
     def _state_after(self, row: int, token: int) -> State:
         """Return the state of a row after one of its tokens, [1, ...] by name."""

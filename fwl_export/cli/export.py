@@ -65,7 +65,7 @@ def export(
     backbone: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a Hugging Face language model; needs --fwl.",
+            help="Folder of a Hugging Face language model.",
             rich_help_panel=_BACKBONE,
         ),
     ] = None,
@@ -73,6 +73,7 @@ def export(
         Path | None,
         typer.Option(
             help="Folder of the Fast Weight Layer to put on the backbone.",
+            show_default="a new layer, which needs no training",
             rich_help_panel=_BACKBONE,
         ),
     ] = None,
@@ -142,11 +143,11 @@ class _Source:
         """Refuse options that do not go together."""
         if self.backbone is None:
             if self.checkpoint is None:
-                raise typer.BadParameter("give a CHECKPOINT, or --backbone and --fwl")
+                raise typer.BadParameter("give a CHECKPOINT or --backbone")
             if self.fwl is not None or self.context is not None or self.slide:
                 raise typer.BadParameter("--fwl, --context and --slide need --backbone")
-        elif self.checkpoint is not None or self.fwl is None:
-            raise typer.BadParameter("--backbone needs --fwl and takes no CHECKPOINT")
+        elif self.checkpoint is not None:
+            raise typer.BadParameter("--backbone takes no CHECKPOINT")
 
     def folder(
         self,
@@ -164,7 +165,6 @@ class _Source:
         from fwl_export.model.pretrained import join_checkpoint
 
         assert self.backbone is not None
-        assert self.fwl is not None
         check_bundle_output(output, force)
         say("reading the backbone")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"

@@ -84,15 +84,26 @@ def read_ids(path: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     Raises:
       TokenError: The file is not UTF-8 text or has fewer than 2 tokens, or the tokenizer fails.
     """
-    try:
-        with open_regular(path, TokenError) as stream:
-            text = stream.readall().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenError(f"cannot read '{path}' as text: {error}") from None
-    ids = encode(text, tokenizer)
+    ids = encode(read_text(path), tokenizer)
     if len(ids) < 2:
         raise TokenError(f"'{path}' has {len(ids)} tokens; expected 2 or more")
     return ids
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a text file.
+
+    Args:
+      path: Text file in UTF-8; not a pipe or a device, which may have no end.
+
+    Raises:
+      TokenError: The file cannot be read, or is not UTF-8 text.
+    """
+    try:
+        with open_regular(path, TokenError) as stream:
+            return stream.readall().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenError(f"cannot read '{path}' as text: {error}") from None
 
 
 def encode(text: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:

@@ -141,21 +141,17 @@ def _checked(scratch: Path, ids: Any) -> Report:
 
 def _checkpoint_of(source: str) -> Path:
     """Return the checkpoint folder: a bundle's, or the source itself."""
-    from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, is_bundle, read_bundle
+    from fwl_export.bundle.manifest import bundle_checkpoint, is_bundle
     from fwl_export.demo import checkpoint_folder
-    from fwl_export.errors import BundleError
+    from fwl_export.model import source as sources
 
     folder = checkpoint_folder(source)
-    if not is_bundle(folder):
-        return folder
-    names = [n for n in read_bundle(folder).manifest.files if n.startswith(f"{CHECKPOINT_FOLDER}/")]
-    if not names:
-        raise BundleError(
-            f"bundle '{folder}' was exported without its checkpoint; give the checkpoint's folder"
-        )
-    for name in names:
-        read_bundle(folder).file(name)
-    return folder / CHECKPOINT_FOLDER
+    if is_bundle(folder):
+        return bundle_checkpoint(folder)
+    found = sources.what_is(folder)
+    if found.kind in (sources.CHECKPOINT, sources.OTHER):
+        return folder  # whoever loads it says what is missing
+    raise found.refusal("source", "export it, and give the bundle")
 
 
 def _onnx_runtime(folder: Path, scratch: Path, policy: PrecisionPolicy) -> Mapping[str, Session]:

@@ -293,7 +293,7 @@ def _load(folder: Path) -> Any:
             f"({type(error).__name__}: {lines[0] if lines else ''})"
         ) from None
     missing = sorted(info["missing_keys"])
-    if missing and _reads_both_ways(causal.config):
+    if _reads_both_ways(causal.config):
         raise CheckpointError(
             f"backbone '{folder}' is an encoder ({causal.config.model_type}), which reads texts in "
             "both directions; expected a decoder-only language model, such as LlamaForCausalLM"

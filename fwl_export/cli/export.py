@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json as json_module
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -67,7 +66,7 @@ def export(
     backbone: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a Hugging Face language model; needs --fwl.",
+            help="Folder of a Hugging Face language model.",
             rich_help_panel=_BACKBONE,
         ),
     ] = None,
@@ -75,6 +74,7 @@ def export(
         Path | None,
         typer.Option(
             help="Folder of the Fast Weight Layer to put on the backbone.",
+            show_default="a new layer, which needs no training",
             rich_help_panel=_BACKBONE,
         ),
     ] = None,
@@ -165,17 +165,11 @@ class _Source:
         """Refuse options that do not go together."""
         if self.backbone is None:
             if self.checkpoint is None:
-                raise typer.BadParameter("give a CHECKPOINT, or --backbone and --fwl")
+                raise typer.BadParameter("give a CHECKPOINT or --backbone")
             if self.fwl is not None or self.context is not None or self.slide:
                 raise typer.BadParameter("--fwl, --context and --slide need --backbone")
         elif self.checkpoint is not None:
             raise typer.BadParameter("give a CHECKPOINT or a --backbone, not both")
-        elif self.fwl is None:
-            raise typer.BadParameter(
-                f"'{self.backbone}' has no Fast Weight Layer: train one on it with `fwl-export "
-                f"train` (in its file, `backbone = {json_module.dumps(str(self.backbone))}`), or "
-                "give the folder of a layer with --fwl"
-            )
 
     def folder(
         self,
@@ -193,7 +187,6 @@ class _Source:
         from fwl_export.model.pretrained import join_checkpoint
 
         assert self.backbone is not None
-        assert self.fwl is not None
         check_bundle_output(output, force)
         say("reading the backbone")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"

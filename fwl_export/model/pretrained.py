@@ -14,7 +14,7 @@ from fwl_export.model.language_model import FWLModel
 
 def join_checkpoint(
     backbone: Path,
-    fast_weights: Path,
+    fast_weights: Path | None,
     folder: Path,
     context: int | None = None,
     slide: bool = False,
@@ -23,7 +23,8 @@ def join_checkpoint(
 
     Args:
       backbone: Folder with config.json, safetensors and tokenizer.json.
-      fast_weights: Folder of a Fast Weight Layer, see `fwl_checkpoint`.
+      fast_weights: Folder of a Fast Weight Layer, see `fwl_checkpoint`; None for a new one, see
+        `new_layer`.
       folder: Folder to write.
       context: Number of tokens that full attention sees, see `FWLModel.from_pretrained`.
       slide: Whether to read on past the context, see `FWLModel.from_pretrained`.

@@ -32,13 +32,16 @@ from fwl_export.errors import CheckpointError, ConfigError
 from fwl_export.files import replaced_file
 from fwl_export.json_files import read_bounded, shown
 from fwl_export.model import source
+from fwl_export.model.backbones import HuggingFaceBackbone
 from fwl_export.model.checkpoint import (
     TOKENIZER_FILE,
     check_checkpoint_output,
     load_checkpoint,
     save_checkpoint,
 )
+from fwl_export.model.fwl_checkpoint import UNEMBEDDING
 from fwl_export.model.language_model import FWLModel
+from fwl_export.model.new_layer import start_near_identity
 from fwl_export.model.pretrained import backbone_tokenizer
 from fwl_export.model.training import TrainingConfig, initialize_steps, train
 from fwl_export.model.training_files import TrainingLog
@@ -391,10 +394,25 @@ def _with_new_layer(config: RunConfig, path: Path) -> tuple[FWLModel, Tokenizer]
         raise found.refusal("'backbone'", "expected a language model of Hugging Face")
     model = FWLModel.from_pretrained(path, None, config.context, config.slide)
     if config.layer:
-        layer = replace(model.config.fast_weights, **config.layer)
-        model = FWLModel.from_pretrained(path, layer, config.context, config.slide)
-    initialize_steps(model)
+        model = _with_other_layer(model, config.layer)
     return model, backbone_tokenizer(path, model)
+
+
+def _with_other_layer(model: FWLModel, changes: Mapping[str, Any]) -> FWLModel:
+    """Return a model with a new layer whose configuration has other values for some keys."""
+    assert isinstance(model.backbone, HuggingFaceBackbone)
+    layer = replace(model.config.fast_weights, **changes)
+    other = FWLModel(replace(model.config, fast_weights=layer), model.backbone)
+    try:
+        with torch.no_grad():
+            for name in UNEMBEDDING:
+                other.get_parameter(f"fast_weights.{name}").copy_(
+                    model.get_parameter(f"fast_weights.{name}")
+                )
+        start_near_identity(other.fast_weights, model.backbone)
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from None
+    return other
 
 
 def _tokenizer(config: RunConfig, files: Sequence[Path], say: Callable[[str], None]) -> Tokenizer:

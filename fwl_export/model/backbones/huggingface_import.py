@@ -62,21 +62,17 @@ class Imported:
     unembed_bias: Tensor
     logit_softcap: float
 
-    def layer_config(
-        self, layer: FastWeightsConfig | None, vocab_size: int | None
-    ) -> FastWeightsConfig:
+    def layer_config(self, layer: FastWeightsConfig, vocab_size: int | None) -> FastWeightsConfig:
         """Return the config of a Fast Weight Layer between this backbone and its head.
 
         Args:
-          layer: The layer's config, which gets the head's soft cap; None for the usual sizes.
+          layer: The layer's config, which gets the head's soft cap.
           vocab_size: The vocabulary that the layer was trained with; None if unknown.
 
         Raises:
           ConfigError: The layer and the backbone do not fit each other.
         """
         width, size = self.backbone.config.width, self.unembed.shape[1]
-        if layer is None:
-            layer = FastWeightsConfig(width, 4 * width, size)
         if vocab_size not in (None, self.vocab_size):
             raise ConfigError(
                 f"the Fast Weight Layer has a vocabulary of {vocab_size} tokens, but the backbone "

@@ -511,6 +511,26 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
+def bundle_checkpoint(folder: Path) -> Path:
+    """Return the folder of the checkpoint in a bundle, after checking its files.
+
+    Args:
+      folder: Path of the bundle's folder.
+
+    Raises:
+      BundleError: The bundle cannot be read, has no checkpoint, or one of its files was changed.
+    """
+    bundle = read_bundle(folder)
+    names = [name for name in bundle.manifest.files if name.startswith(f"{CHECKPOINT_FOLDER}/")]
+    if not names:
+        raise BundleError(
+            f"bundle '{folder}' was exported without its checkpoint; give the checkpoint's folder"
+        )
+    for name in names:
+        bundle.file(name)
+    return Path(folder) / CHECKPOINT_FOLDER
+
+
 def read_bundle(folder: Path) -> Bundle:
     """Read a bundle's manifest; the other files are checked when they are used.
 

@@ -243,8 +243,9 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
     """Check; returns the report and the path to write it to."""
     from fwl_export.bundle.manifest import REPORTS_FOLDER, inside
     from fwl_export.parity import check_bundle
+    from fwl_export.parity.candidates import missing_library, parse_candidates
     from fwl_export.parity.cases import ModelLimits, choose_cases
-    from fwl_export.parity.check import DEFAULT_CASES
+    from fwl_export.parity.check import DEFAULT_CASES, default_candidates
 
     chosen = choose_cases(
         request.options.get("cases", DEFAULT_CASES),
@@ -253,6 +254,9 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
         request.options["seed"],
         request.options.pop("all_ids", False),
     )
+    named = parse_candidates(request.options.get("candidates") or default_candidates())
+    if missing := missing_library(named):
+        note(missing)
     # Before the work, not after it: the path must lie inside the bundle.
     target = report or inside(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
     with progress_bar("check", sum(case.tokens for case in chosen)) as advance:

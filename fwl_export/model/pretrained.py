@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from fwl_export.bundle.tokenizer import load_tokenizer
 from fwl_export.errors import CheckpointError
 from fwl_export.model.checkpoint import TOKENIZER_FILE, save_checkpoint
@@ -35,12 +37,24 @@ def join_checkpoint(
         backbone has no tokenizer that fits.
     """
     model = FWLModel.from_pretrained(backbone, fast_weights, context, slide)
+    save_checkpoint(folder, model, backbone_tokenizer(backbone, model))
+    return model
+
+
+def backbone_tokenizer(backbone: Path, model: FWLModel) -> Tokenizer:
+    """Return the tokenizer of a backbone.
+
+    Args:
+      backbone: Folder of the backbone.
+      model: The model with this backbone.
+
+    Raises:
+      CheckpointError: There is no tokenizer, or it does not fit.
+    """
     path = backbone / TOKENIZER_FILE
     if not path.is_file():
         raise CheckpointError(
             f"backbone '{backbone}' has no {TOKENIZER_FILE}; write it with "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
         )
-    tokenizer = load_tokenizer(path, model.config.vocab_size, padded=True)
-    save_checkpoint(folder, model, tokenizer)
-    return model
+    return load_tokenizer(path, model.config.vocab_size, padded=True)

@@ -1,7 +1,7 @@
 """A file of the bundle is a symbolic link to a file outside, and the manifest has its hash.
 
-The attacker, who knows or guesses what the file holds, wants to learn whether the user has it, or to
-have it copied. The hash must not matter: the link must be refused.
+The attacker, who knows or guesses what the file holds, wants to learn whether the user has it, or
+to have it copied. The hash must not matter: the link must be refused.
 """
 
 from __future__ import annotations

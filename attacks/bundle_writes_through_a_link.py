@@ -1,4 +1,4 @@
-"""Where an engine and a report would be written, the bundle holds links to files and folders outside.
+"""Where an engine and a report would be written, the bundle holds links to things outside.
 
 The attacker wants them to be overwritten when the user builds or checks. A folder that is such a
 link must be refused, and a file that is one must be replaced by the new file.

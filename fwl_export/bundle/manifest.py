@@ -41,6 +41,7 @@ from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import finish_replacement, open_regular, replaced_file
 from fwl_export.filesystem import hub_blobs
 from fwl_export.json_files import Count, Name, check_schema, read_json, shown, typed
+from fwl_export.op.spec import DOMAIN, FLOAT32_VERSION, NAME, VERSION
 from fwl_export.printable import printable
 
 _log = logging.getLogger(__name__)
@@ -55,6 +56,9 @@ PRECISION_FILE = "precision.json"
 CHECKPOINT_FOLDER = "checkpoint"
 ENGINES_FOLDER = "engines"
 REPORTS_FOLDER = "reports"
+
+# Precisions in which the fast-weight updates have float32 activations.
+_FLOAT32_PRECISIONS = ("fp32", "int8w")
 
 # How long to wait while other processes add files: each takes as long as hashing its files.
 _ADD_SECONDS = 60.0
@@ -120,12 +124,13 @@ class Manifest:
           source: Name of its origin in error messages, e.g. the file's path.
 
         Raises:
-          BundleError: The schema version is not the one that this version of fwl-export reads, or a
-            part is missing or malformed.
+          BundleError: The schema version is not the one that this version of fwl-export reads, a
+            part is missing or malformed, or the fast-weight updates are of another version.
         """
         remedy = "export the model again"
         check_schema(data, SCHEMA_VERSION, source, BundleError, remedy)
         stored = typed(data, _Stored, f"{source} is malformed", BundleError, remedy)
+        _check_op(stored["op"]["version"], stored["precision"], source)
         config = ModelConfig.from_dict(stored["config"], f"{source}: config")
         state = [TensorSpec.from_dict(spec) for spec in stored["state"]]
         _check_state(config, stored["max_tokens"], state, source)
@@ -157,6 +162,30 @@ class _Stored(TypedDict):
     model_id: Name
     versions: dict[Name, Name]
     files: dict[str, _StoredFile]
+
+
+def _check_op(version: int, precision: str, source: str) -> None:
+    """Refuse a bundle whose fast-weight updates would compute something else here.
+
+    Args:
+      version: Version of the op in the bundle.
+      precision: Precision of the bundle; the older version overflows in half precision.
+      source: Name of the manifest in error messages.
+
+    Raises:
+      BundleError: The version is unknown, or too old for the precision.
+    """
+    if not FLOAT32_VERSION <= version <= VERSION:
+        raise BundleError(
+            f"{source}: {DOMAIN}::{NAME} has version {version}, but this version of fwl-export "
+            f"runs versions {FLOAT32_VERSION} to {VERSION}; update fwl-export, or export the model "
+            "again"
+        )
+    if version < VERSION and precision not in _FLOAT32_PRECISIONS:
+        raise BundleError(
+            f"{source}: the model has the precision {shown(precision)} with version {version} of "
+            f"{DOMAIN}::{NAME}, whose sums overflow in half precision; export the model again"
+        )
 
 
 def _check_state(

@@ -312,10 +312,30 @@ def _print(result: Report, target: Path, page: Path, json: bool) -> None:
     for problem in result.problems():
         print(f"error: {indented(problem)}", file=sys.stderr)
     if result.exit_code == 1:
-        note(
-            "Export the bundle again and repeat the check. If it fails again, the exporter or the "
-            f"runtime is at fault; please report it with the numbers in {target}"
+        note(_advice(result, target))
+
+
+def _advice(result: Report, target: Path) -> str:
+    """Return what to do about a bundle that is outside its budgets or not finite."""
+    bisect = f"`fwl-export bisect BUNDLE --report {target}`"
+    wrong = [candidate for candidate in result.candidates if candidate.status == "outside"]
+    if all(candidate.leaves_the_range for candidate in wrong):
+        return (
+            f"PyTorch in {result.precision} is not finite in the same calls: the model's numbers "
+            "leave the range of the type, and neither the exporter nor the runtime is at fault. "
+            "Export it with --precision fp32, or let `fwl-export precision` choose the parts that "
+            f"stay in float32. {bisect} names the first tensor that is not finite"
         )
+    if any(candidate.not_finite for candidate in wrong):
+        return (
+            f"{bisect} names the first tensor that is not finite, and says whether it is too large "
+            "for its type, or the file or the runtime is at fault"
+        )
+    return (
+        f"{bisect} finds the first tensor that is wrong, and says whether the file or the runtime "
+        "is at fault. If a new export is no better, please report it with the numbers in "
+        f"{target}"
+    )
 
 
 def _read_tolerances(path: Path | None) -> Any:

@@ -416,7 +416,9 @@ class _Search:
     ) -> dict[str, Any]:
         import onnx
 
-        whole = onnx.load(str(source))
+        whole = onnx.load(str(source), load_external_data=False)
+        # Beside the exposed copy: onnx refuses data behind a link, as in the Hugging Face cache.
+        onnx.load_external_data_for_model(whole, str(self._path.parent))
         right = {
             name: exact[names[name]].astype(array.dtype) if name in names else array
             for name, array in {**found, **self._inputs}.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +163,8 @@ def check(
         command = _command(bundle, request, text, files, replay)
         result, target = _run(request, command, report)
         page = html or target.with_suffix(".html")
-        _write(result, {"json": target, "junit": junit, "markdown": markdown, "html": page})
+        paths = {"json": target, "junit": junit, "markdown": markdown, "html": page}
+        _write(result, paths, {report, html, junit, markdown})
         with _errors_of_standard_output():
             _print(result, target, page, json)
     if result.exit_code:
@@ -241,10 +242,11 @@ def _replayed(
 
 def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, Path]:
     """Check; returns the report and the path to write it to."""
-    from fwl_export.bundle.manifest import REPORTS_FOLDER, inside
+    from fwl_export.bundle.manifest import REPORTS_FOLDER, place_for
     from fwl_export.parity import check_bundle
+    from fwl_export.parity.candidates import missing_library, parse_candidates
     from fwl_export.parity.cases import ModelLimits, choose_cases
-    from fwl_export.parity.check import DEFAULT_CASES
+    from fwl_export.parity.check import DEFAULT_CASES, default_candidates
 
     chosen = choose_cases(
         request.options.get("cases", DEFAULT_CASES),
@@ -253,8 +255,11 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
         request.options["seed"],
         request.options.pop("all_ids", False),
     )
+    named = parse_candidates(request.options.get("candidates") or default_candidates())
+    if missing := missing_library(named):
+        note(missing)
     # Before the work, not after it: the path must lie inside the bundle.
-    target = report or inside(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
+    target = report or place_for(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
     with progress_bar("check", sum(case.tokens for case in chosen)) as advance:
         result = check_bundle(
             request.bundle,
@@ -268,21 +273,30 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
     return result, target
 
 
-def _write(result: Report, paths: Mapping[str, Path | None]) -> None:
-    """Write the report in each format that has a path."""
+def _write(
+    result: Report, paths: Mapping[str, Path | None], named: Collection[Path | None]
+) -> None:
+    """Write the report in each format that has a path.
+
+    Args:
+      result: The report.
+      paths: Path of each format, by its name; None leaves it out.
+      named: Paths that the user gave, where a link is followed. In a bundle, which somebody else
+        may have made, it is replaced.
+    """
     from fwl_export.files import replaced_file
     from fwl_export.parity import to_markdown, write_junit
     from fwl_export.parity.report.html import to_html
 
     if target := paths["json"]:
-        result.write(target)
+        result.write(target, through_link=target in named)
     if target := paths["junit"]:
         write_junit(result, target)
     if target := paths["markdown"]:
         with replaced_file(target) as beside:
             beside.write_text(to_markdown(result), encoding="utf-8")
     if target := paths["html"]:
-        with replaced_file(target) as beside:
+        with replaced_file(target, through_link=target in named) as beside:
             beside.write_text(to_html(result.to_dict()), encoding="utf-8")
 
 

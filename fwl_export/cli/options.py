@@ -104,6 +104,14 @@ StateOption = Annotated[
         show_default="a fresh state",
     ),
 ]
+SpecialOption = Annotated[
+    bool,
+    typer.Option(
+        "--special",
+        help="Read control tokens that the text contains, such as </s>, as control tokens instead "
+        "of as plain text.",
+    ),
+]
 TextOption = Annotated[
     Path | None,
     typer.Option(help="Text file to read.", show_default="the held-out play that ships"),

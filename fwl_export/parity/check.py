@@ -19,7 +19,13 @@ from fwl_export.bundle.state import Array
 from fwl_export.errors import ShapeError
 from fwl_export.machine import available_memory, installed_versions, processor_name
 from fwl_export.model.stored import WEIGHTS_FILE
-from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
+from fwl_export.parity.candidates import (
+    REFERENCE,
+    Candidate,
+    parse_candidate,
+    parse_candidates,
+    twin,
+)
 from fwl_export.parity.cases import (
     AGAIN,
     CASES,
@@ -245,8 +251,9 @@ def _open_all(
         precision = bundle.manifest.precision
         opened = [_OpenedCandidate(name, precision, session=s) for name, s in candidates.items()]
     else:
-        for named in parse_candidates(candidates):
-            candidate = _open(bundle, named, threads)
+        parsed = parse_candidates(candidates)
+        for named in parsed:
+            candidate = _open(bundle, named, threads, twin(named, parsed))
             opened.append(candidate)
             if named.runtime == "torch" and candidate.session and not named.tokens:
                 own[candidate.precision] = (candidate.name, candidate.session)
@@ -256,8 +263,13 @@ def _open_all(
     return _Lineup(opened, right, yardstick, own)
 
 
-def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _OpenedCandidate:
+def _open(
+    bundle: Bundle, candidate: Candidate, threads: int, reason: str | None = None
+) -> _OpenedCandidate:
+    """Open a candidate, unless there is a reason why it must not run."""
     known = (candidate.name, candidate.precision(bundle))
+    if reason:
+        return _OpenedCandidate(*known, tokens=candidate.tokens, reason=reason)
     try:
         session = candidate.open(bundle, 1, threads)
         takes_threads = "threads" in RUNTIMES[candidate.runtime].takes
@@ -407,7 +419,9 @@ def _say_what_ran(
         name for word, name in words.items() if any(f", {word}" in text for text in runtimes)
     ]
     if coverage.paths == ["function body"] and not find_plugin(ONNXRUNTIME):
-        coverage.left_out.append("the plugin's kernel, whose library is not installed")
+        coverage.left_out.append(
+            "the plugin's kernel, whose library is not installed (`make plugins` builds it)"
+        )
     missing = [case.name for case in CASES if case.name not in {c.name for c in chosen}]
     if missing:
         coverage.left_out.append(f"cases {', '.join(missing)}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ from fwl_export.runtimes.arguments import (
 from fwl_export.runtimes.base import Call, Runner
 from fwl_export.runtimes.limits import CLIP_INTERVAL, Learned, LearningLimits
 from fwl_export.runtimes.not_finite import FailedCall
-from fwl_export.runtimes.sampling import Sampler
+from fwl_export.runtimes.sampling import Choice, Sampler
 
 # Tokens that a row may have read in all. Positions stay far from where 64 bits overflow, and are
 # exact in float64.
@@ -61,6 +62,14 @@ class SessionSpec:
     model_id: str = ""
     max_positions: int = 0
     precision: str = ""
+
+
+class RowKeeper(Protocol):
+    """What hands out a session's rows, as `Slots` does."""
+
+    @property
+    def free_rows(self) -> set[int]:
+        """Rows that hold no text, and will be reset before they do."""
 
 
 class Session:
@@ -134,6 +143,7 @@ class Session:
         self._learning_rate_scale = np.ones(self.batch, np.float32)
         learning.check_scale(self._learning_rate_scale, self.limits.max_learning_weight)
         self._plain: tuple[tuple[int, bool], Call] | None = None  # see _plain_call
+        self._slots: weakref.ref[RowKeeper] | None = None  # see hand_over
         self._runner = runner
         try:
             self._current = runner.new_buffers(self.batch)
@@ -154,6 +164,34 @@ class Session:
             f"positions=[{', '.join(map(str, shown))}{more}], vocab_size={self.vocab_size}, "
             f"max_tokens={self.max_tokens}>"
         )
+
+    def hand_over(self, keeper: RowKeeper) -> None:
+        """Let somebody hand out the rows from now on, as `Slots` does.
+
+        Whatever would give a text to a row that is free is refused as long as the keeper lives,
+        since the row would be handed out again, and its text lost without a word.
+
+        Args:
+          keeper: Knows which rows are free.
+
+        Raises:
+          ShapeError: Another keeper hands the rows out.
+        """
+        with self._lock:
+            if self._slots is not None and self._slots() is not None:
+                raise ShapeError(
+                    "the rows of this session are handed out by other Slots; use those, or open "
+                    "another session: session.another(batch=...)"
+                )
+            self._slots = weakref.ref(keeper)
+
+    def _check_not_free(self, rows: Iterable[int], action: str) -> None:
+        keeper = self._slots() if self._slots is not None else None
+        if keeper is not None and (free := sorted(keeper.free_rows & set(rows))):
+            raise ShapeError(
+                f"{action} would give a text to row {free[0]}, which is free in the Slots that "
+                "hand out this session's rows; use add, feed and fork of the Slots"
+            )
 
     def another(self, batch: int = 1) -> Session:
         """Open another session on the same loaded model; it shares no state with this one.
@@ -216,6 +254,9 @@ class Session:
         ids, weights, counts = self._checked(tokens, label_weights, lengths)
         wanted = self._checked_wanted(logit_positions, ids.shape[1], last_only)
         with self._lock:
+            if self._slots is not None:
+                moving = (row for row, count in enumerate(counts) if count)
+                self._check_not_free(moving, "feed")
             self._check_positions(counts)
             if weights is not None:
                 limit = self.limits.max_learning_weight
@@ -420,7 +461,7 @@ class Session:
         self,
         prompt: npt.ArrayLike,
         count: int,
-        sampler: Sampler | None = None,
+        sampler: Callable[[Array], int] | None = None,
         stop_tokens: Sequence[int] = (),
         learn: bool = True,
         on_token: Callable[[int], object] = lambda token: None,
@@ -436,7 +477,8 @@ class Session:
         Args:
           prompt: [N] token ids, N of 1 or more; read first.
           count: Most tokens to yield.
-          sampler: Chooses each token from the logits. None takes the most likely token (greedy).
+          sampler: Chooses each token from the logits, [V]: a `Sampler`, which also gets the ids so
+            far, or any callable. None takes the most likely token (greedy).
           stop_tokens: Token ids that end the text; the one that ends it is yielded too.
           learn: Whether the session learns from the prompt and from its own output.
           on_token: Called with each token before it is yielded, so that a caller who collects all
@@ -458,14 +500,14 @@ class Session:
         if self.batch != 1:
             raise ShapeError(f"generate needs a session of one row; this one has {self.batch} rows")
         tokens = checked_array("prompt", prompt)
-        chosen = Sampler() if sampler is None else sampler
+        chosen = Choice(Sampler() if sampler is None else sampler, tokens)
         return self._generate(tokens, most, chosen, stops, learn, on_token)
 
     def _generate(
         self,
         tokens: Array,
         count: int,
-        sampler: Sampler,
+        sampler: Callable[[Array], int],
         stop_tokens: Sequence[int | None],
         learn: bool,
         on_token: Callable[[int], object],
@@ -581,6 +623,11 @@ class Session:
         states.check_finite(state)
         self._check_given(state)
         with self._lock:
+            self._check_not_free(chosen, "a state that is written")
+            self._write_rows(chosen, state)
+
+    def _write_rows(self, chosen: list[int], state: Mapping[str, Array]) -> None:
+        with self._lock:
             if len(chosen) == self.batch:  # no row keeps its state
                 written = self._spare_buffers()
                 self._runner.write(written, state, chosen)
@@ -617,7 +664,7 @@ class Session:
           ShapeError: A row does not exist or is named twice, or there are none.
         """
         chosen = self._checked_rows(range(self.batch) if rows is None else rows)
-        self.write_rows(chosen, states.zeros(self.specs, len(chosen)))
+        self._write_rows(chosen, states.zeros(self.specs, len(chosen)))
 
     def fork(self, source: int, targets: Sequence[int]) -> None:
         """Copy one row's state to other rows: read a document once, continue it many times.
@@ -631,6 +678,7 @@ class Session:
         """
         chosen = self._checked_rows(targets)
         with self._lock:
+            self._check_not_free(chosen, "fork")
             state = self.read_rows([source])
             self.write_rows(chosen, {n: np.repeat(a, len(chosen), 0) for n, a in state.items()})
 

@@ -188,9 +188,14 @@ class Report:
         result: dict[str, Any] = without_non_finite(data, _DIGITS)
         return result
 
-    def write(self, path: Path) -> None:
-        """Write the data as a JSON file."""
-        with replaced_file(path) as target:
+    def write(self, path: Path, through_link: bool = True) -> None:
+        """Write the data as a JSON file.
+
+        Args:
+          path: File to write; an existing one is replaced.
+          through_link: See `fwl_export.files.replaced_file`.
+        """
+        with replaced_file(path, through_link=through_link) as target:
             text = json.dumps(self.to_dict(), separators=(",", ":"), ensure_ascii=False)
             target.write_text(text + "\n", encoding="utf-8")
 

@@ -176,7 +176,9 @@ def choose_tokens(tokenizer: Tokenizer | None, vocab_size: int, count: int) -> l
 
 def table(results: Sequence[Repetition], tokenizer: Tokenizer | None) -> str:
     """Return the measurements as a table for people."""
-    lines = [f"{'token':>7}  {'text':14} {'finite':>10} {'largest sum':>12} {'difference':>11} nats"]
+    lines = [
+        f"{'token':>7}  {'text':14} {'finite':>10} {'largest sum':>12} {'difference':>11} nats"
+    ]
     for each in results:
         text = repr(tokenizer.decode([each.token], skip_special_tokens=False)) if tokenizer else ""
         finite = "yes" if each.not_finite is None else f"until {each.not_finite - 1}"

@@ -266,7 +266,7 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
             request.ids,
             **(request.options | {"cases": chosen}),
             text=request.text,
-            decode=lambda token: request.tokenizer.decode([token]),
+            decode=lambda token: request.tokenizer.decode([token], skip_special_tokens=False),
             command=command,
             advance=advance,
         )

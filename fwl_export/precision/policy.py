@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
@@ -28,7 +28,8 @@ from fwl_export.errors import ConfigError
 from fwl_export.files import replaced_file
 from fwl_export.json_files import Name, check_schema, read_json, typed
 from fwl_export.model.language_model import FWLModel
-from fwl_export.model.streaming import StreamingModel, UpdateOp
+from fwl_export.model.numerics import UpdateOp, linear, narrowed
+from fwl_export.model.streaming import StreamingModel
 from fwl_export.op.torch_op import linear_attention_update
 from fwl_export.precision.int8 import Int8Weight, dequantize, quantize
 
@@ -216,7 +217,7 @@ def streaming_model(
     if isinstance(precision, str):
         return StreamingModel(in_precision(model, precision), max_tokens, update)
     if UPDATE in precision.quantized:
-        update = _update_in(TARGETS[precision.target], update)
+        update = narrowed(update, TARGETS[precision.target])
     return StreamingModel(_quantized(model, precision), max_tokens, update)
 
 
@@ -253,9 +254,10 @@ def _quantized(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
     for part in _quantized_parts(converted, policy):
         for parameter in _parameters(part):
             parameter.data = parameter.to(TARGETS[policy.target])
-        if part.parameter == "weight":
-            part.module.register_forward_pre_hook(_cast_inputs)
+        if isinstance(part.module, nn.Embedding):
             part.module.register_forward_hook(_cast_output)
+        elif part.parameter == "weight":
+            part.module.forward = _computed_in_half(part)
     return converted
 
 
@@ -277,22 +279,16 @@ def _parameters(part: Part) -> list[nn.Parameter]:
     return [getattr(part.module, part.parameter)]
 
 
-def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype = next(module.parameters()).dtype
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+def _computed_in_half(part: Part) -> Callable[[Tensor], Tensor]:
+    """Return the forward of a dense layer that computes in the dtype of its weight."""
+    bias = getattr(part.module, "bias", None)
+
+    def forward(x: Tensor) -> Tensor:
+        weight = part.weight.T if part.channels else part.weight
+        return linear(x, weight, bias)
+
+    return forward
 
 
 def _cast_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.float()
-
-
-def _update_in(dtype: torch.dtype, update: UpdateOp) -> UpdateOp:
-    """Return the update with query, key and value cast to a type; its output is float32."""
-
-    def quantized(
-        query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
-        return update(q, k, v, decay, past_state)
-
-    return quantized

@@ -31,13 +31,13 @@ def state_specs(config: ModelConfig, model: FWLModel, max_tokens: int) -> list[T
 
     Args:
       config: The model's configuration.
-      model: The model. Activations have the dtype of its norms, which its matrices need not have;
-        sums, and what waits for a label, are float32, or float64 in a float64 model.
+      model: The model. Keys, values and hidden states have the backbone's dtype; sums, and what
+        else waits for a label, are float32, or float64 in a float64 model.
       max_tokens: Largest number of tokens per call. Ring buffers hold `window + max_tokens - 1`
         tokens.
     """
     layer = config.fast_weights
-    activation = str(model.fast_weights.norm_scale.dtype).removeprefix("torch.")
+    activation = str(model.backbone.activation_type).removeprefix("torch.")
     accumulate = "float64" if activation == "float64" else "float32"
     d, h, s = layer.input_size, layer.hidden_size, layer.output_size
     shapes = {
@@ -86,7 +86,7 @@ class StreamingModel(nn.Module):
         self.model = model
         self.max_tokens = max_tokens
         self.specs = state_specs(model.config, model, max_tokens)
-        kind = model.fast_weights.norm_scale.dtype
+        kind = model.backbone.activation_type
         self._update = narrowed(update, kind) if kind == torch.float16 else update
 
     def forward(

@@ -136,8 +136,7 @@ class Part(NamedTuple):
 
     Attributes:
       module: The module that holds the matrix.
-      parameter: The matrix's name in the module. If it is "weight", the module has no submodules,
-        and its bias is quantized along with the matrix.
+      parameter: The matrix's name in the module. If it is "weight", the module has no submodules.
       channels: The axis of the output channels, 0 or 1; in int8, each channel has its own scale.
     """
 
@@ -187,13 +186,12 @@ def in_precision(model: FWLModel, precision: str) -> FWLModel:
     dtype = PRECISIONS[precision]
     converted = copy.deepcopy(model).to(dtype)
     if dtype == torch.float16:
-        # In float16, a step size divided by a large loss_normalizer would underflow. The layer
-        # reads step sizes and horizons in float32.
-        original, layer = model.fast_weights, converted.fast_weights
-        for name, step in original.steps.items():
-            layer.steps[name].data = step.data.clone()
-        if original.config.decay == "learned":
-            layer.horizon.data = original.horizon.data.clone()
+        # The layer reads its vectors in float32. In float16, a step size divided by a large
+        # loss_normalizer would underflow, and a large bias would lose what tells it from others.
+        original = dict(model.fast_weights.named_parameters())
+        for name, parameter in converted.fast_weights.named_parameters():
+            if parameter.ndim < 2:
+                parameter.data = original[name].data.clone()
     return converted
 
 
@@ -231,8 +229,7 @@ def with_stored_weights(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
         if policy.target == "int8w":
             part.weight.data = dequantize(*quantize(part.weight, part.channels), part.channels)
         else:
-            for parameter in _parameters(part):
-                parameter.data = parameter.to(TARGETS[policy.target]).float()
+            part.weight.data = part.weight.to(TARGETS[policy.target]).float()
     return rounded
 
 
@@ -252,8 +249,7 @@ def _quantized(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
         return with_stored_weights(model, policy)
     converted = _copy_for(model, policy)
     for part in _quantized_parts(converted, policy):
-        for parameter in _parameters(part):
-            parameter.data = parameter.to(TARGETS[policy.target])
+        part.weight.data = part.weight.to(TARGETS[policy.target])
         if isinstance(part.module, nn.Embedding):
             part.module.register_forward_hook(_cast_output)
         elif part.parameter == "weight":
@@ -264,19 +260,13 @@ def _quantized(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
 def _copy_for(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
     """Return a copy of the model that shares the excluded weights with the original."""
     policy.check(model)
-    own = {id(p) for part in _quantized_parts(model, policy) for p in _parameters(part)}
+    own = {id(part.weight) for part in _quantized_parts(model, policy)}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 
 def _quantized_parts(model: FWLModel, policy: PrecisionPolicy) -> list[Part]:
     there = parts(model, policy.target)
     return [part for name in policy.quantized if (part := there[name]) is not None]
-
-
-def _parameters(part: Part) -> list[nn.Parameter]:
-    if part.parameter == "weight":
-        return list(part.module.parameters(recurse=False))
-    return [getattr(part.module, part.parameter)]
 
 
 def _computed_in_half(part: Part) -> Callable[[Tensor], Tensor]:

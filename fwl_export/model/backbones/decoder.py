@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         positions = position[:, None] + steps
         rotary = self.rotary(positions, x.dtype)
         ring = Ring(position, lengths, steps, caches[0].shape[2])
-        mask = ring.mask(positions, self.config.window, self.norm.weight.dtype)
+        mask = ring.mask(positions, self.config.window, self.activation_type)
         present = []
         for index, block in enumerate(self._blocks()):
             query, key, value = block.attention.project(block.norm_1(x), rotary)
@@ -119,6 +119,14 @@ class Decoder(nn.Module):
             for kind in ("key", "value")
         ]
 
+    @property
+    def activation_type(self) -> torch.dtype:
+        """The dtype of keys, values and the hidden states that `forward` returns.
+
+        A matrix may have another one, see `fwl_export.precision.policy`.
+        """
+        return self.norm.weight.dtype
+
     def _blocks(self) -> Iterable[Block]:
         return cast("Iterable[Block]", self.blocks)
 
@@ -139,7 +147,7 @@ class Decoder(nn.Module):
         allowed = (key <= query) & (key > query - window)
         allowed = allowed.repeat(x.shape[1] // window, 1, 1)
         allowed[0, :, :window] = False
-        return float_mask(allowed, self.norm.weight.dtype)[None, None]
+        return float_mask(allowed, self.activation_type)[None, None]
 
 
 class Block(nn.Module):

@@ -4,6 +4,7 @@
     model.onnx, model.onnx.data     the streaming model, and its weights
     model.graph.json                the graph traced from PyTorch, same tensor names, for `bisect`
     tokenizer.json                  the tokenizer, in the format of Hugging Face's tokenizers
+    tokenizer_config.json, …        what else the model says about text, see `text_tokenizer`
     precision.json                  with a precision policy only: which parts are quantized
     checkpoint/                     the PyTorch checkpoint, for runtime "torch" and `check`
     engines/                        <variant>-<version>-sm<NN>-<precision>.engine and .json

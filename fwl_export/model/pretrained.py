@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fwl_export.bundle.tokenizer import load_tokenizer
+from fwl_export.bundle.text_tokenizer import text_tokenizer
 from fwl_export.errors import CheckpointError
 from fwl_export.model.checkpoint import TOKENIZER_FILE, save_checkpoint
 from fwl_export.model.language_model import FWLModel
@@ -40,6 +40,6 @@ def join_checkpoint(
             f"backbone '{backbone}' has no {TOKENIZER_FILE}; write it with "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
         )
-    tokenizer = load_tokenizer(path, model.config.vocab_size, padded=True)
-    save_checkpoint(folder, model, tokenizer)
+    text = text_tokenizer(backbone, model.config)
+    save_checkpoint(folder, model, text.tokenizer, text.files)
     return model

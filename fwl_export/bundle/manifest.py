@@ -268,6 +268,11 @@ class Bundle:
             "State": f"{_size(sum(spec.bytes_per_row for spec in manifest.state))} per row",
         }
 
+    @property
+    def checkpoint(self) -> Path:
+        """Path of the checkpoint's folder, whether the bundle has a checkpoint or not."""
+        return self.folder / CHECKPOINT_FOLDER
+
     def file(self, name: str) -> Path:
         """Return the path of one of the bundle's files, after checking size and hash.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,13 +15,14 @@ from fwl_export.cli.options import (
     LearningRateScaleOption,
     NoPluginOption,
     RuntimeOption,
+    SpecialOption,
     StateOption,
 )
 from fwl_export.cli.read import read_tokens
 from fwl_export.cli.terminal import print_generated, print_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from fwl_export.bundle.text_decoder import TextDecoder
 
 _SAMPLING = "Sampling options"
 
@@ -70,6 +72,11 @@ def generate(
             "--no-learn", help="Do not learn from the prompt and from the generated text."
         ),
     ] = False,
+    ignore_end: Annotated[
+        bool,
+        typer.Option("--ignore-end", help="Go on after a token that ends a text."),
+    ] = False,
+    special: SpecialOption = False,
     learning_rate_scale: LearningRateScaleOption = 1.0,
     runtime: RuntimeOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
@@ -84,38 +91,38 @@ def generate(
       fwl-export generate demo-bundle --prompt "LEONTES." --seed 1
     """
     from fwl_export.bundle.manifest import read_bundle
+    from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
     from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.runtimes import Sampler, open_session
-    from fwl_export.runtimes.text import bundle_tokenizer, prompt_ids
+    from fwl_export.runtimes.text import prompt_ids
 
     opened = read_bundle(bundle)
-    tokenizer = bundle_tokenizer(opened)
+    tokenizer = bundle_text_tokenizer(opened)
     session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
     session.learning_rate_scale = learning_rate_scale
     if state is not None:
         session.load_state(state)
     if read is not None:
-        read_tokens(session, read_ids(read, tokenizer))
-    ids = prompt_ids(prompt, tokenizer)
+        fresh = not session.positions[0]
+        read_tokens(session, read_ids(read, tokenizer, fresh, special))
+    ids = prompt_ids(prompt, tokenizer, not session.positions[0], special)
     sampler = Sampler(temperature, top_k, top_p, seed)
-    tokens = session.generate(ids, max_new, sampler, learn=not no_learn)
+    ends = () if ignore_end else sorted(tokenizer.end_ids)
+    tokens = session.generate(ids, max_new, sampler, ends, learn=not no_learn)
+    decoder = tokenizer.decoder(before=ids)
     if json:
         generated = [int(token) for token in tokens]
-        print_json({"prompt": prompt, "text": tokenizer.decode(generated), "tokens": generated})
+        text = "".join(_texts(generated, decoder))
+        print_json({"prompt": prompt, "text": text, "tokens": generated})
         return
     print_generated(prompt)
-    for text in _texts(tokens, tokenizer):
+    for text in _texts(tokens, decoder):
         print_generated(text)
     print_generated("\n")
 
 
-def _texts(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+def _texts(tokens: Iterable[int], decoder: TextDecoder) -> Iterator[str]:
     """Yield what each token adds to the text, once its characters are complete."""
-    written: list[int] = []
-    shown = ""
-    for token in tokens:
-        written.append(token)
-        text = tokenizer.decode(written)
-        if not text.endswith("\ufffd"):  # the token ends inside a character
-            yield text[len(shown) :]
-            shown = text
+    for text in chain(map(decoder.add, tokens), (decoder.finish() for _ in range(1))):
+        if text:
+            yield text

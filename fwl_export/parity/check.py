@@ -136,7 +136,7 @@ def check_bundle(
     """
     began = time.perf_counter()
     manifest = bundle.manifest
-    limits = ModelLimits.of(manifest)
+    limits = ModelLimits.of_bundle(bundle)
     chosen = choose_cases(cases, tokens, limits, seed, all_ids)
     table = changed_table(tolerances or {}, strict)
     ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
@@ -162,6 +162,8 @@ def check_bundle(
     verdicts = _verdicts(lineup, measured, horizon_tokens, table)
     if baseline is not None:
         verdicts = compare_with_baseline(verdicts, baseline)
+    if decode is not None:
+        verdicts = [verdict.with_texts(decode) for verdict in verdicts]
     return Report(
         bundle=bundle.folder.resolve().name,
         model_id=manifest.model_id,

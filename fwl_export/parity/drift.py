@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ LOGITS = "logits"
 
 FREE_RUNNING, TEACHER_FORCED = "free", "forced"
 MODES = (FREE_RUNNING, TEACHER_FORCED)
+NOT_FINITE: Final = "not finite"  # kind of a failure
 MODE_NAMES = {FREE_RUNNING: "free-running", TEACHER_FORCED: "teacher-forced"}
 
 # Every call overwrites these tensors, so an error may be gone after the next call: they are
@@ -54,6 +55,11 @@ class Failure:
       kind: Kind of failure: "not finite", "not repeatable", wrong "shape" of an output, or any
         other "error".
       tensor: Name of the tensor at fault ("logits" or a state tensor), or None.
+      row: Row at fault, or None if it is not known.
+      token: Tokens that the row had read before the one at fault, or None.
+      token_in_call: Index of that token in the call, or None.
+      token_id: Id of that token, or None.
+      token_text: Text of that token; "" if it is not known.
     """
 
     runtime: str
@@ -62,6 +68,37 @@ class Failure:
     message: str
     kind: Literal["not finite", "not repeatable", "shape", "error"] = "error"
     tensor: str | None = None
+    row: int | None = None
+    token: int | None = None
+    token_in_call: int | None = None
+    token_id: int | None = None
+    token_text: str = ""
+
+    @property
+    def is_not_finite(self) -> bool:
+        """Whether a value was NaN or infinite."""
+        return self.kind == NOT_FINITE
+
+    @property
+    def place(self) -> str:
+        """Where a value was not finite, in words."""
+        if self.token is None:
+            return f"not finite up to token {self.tokens_read}"
+        text = f", text {self.token_text!r}" if self.token_text else ""
+        return f"not finite at token {self.token} of row {self.row} (id {self.token_id}{text})"
+
+    @property
+    def brief_place(self) -> str:
+        """Where a value was not finite, in 40 columns at most."""
+        if self.token is None:
+            return f"up to token {self.tokens_read}"
+        shown = repr(self.token_text[:8]) if self.token_text else f"id {self.token_id}"
+        return f"at token {self.token} of row {self.row} ({shown})"
+
+    @property
+    def sentence(self) -> str:
+        """What happened, with the place if it is known."""
+        return self.message if self.token is None else f"{self.place}: {self.message}"
 
 
 @dataclass
@@ -280,11 +317,10 @@ class _CandidateRun:
             return _feed(self.key.name, self.session, call)
         state = before.to(self.session)
         if wrong := _not_finite(state):
-            tensor, message = wrong
-            message = f"{message}: the reference's value is too large for {state[tensor].dtype}"
-            return Failure(
-                self.key.name, call.step, call.tokens_read, message, "not finite", tensor
-            )
+            kind = state[wrong.tensor].dtype
+            message = f"{wrong.message}: the reference's value is too large for {kind}"
+            at = (self.key.name, call.step, call.tokens_read)
+            return Failure(*at, message, NOT_FINITE, wrong.tensor, wrong.row)
         try:
             self.session.write_rows(range(self.session.batch), state)
         except Exception as error:  # runtimes raise exceptions of any type; the others continue
@@ -360,7 +396,9 @@ def _feed(name: str, session: Session, call: ScheduledCall, keep: bool = False) 
         logits = call.feed(session)
         output = Output(logits, session.peek())
     except NotFiniteError as error:
-        return Failure(*at, str(error), "not finite", LOGITS)
+        return _where(
+            Failure(*at, error.cause or str(error), NOT_FINITE, error.tensor), call, error
+        )
     except Exception as error:  # runtimes raise exceptions of any type; the others continue
         return Failure(*at, _text(error))
     shapes = {LOGITS: (*call.wanted.shape, session.vocab_size)}
@@ -371,7 +409,7 @@ def _feed(name: str, session: Session, call: ScheduledCall, keep: bool = False) 
             message = f"{tensor} has shape {list(array.shape)}; expected {list(expected)}"
             return Failure(*at, message, "shape", tensor)
     if wrong := _not_finite(output.state):
-        return Failure(*at, wrong[1], "not finite", wrong[0])
+        return Failure(*at, wrong.message, NOT_FINITE, wrong.tensor, wrong.row)
     if keep:
         kept = {n: array.copy() for n, array in output.state.items() if _is_compared(n, call)}
         return Output(logits, kept)
@@ -397,8 +435,27 @@ def _text(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _not_finite(state: State) -> tuple[str, str] | None:
-    """Return the name of the first state tensor that is not finite, and a message about it."""
+def _where(failure: Failure, call: ScheduledCall, error: NotFiniteError) -> Failure:
+    """Return the failure with the row and token that an error names."""
+    if error.row is None or error.token is None:
+        return failure
+    return replace(
+        failure,
+        row=error.row,
+        token=error.position,
+        token_in_call=error.token,
+        token_id=int(call.ids[error.row, error.token]),
+    )
+
+
+class _NotFinite(NamedTuple):
+    tensor: str
+    row: int
+    message: str
+
+
+def _not_finite(state: State) -> _NotFinite | None:
+    """Return the first state tensor that is not finite, and where."""
     for name, array in state.items():
         # A sum is not finite if a term is not, and is taken at a fraction of the cost.
         wide = np.float64 if array.dtype.itemsize > 4 else np.float32
@@ -407,5 +464,6 @@ def _not_finite(state: State) -> tuple[str, str] | None:
         if suspect and not np.isfinite(array).all():
             row, *index = np.argwhere(~np.isfinite(array))[0].tolist()
             value = array[(row, *index)]
-            return name, f"state '{name}' is {value} in row {row}, element {index}"
+            message = f"state '{name}' is {value} in row {row}, element {index}"
+            return _NotFinite(name, row, message)
     return None

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from fwl_export.bundle.manifest import TOKENIZER_FILE, Bundle
+from fwl_export.bundle.manifest import Bundle
 from fwl_export.bundle.state import Array
-from fwl_export.bundle.tokenizer import encode, load_tokenizer
+from fwl_export.bundle.text_tokenizer import TextTokenizer, bundle_text_tokenizer
 from fwl_export.errors import TokenError
 from fwl_export.runtimes.sampling import log_softmax
 from fwl_export.runtimes.session import Session
@@ -45,19 +45,13 @@ class Score:
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
-    """Return the bundle's tokenizer.
+    """Return the bundle's tokenizer; `bundle_text_tokenizer` returns all that reading text needs.
 
     Raises:
       BundleError: The tokenizer's file is missing or was changed.
       CheckpointError: The file is not a tokenizer, or does not fit the model's vocabulary.
     """
-    config = bundle.manifest.config
-    return load_tokenizer(
-        bundle.folder / TOKENIZER_FILE,
-        config.vocab_size,
-        config.padded_vocabulary,
-        bundle.read_file(TOKENIZER_FILE),
-    )
+    return bundle_text_tokenizer(bundle).tokenizer
 
 
 def score_ids(
@@ -110,13 +104,21 @@ def token_losses(logits: Array, labels: Array) -> npt.NDArray[np.float64]:
     return losses
 
 
-def prompt_ids(prompt: str, tokenizer: Tokenizer) -> Array:
+def prompt_ids(
+    prompt: str, tokenizer: TextTokenizer, start: bool = True, special: bool = False
+) -> Array:
     """Return the token ids of a prompt, [N] int64.
+
+    Args:
+      prompt: Text of the prompt.
+      tokenizer: Tokenizer of the model.
+      start: Whether the prompt begins a fresh session, see `TextTokenizer.encode`.
+      special: Whether control tokens in the prompt are read as such.
 
     Raises:
       TokenError: The prompt has no tokens, or the tokenizer fails.
     """
-    ids = encode(prompt, tokenizer)
+    ids = tokenizer.encode(prompt, start=start, special=special)
     if not len(ids):
         raise TokenError("the prompt is empty; expected at least one token")
     return ids

@@ -95,7 +95,6 @@ class TextTokenizer:
       special_tokens: Text of the named control tokens, e.g. "bos_token": "<s>", for templates.
       clean_up_spaces: Whether the tokenizer's settings ask for removing spaces before punctuation
         when decoding.
-      files: Content of the files that stood beside tokenizer.json, by name.
     """
 
     def __init__(
@@ -106,7 +105,6 @@ class TextTokenizer:
         chat_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
         clean_up_spaces: bool = False,
-        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Combine what was read; `bundle_text_tokenizer` and `text_tokenizer` read it.
 
@@ -119,7 +117,6 @@ class TextTokenizer:
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         self.clean_up_spaces = clean_up_spaces
-        self.files = dict(files or {})
 
     @property
     def bos_id(self) -> int | None:
@@ -228,6 +225,7 @@ def text_tokenizer(
     _set_prefix_space(tokenizer, settings)
     _set_start(tokenizer, settings, names)
     template = _chat_template(folder, settings, files)
+    facts(tokenizer).files = dict(files)
     facts(tokenizer).controls = _template_tokens(tokenizer, template)
     ends = _end_ids(tokenizer, config, _generation(folder, files), names.get("eos_token"))
     return TextTokenizer(
@@ -237,7 +235,6 @@ def text_tokenizer(
         template,
         names,
         settings.get("clean_up_tokenization_spaces") is True,
-        files,
     )
 
 

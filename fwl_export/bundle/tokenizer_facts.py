@@ -96,6 +96,8 @@ class Facts:
     Attributes:
       controls: Text of tokens which are control tokens though tokenizer.json does not call them
         special, such as those that the chat template writes.
+      files: Content of the files that stood beside tokenizer.json, by name; a checkpoint that is
+        written with this tokenizer gets them too.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -105,6 +107,7 @@ class Facts:
           tokenizer: The tokenizer.
         """
         self.controls: frozenset[str] = frozenset()
+        self.files: dict[str, bytes] = {}
         # `facts` keeps this object as long as the tokenizer exists, so it must not keep it alive.
         self._tokenizer = weakref.proxy(tokenizer)
         self._itself = weakref.ref(tokenizer)

@@ -8,8 +8,8 @@ A checkpoint cannot run code when it is loaded: it holds only JSON and safetenso
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fwl_export.bundle.config import HuggingFaceConfig, ModelConfig
-from fwl_export.bundle.text_tokenizer import optional_files, text_tokenizer
+from fwl_export.bundle.text_tokenizer import text_tokenizer
+from fwl_export.bundle.tokenizer_facts import facts
 from fwl_export.errors import CheckpointError
 from fwl_export.files import check_output, finish_replacement, replaced_folder
 from fwl_export.json_files import read_json
@@ -44,13 +45,10 @@ class Checkpoint:
     Attributes:
       model: The model, in float32, in evaluation mode and on the CPU.
       tokenizer: Its tokenizer.
-      files: Content of the files that stand beside tokenizer.json, see
-        `fwl_export.bundle.text_tokenizer.OPTIONAL_FILES`, by name.
     """
 
     model: FWLModel
     tokenizer: Tokenizer
-    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:
@@ -79,9 +77,8 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
         model = FWLModel(config)
     tensors = read_tensors(folder / WEIGHTS_FILE, model.stored_tensors(), content(WEIGHTS_FILE))
     model.load_stored_tensors(tensors)
-    files = {} if read else optional_files(folder)
-    text = text_tokenizer(folder, config, content(TOKENIZER_FILE), files)
-    return Checkpoint(model.eval().requires_grad_(False), text.tokenizer, files)
+    text = text_tokenizer(folder, config, content(TOKENIZER_FILE), {} if read else None)
+    return Checkpoint(model.eval().requires_grad_(False), text.tokenizer)
 
 
 def check_complete(folder: Path) -> None:
@@ -132,20 +129,14 @@ def _parameters(config: ModelConfig) -> int:
     return sum(tensor.numel() for part in (backbone, layer) for tensor in part.parameters())
 
 
-def save_checkpoint(
-    folder: Path,
-    model: FWLModel,
-    tokenizer: Tokenizer,
-    files: Mapping[str, bytes] | None = None,
-) -> None:
+def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None:
     """Write a checkpoint folder, replacing an older one. On failure, nothing changes there.
 
     Args:
       folder: Path of the folder.
       model: The model.
-      tokenizer: Its tokenizer.
-      files: Content of files that stand beside tokenizer.json, such as the chat template, by name;
-        see `fwl_export.bundle.text_tokenizer.OPTIONAL_FILES`.
+      tokenizer: Its tokenizer. If it was read with `load_checkpoint`, the files that stood beside
+        it, such as the chat template, are written too.
     """
     with replaced_folder(folder) as beside:
         text = json.dumps(model.config.to_dict(), indent=2)
@@ -153,7 +144,7 @@ def save_checkpoint(
         tensors = {name: tensor.contiguous() for name, tensor in model.stored_tensors().items()}
         save_file(tensors, beside / WEIGHTS_FILE)
         tokenizer.save(str(beside / TOKENIZER_FILE))
-        for name, content in (files or {}).items():
+        for name, content in facts(tokenizer).files.items():
             (beside / name).write_bytes(content)
 
 

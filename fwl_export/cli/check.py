@@ -20,10 +20,12 @@ from fwl_export.cli.options import (
     OUTPUT,
     BundleArgument,
     JsonOption,
+    SpecialOption,
     TextOption,
     list_completion,
 )
 from fwl_export.cli.terminal import note, print_json, progress_bar
+from fwl_export.cli.texts import checked_ids, shown_name
 from fwl_export.cli.traces import refuse_together, run_against, trusted, write_record
 from fwl_export.printable import indented
 
@@ -72,6 +74,7 @@ def check(
         ),
     ] = None,
     text: TextOption = None,
+    special: SpecialOption = False,
     tokens: Annotated[
         int | None,
         typer.Option(help="Tokens of the text to read.", show_default=str(DEFAULT_TOKENS), min=1),
@@ -199,7 +202,7 @@ def check(
         judged = {"baseline": baseline, "strict": strict or None, "tolerances": tolerances}
         written = {"report": report, "html": html, "junit": junit, "markdown": markdown}
         refuse_together(chosen, others | judged | written)
-        request = _request(bundle, {**given, "tokens": tokens}, text, replay)
+        request = _request(bundle, {**given, "tokens": tokens}, text, replay, special)
         request.options |= {"strict": strict, "threads": threads}
         request.options["tolerances"] = _read_tolerances(tolerances)
         request.options["baseline"] = _read_baseline(baseline)
@@ -211,6 +214,7 @@ def check(
             write_record(record, request, json)
             return
         command = _command(bundle, request, text, files, replay)
+        command += " --special" if special else ""
         if against is not None:
             result, target = run_against(against, request, command, report)
         else:
@@ -244,11 +248,10 @@ class _Request:
 
 
 def _request(
-    folder: Path, given: Mapping[str, Any], text: Path | None, replay: Path | None
+    folder: Path, given: Mapping[str, Any], text: Path | None, replay: Path | None, special: bool
 ) -> _Request:
     """Return what to check: a text, or what a report says was checked."""
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.runtimes.text import bundle_tokenizer
 
@@ -258,9 +261,9 @@ def _request(
     if replay is not None:
         return _replayed(bundle, tokenizer, options, text, replay)
     source = text or HELD_OUT_PLAY
-    ids = read_ids(source, tokenizer)
     options = {"tokens": DEFAULT_TOKENS, "seed": 0} | options
-    return _Request(bundle, tokenizer, ids, source.name, options)
+    ids = checked_ids(source, tokenizer, options["tokens"], options.get("cases", ""), special)
+    return _Request(bundle, tokenizer, ids, shown_name(source), options)
 
 
 def _replayed(

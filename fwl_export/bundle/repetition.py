@@ -60,7 +60,7 @@ def repeated_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, character in _TEXTS.items():
         with contextlib.suppress(TokenError):  # a tokenizer need not read every text
-            ids = encode(character * _LONG, tokenizer).tolist()
+            ids = encode(character * _LONG, tokenizer, start=False).tolist()
             found |= {name: token for token, _ in Counter(ids).most_common(1)}
     control = (id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
     return found | {_CONTROL: id for id in [min(control, default=-1)] if id >= 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import shlex
 import sys
@@ -19,10 +20,13 @@ from fwl_export.cli.options import (
     OUTPUT,
     BundleArgument,
     JsonOption,
+    SpecialOption,
     TextOption,
     list_completion,
 )
 from fwl_export.cli.terminal import note, print_json, progress_bar
+from fwl_export.cli.texts import checked_ids, shown_name
+from fwl_export.cli.traces import refuse_together, run_against, trusted, write_record
 from fwl_export.printable import indented
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 576
 
 _JUDGING = "Options of the verdict"
+_WEIGHTS = "What to compare with"
 
 
 def check(
@@ -69,6 +74,7 @@ def check(
         ),
     ] = None,
     text: TextOption = None,
+    special: SpecialOption = False,
     tokens: Annotated[
         int | None,
         typer.Option(help="Tokens of the text to read.", show_default=str(DEFAULT_TOKENS), min=1),
@@ -114,6 +120,37 @@ def check(
             rich_help_panel=_JUDGING,
         ),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with these weights, which you trust, not with those in the bundle: a "
+            "checkpoint, or a language model of Hugging Face.",
+            show_default="the bundle's own",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    fwl: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the Fast Weight Layer on that language model.",
+            show_default="a new one",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Check nothing; write inputs and float64 results to this file, a trace.",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with this trace, without PyTorch and without a checkpoint.",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -148,20 +185,40 @@ def check(
 
     Exit code 0: all are within budget; 1: something is outside; 2: something could not run.
 
-    Example:
+    Whoever sends a bundle can change its weights everywhere in it; --checkpoint takes yours. A
+    bundle without a checkpoint, or a machine without PyTorch, is checked against a trace.
+
+    Examples:
       fwl-export check demo-bundle --candidates onnxruntime,torch:float32
+      fwl-export check demo-bundle --record demo.trace
+      fwl-export check demo-bundle --against demo.trace
     """
     given = {"reference": reference, "candidates": candidates, "cases": cases, "seed": seed}
     if all_ids:
         given["all_ids"] = True
-    with _errors_of_a_check():
-        request = _request(bundle, {**given, "tokens": tokens}, text, replay)
+    with _errors_of_a_check(), contextlib.ExitStack() as stack:
+        chosen = {"--record": record, "--against": against, "--checkpoint": checkpoint}
+        others = {**given, "tokens": tokens, "text": text, "replay": replay, "fwl": fwl}
+        judged = {"baseline": baseline, "strict": strict or None, "tolerances": tolerances}
+        written = {"report": report, "html": html, "junit": junit, "markdown": markdown}
+        refuse_together(chosen, others | judged | written)
+        request = _request(bundle, {**given, "tokens": tokens}, text, replay, special)
         request.options |= {"strict": strict, "threads": threads}
         request.options["tolerances"] = _read_tolerances(tolerances)
         request.options["baseline"] = _read_baseline(baseline)
         files = {"--tolerances": tolerances, "--baseline": baseline}
+        files |= {"--checkpoint": checkpoint, "--fwl": fwl, "--against": against}
+        if checkpoint is not None:
+            request.bundle = trusted(request.bundle, checkpoint, fwl, stack)
+        if record is not None:
+            write_record(record, request, json)
+            return
         command = _command(bundle, request, text, files, replay)
-        result, target = _run(request, command, report)
+        command += " --special" if special else ""
+        if against is not None:
+            result, target = run_against(against, request, command, report)
+        else:
+            result, target = _run(request, command, report)
         page = html or target.with_suffix(".html")
         paths = {"json": target, "junit": junit, "markdown": markdown, "html": page}
         _write(result, paths, {report, html, junit, markdown})
@@ -191,11 +248,10 @@ class _Request:
 
 
 def _request(
-    folder: Path, given: Mapping[str, Any], text: Path | None, replay: Path | None
+    folder: Path, given: Mapping[str, Any], text: Path | None, replay: Path | None, special: bool
 ) -> _Request:
     """Return what to check: a text, or what a report says was checked."""
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.runtimes.text import bundle_tokenizer
 
@@ -205,9 +261,9 @@ def _request(
     if replay is not None:
         return _replayed(bundle, tokenizer, options, text, replay)
     source = text or HELD_OUT_PLAY
-    ids = read_ids(source, tokenizer)
     options = {"tokens": DEFAULT_TOKENS, "seed": 0} | options
-    return _Request(bundle, tokenizer, ids, source.name, options)
+    ids = checked_ids(source, tokenizer, options["tokens"], options.get("cases", ""), special)
+    return _Request(bundle, tokenizer, ids, shown_name(source), options)
 
 
 def _replayed(

@@ -20,6 +20,7 @@ from fwl_export.cli.options import (
 )
 from fwl_export.cli.read import read_tokens
 from fwl_export.cli.terminal import print_generated, print_json
+from fwl_export.cli.texts import text_ids
 
 if TYPE_CHECKING:
     from fwl_export.bundle.text_decoder import TextDecoder
@@ -92,7 +93,6 @@ def generate(
     """
     from fwl_export.bundle.manifest import read_bundle
     from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
-    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.runtimes import Sampler, open_session
     from fwl_export.runtimes.text import prompt_ids
 
@@ -103,8 +103,7 @@ def generate(
     if state is not None:
         session.load_state(state)
     if read is not None:
-        fresh = not session.positions[0]
-        read_tokens(session, read_ids(read, tokenizer, fresh, special))
+        read_tokens(session, text_ids(read, tokenizer, session, special))
     ids = prompt_ids(prompt, tokenizer, not session.positions[0], special)
     sampler = Sampler(temperature, top_k, top_p, seed)
     ends = () if ignore_end else sorted(tokenizer.end_ids)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from fwl_export.bundle.tokenizer import load_tokenizer
+from fwl_export.bundle.text_tokenizer import text_tokenizer
 from fwl_export.errors import CheckpointError
 from fwl_export.model.checkpoint import TOKENIZER_FILE, save_checkpoint
 from fwl_export.model.language_model import FWLModel
@@ -57,4 +57,4 @@ def backbone_tokenizer(backbone: Path, model: FWLModel) -> Tokenizer:
             f"backbone '{backbone}' has no {TOKENIZER_FILE}; write it with "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
         )
-    return load_tokenizer(path, model.config.vocab_size, padded=True)
+    return text_tokenizer(backbone, model.config).tokenizer

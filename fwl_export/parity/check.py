@@ -18,7 +18,6 @@ from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ShapeError
 from fwl_export.machine import available_memory, installed_versions, processor_name
-from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.candidates import (
     REFERENCE,
     Candidate,
@@ -184,7 +183,7 @@ def check_bundle(
         worst=[worst_place(verdict, calls, decode) for verdict in verdicts],
         coverage=coverage.to_dict(),
         baseline=None if baseline is None else str(baseline.get("bundle", {}).get("name", "")),
-        environment=_environment(threads),
+        environment=environment(threads),
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - began,
@@ -413,11 +412,7 @@ def _say_what_ran(
     tokens: int,
 ) -> None:
     """Add to the coverage which paths ran, and what a full check would also have tried."""
-    words = {"plugin": "plugin", "standard operators": "function body"}
-    runtimes = [c.runtime for c in lineup.candidates if c.session]
-    coverage.paths = [
-        name for word, name in words.items() if any(f", {word}" in text for text in runtimes)
-    ]
+    coverage.paths = paths_of(c.runtime for c in lineup.candidates if c.session)
     if coverage.paths == ["function body"] and not find_plugin(ONNXRUNTIME):
         coverage.left_out.append(
             "the plugin's kernel, whose library is not installed (`make plugins` builds it)"
@@ -429,6 +424,13 @@ def _say_what_ran(
         coverage.left_out.append("more rows than the free memory holds the state of")
     if tokens < DEFAULT_TOKENS:
         coverage.left_out.append(f"what takes more than {LONGEST_CASE * tokens} tokens")
+
+
+def paths_of(runtimes: Iterable[str]) -> list[str]:
+    """Return the ways in which the update was computed, from descriptions of candidates."""
+    words = {"plugin": "plugin", "standard operators": "function body"}
+    texts = list(runtimes)
+    return [name for word, name in words.items() if any(f", {word}" in text for text in texts)]
 
 
 def _verdicts(
@@ -464,7 +466,8 @@ def _verdict(
     )
 
 
-def _environment(threads: int) -> dict[str, Any]:
+def environment(threads: int) -> dict[str, Any]:
+    """Return versions, processor and threads of a check, for its report."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -491,6 +494,8 @@ def torch_threads(count: int) -> Iterator[None]:
 def model_horizon(bundle: Bundle) -> float:
     """Return the horizon of the bundle's model in tokens; 0 means that it never forgets."""
     from safetensors import safe_open
+
+    from fwl_export.model.stored import WEIGHTS_FILE
 
     if bundle.manifest.config.fast_weights.decay == "none":
         return 0.0

@@ -152,6 +152,7 @@ def measure_drift(
     modes: Collection[str] = MODES,
     advance: Callable[[int], None] = lambda tokens: None,
     observe: Callable[[ScheduledCall, Sequence[int]], None] = lambda call, before: None,
+    keep: Callable[[ScheduledCall, Output], None] = lambda call, output: None,
 ) -> Drift:
     """Feed every session the same calls and compare its logits and states with the reference's.
 
@@ -167,6 +168,7 @@ def measure_drift(
       modes: Modes to measure: "free", "forced" or both.
       advance: Called with the number of tokens that the first row has moved on.
       observe: Called with every call that was made, and the tokens that each row had read before.
+      keep: Called with every call and the reference's output.
     """
     runs = [
         _CandidateRun(RunKey(name, mode), session, reference[1])
@@ -190,6 +192,7 @@ def measure_drift(
                 drift.failure = right
                 break
             upcoming = ahead.submit(next, steps, None)
+            keep(call, right)
             # Runtimes release the GIL while they compute, and the runs share nothing.
             step_of = partial(_CandidateRun.step, call=call, before=_Casts(before), right=right)
             list(pool.map(step_of, going))
@@ -207,7 +210,7 @@ def measure_drift(
 
 def _reference_steps(
     name: str, session: Session, calls: Iterable[ScheduledCall], stops: Collection[int]
-) -> Iterator[tuple[ScheduledCall, State, list[int], _Output | Failure]]:
+) -> Iterator[tuple[ScheduledCall, State, list[int], Output | Failure]]:
     """Yield each call, the state and the positions before it, and the output or failure.
 
     The state is empty where teacher-forced sessions do not make the call. A call after which a
@@ -226,8 +229,13 @@ def _reference_steps(
             return
 
 
-class _Output(NamedTuple):
-    """Logits [B, P, V] that a call returned, and the state after it, or the part to compare."""
+class Output(NamedTuple):
+    """What a call returned.
+
+    Attributes:
+      logits: Logits, [B, P, V].
+      state: State after it, or the part to compare.
+    """
 
     logits: Array
     state: State
@@ -267,7 +275,7 @@ class _CandidateRun:
             self._fail(Failure(key.name, 0, 0, wrong, "shape"))
         self.drift.dtypes = {spec.name: spec.dtype for spec in session.specs}
 
-    def step(self, call: ScheduledCall, before: _Casts, right: _Output) -> None:
+    def step(self, call: ScheduledCall, before: _Casts, right: Output) -> None:
         """Make a call and compare its output.
 
         Args:
@@ -300,7 +308,7 @@ class _CandidateRun:
         self.drift.stopped = self.going
         self.going = False
 
-    def _feed(self, call: ScheduledCall, before: _Casts) -> _Output | Failure:
+    def _feed(self, call: ScheduledCall, before: _Casts) -> Output | Failure:
         if self.key.mode == FREE_RUNNING:
             try:
                 call.prepare(self.session)
@@ -332,7 +340,7 @@ class _Sums:
         self._tensors = {name: TensorSum(session.batch) for name in names}
         self._predictions = PredictionSum()
 
-    def add(self, candidate: _Output, reference: _Output, call: ScheduledCall) -> None:
+    def add(self, candidate: Output, reference: Output, call: ScheduledCall) -> None:
         """Add the differences of one call."""
         at = (call.step, call.tokens_read)
         for row, (length, wanted) in enumerate(zip(call.lengths, call.wanted, strict=True)):
@@ -374,9 +382,7 @@ def _other_state(session: Session, reference: Session) -> str:
     )
 
 
-def _feed(
-    name: str, session: Session, call: ScheduledCall, keep: bool = False
-) -> _Output | Failure:
+def _feed(name: str, session: Session, call: ScheduledCall, keep: bool = False) -> Output | Failure:
     """Return the output of a session for a call, or its failure.
 
     Args:
@@ -388,7 +394,7 @@ def _feed(
     at = (name, call.step, call.tokens_read)
     try:
         logits = call.feed(session)
-        output = _Output(logits, session.peek())
+        output = Output(logits, session.peek())
     except NotFiniteError as error:
         return _where(
             Failure(*at, error.cause or str(error), NOT_FINITE, error.tensor), call, error
@@ -406,8 +412,23 @@ def _feed(
         return Failure(*at, wrong.message, NOT_FINITE, wrong.tensor, wrong.row)
     if keep:
         kept = {n: array.copy() for n, array in output.state.items() if _is_compared(n, call)}
-        return _Output(logits, kept)
+        return Output(logits, kept)
     return output
+
+
+def output_of(name: str, session: Session, call: ScheduledCall) -> Output | Failure:
+    """Prepare the rows of a session for a call, and make it; returns the output or the failure.
+
+    Args:
+      name: Name of the session.
+      session: Session that makes the call.
+      call: Call to make.
+    """
+    try:
+        call.prepare(session)
+    except Exception as error:  # runtimes raise exceptions of any type
+        return Failure(name, call.step, call.tokens_read, _text(error))
+    return _feed(name, session, call)
 
 
 def _text(error: Exception) -> str:

@@ -61,6 +61,7 @@ def read_json(
     error: type[FwlError],
     hint: str = "was it truncated?",
     content: bytes | None = None,
+    long_integers: bool = False,
 ) -> Any:
     """Return the data of a JSON file.
 
@@ -69,6 +70,8 @@ def read_json(
       error: Class of the exception to raise.
       hint: What may be wrong or what to do; ends the error message.
       content: Content of the file, if it was read already.
+      long_integers: Whether integers of more than 64 bits are read as floating-point numbers, as
+        files of transformers have some, instead of being refused.
 
     Raises:
       FwlError: The file is not JSON, is larger than `LARGEST_FILE` or nested more deeply than
@@ -79,7 +82,7 @@ def read_json(
     if content is None:
         content = read_bounded(path, error)
     try:
-        return parse_json(content.decode())
+        return parse_json(content.decode(), long_integers)
     except RecursionError:
         raise error(f"{path} is not JSON (it is nested too deeply); {hint}") from None
     except ValueError as problem:
@@ -200,8 +203,12 @@ def brief(problem: object) -> str:
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, long_integers: bool = False) -> Any:
     """Return the data of a JSON text.
+
+    Args:
+      text: The text.
+      long_integers: Whether long integers are read, see `read_json`.
 
     Raises:
       ValueError, RecursionError: The text is not JSON, or breaks a rule of `read_json`.
@@ -210,7 +217,7 @@ def parse_json(text: str) -> Any:
         text,
         object_pairs_hook=_without_duplicates,
         parse_float=_finite,
-        parse_int=_integer,
+        parse_int=_number if long_integers else _integer,
         parse_constant=_finite,
     )
     _check_depth(data)
@@ -248,6 +255,10 @@ def _integer(text: str) -> int:
     if len(text) > _LONGEST_INTEGER:
         raise ValueError(f"{text[:40]}… has more than 64 bits")
     return int(text)
+
+
+def _number(text: str) -> int | float:
+    return int(text) if len(text) <= _LONGEST_INTEGER else _finite(text)
 
 
 def _explained(problem: str, data: Any, kind: Any, prefix: str) -> str:

@@ -21,7 +21,7 @@ from fwl_export.cli.options import (
     StateOption,
 )
 from fwl_export.cli.terminal import note, print_generated, print_json
-from fwl_export.cli.text import (
+from fwl_export.cli.writing import (
     MinPOption,
     ReadOption,
     RepetitionPenaltyOption,
@@ -76,6 +76,7 @@ def chat(
     Example:
       fwl-export chat my-bundle --system "Answer in one sentence."
     """
+    from fwl_export.errors import ConfigError
     from fwl_export.runtimes import Sampler
 
     sampler = Sampler(
@@ -89,6 +90,8 @@ def chat(
     }
     text = open_text(bundle, runtime, no_plugin, learning_rate_scale, state, read)
     text.check_chat()
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed; expected messages, one in each line")
     interactive = sys.stdin.isatty() and not json
     if interactive:
         note(_INTRODUCTION)
@@ -114,12 +117,20 @@ def _messages(text: TextSession, system: str | None, message: str) -> list[dict[
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines of standard input that are not empty."""
-    from fwl_export.cli.text import read_standard_input
+    """Yield the lines of standard input that are not empty, as they come.
 
-    for line in read_standard_input().splitlines():
-        if line.strip():
-            yield line
+    Raises:
+      TokenError: A line is not UTF-8.
+    """
+    from fwl_export.errors import TokenError
+
+    for number, line in enumerate(iter(sys.stdin.buffer.readline, b"")):
+        try:
+            text = line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise TokenError(f"line {number + 1} of standard input is no text: {error}") from None
+        if text.strip():
+            yield text
 
 
 def _typed_lines() -> Iterator[str]:

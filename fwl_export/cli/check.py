@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from fwl_export.cli.options import (
     list_completion,
 )
 from fwl_export.cli.terminal import note, print_json, progress_bar
+from fwl_export.cli.traces import refuse_together, run_against, trusted, write_record
 from fwl_export.printable import indented
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 576
 
 _JUDGING = "Options of the verdict"
+_WEIGHTS = "What to compare with"
 
 
 def check(
@@ -114,6 +117,37 @@ def check(
             rich_help_panel=_JUDGING,
         ),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with these weights, which you trust, not with those in the bundle: a "
+            "checkpoint, or a language model of Hugging Face.",
+            show_default="the bundle's own",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    fwl: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the Fast Weight Layer on that language model.",
+            show_default="a new one",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Check nothing; write inputs and float64 results to this file, a trace.",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with this trace, without PyTorch and without a checkpoint.",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -148,22 +182,42 @@ def check(
 
     Exit code 0: all are within budget; 1: something is outside; 2: something could not run.
 
-    Example:
+    Whoever sends a bundle can change its weights everywhere in it; --checkpoint takes yours. A
+    bundle without a checkpoint, or a machine without PyTorch, is checked against a trace.
+
+    Examples:
       fwl-export check demo-bundle --candidates onnxruntime,torch:float32
+      fwl-export check demo-bundle --record demo.trace
+      fwl-export check demo-bundle --against demo.trace
     """
     given = {"reference": reference, "candidates": candidates, "cases": cases, "seed": seed}
     if all_ids:
         given["all_ids"] = True
-    with _errors_of_a_check():
+    with _errors_of_a_check(), contextlib.ExitStack() as stack:
+        chosen = {"--record": record, "--against": against, "--checkpoint": checkpoint}
+        others = {**given, "tokens": tokens, "text": text, "replay": replay, "fwl": fwl}
+        judged = {"baseline": baseline, "strict": strict or None, "tolerances": tolerances}
+        written = {"report": report, "html": html, "junit": junit, "markdown": markdown}
+        refuse_together(chosen, others | judged | written)
         request = _request(bundle, {**given, "tokens": tokens}, text, replay)
         request.options |= {"strict": strict, "threads": threads}
         request.options["tolerances"] = _read_tolerances(tolerances)
         request.options["baseline"] = _read_baseline(baseline)
         files = {"--tolerances": tolerances, "--baseline": baseline}
+        files |= {"--checkpoint": checkpoint, "--fwl": fwl, "--against": against}
+        if checkpoint is not None:
+            request.bundle = trusted(request.bundle, checkpoint, fwl, stack)
+        if record is not None:
+            write_record(record, request, json)
+            return
         command = _command(bundle, request, text, files, replay)
-        result, target = _run(request, command, report)
+        if against is not None:
+            result, target = run_against(against, request, command, report)
+        else:
+            result, target = _run(request, command, report)
         page = html or target.with_suffix(".html")
-        _write(result, {"json": target, "junit": junit, "markdown": markdown, "html": page})
+        paths = {"json": target, "junit": junit, "markdown": markdown, "html": page}
+        _write(result, paths, {report, html, junit, markdown})
         with _errors_of_standard_output():
             _print(result, target, page, json)
     if result.exit_code:
@@ -241,10 +295,11 @@ def _replayed(
 
 def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, Path]:
     """Check; returns the report and the path to write it to."""
-    from fwl_export.bundle.manifest import REPORTS_FOLDER, inside
+    from fwl_export.bundle.manifest import REPORTS_FOLDER, place_for
     from fwl_export.parity import check_bundle
+    from fwl_export.parity.candidates import missing_library, parse_candidates
     from fwl_export.parity.cases import ModelLimits, choose_cases
-    from fwl_export.parity.check import DEFAULT_CASES
+    from fwl_export.parity.check import DEFAULT_CASES, default_candidates
 
     chosen = choose_cases(
         request.options.get("cases", DEFAULT_CASES),
@@ -253,8 +308,11 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
         request.options["seed"],
         request.options.pop("all_ids", False),
     )
+    named = parse_candidates(request.options.get("candidates") or default_candidates())
+    if missing := missing_library(named):
+        note(missing)
     # Before the work, not after it: the path must lie inside the bundle.
-    target = report or inside(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
+    target = report or place_for(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
     with progress_bar("check", sum(case.tokens for case in chosen)) as advance:
         result = check_bundle(
             request.bundle,
@@ -268,21 +326,30 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
     return result, target
 
 
-def _write(result: Report, paths: Mapping[str, Path | None]) -> None:
-    """Write the report in each format that has a path."""
+def _write(
+    result: Report, paths: Mapping[str, Path | None], named: Collection[Path | None]
+) -> None:
+    """Write the report in each format that has a path.
+
+    Args:
+      result: The report.
+      paths: Path of each format, by its name; None leaves it out.
+      named: Paths that the user gave, where a link is followed. In a bundle, which somebody else
+        may have made, it is replaced.
+    """
     from fwl_export.files import replaced_file
     from fwl_export.parity import to_markdown, write_junit
     from fwl_export.parity.report.html import to_html
 
     if target := paths["json"]:
-        result.write(target)
+        result.write(target, through_link=target in named)
     if target := paths["junit"]:
         write_junit(result, target)
     if target := paths["markdown"]:
         with replaced_file(target) as beside:
             beside.write_text(to_markdown(result), encoding="utf-8")
     if target := paths["html"]:
-        with replaced_file(target) as beside:
+        with replaced_file(target, through_link=target in named) as beside:
             beside.write_text(to_html(result.to_dict()), encoding="utf-8")
 
 
@@ -298,10 +365,30 @@ def _print(result: Report, target: Path, page: Path, json: bool) -> None:
     for problem in result.problems():
         print(f"error: {indented(problem)}", file=sys.stderr)
     if result.exit_code == 1:
-        note(
-            "Export the bundle again and repeat the check. If it fails again, the exporter or the "
-            f"runtime is at fault; please report it with the numbers in {target}"
+        note(_advice(result, target))
+
+
+def _advice(result: Report, target: Path) -> str:
+    """Return what to do about a bundle that is outside its budgets or not finite."""
+    bisect = f"`fwl-export bisect BUNDLE --report {target}`"
+    wrong = [candidate for candidate in result.candidates if candidate.status == "outside"]
+    if all(candidate.leaves_the_range for candidate in wrong):
+        return (
+            f"PyTorch in {result.precision} is not finite in the same calls: the model's numbers "
+            "leave the range of the type, and neither the exporter nor the runtime is at fault. "
+            "Export it with --precision fp32, or let `fwl-export precision` choose the parts that "
+            f"stay in float32. {bisect} names the first tensor that is not finite"
         )
+    if any(candidate.not_finite for candidate in wrong):
+        return (
+            f"{bisect} names the first tensor that is not finite, and says whether it is too large "
+            "for its type, or the file or the runtime is at fault"
+        )
+    return (
+        f"{bisect} finds the first tensor that is wrong, and says whether the file or the runtime "
+        "is at fault. If a new export is no better, please report it with the numbers in "
+        f"{target}"
+    )
 
 
 def _read_tolerances(path: Path | None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,8 @@ def export(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            help="Checkpoint folder, or 'demo' for the model that ships.",
+            help="Checkpoint folder, or 'demo' for the model that ships. A language model of "
+            "Hugging Face is taken as --backbone.",
             show_default=False,
             autocompletion=complete_checkpoint,
         ),
@@ -65,7 +66,7 @@ def export(
     backbone: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a Hugging Face language model; needs --fwl.",
+            help="Folder of a Hugging Face language model.",
             rich_help_panel=_BACKBONE,
         ),
     ] = None,
@@ -73,6 +74,7 @@ def export(
         Path | None,
         typer.Option(
             help="Folder of the Fast Weight Layer to put on the backbone.",
+            show_default="a new layer, which needs no training",
             rich_help_panel=_BACKBONE,
         ),
     ] = None,
@@ -104,7 +106,7 @@ def export(
       fwl-export export demo -o demo-bundle
       fwl-export export --backbone gpt2 --fwl layer -o gpt2-bundle
     """
-    source = _Source(checkpoint, backbone, fwl, context, slide)
+    source = _Source(checkpoint, backbone, fwl, context, slide).recognised()
     source.check()
     with spinner("export") as say, contextlib.ExitStack() as stack:
         folder = source.folder(output, force, stack, say)
@@ -138,15 +140,36 @@ class _Source:
     context: int | None
     slide: bool
 
+    def recognised(self) -> _Source:
+        """Return the source with a CHECKPOINT that is a backbone, or in a bundle, as what it is.
+
+        Raises:
+          CheckpointError: CHECKPOINT is something that cannot be exported.
+        """
+        if self.checkpoint in (None, "demo"):
+            return self
+        from fwl_export.bundle.manifest import bundle_checkpoint
+        from fwl_export.model import source
+
+        path = Path(str(self.checkpoint))
+        found = source.what_is(path)
+        if found.kind == source.BUNDLE:
+            return replace(self, checkpoint=str(bundle_checkpoint(path)))
+        if found.kind in (source.HUGGING_FACE, source.GGUF) and self.backbone is None:
+            return replace(self, checkpoint=None, backbone=path)
+        if found.kind in (source.OTHER, source.LAYER):
+            raise found.refusal("checkpoint", source.EXPECTED)
+        return self
+
     def check(self) -> None:
         """Refuse options that do not go together."""
         if self.backbone is None:
             if self.checkpoint is None:
-                raise typer.BadParameter("give a CHECKPOINT, or --backbone and --fwl")
+                raise typer.BadParameter("give a CHECKPOINT or --backbone")
             if self.fwl is not None or self.context is not None or self.slide:
                 raise typer.BadParameter("--fwl, --context and --slide need --backbone")
-        elif self.checkpoint is not None or self.fwl is None:
-            raise typer.BadParameter("--backbone needs --fwl and takes no CHECKPOINT")
+        elif self.checkpoint is not None:
+            raise typer.BadParameter("give a CHECKPOINT or a --backbone, not both")
 
     def folder(
         self,
@@ -164,7 +187,6 @@ class _Source:
         from fwl_export.model.pretrained import join_checkpoint
 
         assert self.backbone is not None
-        assert self.fwl is not None
         check_bundle_output(output, force)
         say("reading the backbone")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"

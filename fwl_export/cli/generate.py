@@ -17,7 +17,7 @@ from fwl_export.cli.options import (
     StateOption,
 )
 from fwl_export.cli.terminal import heading, print_generated, print_json
-from fwl_export.cli.text import (
+from fwl_export.cli.writing import (
     MinPOption,
     ReadOption,
     RepetitionPenaltyOption,
@@ -27,7 +27,6 @@ from fwl_export.cli.text import (
     TopKOption,
     TopPOption,
     open_text,
-    read_standard_input,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def generate(
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
     """Return the prompt: as it was given, from a file, or from standard input."""
-    from fwl_export.bundle.tokenizer import read_text
+    from fwl_export.bundle.text_file import read_text
     from fwl_export.errors import ConfigError
 
     if (prompt is None) == (file is None):
@@ -124,7 +123,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise ConfigError(f"{given} of --prompt and --prompt-file was given; expected one of them")
     if prompt is not None and prompt != "-":
         return prompt
-    text = read_standard_input() if file is None else read_text(file)
+    text = read_text(file or Path("-"))
     return text.removesuffix("\n").removesuffix("\r")
 
 

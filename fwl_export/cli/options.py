@@ -19,7 +19,7 @@ GENERAL = "General options"
 # Repeated here because `parity.cases` loads NumPy; a test compares the two.
 CASES = (
     *("text", "mixed1", "mixed2", "mixed5", "mixed8"),
-    *("repeat", "long", "decode", "far", "again"),
+    *("repeat", "endless", "long", "decode", "far", "again"),
 )
 
 CANDIDATES = tuple(

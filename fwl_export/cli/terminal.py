@@ -275,3 +275,8 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Return a speed for people, e.g. "1500 tokens/s"."""
+    return f"{tokens / seconds:.0f} tokens/s" if seconds > 0 else "too fast to measure"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fwl_export.bundle.tokenizer import load_tokenizer
+from tokenizers import Tokenizer
+
+from fwl_export.bundle.text_tokenizer import text_tokenizer
 from fwl_export.errors import CheckpointError
 from fwl_export.model.checkpoint import TOKENIZER_FILE, save_checkpoint
 from fwl_export.model.language_model import FWLModel
@@ -12,7 +14,7 @@ from fwl_export.model.language_model import FWLModel
 
 def join_checkpoint(
     backbone: Path,
-    fast_weights: Path,
+    fast_weights: Path | None,
     folder: Path,
     context: int | None = None,
     slide: bool = False,
@@ -21,7 +23,8 @@ def join_checkpoint(
 
     Args:
       backbone: Folder with config.json, safetensors and tokenizer.json.
-      fast_weights: Folder of a Fast Weight Layer, see `fwl_checkpoint`.
+      fast_weights: Folder of a Fast Weight Layer, see `fwl_checkpoint`; None for a new one, see
+        `new_layer`.
       folder: Folder to write.
       context: Number of tokens that full attention sees, see `FWLModel.from_pretrained`.
       slide: Whether to read on past the context, see `FWLModel.from_pretrained`.
@@ -34,12 +37,24 @@ def join_checkpoint(
         backbone has no tokenizer that fits.
     """
     model = FWLModel.from_pretrained(backbone, fast_weights, context, slide)
+    save_checkpoint(folder, model, backbone_tokenizer(backbone, model))
+    return model
+
+
+def backbone_tokenizer(backbone: Path, model: FWLModel) -> Tokenizer:
+    """Return the tokenizer of a backbone.
+
+    Args:
+      backbone: Folder of the backbone.
+      model: The model with this backbone.
+
+    Raises:
+      CheckpointError: There is no tokenizer, or it does not fit.
+    """
     path = backbone / TOKENIZER_FILE
     if not path.is_file():
         raise CheckpointError(
             f"backbone '{backbone}' has no {TOKENIZER_FILE}; write it with "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
         )
-    tokenizer = load_tokenizer(path, model.config.vocab_size, padded=True)
-    save_checkpoint(folder, model, tokenizer)
-    return model
+    return text_tokenizer(backbone, model.config).tokenizer

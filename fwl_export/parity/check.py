@@ -18,8 +18,13 @@ from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ShapeError
 from fwl_export.machine import available_memory, installed_versions, processor_name
-from fwl_export.model.stored import WEIGHTS_FILE
-from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
+from fwl_export.parity.candidates import (
+    REFERENCE,
+    Candidate,
+    parse_candidate,
+    parse_candidates,
+    twin,
+)
 from fwl_export.parity.cases import (
     AGAIN,
     CASES,
@@ -131,7 +136,7 @@ def check_bundle(
     """
     began = time.perf_counter()
     manifest = bundle.manifest
-    limits = ModelLimits.of(manifest)
+    limits = ModelLimits.of_bundle(bundle)
     chosen = choose_cases(cases, tokens, limits, seed, all_ids)
     table = changed_table(tolerances or {}, strict)
     ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
@@ -157,6 +162,8 @@ def check_bundle(
     verdicts = _verdicts(lineup, measured, horizon_tokens, table)
     if baseline is not None:
         verdicts = compare_with_baseline(verdicts, baseline)
+    if decode is not None:
+        verdicts = [verdict.with_texts(decode) for verdict in verdicts]
     return Report(
         bundle=bundle.folder.resolve().name,
         model_id=manifest.model_id,
@@ -176,7 +183,7 @@ def check_bundle(
         worst=[worst_place(verdict, calls, decode) for verdict in verdicts],
         coverage=coverage.to_dict(),
         baseline=None if baseline is None else str(baseline.get("bundle", {}).get("name", "")),
-        environment=_environment(threads),
+        environment=environment(threads),
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - began,
@@ -243,8 +250,9 @@ def _open_all(
         precision = bundle.manifest.precision
         opened = [_OpenedCandidate(name, precision, session=s) for name, s in candidates.items()]
     else:
-        for named in parse_candidates(candidates):
-            candidate = _open(bundle, named, threads)
+        parsed = parse_candidates(candidates)
+        for named in parsed:
+            candidate = _open(bundle, named, threads, twin(named, parsed))
             opened.append(candidate)
             if named.runtime == "torch" and candidate.session and not named.tokens:
                 own[candidate.precision] = (candidate.name, candidate.session)
@@ -254,8 +262,13 @@ def _open_all(
     return _Lineup(opened, right, yardstick, own)
 
 
-def _open(bundle: Bundle, candidate: Candidate, threads: int) -> _OpenedCandidate:
+def _open(
+    bundle: Bundle, candidate: Candidate, threads: int, reason: str | None = None
+) -> _OpenedCandidate:
+    """Open a candidate, unless there is a reason why it must not run."""
     known = (candidate.name, candidate.precision(bundle))
+    if reason:
+        return _OpenedCandidate(*known, tokens=candidate.tokens, reason=reason)
     try:
         session = candidate.open(bundle, 1, threads)
         takes_threads = "threads" in RUNTIMES[candidate.runtime].takes
@@ -399,13 +412,11 @@ def _say_what_ran(
     tokens: int,
 ) -> None:
     """Add to the coverage which paths ran, and what a full check would also have tried."""
-    words = {"plugin": "plugin", "standard operators": "function body"}
-    runtimes = [c.runtime for c in lineup.candidates if c.session]
-    coverage.paths = [
-        name for word, name in words.items() if any(f", {word}" in text for text in runtimes)
-    ]
+    coverage.paths = paths_of(c.runtime for c in lineup.candidates if c.session)
     if coverage.paths == ["function body"] and not find_plugin(ONNXRUNTIME):
-        coverage.left_out.append("the plugin's kernel, whose library is not installed")
+        coverage.left_out.append(
+            "the plugin's kernel, whose library is not installed (`make plugins` builds it)"
+        )
     missing = [case.name for case in CASES if case.name not in {c.name for c in chosen}]
     if missing:
         coverage.left_out.append(f"cases {', '.join(missing)}")
@@ -413,6 +424,13 @@ def _say_what_ran(
         coverage.left_out.append("more rows than the free memory holds the state of")
     if tokens < DEFAULT_TOKENS:
         coverage.left_out.append(f"what takes more than {LONGEST_CASE * tokens} tokens")
+
+
+def paths_of(runtimes: Iterable[str]) -> list[str]:
+    """Return the ways in which the update was computed, from descriptions of candidates."""
+    words = {"plugin": "plugin", "standard operators": "function body"}
+    texts = list(runtimes)
+    return [name for word, name in words.items() if any(f", {word}" in text for text in texts)]
 
 
 def _verdicts(
@@ -448,7 +466,8 @@ def _verdict(
     )
 
 
-def _environment(threads: int) -> dict[str, Any]:
+def environment(threads: int) -> dict[str, Any]:
+    """Return versions, processor and threads of a check, for its report."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -475,6 +494,8 @@ def torch_threads(count: int) -> Iterator[None]:
 def model_horizon(bundle: Bundle) -> float:
     """Return the horizon of the bundle's model in tokens; 0 means that it never forgets."""
     from safetensors import safe_open
+
+    from fwl_export.model.stored import WEIGHTS_FILE
 
     if bundle.manifest.config.fast_weights.decay == "none":
         return 0.0

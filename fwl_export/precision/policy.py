@@ -287,13 +287,12 @@ def _cast_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _update_in(dtype: torch.dtype, update: UpdateOp) -> UpdateOp:
-    """Return the update with query, key and value cast to a type, and its output to float32."""
+    """Return the update with query, key and value cast to a type; its output is float32."""
 
     def quantized(
         query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
-        output, present_state = update(q, k, v, decay, past_state)
-        return output.float(), present_state
+        return update(q, k, v, decay, past_state)
 
     return quantized

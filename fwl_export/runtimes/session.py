@@ -17,7 +17,7 @@ from fwl_export.bundle import state as states
 from fwl_export.bundle import state_file
 from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.bundle.state_file import SavedState
-from fwl_export.errors import ConfigError, NotFiniteError, ShapeError, StateError, TokenError
+from fwl_export.errors import ConfigError, ShapeError, StateError, TokenError
 from fwl_export.runtimes import limits as learning
 from fwl_export.runtimes.arguments import (
     check_types,
@@ -30,7 +30,8 @@ from fwl_export.runtimes.arguments import (
     whole_number,
 )
 from fwl_export.runtimes.base import Call, Runner
-from fwl_export.runtimes.limits import Learned, LearningLimits
+from fwl_export.runtimes.limits import CLIP_INTERVAL, Learned, LearningLimits
+from fwl_export.runtimes.not_finite import FailedCall
 from fwl_export.runtimes.sampling import Choice, Sampler
 
 # Tokens that a row may have read in all. Positions stay far from where 64 bits overflow, and are
@@ -50,6 +51,8 @@ class SessionSpec:
         `FastWeightsConfig`.
       model_id: Identity of the model; state files carry it, and load only into the same model.
       max_positions: Tokens that a row may read in all; 0 means no limit.
+      precision: Precision that the model computes in, e.g. "fp16", for messages; "" if it is not
+        known.
     """
 
     state: Sequence[TensorSpec]
@@ -58,6 +61,7 @@ class SessionSpec:
     anchor_interval: int = 0
     model_id: str = ""
     max_positions: int = 0
+    precision: str = ""
 
 
 class RowKeeper(Protocol):
@@ -127,6 +131,12 @@ class Session:
         self.anchor_interval = spec.anchor_interval
         self.model_id = spec.model_id
         self.max_positions = spec.max_positions
+        clips = self.limits.clip_update_norm != math.inf
+        # Positions that are multiples of these lie between two calls of the model.
+        self._intervals = [
+            *([spec.anchor_interval] if spec.anchor_interval else []),
+            *([CLIP_INTERVAL] if clips else []),
+        ]
         self._lock = threading.RLock()
         # A list, not an array: a few NumPy calls take as long as a step of a small model.
         self._positions = [0] * self.batch
@@ -233,7 +243,8 @@ class Session:
           ShapeError: An argument has the wrong shape, or T is 0.
           TokenError: A token id, weight or length is out of range, or a row would read more than
             `max_positions` tokens in all.
-          NotFiniteError: The model's output has a NaN or infinite value; a `TokenError` too.
+          NotFiniteError: The model's output has a NaN or infinite value; a `TokenError` too. It
+            names the row, the token, the cause and what to do.
           UpdateNormError: A row would have learned more than the session's `max_update_norm`; a
             `TokenError` too.
           DeviceError, EngineError: The GPU or TensorRT refused the call.
@@ -287,18 +298,54 @@ class Session:
         else:
             call = self._call(ids, weights, counts, last_only)
         present = self._spare_buffers()
-        logits = self._run(call, self._current, present, counts)
+        logits = self._run(call, self._current, present, counts, [0] * self.batch)
         self._current, self._spare[0] = present, self._current
         return logits
 
-    def _run(self, call: Call, past: Any, present: Any, counts: list[int]) -> Array:
-        """Run a call of the model, and check what it returned and what the rows have learned."""
+    def _run(
+        self, call: Call, past: Any, present: Any, counts: list[int], done: list[int]
+    ) -> Array:
+        """Run a call of the model, and check what it returned and what the rows have learned.
+
+        Args:
+          call: The call.
+          past: Buffers with the state before it.
+          present: Buffers for the state after it.
+          counts: Tokens that each row reads in it.
+          done: Tokens that each row has read since this `feed` began.
+        """
         logits = _real_logits(self._runner.run(call, past, present), call, counts)
+        if not _is_finite(logits):
+            failed = FailedCall(
+                self._runner,
+                call,
+                past,
+                present,
+                self.specs,
+                self.spec.precision,
+                done,
+                self._positions,
+            )
+            raise failed.error(logits)
+        if self.limits.clip_update_norm != math.inf:
+            read = [a + b for a, b in zip(done, counts, strict=True)]
+            positions = [a + b for a, b in zip(self._positions, read, strict=True)]
+            due = [position % CLIP_INTERVAL == 0 for position in positions]
+            self._clip(present, [row for row in range(self.batch) if counts[row] and due[row]])
         limit = self.limits.max_update_norm
         if limit != math.inf:
             state = self._runner.read(present, slice(None))
             learning.check_update(learning.learned(self.specs, state), limit)
         return logits
+
+    def _clip(self, present: Any, rows: list[int]) -> None:
+        """Scale what some rows have learned down to the session's `clip_update_norm`."""
+        if rows:
+            state = learning.clipped(
+                self.specs, self._runner.read(present, rows), rows, self.limits.clip_update_norm
+            )
+            if state:
+                self._runner.write(present, state, rows)
 
     def _plain_call(self, ids: Array, counts: list[int], last_only: bool) -> Call:
         """Return a call that reads all ids with weight 1.
@@ -345,7 +392,7 @@ class Session:
             present = self._spare_buffers()
             taken.append(self._spare.pop())
             try:
-                found = self._run(call, past, present, here)
+                found = self._run(call, past, present, here, done)
             except BaseException:
                 self._spare += [buffers for buffers in taken if buffers is not self._current]
                 self._keep_one_spare()
@@ -403,12 +450,12 @@ class Session:
           done: Tokens that each row has read since this `feed` began.
         """
         room = [min(count, self.max_tokens) for count in left]
-        if not self.anchor_interval:
-            return room
-        return [
-            min(count, self.anchor_interval - (position + read) % self.anchor_interval)
-            for count, position, read in zip(room, self._positions, done, strict=True)
-        ]
+        for interval in self._intervals:
+            room = [
+                min(count, interval - (position + read) % interval)
+                for count, position, read in zip(room, self._positions, done, strict=True)
+            ]
+        return room
 
     def generate(
         self,
@@ -810,20 +857,13 @@ def _from(start: list[int], lengths: list[int], values: Array) -> Array:
 
 
 def _real_logits(logits: Array, call: Call, lengths: list[int]) -> Array:
-    """Return the logits [B, P, V] with zeros at padding.
-
-    Raises:
-      NotFiniteError: A logit at a real position is NaN or infinite.
-    """
+    """Return the logits [B, P, V] with zeros at padding."""
     if min(lengths) < call.input_ids.shape[1]:
         padding = call.logit_positions >= call.lengths[:, None]
         logits = np.where(padding[..., None], np.zeros((), logits.dtype), logits)
-    # max and min are both NaN if any logit is.
-    if not (math.isfinite(logits.max()) and math.isfinite(logits.min())):
-        row, place = np.argwhere(~np.isfinite(logits))[0][:2]
-        raise NotFiniteError(
-            f"the model's output is not finite at row {row}, position "
-            f"{call.logit_positions[row, place]} of this call; no row has moved: reset the row, "
-            "or feed it with smaller label_weights"
-        )
     return logits
+
+
+def _is_finite(logits: Array) -> bool:
+    # max and min are both NaN if any logit is.
+    return math.isfinite(logits.max()) and math.isfinite(logits.min())

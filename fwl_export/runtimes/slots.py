@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fwl_export.bundle.state import Array, State
-from fwl_export.errors import ShapeError, TokenError
+from fwl_export.errors import NotFiniteError, ShapeError, TokenError
 from fwl_export.runtimes.arguments import checked_array, checked_numbers, shown, whole_number
 from fwl_export.runtimes.session import Session
 
@@ -200,7 +200,11 @@ class Slots:
                     f"{list(ids.shape)}"
                 )
             weights[slot, : len(ids)] = weight
-        logits = self.session.feed(batch, weights, lengths, last_only=True)
+        try:
+            logits = self.session.feed(batch, weights, lengths, last_only=True)
+        except NotFiniteError as error:
+            error.args = (f"slot {error.row}: {error}",)
+            raise
         return {slot: logits[slot] for slot in given}
 
     def _checked_ids(self, slot: int, tokens: npt.ArrayLike) -> Array:

@@ -45,10 +45,11 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
     if not any(name.startswith(CHECKPOINT_FOLDER + "/") for name in bundle.manifest.files):
         raise BundleError(
             f"bundle '{bundle.folder}' was exported without its checkpoint, which the torch "
-            "runtime reads; export it again without --no-checkpoint"
+            "runtime reads; export it again without --no-checkpoint. `fwl-export check` also takes "
+            "--checkpoint FOLDER, or a recorded trace with --against"
         )
     model = load_checkpoint(
-        bundle.folder / CHECKPOINT_FOLDER,
+        bundle.checkpoint,
         lambda name: bundle.read_file(f"{CHECKPOINT_FOLDER}/{name}"),
     ).model
     if model.config != bundle.manifest.config:

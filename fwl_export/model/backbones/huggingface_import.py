@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,13 +23,14 @@ from torch import Tensor
 
 from fwl_export.bundle.config import FastWeightsConfig, HuggingFaceConfig, check_module_counts
 from fwl_export.errors import CheckpointError, ConfigError
-from fwl_export.json_files import read_json, shown
+from fwl_export.json_files import read_json
 from fwl_export.model.backbones.huggingface import (
     HuggingFaceBackbone,
     import_transformers,
     layer_types,
     refuse_code,
 )
+from fwl_export.model.source import HUGGING_FACE, check_language_model, what_is
 from fwl_export.model.stored import ZeroWeights, all_finite
 
 # Caches for a model's whole context may not fit into memory; pass `context` for more than this.
@@ -60,21 +62,17 @@ class Imported:
     unembed_bias: Tensor
     logit_softcap: float
 
-    def layer_config(
-        self, layer: FastWeightsConfig | None, vocab_size: int | None
-    ) -> FastWeightsConfig:
+    def layer_config(self, layer: FastWeightsConfig, vocab_size: int | None) -> FastWeightsConfig:
         """Return the config of a Fast Weight Layer between this backbone and its head.
 
         Args:
-          layer: The layer's config, which gets the head's soft cap; None for the usual sizes.
+          layer: The layer's config, which gets the head's soft cap.
           vocab_size: The vocabulary that the layer was trained with; None if unknown.
 
         Raises:
           ConfigError: The layer and the backbone do not fit each other.
         """
         width, size = self.backbone.config.width, self.unembed.shape[1]
-        if layer is None:
-            layer = FastWeightsConfig(width, 4 * width, size)
         if vocab_size not in (None, self.vocab_size):
             raise ConfigError(
                 f"the Fast Weight Layer has a vocabulary of {vocab_size} tokens, but the backbone "
@@ -291,6 +289,11 @@ def _load(folder: Path) -> Any:
             f"({type(error).__name__}: {lines[0] if lines else ''})"
         ) from None
     missing = sorted(info["missing_keys"])
+    if _reads_both_ways(causal.config):
+        raise CheckpointError(
+            f"backbone '{folder}' is an encoder ({causal.config.model_type}), which reads texts in "
+            "both directions; expected a decoder-only language model, such as LlamaForCausalLM"
+        )
     head = causal.get_output_embeddings()
     head_names = {n for n, module in causal.named_modules() if module is head}
     if any(name.rpartition(".")[0] in head_names for name in missing):
@@ -308,29 +311,24 @@ def _load(folder: Path) -> Any:
     return causal.eval()
 
 
+def _reads_both_ways(config: Any) -> bool:
+    """Return whether an architecture is an encoder's, such as BERT's, and not used as a decoder."""
+    names = importlib.import_module("transformers.models.auto.modeling_auto")
+    masked = getattr(names, "MODEL_FOR_MASKED_LM_MAPPING_NAMES", {})
+    return config.model_type in masked and not getattr(config, "is_decoder", False)
+
+
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"backbone '{folder}' is not a folder; expected the folder of a transformers model, "
-            "with config.json and safetensors. Nothing is downloaded here: save the model with "
-            "save_pretrained first"
-        )
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"backbone '{folder}' has no config.json; expected the folder of a transformers model"
-        )
+    expected = (
+        "expected the folder of a transformers model, with config.json and safetensors. Nothing is "
+        "downloaded here: save the model with save_pretrained first"
+    )
+    found = what_is(folder)
+    if found.kind != HUGGING_FACE:
+        raise found.refusal("backbone", expected)
     config = read_json(folder / "config.json", CheckpointError)
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{folder / 'config.json'} is {shown(config)}; expected the configuration of a "
-            "transformers model, a JSON object"
-        )
     check_module_counts(config, str(folder / "config.json"))
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"backbone '{folder}' has no safetensors; other formats can run code when they are "
-            "loaded: convert it with transformers' save_pretrained"
-        )
+    check_language_model(folder, config)
     refuse_code(config, CheckpointError)
     if config.get("quantization_config"):
         raise CheckpointError(

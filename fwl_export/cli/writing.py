@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fwl_export.cli.read import read_tokens
+from fwl_export.cli.texts import text_ids
 
 if TYPE_CHECKING:
     from fwl_export.runtimes import TextSession
@@ -97,7 +97,6 @@ def open_text(
     """
     from fwl_export.bundle.manifest import read_bundle
     from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
-    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.runtimes import TextSession, open_session
 
     opened = read_bundle(bundle)
@@ -107,20 +106,5 @@ def open_text(
     if state is not None:
         session.load_state(state)
     if read is not None:
-        read_tokens(session, read_ids(read, tokenizer, not session.positions[0], special))
+        read_tokens(session, text_ids(read, tokenizer, session, special))
     return TextSession(session, tokenizer)
-
-
-def read_standard_input() -> str:
-    """Return all of standard input as text.
-
-    Raises:
-      TokenError: It is not UTF-8.
-    """
-    from fwl_export.errors import TokenError
-
-    try:
-        stream = getattr(sys.stdin, "buffer", None)
-        return sys.stdin.read() if stream is None else stream.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TokenError(f"cannot read standard input as text: {error}") from None

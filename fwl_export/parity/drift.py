@@ -33,7 +33,7 @@ MODE_NAMES = {FREE_RUNNING: "free-running", TEACHER_FORCED: "teacher-forced"}
 
 # Every call overwrites these tensors, so an error may be gone after the next call: they are
 # compared after each. Caches and fast weights persist; they are compared at the comparison points.
-_COMPARED_EVERY_CALL = ("position", "pending.")
+COMPARED_EVERY_CALL = ("position", "pending.")
 
 
 class RunKey(NamedTuple):
@@ -365,7 +365,7 @@ class _Sums:
 
 
 def _is_compared(tensor: str, call: ScheduledCall) -> bool:
-    return call.compare_state or tensor.startswith(_COMPARED_EVERY_CALL)
+    return call.compare_state or tensor.startswith(COMPARED_EVERY_CALL)
 
 
 def _other_state(session: Session, reference: Session) -> str:

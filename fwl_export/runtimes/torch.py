@@ -91,6 +91,7 @@ class TorchRunner:
 
     def run(self, call: Call, past: Buffers, present: Buffers) -> Array:
         """See `Runner.run`."""
+        present.clear()  # before the call, which needs memory for new tensors
         with torch.inference_mode():
             logits, *tensors = self.streaming(
                 *map(torch.from_numpy, vars(call).values()),

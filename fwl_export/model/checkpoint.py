@@ -74,9 +74,7 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
         model = FWLModel(config)
     # Nothing else holds the file's content, nor the tensors: either takes the model's memory again.
     expected = model.stored_tensors()
-    model.load_stored_tensors(
-        read_tensors(folder / WEIGHTS_FILE, expected, content(WEIGHTS_FILE))
-    )
+    model.load_stored_tensors(read_tensors(folder / WEIGHTS_FILE, expected, content(WEIGHTS_FILE)))
     tokenizer = load_tokenizer(
         folder / TOKENIZER_FILE,
         config.vocab_size,

@@ -545,7 +545,7 @@ def default_candidates() -> str:
 
 def _say_what_ran(coverage: Coverage, lineup: _Lineup, plan: Plan, tokens: int) -> None:
     """Add to the coverage which paths ran, and what a full check would also have tried."""
-    coverage.paths = paths_of(c.runtime for c in lineup.candidates if c.session)
+    coverage.paths = paths_of(c.runtime for c in lineup.candidates if c.reason is None)
     if coverage.paths == ["function body"] and not find_plugin(ONNXRUNTIME):
         coverage.left_out.append(
             "the plugin's kernel, whose library is not installed (`make plugins` builds it)"

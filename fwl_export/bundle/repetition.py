@@ -60,7 +60,7 @@ def repeated_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, character in _TEXTS.items():
         with contextlib.suppress(TokenError):  # a tokenizer need not read every text
-            ids = encode(character * _LONG, tokenizer).tolist()
+            ids = encode(character * _LONG, tokenizer, start=False).tolist()
             if ids:
                 found[name] = Counter(ids).most_common(1)[0][0]
     control = [number for number, t in tokenizer.get_added_tokens_decoder().items() if t.special]

@@ -16,6 +16,7 @@ from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.cli.logs import is_quiet
 from fwl_export.cli.options import JsonOption, TextOption, complete_checkpoint, completion
 from fwl_export.cli.terminal import COLUMNS, print_json, spinner, table
+from fwl_export.cli.texts import checked_ids
 
 if TYPE_CHECKING:
     from fwl_export.parity import Report
@@ -114,7 +115,6 @@ def precision(
 def _search(
     folder: Path, target: str, text: Path | None, tokens: int, confirm_tokens: int, limits: Limits
 ) -> Exploration:
-    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.model.checkpoint import load_checkpoint
     from fwl_export.parity.precision_search import Explorer
@@ -122,7 +122,8 @@ def _search(
     checkpoint = load_checkpoint(folder)
     interval = checkpoint.config.fast_weights.anchor_interval
     max_tokens = min(DEFAULT_MAX_TOKENS, interval or DEFAULT_MAX_TOKENS)
-    ids = read_ids(text or HELD_OUT_PLAY, checkpoint.tokenizer)
+    longest = max(tokens, confirm_tokens)
+    ids = checked_ids(text or HELD_OUT_PLAY, checkpoint.tokenizer, longest)
     with spinner("precision") as say, tempfile.TemporaryDirectory() as scratch:
 
         def in_onnx_runtime(policy: PrecisionPolicy) -> Mapping[str, Session]:

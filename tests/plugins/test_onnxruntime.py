@@ -220,7 +220,7 @@ def test_version_1_of_the_op(ort_library: Path, with_body: bool) -> None:
     inputs = rounded_inputs(CASES[0], "float32")
     session = open_node(ort_library, _of_version_1("float32", with_body))
     assert_matches_reference("float32", inputs, *session.run(None, inputs))
-    with pytest.raises(Exception, match="float16.*does not match expected type"):
+    with pytest.raises(Exception, match=r"float16.*does not match expected type"):
         open_node(ort_library, _of_version_1("float16", with_body))
 
 

@@ -119,25 +119,32 @@ def replaced_folder(target: Path, wait: float | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_file(target: Path, wait: float | None = None) -> Iterator[Path]:
+def replaced_file(
+    target: Path, wait: float | None = None, through_link: bool = True
+) -> Iterator[Path]:
     """Yield a path beside `target`; the file written there replaces it if the block succeeds.
 
     On an error or interrupt `target` stays as it was. No other process, nor another thread, can
     replace the same file during the block.
 
     Args:
-      target: Path of the file to write. If it is a symbolic link, the link stays and the file that
-        it points to is replaced.
+      target: Path of the file to write.
       wait: Seconds to wait for another process that writes the same file; None means
         `WAIT_SECONDS`.
+      through_link: What happens if the target is a symbolic link. On: the link stays, and the file
+        that it points to is replaced. Off: the link itself is replaced, as it must be where
+        somebody else may have made it.
 
     Raises:
       FileExistsError: The target exists and is not a regular file, but e.g. a folder or device.
       OutputBusyError: Another process is writing the same file.
       OSError: The file cannot be written; the error names it.
     """
-    shown, target = target, Path(os.path.realpath(target))
-    if os.path.lexists(target) and not target.is_file():
+    shown = target
+    real = os.path.realpath(target if through_link else target.parent)
+    target = Path(real) if through_link else Path(real, target.name)
+    replaceable = target.is_file() or (not through_link and target.is_symlink())
+    if os.path.lexists(target) and not replaceable:
         raise FileExistsError(
             errno.EEXIST, "not a regular file, so it was not replaced", str(target)
         )
@@ -174,7 +181,9 @@ def _checked_folder(target: Path) -> Path:
 
 def _holds_precious(folder: Path) -> bool:
     """Return whether a folder is or contains the current folder or the home folder."""
-    precious = [Path.home()]
+    precious = []
+    with suppress(RuntimeError):  # an account without a home, as a container's number may be
+        precious.append(Path.home())
     with suppress(FileNotFoundError):  # the current folder may have been removed
         precious.append(Path.cwd())
     return any(path.resolve().is_relative_to(folder) for path in precious)

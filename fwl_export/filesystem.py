@@ -53,6 +53,27 @@ def _kind(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "a file")
 
 
+def hub_blobs(folder: Path) -> Path | None:
+    """Return where the Hugging Face cache that a folder lies in keeps the contents of files.
+
+    The files below `models--OWNER--NAME/snapshots/REVISION` are links to files in
+    `models--OWNER--NAME/blobs`, each named by a hash of its content.
+
+    Args:
+      folder: A folder, perhaps inside of a snapshot.
+
+    Returns:
+      The folder `blobs`, without links in its path; None if the folder lies in no such cache.
+    """
+    real = Path(os.path.realpath(folder))
+    for revision in (real, *real.parents):
+        snapshots = revision.parent
+        blobs = snapshots.parent / "blobs"
+        if snapshots.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            return blobs
+    return None
+
+
 def open_regular(path: Path, error: type[Exception]) -> io.FileIO:
     """Open a file for reading, without a buffer, only if it is a regular file.
 

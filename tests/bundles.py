@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -82,3 +84,27 @@ def shared_bundle(base: Path, precision: str, config: ModelConfig = TINY) -> Pat
             checkpoint = write_checkpoint(base / f"checkpoint-{name}", config=config)
             write_bundle(folder, checkpoint, precision)
     return folder
+
+
+def as_hub_cache(folder: Path, repository: Path, revision: str = "rev") -> Path:
+    """Lay out a folder as a snapshot in the Hugging Face cache, where every file is a link.
+
+    Args:
+      folder: Folder to copy.
+      repository: Folder of the repository in the cache; made if it is not there.
+      revision: Name of the snapshot.
+
+    Returns:
+      The folder of the snapshot.
+    """
+    snapshot, blobs = repository / "snapshots" / revision, repository / "blobs"
+    blobs.mkdir(parents=True)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            blob = blobs / hashlib.sha256(content).hexdigest()
+            blob.write_bytes(content)
+            link = snapshot / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot

@@ -4,6 +4,7 @@
     model.onnx, model.onnx.data     the streaming model, and its weights
     model.graph.json                the graph traced from PyTorch, same tensor names, for `bisect`
     tokenizer.json                  the tokenizer, in the format of Hugging Face's tokenizers
+    tokenizer_config.json, …        what else the model says about text, see `text_tokenizer`
     precision.json                  with a precision policy only: which parts are quantized
     checkpoint/                     the PyTorch checkpoint, for runtime "torch" and `check`
     engines/                        <variant>-<version>-sm<NN>-<precision>.engine and .json
@@ -39,6 +40,7 @@ from fwl_export.bundle.onnx_file import (
 from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
 from fwl_export.errors import BundleError, FwlError
 from fwl_export.files import finish_replacement, open_regular, replaced_file
+from fwl_export.filesystem import hub_blobs
 from fwl_export.json_files import Count, Name, check_schema, read_json, shown, typed
 from fwl_export.op.spec import DOMAIN, FLOAT32_VERSION, NAME, VERSION
 from fwl_export.printable import printable
@@ -297,6 +299,11 @@ class Bundle:
             "State": f"{_size(sum(spec.bytes_per_row for spec in manifest.state))} per row",
         }
 
+    @property
+    def checkpoint(self) -> Path:
+        """Path of the checkpoint's folder, whether the bundle has a checkpoint or not."""
+        return self.folder / CHECKPOINT_FOLDER
+
     def file(self, name: str) -> Path:
         """Return the path of one of the bundle's files, after checking size and hash.
 
@@ -441,7 +448,8 @@ class Bundle:
     def _identity(self) -> list[tuple[int, int, int]]:
         """Identify folder and manifest on disk; renaming one, even back again, sets its ctime."""
         try:
-            found = [self.folder.lstat(), self.folder.stat(), (self.folder / MANIFEST_FILE).stat()]
+            paths = (self.folder, self.folder / MANIFEST_FILE)
+            found = [look(path) for path in paths for look in (os.lstat, os.stat)]
         except OSError:  # while one bundle replaces another, there may be none
             return []
         return [(entry.st_dev, entry.st_ino, entry.st_ctime_ns) for entry in found]
@@ -497,7 +505,7 @@ class Bundle:
         """
         path = self.folder / MANIFEST_FILE
         try:
-            with replaced_file(path, wait=_ADD_SECONDS) as beside:
+            with replaced_file(path, _ADD_SECONDS, through_link=False) as beside:
                 latest = read_bundle(self.folder).manifest
                 if _model(latest) != _model(self.manifest):
                     raise self._replaced()
@@ -540,6 +548,26 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
+def bundle_checkpoint(folder: Path) -> Path:
+    """Return the folder of the checkpoint in a bundle, after checking its files.
+
+    Args:
+      folder: Path of the bundle's folder.
+
+    Raises:
+      BundleError: The bundle cannot be read, has no checkpoint, or one of its files was changed.
+    """
+    bundle = read_bundle(folder)
+    names = [name for name in bundle.manifest.files if name.startswith(f"{CHECKPOINT_FOLDER}/")]
+    if not names:
+        raise BundleError(
+            f"bundle '{folder}' was exported without its checkpoint; give the checkpoint's folder"
+        )
+    for name in names:
+        bundle.file(name)
+    return Path(folder) / CHECKPOINT_FOLDER
+
+
 def read_bundle(folder: Path) -> Bundle:
     """Read a bundle's manifest; the other files are checked when they are used.
 
@@ -554,6 +582,8 @@ def read_bundle(folder: Path) -> Bundle:
     path = folder / MANIFEST_FILE
     if not path.exists():
         finish_replacement(folder)  # whoever replaced the bundle may have been killed meanwhile
+    if path.is_symlink():
+        inside(folder, MANIFEST_FILE)
     try:
         data = read_json(path, BundleError)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -574,7 +604,7 @@ def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
       folder: Path of the bundle's folder.
       data: Content, as from `Manifest.to_dict`.
     """
-    with replaced_file(folder / MANIFEST_FILE) as path:
+    with replaced_file(folder / MANIFEST_FILE, through_link=False) as path:
         path.write_text(_text(data), encoding="utf-8")
 
 
@@ -585,6 +615,9 @@ def _text(data: Mapping[str, Any]) -> str:
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a file in a folder, after checking that it stays inside.
 
+    Links are followed within the folder, and into the contents of the Hugging Face cache that the
+    folder lies in; see `docs/formats/bundle.md`.
+
     Args:
       folder: Path of the bundle's folder.
       name: Path inside the folder, with slashes.
@@ -592,24 +625,63 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
       BundleError: The name is empty or absolute, contains "..", or leads out through a link.
     """
-    parts = PurePosixPath(name)
-    path = folder / parts
-    leaves = parts.is_absolute() or ".." in parts.parts or "\\" in name or not name
-    if not leaves and (_CONTROL_CHARACTERS.search(name) or len(name) > _LONGEST_PATH):
-        raise BundleError(
-            f"bundle '{folder}' names the path {shown(name)}, which has control characters or more "
-            f"than {_LONGEST_PATH} characters; do not use this bundle"
-        )
+    path = _named(folder, name)
     try:
-        leaves = leaves or not path.resolve().is_relative_to(folder.resolve())
+        real = path.resolve()
+        leaves = not real.is_relative_to(folder.resolve()) and real.parent != hub_blobs(folder)
     except (OSError, RuntimeError):  # a link that leads back to itself
         leaves = True
     if leaves:
+        raise _leaves_by_link(folder, name)
+    return path
+
+
+def place_for(folder: Path, name: str) -> Path:
+    """Return the path at which a file of a bundle may be written.
+
+    What lies there, perhaps a link that somebody else made, must be replaced and not be written
+    to: see `through_link` of `fwl_export.files.replaced_file`.
+
+    Args:
+      folder: Path of the bundle's folder.
+      name: Path inside the folder, with slashes.
+
+    Raises:
+      BundleError: The name is empty or absolute, contains "..", or its folder leads out through a
+        link.
+    """
+    path = _named(folder, name)
+    try:
+        leaves = not path.parent.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        leaves = True
+    if leaves:
+        raise _leaves_by_link(folder, name)
+    return path
+
+
+def _named(folder: Path, name: str) -> Path:
+    """Return the path of a name in a folder; links are not looked at."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not name:
         raise BundleError(
             f"bundle '{folder}' names the path {shown(name)}, which leaves the bundle's folder; "
             "do not use this bundle"
         )
-    return path
+    if _CONTROL_CHARACTERS.search(name) or len(name) > _LONGEST_PATH:
+        raise BundleError(
+            f"bundle '{folder}' names the path {shown(name)}, which has control characters or more "
+            f"than {_LONGEST_PATH} characters; do not use this bundle"
+        )
+    return folder / parts
+
+
+def _leaves_by_link(folder: Path, name: str) -> BundleError:
+    return BundleError(
+        f"bundle '{folder}' names the path {shown(name)}, which leaves the bundle's folder through "
+        "a link. If the link is yours, copy the bundle with `cp -rL`; otherwise do not use this "
+        "bundle"
+    )
 
 
 def describe_file(path: Path) -> dict[str, Any]:

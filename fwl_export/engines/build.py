@@ -15,6 +15,7 @@ from fwl_export.bundle.manifest import (
     MODEL_FILE,
     Bundle,
     describe_file,
+    place_for,
 )
 from fwl_export.deprecations import renamed_arguments
 from fwl_export.engines.metadata import (
@@ -92,7 +93,7 @@ def build_engines(
     built: list[EngineMetadata] = []
     for number, sm in enumerate(sms, 1):
         name = engine_name(variant, probe.version, sm, bundle.manifest.precision, in_place_state)
-        output = bundle.folder / ENGINES_FOLDER / f"{name}.engine"
+        output = place_for(bundle.folder, f"{ENGINES_FOLDER}/{name}.engine")
         request = BuildRequest(variant, model, sm, ranges, output, use)
         title = f"engine {number} of {len(sms)} for SM{sm}"
         progress(title)
@@ -209,7 +210,10 @@ def _write(
     Another process that builds the same engine is refused: it would take minutes to wait for it.
     """
     described = request.output.with_suffix(".json")
-    with replaced_file(described) as beside, replaced_file(request.output) as engine:
+    with (
+        replaced_file(described, through_link=False) as beside,
+        replaced_file(request.output, through_link=False) as engine,
+    ):
         network = _compile(replace(request, output=engine), request.output, tick)
         metadata = _metadata(bundle, request, probe, network, engine)
         if request.requires_plugin and metadata.update_path != PLUGIN:

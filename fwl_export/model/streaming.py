@@ -130,7 +130,7 @@ class StreamingModel(nn.Module):
         # unembedding then yields both. Until then its slow output takes the place of its expected
         # embedding, which `one_later` drops.
         length = input_ids.shape[1]
-        early = length - 1 // length
+        early = length - 1
         expected = layer.expected_embedding(layer.logits(slow.output[:, :early]))
         last = Pending(*(past[f"pending.{n}"] for n in Pending._fields))
         before = slow.pending(torch.cat((expected, slow.output[:, early:]), 1)).one_later(last)

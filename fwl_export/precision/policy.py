@@ -179,12 +179,16 @@ def parts(model: FWLModel, target: str) -> dict[str, Part | None]:
 def in_precision(model: FWLModel, precision: str) -> FWLModel:
     """Return a copy of the model whose weights and activations have the given precision.
 
+    In "fp32", the copy shares its weights with the model.
+
     Args:
       model: The float32 model.
       precision: "fp32", "fp16", or "fp64", which serves as a reference and is not exported.
     """
     dtype = PRECISIONS[precision]
-    converted = copy.deepcopy(model).to(dtype)
+    # Parameters are converted one by one, so that no second copy in float32 takes memory.
+    converted = copy.deepcopy(model, {id(p): _in_type(p, dtype) for p in model.parameters()})
+    converted.to(dtype)
     if dtype == torch.float16:
         # The layer reads its vectors in float32. In float16, a step size divided by a large
         # loss_normalizer would underflow, and a large bias would lose what tells it from others.
@@ -193,6 +197,13 @@ def in_precision(model: FWLModel, precision: str) -> FWLModel:
             if parameter.ndim < 2:
                 parameter.data = original[name].data.clone()
     return converted
+
+
+def _in_type(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Return the parameter itself if it has the type, else a converted copy."""
+    if parameter.dtype == dtype:
+        return parameter
+    return nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
 
 
 def streaming_model(

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from fwl_export import open_session
 from fwl_export.bundle.state_file import COMPRESSIONS
 from fwl_export.engines import query_driver
-from tests.bundles import MAX_TOKENS, VOCABULARY
+from tests.bundles import MAX_TOKENS, VOCABULARY, as_hub_cache
 from tests.libfwl.library import ALL, LAST, NONE, FwlError, Info, Library, Model, Options
 from tests.tolerances import assert_close
 
@@ -428,3 +428,45 @@ def test_threads(model: Model) -> None:
         for expected, found in zip(alone, pool.map(read, texts), strict=True):
             assert_close("runtime.float32", found, expected)
     assert shared.positions == [6 * 48]
+
+
+def test_the_layout_of_the_hugging_face_cache(
+    library: Library, runtime: Path, tiny_bundle: Path, model: Model, tmp_path: Path
+) -> None:
+    cached = as_hub_cache(tiny_bundle, tmp_path / "models--a--b")
+    expected = model.session(1).feed(ids(1, 3))
+    (tmp_path / "link").symlink_to(cached)
+    for folder in (cached, tmp_path / "link"):
+        opened = library.open(folder, runtime)
+        np.testing.assert_array_equal(opened.session(1).feed(ids(1, 3)), expected)
+        opened.close()
+    for name in ("model.onnx.data", "tokenizer.json", "manifest.json"):
+        link, place = cached / name, tmp_path / "elsewhere"
+        target = link.readlink()
+        place.write_bytes(link.read_bytes())
+        within = tmp_path / "models--a--b" / "blobs" / "within"
+        within.symlink_to(place)
+        (within.parent / "folder").mkdir()
+        (within.parent / "folder" / "content").write_bytes(link.read_bytes())
+        loop = within.with_name("loop")
+        loop.symlink_to(loop)
+        for leaving in (place, within, within.parent / "folder" / "content", loop, "/etc/hostname"):
+            link.unlink()
+            link.symlink_to(leaving)
+            refused("bundle", "leaves the bundle's folder", lambda: library.open(cached, runtime))
+        link.unlink()
+        link.symlink_to(target)
+        loop.unlink()
+        within.unlink()
+        (within.parent / "folder" / "content").unlink()
+        (within.parent / "folder").rmdir()
+    content = (cached / "model.onnx.data").resolve()
+    content.write_bytes(bytes(content.stat().st_size))
+    refused("bundle", "is not what the manifest says", lambda: library.open(cached, runtime))
+    content.unlink()
+    os.mkfifo(content)
+    refused("bundle", "it is not a regular file", lambda: library.open(cached, runtime))
+    blobs = content.parent
+    blobs.rename(blobs.with_name("real"))
+    blobs.symlink_to("real")
+    refused("bundle", "copy the bundle with `cp -rL`", lambda: library.open(cached, runtime))

@@ -32,6 +32,41 @@ constexpr size_t kSha256Digits = 64;
   throw Failure(FWL_ERROR_BUNDLE, message);
 }
 
+bool is_below(const fs::path& path, const fs::path& base) {
+  return std::mismatch(base.begin(), base.end(), path.begin(), path.end()).first == base.end();
+}
+
+// Returns the folder in which the Hugging Face cache keeps the contents of files: `blobs` beside
+// the `snapshots` that `base`, a path without links, lies in. Empty if there is none.
+fs::path hub_blobs(const fs::path& base) {
+  std::error_code ignored;
+  for (fs::path revision = base; revision.has_relative_path(); revision = revision.parent_path()) {
+    const fs::path snapshots = revision.parent_path();
+    const fs::path blobs = snapshots.parent_path() / "blobs";
+    if (snapshots.filename() == "snapshots" &&
+        fs::is_directory(fs::symlink_status(blobs, ignored))) {
+      return blobs;
+    }
+  }
+  return {};
+}
+
+// Refuses a path that leads out of the bundle's folder through a link. The contents in the Hugging
+// Face cache that the folder lies in count as inside; docs/formats/bundle.md has the rule.
+void check_links(const fs::path& folder, const fs::path& path) {
+  std::error_code ignored; // what cannot be resolved, such as a link to itself, is empty
+  const fs::path real = fs::weakly_canonical(path, ignored);
+  const fs::path base = fs::weakly_canonical(folder, ignored);
+  const fs::path blobs = hub_blobs(base);
+  const bool cached = !blobs.empty() && real.parent_path() == blobs;
+  if (real.empty() || base.empty() || (!is_below(real, base) && !cached)) {
+    fail("bundle '" + folder.string() + "' names the path '" +
+         path.lexically_relative(folder).string() +
+         "', which leaves the bundle's folder through a link. If the link is yours, copy the "
+         "bundle with `cp -rL`; otherwise do not use this bundle");
+  }
+}
+
 // Returns the path of a file of the bundle, after checking that it is inside the bundle's folder.
 fs::path inside(const fs::path& folder, const std::string& name) {
   const fs::path part(name);
@@ -39,17 +74,12 @@ fs::path inside(const fs::path& folder, const std::string& name) {
   for (const fs::path& step : part) {
     leaves = leaves || step == "..";
   }
-  const fs::path path = folder / part;
-  std::error_code ignored;
-  const fs::path real = fs::weakly_canonical(path, ignored);
-  const fs::path base = fs::weakly_canonical(folder, ignored);
-  const auto [base_end, unused] = std::mismatch(base.begin(), base.end(), real.begin(), real.end());
-  (void)unused;
-  if (leaves || base_end != base.end()) {
+  if (leaves) {
     fail("bundle '" + folder.string() + "' names the path '" + name +
          "', which leaves the bundle's folder; do not use this bundle");
   }
-  return path;
+  check_links(folder, folder / part);
+  return folder / part;
 }
 
 // Reads a file whose size is known. Nothing is allocated unless the file has that size.
@@ -74,6 +104,10 @@ std::string read_file(const Bundle& bundle, const std::string& name, uint64_t by
 
 std::string manifest_text(const std::string& folder) {
   const std::string path = (fs::path(folder) / kManifestFile).string();
+  std::error_code ignored;
+  if (fs::is_symlink(fs::symlink_status(path, ignored))) {
+    check_links(folder, path);
+  }
   InputFile file(path);
   if (!file.is_open()) {
     fail("'" + folder + "' is not a bundle: it has no manifest.json" +
@@ -108,6 +142,7 @@ std::string identity_of(const std::string& folder) {
   };
   add(folder, lstat);
   add(folder, stat);
+  add((fs::path(folder) / kManifestFile).string(), lstat);
   add((fs::path(folder) / kManifestFile).string(), stat);
   return identity;
 }

@@ -20,7 +20,7 @@ from fwl_export.cli.options import (
 )
 from fwl_export.cli.read import read_tokens
 from fwl_export.cli.terminal import print_generated, print_json
-from fwl_export.cli.texts import text_ids
+from fwl_export.cli.texts import text_ids, typed_text
 
 if TYPE_CHECKING:
     from fwl_export.bundle.text_decoder import TextDecoder
@@ -96,6 +96,7 @@ def generate(
     from fwl_export.runtimes import Sampler, open_session
     from fwl_export.runtimes.text import prompt_ids
 
+    prompt = typed_text(prompt)
     opened = read_bundle(bundle)
     tokenizer = bundle_text_tokenizer(opened)
     session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")

@@ -96,6 +96,26 @@ def check(
         int,
         typer.Option(help="Threads per runtime. With 1, results are reproducible.", min=1),
     ] = 1,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Time of the calls of a large model, by an estimate; what does not fit is left "
+            "out and named. Cases with a number of tokens are always read whole.",
+            show_default="110",
+            min=1,
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB", help="Memory that the check may use.", show_default="4", min=0.1
+        ),
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Leave nothing out for time, and use all free memory."),
+    ] = False,
     replay: Annotated[
         Path | None,
         typer.Option(help="Repeat the calls of this report, on the same text."),
@@ -206,6 +226,7 @@ def check(
         request.options |= {"strict": strict, "threads": threads}
         request.options["tolerances"] = _read_tolerances(tolerances)
         request.options["baseline"] = _read_baseline(baseline)
+        request.options |= _bounds(request, budget, memory, full)
         files = {"--tolerances": tolerances, "--baseline": baseline}
         files |= {"--checkpoint": checkpoint, "--fwl": fwl, "--against": against}
         if checkpoint is not None:
@@ -226,6 +247,21 @@ def check(
             _print(result, target, page, json)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
+
+
+def _bounds(
+    request: _Request, budget: float | None, memory: float | None, full: bool
+) -> dict[str, float | None]:
+    """Return the time and the memory that the check may take, as arguments of `check_bundle`."""
+    from fwl_export.errors import ConfigError
+    from fwl_export.parity.plan import DEFAULT_BUDGET
+
+    if full and budget is not None:
+        raise ConfigError("--full has no --budget; give one of the two")
+    cases = request.options.get("cases") or ""
+    is_named = any("@" in case for case in ([cases] if isinstance(cases, str) else cases))
+    seconds = None if full or (is_named and budget is None) else budget or DEFAULT_BUDGET
+    return {"budget": seconds, "memory": memory and memory * 1e9}
 
 
 @dataclass
@@ -300,31 +336,45 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
     """Check; returns the report and the path to write it to."""
     from fwl_export.bundle.manifest import REPORTS_FOLDER, place_for
     from fwl_export.parity import check_bundle
-    from fwl_export.parity.candidates import missing_library, parse_candidates
+    from fwl_export.parity.candidates import REFERENCE, missing_library, parse_candidates
     from fwl_export.parity.cases import ModelLimits, choose_cases
     from fwl_export.parity.check import DEFAULT_CASES, default_candidates
+    from fwl_export.parity.plan import plan_check
 
+    options = request.options
+    limits = ModelLimits.of_bundle(request.bundle)
     chosen = choose_cases(
-        request.options.get("cases", DEFAULT_CASES),
-        request.options["tokens"],
-        ModelLimits.of(request.bundle.manifest),
-        request.options["seed"],
-        request.options.pop("all_ids", False),
+        options.get("cases", DEFAULT_CASES),
+        options["tokens"],
+        limits,
+        options["seed"],
+        options.pop("all_ids", False),
     )
-    named = parse_candidates(request.options.get("candidates") or default_candidates())
+    named = parse_candidates(options.get("candidates") or default_candidates())
     if missing := missing_library(named):
         note(missing)
     # Before the work, not after it: the path must lie inside the bundle.
     target = report or place_for(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
-    with progress_bar("check", sum(case.tokens for case in chosen)) as advance:
+    plan = plan_check(
+        request.bundle,
+        chosen,
+        limits,
+        options["seed"],
+        named,
+        options.get("reference", REFERENCE),
+        options.pop("budget"),
+        options.pop("memory"),
+    )
+    with progress_bar("check", plan.tokens) as advance:
         result = check_bundle(
             request.bundle,
             request.ids,
-            **(request.options | {"cases": chosen}),
+            **(options | {"cases": chosen, "plan": plan}),
             text=request.text,
-            decode=lambda token: request.tokenizer.decode([token]),
+            decode=lambda token: request.tokenizer.decode([token], skip_special_tokens=False),
             command=command,
             advance=advance,
+            say=advance.say,
         )
     return result, target
 
@@ -432,6 +482,9 @@ def _command(
     options = {"--text": text, "--replay": replay, **files}
     for name, path in options.items():
         words += [name, str(path)] if path is not None else []
+    bounds = (request.options.get("budget"), request.options.get("memory"))
+    words += [] if bounds[0] is None else ["--budget", f"{bounds[0]:g}"]
+    words += [] if bounds[1] is None else ["--memory", f"{bounds[1] / 1e9:g}"]
     flags = {"--strict": "strict", "--all-ids": "all_ids"}
     words += [flag for flag, key in flags.items() if request.options.get(key)]
     return shlex.join(words)

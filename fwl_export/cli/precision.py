@@ -31,6 +31,8 @@ TARGETS = ("fp16", "bf16", "int8w")
 
 _LIMITS = "Limits of the error"
 
+_REJECTED = 3  # policies that were not confirmed and are shown
+
 
 def precision(
     source: Annotated[
@@ -137,9 +139,21 @@ def _search(
 def _checked(scratch: Path, ids: Any) -> Report:
     """Check the bundle that `_onnx_runtime` has exported last, as `check` does by default."""
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.parity.check import DEFAULT_TOKENS, check_bundle
+    from fwl_export.bundle.repetition import LENGTH
+    from fwl_export.parity.cases import ENDLESS
+    from fwl_export.parity.check import DEFAULT_CASES, DEFAULT_TOKENS, check_bundle
+    from fwl_export.runtimes.text import bundle_tokenizer
 
-    return check_bundle(read_bundle(scratch / "bundle"), ids, min(DEFAULT_TOKENS, len(ids) - 1))
+    bundle = read_bundle(scratch / "bundle")
+    cases = [name if name != ENDLESS else f"{name}@{LENGTH}" for name in DEFAULT_CASES.split(",")]
+    tokenizer = bundle_tokenizer(bundle)
+    return check_bundle(
+        bundle,
+        ids,
+        min(DEFAULT_TOKENS, len(ids) - 1),
+        cases=cases,
+        decode=lambda token: tokenizer.decode([token], skip_special_tokens=False),
+    )
 
 
 def _checkpoint_of(source: str) -> Path:
@@ -188,7 +202,13 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
         COLUMNS,
         break_on_hyphens=False,
     )
-    return f"{table(header, rows)}\n\n{excluded}{_of_check(found)}"
+    rejected = "".join(
+        f"\n{textwrap.fill(f'not confirmed: {line}', COLUMNS, break_on_hyphens=False)}"
+        for line in found.rejected[:_REJECTED]
+    )
+    if len(found.rejected) > _REJECTED:
+        rejected += f"\nand {len(found.rejected) - _REJECTED} more policies not confirmed"
+    return f"{table(header, rows)}\n\n{excluded}{rejected}{_of_check(found)}"
 
 
 def _of_check(found: Exploration) -> str:

@@ -77,6 +77,8 @@ class TextDecoder:
         end = len(self._unclean)
         for _ in range(_HELD_WORDS):
             end = self._unclean.rfind(" ", 0, max(end, 0))
+        while end > 0 and self._unclean[max(end - 2, 0) : end] == " '":
+            end = self._unclean.rfind(" ", 0, end)  # a quote loses the spaces on both sides
         end = max(end, 0)
         done, self._unclean = self._unclean[:end], self._unclean[end:]
         return clean(done)

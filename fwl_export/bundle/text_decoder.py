@@ -12,8 +12,8 @@ _REPLACEMENT = "\ufffd"
 CONTEXT = 16
 # A character has at most 4 bytes, so more tokens than these hold no unfinished one.
 _LONGEST_WAIT = 8
-# Words that cleaning can join are three at most: "do n ' t".
-_HELD_WORDS = 4
+# What cleaning joins to the word behind it, as in "do n ' t".
+_JOINED = (" '", " n")
 
 
 class TextDecoder:
@@ -72,13 +72,11 @@ class TextDecoder:
         return self._cleaned(text) if self._clean else text
 
     def _cleaned(self, text: str) -> str:
-        """Return what can be cleaned now: all but the last words, which may lose a space."""
+        """Return what can be cleaned now: all but the last word, and what it may be joined to."""
         self._unclean += text
-        end = len(self._unclean)
-        for _ in range(_HELD_WORDS):
-            end = self._unclean.rfind(" ", 0, max(end, 0))
-        while end > 0 and self._unclean[max(end - 2, 0) : end] == " '":
-            end = self._unclean.rfind(" ", 0, end)  # a quote loses the spaces on both sides
+        end = self._unclean.rfind(" ")
+        while end > 0 and self._unclean.endswith(_JOINED, 0, end):
+            end = self._unclean.rfind(" ", 0, end)
         end = max(end, 0)
         done, self._unclean = self._unclean[:end], self._unclean[end:]
         return clean(done)

@@ -125,16 +125,16 @@ def saying(tokenizer: TextTokenizer, *answers: str) -> Script:
     """Return a script that writes these texts one after another, whatever it reads between them.
 
     It goes on with an answer whose beginning it has just read, and else begins the first answer
-    that it has not read as a whole. Control tokens in the texts are written as such.
+    that it has not read, up to its last token. Control tokens in the texts are written as such.
     """
     written = [tokenizer.encode(answer, start=False, special=True).tolist() for answer in answers]
 
     def script(read: list[int]) -> int:
+        ahead = [each for each in written if not _contains(read, each[:-1] or each)]
         for size in range(len(read), 0, -1):
-            for answer in written:
+            for answer in [*ahead, *written]:
                 if size < len(answer) and read[-size:] == answer[:size]:
                     return int(answer[size])
-        ahead = [each for each in written if not _contains(read, each)]
         return int(ahead[0][0]) if ahead else 0
 
     return script

@@ -296,6 +296,8 @@ def _found(at: str, data: Any, kind: Any) -> tuple[str, Any, Any]:
     place = ""
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", at):
         kind = _without_extras(kind)
+        if kind is Any:  # one of several types, and msgspec does not say which
+            return f"{place}.{name}" if name else place, data, kind
         if name:
             data, kind = data[name], typing.get_type_hints(kind, include_extras=True)[name]
             place += f".{name}"
@@ -314,11 +316,12 @@ def _found(at: str, data: Any, kind: Any) -> tuple[str, Any, Any]:
 
 
 def _without_extras(kind: Any) -> Any:
-    """Return a type without its bounds, and without None as an alternative."""
+    """Return a type without its bounds and without None as an alternative; Any for several."""
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        (kind,) = (each for each in typing.get_args(kind) if each is not type(None))
+        kinds = [each for each in typing.get_args(kind) if each is not type(None)]
+        kind = kinds[0] if len(kinds) == 1 else Any
         return _without_extras(kind)
     return kind
 

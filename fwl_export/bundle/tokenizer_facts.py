@@ -141,16 +141,16 @@ class Facts:
         """
         if self._warned:
             return
-        if self._unknown is not None:
+        if self.unknown_id is not None:
             places = (
                 place
                 for token, place in zip(found.ids, found.offsets, strict=True)
-                if token == self._unknown
+                if token == self.unknown_id
             )
             texts = (text[first:last] for first, last in places)
-            if lost := next((each for each in texts if each != self._unknown_text), None):
+            if lost := next((each for each in texts if each != self.unknown_text), None):
                 self._warn(
-                    f"has no token for {shown(lost)} and reads it as {shown(self._unknown_text)}"
+                    f"has no token for {shown(lost)} and reads it as {shown(self.unknown_text)}"
                 )
                 return
         if self._drops and (new := set(text) - self._seen):
@@ -168,7 +168,8 @@ class Facts:
         )
 
     @cached_property
-    def _unknown_text(self) -> str | None:
+    def unknown_text(self) -> str | None:
+        """Text of the token for what the tokenizer has no token for; None if there is none."""
         model = self._tokenizer.model
         if hasattr(model, "unk_token"):
             token: str | None = model.unk_token
@@ -177,15 +178,16 @@ class Facts:
         return None if number is None else self._tokenizer.id_to_token(number)
 
     @cached_property
-    def _unknown(self) -> int | None:
-        text = self._unknown_text
+    def unknown_id(self) -> int | None:
+        """Id of that token."""
+        text = self.unknown_text
         return None if text is None else self._tokenizer.token_to_id(text)
 
     @cached_property
     def _drops(self) -> bool:
         """Whether the tokenizer leaves out characters that it does not know, as some BPE models."""
         model = self._tokenizer.model
-        if type(model).__name__ != "BPE" or self._unknown is not None:
+        if type(model).__name__ != "BPE" or self.unknown_id is not None:
             return False
         steps = str(self._tokenizer.pre_tokenizer) + str(self._tokenizer.normalizer)
         if "ByteLevel" in steps:

@@ -66,7 +66,7 @@ def export(
     backbone: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a Hugging Face language model.",
+            help="Folder of a Hugging Face language model, or a GGUF file.",
             rich_help_panel=_BACKBONE,
         ),
     ] = None,
@@ -104,7 +104,9 @@ def export(
 
     Examples:
       fwl-export export demo -o demo-bundle
+      fwl-export export --backbone gpt2 -o gpt2-bundle
       fwl-export export --backbone gpt2 --fwl layer -o gpt2-bundle
+      fwl-export export --backbone model.gguf --context 512 -o bundle
     """
     source = _Source(checkpoint, backbone, fwl, context, slide).recognised()
     source.check()
@@ -127,7 +129,7 @@ def export(
     if json:
         print_json({"bundle": str(output), **_sizes(bundle), "manifest": bundle.manifest.to_dict()})
     else:
-        print(_report(bundle, output))
+        print(_report(bundle, output, source.origin()))
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,15 @@ class _Source:
         elif self.checkpoint is not None:
             raise typer.BadParameter("give a CHECKPOINT or a --backbone, not both")
 
+    def origin(self) -> str:
+        """Return what the weights of a GGUF file are, for a person; "" for other sources."""
+        from fwl_export.model.backbones.gguf import is_gguf, read_header
+
+        if self.backbone is None or not is_gguf(self.backbone):
+            return ""
+        types = read_header(self.backbone).types_in_words
+        return f": float32 from {types} in {self.backbone.name}"
+
     def folder(
         self,
         output: Path,
@@ -188,7 +199,7 @@ class _Source:
 
         assert self.backbone is not None
         check_bundle_output(output, force)
-        say("reading the backbone")
+        say(f"reading the backbone{self.origin()}")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"
         join_checkpoint(self.backbone, self.fwl, folder, self.context, self.slide)
         return folder
@@ -201,12 +212,14 @@ def _sizes(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _report(bundle: Bundle, output: Path) -> str:
+def _report(bundle: Bundle, output: Path, origin: str) -> str:
     manifest, sizes = bundle.manifest, _sizes(bundle)
     text = (
         f"wrote {output}: {manifest.precision}, opset {manifest.opset}, {manifest.op['nodes']} "
         f"fast-weight updates,\n{size(sizes['bytes'])}; state "
         f"{size(sizes['state_bytes_per_session'])} per session"
     )
+    if origin:
+        text += f"\nthe weights are{origin.removeprefix(':')}"
     limit = manifest.config.backbone.max_positions
     return f"{text}\na session ends after {limit} tokens" if limit else text

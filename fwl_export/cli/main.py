@@ -35,7 +35,7 @@ from fwl_export.cli.read import read
 from fwl_export.cli.score import score
 from fwl_export.cli.terminal import flush_output, print_exception, safe_streams
 from fwl_export.cli.train import train
-from fwl_export.errors import FwlError, missing_export_package
+from fwl_export.errors import FwlError, missing_account, missing_export_package
 from fwl_export.printable import indented
 
 # Headings of `fwl-export --help`, and the verbs under each.
@@ -86,7 +86,14 @@ def main() -> None:
             if missing is None:
                 raise
             _fail(logger, str(missing))
+        except (RuntimeError, KeyError) as error:
+            homeless = missing_account(error)
+            if homeless is None:
+                raise
+            _fail(logger, str(homeless))
         except OSError as error:
+            if homeless := missing_account(error):
+                _fail(logger, str(homeless))
             if error.filename is None and error.errno is None:
                 raise
             # What is written to files names them, see `files.named_errors`.

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 # Options that mean nothing beside another one, and why.
 _WITH_RECORD = (
-    ("candidates", "reference", "replay", "baseline", "strict", "tolerances")
-    + ("report", "html", "junit", "markdown")
-)  # fmt: skip
+    *("candidates", "reference", "replay", "baseline", "strict", "tolerances"),
+    *("report", "html", "junit", "markdown"),
+)
 _WITH_AGAINST = ("reference", "cases", "text", "tokens", "seed", "all_ids", "replay", "baseline")
 _WHY = {
     "--record": "--record writes a trace and checks nothing",

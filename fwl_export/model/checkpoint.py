@@ -75,8 +75,9 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
     check_size(folder / WEIGHTS_FILE, _parameters(config))
     with ZeroWeights():
         model = FWLModel(config)
-    tensors = read_tensors(folder / WEIGHTS_FILE, model.stored_tensors(), content(WEIGHTS_FILE))
-    model.load_stored_tensors(tensors)
+    # Nothing else holds the file's content, nor the tensors: either takes the model's memory again.
+    expected = model.stored_tensors()
+    model.load_stored_tensors(read_tensors(folder / WEIGHTS_FILE, expected, content(WEIGHTS_FILE)))
     text = text_tokenizer(folder, config, content(TOKENIZER_FILE), {} if read else None)
     return Checkpoint(model.eval().requires_grad_(False), text.tokenizer)
 

@@ -48,8 +48,8 @@ class FWLModel(nn.Module):
         """Put a Fast Weight Layer on top of a language model of Hugging Face's transformers.
 
         Args:
-          backbone: Folder with config.json and safetensors, or a model of transformers, which is
-            copied. Its head becomes the unembedding.
+          backbone: Folder with config.json and safetensors, a GGUF file, or a model of
+            transformers, which is copied. Its head becomes the unembedding.
           fast_weights: Folder of a trained layer, see `fwl_checkpoint`; None for a new layer that
             needs no training, see `new_layer`; or the configuration of a layer with random weights,
             to train.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from fwl_export.bundle.text_tokenizer import text_tokenizer
 from fwl_export.errors import CheckpointError
+from fwl_export.model.backbones.gguf import is_gguf, save_gguf_tokenizer
 from fwl_export.model.checkpoint import TOKENIZER_FILE, save_checkpoint
 from fwl_export.model.language_model import FWLModel
 
@@ -22,7 +26,7 @@ def join_checkpoint(
     """Write a checkpoint folder that `load_checkpoint` reads.
 
     Args:
-      backbone: Folder with config.json, safetensors and tokenizer.json.
+      backbone: Folder with config.json, safetensors and tokenizer.json; or a GGUF file.
       fast_weights: Folder of a Fast Weight Layer, see `fwl_checkpoint`; None for a new one, see
         `new_layer`.
       folder: Folder to write.
@@ -45,16 +49,33 @@ def backbone_tokenizer(backbone: Path, model: FWLModel) -> Tokenizer:
     """Return the tokenizer of a backbone.
 
     Args:
-      backbone: Folder of the backbone.
+      backbone: Folder of the backbone, or its GGUF file.
       model: The model with this backbone.
 
     Raises:
       CheckpointError: There is no tokenizer, or it does not fit.
     """
-    path = backbone / TOKENIZER_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"backbone '{backbone}' has no {TOKENIZER_FILE}; write it with "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
-        )
-    return text_tokenizer(backbone, model.config).tokenizer
+    with tokenizer_folder(backbone) as folder:
+        path = folder / TOKENIZER_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"backbone '{backbone}' has no {TOKENIZER_FILE}; write it with "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
+            )
+        return text_tokenizer(folder, model.config).tokenizer
+
+
+@contextlib.contextmanager
+def tokenizer_folder(backbone: Path) -> Iterator[Path]:
+    """Context with the folder that holds a backbone's tokenizer.json, if it has one.
+
+    Args:
+      backbone: Folder of the backbone, or its GGUF file, whose tokenizer is written to a temporary
+        folder.
+    """
+    if not is_gguf(backbone):
+        yield backbone
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_gguf_tokenizer(backbone, Path(folder))
+        yield Path(folder)

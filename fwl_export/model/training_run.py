@@ -390,7 +390,7 @@ def _with_new_layer(config: RunConfig, path: Path) -> tuple[FWLModel, Tokenizer]
             f"'backbone' '{path}' {found.what}, which has its layer; to train it on, write "
             "`checkpoint = ` in place of `backbone = `"
         )
-    if found.kind != source.HUGGING_FACE:
+    if found.kind not in (source.HUGGING_FACE, source.GGUF):
         raise found.refusal("'backbone'", "expected a language model of Hugging Face")
     model = FWLModel.from_pretrained(path, None, config.context, config.slide)
     if config.layer:

@@ -37,12 +37,11 @@ from fwl_export.parity.drift import (
     RunKey,
     output_of,
 )
-from fwl_export.parity.record import real_squares
 from fwl_export.parity.report.data import CaseRun, Report
 from fwl_export.parity.report.worst_place import worst_place
 from fwl_export.parity.schedule import ScheduledCall
 from fwl_export.parity.tolerances import Tolerance, changed_table
-from fwl_export.parity.trace import Trace, TracedCase, sample_places, sampled, squares
+from fwl_export.parity.trace import Norms, Trace, TracedCase, sample_places, sampled
 from fwl_export.parity.verdict import CandidateVerdict, RunVerdict, judge
 from fwl_export.runtimes import Session
 
@@ -234,11 +233,11 @@ class _Replay:
         self._candidate, self._session, self._traced = candidate, session, traced
         self._drift = RunDrift()
         self._drift.dtypes = {spec.name: spec.dtype for spec in session.specs}
+        self._since = Norms()
         self._start_point()
 
     def _start_point(self) -> None:
         self._logits = _Differences()
-        self._squares: Array | float = 0.0
         self._predictions = PredictionSum()
 
     def run(self) -> RunDrift:
@@ -262,7 +261,7 @@ class _Replay:
 
     def _add_logits(self, call: ScheduledCall, output: Output) -> None:
         traced = self._traced
-        self._squares = self._squares + real_squares(call, output.logits)
+        self._since.add(call, output.logits, output.state)
         for index in np.flatnonzero(traced.picks[:, 0] == call.step):
             _, row, wanted = (int(n) for n in traced.picks[index])
             found, right = output.logits[row, wanted], traced.logits[index]
@@ -272,7 +271,8 @@ class _Replay:
 
     def _add_point(self, number: int, call: ScheduledCall, output: Output) -> None:
         traced, drift = self._traced, self._drift
-        errors = {LOGITS: self._logits.error(np.sqrt(self._squares), traced.norms[LOGITS][number])}
+        norms = self._since.take()
+        errors = {LOGITS: self._logits.error(norms[LOGITS], traced.norms[LOGITS][number])}
         is_last = number == len(traced.norms[LOGITS]) - 1
         for name, array in output.state.items():
             differences = _Differences()
@@ -281,8 +281,7 @@ class _Replay:
                 right = traced.samples[name][number][row]
                 shape = array.shape[1:]
                 differences.add(row, found, right, call, _index_in(shape, places))
-            norms = traced.norms[name][number]
-            errors[name] = differences.error(np.sqrt(squares(array)), norms)
+            errors[name] = differences.error(norms[name], traced.norms[name][number])
         for name, error in errors.items():
             drift.errors.setdefault(name, []).append(error)
         drift.tokens_read.append(call.tokens_read)

@@ -25,13 +25,12 @@ from fwl_export.parity.cases import (
 from fwl_export.parity.check import DEFAULT_TOKENS, model_horizon, torch_threads
 from fwl_export.parity.drift import (
     FREE_RUNNING,
-    LOGITS,
     Output,
     RunKey,
     measure_drift,
 )
 from fwl_export.parity.schedule import ROWS, ScheduledCall
-from fwl_export.parity.trace import Trace, TracedCase, sampled, squares, without_places
+from fwl_export.parity.trace import Norms, Trace, TracedCase, sampled, without_places
 from fwl_export.runtimes import Session, open_session
 
 # The same calls made twice say nothing about another runtime's results.
@@ -166,7 +165,7 @@ class _Recorder:
         self._labels: list[int] = []
         self._norms: dict[str, list[Array]] = {}
         self._samples: dict[str, list[Array]] = {}
-        self._squares: Array | float = 0.0
+        self._since = Norms()
 
     def add(self, call: ScheduledCall, output: Output) -> None:
         """Keep what belongs into the trace of one call's output."""
@@ -174,14 +173,13 @@ class _Recorder:
             if number == call.step:
                 self._logits.append(output.logits[row, place].astype(np.float64))
                 self._labels.append(int(call.labels[row, call.wanted[row, place]]))
-        self._squares = self._squares + real_squares(call, output.logits)
+        self._since.add(call, output.logits, output.state)
         if not call.compare_state:
             return
-        self._norms.setdefault(LOGITS, []).append(np.sqrt(self._squares))
-        self._squares = 0.0
+        for name, norm in self._since.take().items():
+            self._norms.setdefault(name, []).append(norm)
+        is_last = call.step == len(self._calls) - 1
         for name, array in output.state.items():
-            self._norms.setdefault(name, []).append(np.sqrt(squares(array)))
-            is_last = call.step == len(self._calls) - 1
             self._samples.setdefault(name, []).append(sampled(array, is_last))
 
     def finished(self, case: Case, own: Any) -> TracedCase:
@@ -201,14 +199,3 @@ class _Recorder:
             self._samples,
             own,
         )
-
-
-def real_squares(call: ScheduledCall, logits: Array) -> Array:
-    """Return the sum of squares of each row's logits at positions that are no padding, [B].
-
-    Args:
-      call: The call that returned them.
-      logits: Logits, [B, P, V].
-    """
-    real = call.wanted < call.lengths[:, None]
-    return squares(np.where(real[..., None], logits, 0))

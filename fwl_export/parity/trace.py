@@ -38,7 +38,7 @@ from fwl_export.json_files import (
 )
 from fwl_export.parity.cases import Case
 from fwl_export.parity.compare import Error, Prediction
-from fwl_export.parity.drift import LOGITS, RunDrift
+from fwl_export.parity.drift import COMPARED_EVERY_CALL, LOGITS, RunDrift
 from fwl_export.parity.schedule import ScheduledCall
 
 FORMAT = "fwl-trace"
@@ -63,8 +63,8 @@ class TracedCase:
       picks: Places whose logits are stored, [K, 3] int64: call, row, index in its wanted positions.
       labels: Token that follows in the text at each of these places, [K] int64.
       logits: Logits there, [K, V] float64.
-      norms: Norm of each row of a tensor, [points, B] float64, by name. That of the logits is over
-        all real positions since the point before.
+      norms: Norm of each row of a tensor, [points, B] float64, by name. That of the logits, and of
+        what `check` compares after every call, is over all calls since the point before.
       samples: Elements of a state tensor at each point, [B, k] float64 each, see `sampled`.
       own: Distance of PyTorch in the bundle's precision from float64, from which budgets follow.
     """
@@ -139,11 +139,35 @@ def sample_places(shape: tuple[int, ...], is_last: bool) -> Array:
     return places
 
 
-def squares(array: Array) -> Array:
-    """Return the sum of squares of each row, [B] float64."""
-    rows = array.reshape(len(array), -1).astype(np.float64)
-    result: Array = np.einsum("ij,ij->i", rows, rows)
-    return result
+class Norms:
+    """Norms of each row of all tensors, of those compared after every call over several calls."""
+
+    def __init__(self) -> None:
+        self._squares: dict[str, Array] = {}
+
+    def add(self, call: ScheduledCall, logits: Array, state: Mapping[str, Array]) -> None:
+        """Add what a call returned.
+
+        Args:
+          call: The call.
+          logits: Logits, [B, P, V].
+          state: State after the call, or at least what is compared after every call.
+        """
+        real = call.wanted < call.lengths[:, None]
+        self._add(LOGITS, np.where(real[..., None], logits, 0))
+        for name, array in state.items():
+            if call.compare_state or name.startswith(COMPARED_EVERY_CALL):
+                self._add(name, array)
+
+    def _add(self, name: str, array: Array) -> None:
+        rows = array.reshape(len(array), -1).astype(np.float64)
+        self._squares[name] = self._squares.get(name, 0.0) + np.einsum("ij,ij->i", rows, rows)
+
+    def take(self) -> dict[str, Array]:
+        """Return the norms since the last time, [B] float64 by name."""
+        found = {name: np.sqrt(total) for name, total in self._squares.items()}
+        self._squares = {}
+        return found
 
 
 class _StoredCall(TypedDict):

@@ -24,6 +24,7 @@ from torch import Tensor
 from fwl_export.bundle.config import FastWeightsConfig, HuggingFaceConfig, check_module_counts
 from fwl_export.errors import CheckpointError, ConfigError
 from fwl_export.json_files import read_json
+from fwl_export.model.backbones.gguf import is_gguf, load_gguf
 from fwl_export.model.backbones.huggingface import (
     HuggingFaceBackbone,
     import_transformers,
@@ -101,7 +102,7 @@ def import_backbone(
     """Import a language model.
 
     Args:
-      source: Folder with config.json and safetensors, or a model of transformers.
+      source: Folder with config.json and safetensors, a GGUF file, or a model of transformers.
       context: Number of tokens that layers with full attention see. None means as many as the model
         was made for, but at most DEFAULT_CONTEXT if its positions are relative.
       slide: Whether to read on past the context, where each token sees the `context - 1` tokens
@@ -269,7 +270,33 @@ def _short_windows(*configs: Any) -> Iterator[None]:
             config.sliding_window = window
 
 
-def _load(folder: Path) -> Any:
+def _load(path: Path) -> Any:
+    """Return the model in a folder or a GGUF file, once it is known to be complete."""
+    causal, info = load_gguf(path) if is_gguf(path) else _load_folder(path)
+    missing = sorted(info["missing_keys"])
+    if _reads_both_ways(causal.config):
+        raise CheckpointError(
+            f"backbone '{path}' is an encoder ({causal.config.model_type}), which reads texts in "
+            "both directions; expected a decoder-only language model, such as LlamaForCausalLM"
+        )
+    head = causal.get_output_embeddings()
+    head_names = {n for n, module in causal.named_modules() if module is head}
+    if any(name.rpartition(".")[0] in head_names for name in missing):
+        raise CheckpointError(
+            f"backbone '{path}' has no weights of the head ('{missing[0]}'), and its config.json "
+            "does not tie them to the token embedding; set tie_word_embeddings to true there if "
+            "they are tied, or save the model again"
+        )
+    if missing:
+        raise CheckpointError(
+            f"backbone '{path}' lacks {len(missing)} of the weights that its config.json "
+            f"requires, e.g. '{missing[0]}'; expected a complete language model, not an encoder or "
+            "a model without its head"
+        )
+    return causal.eval()
+
+
+def _load_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
     transformers = import_transformers()
     _check_folder(folder)
     try:
@@ -288,27 +315,7 @@ def _load(folder: Path) -> Any:
             f"transformers {transformers.__version__} cannot load '{folder}' as a language model "
             f"({type(error).__name__}: {lines[0] if lines else ''})"
         ) from None
-    missing = sorted(info["missing_keys"])
-    if _reads_both_ways(causal.config):
-        raise CheckpointError(
-            f"backbone '{folder}' is an encoder ({causal.config.model_type}), which reads texts in "
-            "both directions; expected a decoder-only language model, such as LlamaForCausalLM"
-        )
-    head = causal.get_output_embeddings()
-    head_names = {n for n, module in causal.named_modules() if module is head}
-    if any(name.rpartition(".")[0] in head_names for name in missing):
-        raise CheckpointError(
-            f"backbone '{folder}' has no weights of the head ('{missing[0]}'), and its config.json "
-            "does not tie them to the token embedding; set tie_word_embeddings to true there if "
-            "they are tied, or save the model again"
-        )
-    if missing:
-        raise CheckpointError(
-            f"backbone '{folder}' lacks {len(missing)} of the weights that its config.json "
-            f"requires, e.g. '{missing[0]}'; expected a complete language model, not an encoder or "
-            "a model without its head"
-        )
-    return causal.eval()
+    return causal, info
 
 
 def _reads_both_ways(config: Any) -> bool:

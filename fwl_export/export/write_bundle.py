@@ -16,6 +16,7 @@ from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.bundle.manifest import Bundle, Manifest, describe_file, is_bundle, read_bundle
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
 from fwl_export.errors import ExportError, OutputExistsError
+from fwl_export.export.inline import write_inlined
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import check_output, replaced_folder
 from fwl_export.machine import installed_versions
@@ -41,6 +42,7 @@ def export_bundle(
     include_checkpoint: bool = True,
     progress: Callable[[str], None] = lambda message: None,
     policy: PrecisionPolicy | None = None,
+    inline: bool = False,
 ) -> Bundle:
     """Export a checkpoint folder to a bundle folder. On failure, nothing is written.
 
@@ -57,6 +59,8 @@ def export_bundle(
       progress: Called with a line of text about what is being done.
       policy: The parts of a float32 model to quantize, see `fwl_export.precision.policy`; None
         exports all parts in `precision`.
+      inline: Whether `model.onnx` itself has no local functions. Otherwise a second file,
+        `model.inlined.onnx`, has none; it shares the weights of the first.
 
     Returns:
       The bundle, read again from its folder.
@@ -91,8 +95,11 @@ def export_bundle(
         progress("tracing the model (10 s or more; grows with its layers)")
         model_path = folder / bundles.MODEL_FILE
         specs = export_onnx(loaded.model, model_path, chosen, max_tokens, opset)
+        inlined = model_path if inline else folder / bundles.INLINED_FILE
+        write_inlined(model_path, inlined)
         progress("running it once in ONNX Runtime")
-        run_once(model_path, specs)
+        for written in dict.fromkeys((model_path, inlined)):
+            run_once(written, specs)
         progress("writing the manifest")
         _copy_checkpoint(checkpoint, folder, include_checkpoint)
         source = folder / bundles.CHECKPOINT_FOLDER if include_checkpoint else checkpoint
@@ -111,7 +118,7 @@ def export_bundle(
                 "domain": DOMAIN,
                 "name": NAME,
                 "version": VERSION,
-                "nodes": UPDATES_PER_MODEL,
+                "nodes": 0 if inline else UPDATES_PER_MODEL,
             },
             state=specs,
             model_id=model_id,

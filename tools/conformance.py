@@ -281,11 +281,20 @@ def onnxsim(source: Path, target: Path) -> None:
     onnx.save(simplified, str(target))
 
 
-def transformer_optimizer(source: Path, target: Path) -> None:
-    """Rewrite a file with ONNX Runtime's optimizer for transformers."""
-    from onnxruntime.transformers import optimizer
+def transformer_optimizer(source: Path, target: Path, norms: bool = True) -> None:
+    """Rewrite a file with ONNX Runtime's optimizer for transformers.
 
-    model = optimizer.optimize_model(str(source), model_type="gpt2", opt_level=0)
+    Args:
+      source: ONNX file to rewrite.
+      target: ONNX file to write.
+      norms: Whether norms are fused. The fusion removes what a norm computes on the way, without
+        looking whether other nodes read it, as the gradients of the fast weights do.
+    """
+    from onnxruntime.transformers import fusion_options, optimizer
+
+    options = fusion_options.FusionOptions("gpt2")
+    options.enable_layer_norm = norms
+    model = optimizer.optimize_model(str(source), "gpt2", optimization_options=options, opt_level=0)
     model.save_model_to_file(str(target))
 
 
@@ -334,6 +343,10 @@ OPTIMIZERS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "onnxsim": ("onnxsim", onnxsim),
     "ONNX Runtime, extended level": ("onnxruntime", extended_level),
     "ONNX Runtime's transformer optimizer": ("onnxruntime", transformer_optimizer),
+    "the same without fused norms": (
+        "onnxruntime",
+        functools.partial(transformer_optimizer, norms=False),
+    ),
 }
 SHAPES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "ONNX Runtime's symbolic shape inference": ("onnxruntime", symbolic_shapes),

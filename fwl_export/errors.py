@@ -49,7 +49,33 @@ class TokenError(FwlError):
 
 
 class NotFiniteError(TokenError):
-    """The model's output has NaN or infinite values."""
+    """The model's output has NaN or infinite values.
+
+    Attributes:
+      row: Row of the session, or None if it is not known; in `Slots`, it is the slot.
+      token: Index in the call of the first token after which a value is not finite, from 0; None if
+        it is not known.
+      position: Tokens that the row had read before that token, or None.
+      tensor: What is not finite: "logits", or the name of a state tensor.
+      cause: What is known of the cause, in words; "" if nothing is.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        row: int | None = None,
+        token: int | None = None,
+        position: int | None = None,
+        tensor: str = "logits",
+        cause: str = "",
+    ) -> None:
+        """Describe what is not finite; see the attributes of the class."""
+        super().__init__(message)
+        self.row = row
+        self.token = token
+        self.position = position
+        self.tensor = tensor
+        self.cause = cause
 
 
 class UpdateNormError(TokenError):

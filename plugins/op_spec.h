@@ -7,13 +7,16 @@ namespace fwl::op {
 
 constexpr char kDomain[] = "fwl";
 constexpr char kName[] = "LinearAttentionUpdate";
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
+// The older version that is the same where query, key and value are float32.
+constexpr int kFloat32Version = 1;
 
 // Attributes of the ONNX node, all of them strings: their names and required values.
 constexpr char kPluginNamespaceAttribute[] = "plugin_namespace";
 constexpr char kPluginNamespace[] = "fwl";
 constexpr char kPluginVersionAttribute[] = "plugin_version";
-constexpr char kPluginVersion[] = "1";
+constexpr char kPluginVersion[] = "2";
+constexpr char kFloat32PluginVersion[] = "1";
 
 // One input or output. `axes` has a symbol per axis; equal symbols mean equal sizes.
 // If `activation`, it has the type of query, key and value; otherwise it is float32.
@@ -40,7 +43,7 @@ enum OutputIndex : size_t { kOutput, kPresentState, kOutputCount };
 
 // clang-format off
 constexpr Argument kOutputs[] = {
-    {"output", 3, {"B", "T", "Dv"}, true},
+    {"output", 3, {"B", "T", "Dv"}, false},
     {"present_state", 3, {"B", "Dk", "Dv"}, false},
 };
 // clang-format on

@@ -39,25 +39,22 @@ _EPS_32 = 2.0**-23
 
 TOLERANCES = {
     "op.output.float64": Tolerance(_OUTPUT * _EPS_64, 0.0, "5 roundings of 200 in float64"),
-    "op.output.float32": Tolerance(_OUTPUT * _EPS_32, 0.0, "5 roundings of 200 in float32"),
-    "op.output.float16": Tolerance(
-        _OUTPUT * _EPS_32, 2.0**-11, "summed in float32, then rounded once to 11 bits"
-    ),
-    "op.output.bfloat16": Tolerance(
-        _OUTPUT * _EPS_32, 2.0**-8, "summed in float32, then rounded once to 8 bits"
+    "op.output.float32": Tolerance(
+        _OUTPUT * _EPS_32, 0.0, "5 roundings of 200 in float32, for activations of any dtype"
     ),
     "op.state.float64": Tolerance(_STATE * _EPS_64, 0.0, "5 roundings of 19 in float64"),
     "op.state.float32": Tolerance(
         _STATE * _EPS_32, 0.0, "5 roundings of 19 in float32, for activations of any dtype"
     ),
+    "beyond_half.output.float32": Tolerance(
+        5 * 4e5 * _EPS_32, 0.0, "5 roundings of 400 000 in float32, for activations of any dtype"
+    ),
+    "beyond_half.state.float32": Tolerance(5 * 7e4 * _EPS_32, 0.0, "5 roundings of 70 000"),
     "op.decay_products.float32": Tolerance(
         0.0, 20 * _EPS_32, "exp of a sum of logs up to 20, whose absolute error becomes relative"
     ),
     "kernel.output.float32": Tolerance(
         5 * 1000 * _EPS_32, 0.0, "5 roundings of 1000 in float32: sums of 523 and of 300 terms"
-    ),
-    "kernel.output.float16": Tolerance(
-        5 * 1000 * _EPS_32, 2.0**-11, "as in float32, then rounded once to 11 bits"
     ),
     "kernel.state.float32": Tolerance(
         5 * 50 * _EPS_32, 0.0, "5 roundings of 50 in float32, over up to 10 000 tokens"

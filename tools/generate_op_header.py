@@ -37,6 +37,8 @@ def op_spec() -> str:
         f'constexpr char kDomain[] = "{spec.DOMAIN}";',
         f'constexpr char kName[] = "{spec.NAME}";',
         f"constexpr int kVersion = {spec.VERSION};",
+        "// The older version that is the same where query, key and value are float32.",
+        f"constexpr int kFloat32Version = {spec.FLOAT32_VERSION};",
         "",
         "// Attributes of the ONNX node, all of them strings: their names and required values.",
     ]
@@ -44,6 +46,7 @@ def op_spec() -> str:
         constant = _constant(name)
         lines.append(f'constexpr char {constant}Attribute[] = "{name}";')
         lines.append(f'constexpr char {constant}[] = "{value}";')
+    lines.append(f'constexpr char kFloat32PluginVersion[] = "{spec.FLOAT32_VERSION}";')
     lines += [
         "",
         "// One input or output. `axes` has a symbol per axis; equal symbols mean equal sizes.",

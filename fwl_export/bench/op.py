@@ -348,7 +348,7 @@ def _node_model(with_body: bool = False) -> onnx.ModelProto:
     )
     model = _model([node], [value(a) for a in spec.INPUTS], [value(a) for a in spec.OUTPUTS])
     if with_body:
-        append_function(model, "float32")
+        append_function(model)
     return model
 
 

@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 # Fields of a finding that have another name in the JSON schema.
 _JSON_KEYS = {"tokens_read": "depth"}
 
-NODE, STATE, FUSION, TRACE = "node", "state", "fusion", "trace"
+NODE, STATE, FUSION, TRACE, RANGE = "node", "state", "fusion", "trace", "range"
 ROWS, SELECTION, ISOLATION, UNREPEATABLE = "rows", "selection", "isolation", "unrepeatable"
 
 _PLACES = {
@@ -50,6 +50,29 @@ class Amount:
 
 
 @dataclass(frozen=True)
+class Overflow:
+    """A number that is NaN or infinite, and what led to it.
+
+    Attributes:
+      dtype: Type of the tensor, e.g. "float16".
+      largest: Largest number of that type.
+      index: Index of the first element that is not finite.
+      value: Its value: NaN or infinity.
+      reference: Its value in PyTorch in float64, or None if PyTorch has no such tensor.
+      input: Name of the operation's input with the largest number; "" if it has none.
+      largest_input: Largest absolute value of that input.
+    """
+
+    dtype: str
+    largest: float
+    index: Sequence[int]
+    value: float
+    reference: float | None
+    input: str
+    largest_input: float
+
+
+@dataclass(frozen=True)
 class Finding:
     """The cause of a candidate's error.
 
@@ -57,6 +80,7 @@ class Finding:
       kind: Where the fault is. "node": in a node of the graph. "state": in the state that is
         carried between calls. "fusion": in the runtime's graph optimization; the error vanishes
         when all tensors are outputs. "trace": PyTorch's traced graph differs from its module.
+        "range": a number is NaN or infinite, in most cases because it is too large for its type.
         "rows": in rows that are reset, copied or moved between calls. "selection": in which logits
         a call returns. "isolation": in rows that influence each other. "unrepeatable": the same
         call from the same state gives different results.
@@ -71,10 +95,15 @@ class Finding:
       nodes: Names of all nodes between correct tensors and the wrong one.
       foreign: Names of those nodes that the exporter did not write.
       wrong_weights: Weights and constants of those nodes that differ from the checkpoint.
-      fault: "file" if the nodes do what the ONNX file says, "runtime" if not, "" if unknown.
+      fault: "file" if the nodes do what the ONNX file says, "runtime" if not, "range" if the number
+        is too large for its type, "" if unknown.
       amount: Error of the tensor and its budget, or None if unknown.
       outputs: Names of the model's outputs that are wrong at that call.
       note: Explanation in words, or "".
+      overflow: The number that is not finite, for "range"; None otherwise.
+      row: Row in which it is, or None.
+      token: Tokens that the row had read before the one at which it is first seen, or None.
+      token_id: Id of that token, or None.
     """
 
     kind: str
@@ -93,13 +122,17 @@ class Finding:
     amount: Amount | None = None
     outputs: Sequence[str] = ()
     note: str = ""
+    overflow: Overflow | None = None
+    row: int | None = None
+    token: int | None = None
+    token_id: int | None = None
 
     @property
     def place(self) -> str:
         """Location of the fault in one line."""
         if self.kind in _PLACES:
             return f"{_PLACES[self.kind]}: {self.tensor}"
-        if self.kind == NODE:
+        if self.kind == NODE or (self.kind == RANGE and self.node):
             return f"{self.module or 'the model'} / {self.op_type} '{self.node}' -> {self.tensor}"
         return f"{self.kind}: {self.tensor}"
 
@@ -195,6 +228,23 @@ class Bisection:
         return lines
 
 
+def _overflow(overflow: Overflow, finding: Finding) -> list[str]:
+    true = "" if overflow.reference is None else f"; {overflow.reference:.7g} in float64"
+    lines = [
+        f"not finite {overflow.value} at {list(overflow.index)}{true}; the largest "
+        f"{overflow.dtype} is {overflow.largest:.7g}"
+    ]
+    if finding.token is not None:
+        at = f"token {finding.token} of row {finding.row} (id {finding.token_id})"
+        lines.insert(0, f"first at   {at}")
+    if overflow.input:
+        lines.append(
+            f"inputs     {overflow.largest_input:.7g} at most in absolute value, in "
+            f"'{overflow.input}'"
+        )
+    return lines
+
+
 def _lines(finding: Finding, case: str) -> list[str]:
     lines = [
         f"FOUND      {finding.place}",
@@ -209,6 +259,8 @@ def _lines(finding: Finding, case: str) -> list[str]:
             f"           worst element {list(amount.index)}: {amount.candidate:.7g} instead of "
             f"{amount.reference:.7g}",
         ]
+    if finding.overflow:
+        lines += _overflow(finding.overflow, finding)
     optional: Mapping[str, Any] = {
         "in PyTorch": finding.operation,
         "nodes": ", ".join(finding.nodes) if len(finding.nodes) > 1 else "",
@@ -221,6 +273,7 @@ def _lines(finding: Finding, case: str) -> list[str]:
         "fault of": {
             "file": "the ONNX file: the runtime does what it says",
             "runtime": "the runtime: the ONNX file says otherwise",
+            "range": "the range of the type, not the exporter or the runtime",
         }.get(finding.fault, ""),
         "outputs": ", ".join(finding.outputs[:6]) + (" …" if len(finding.outputs) > 6 else ""),
         "note": finding.note,

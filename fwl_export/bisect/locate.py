@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fwl_export.bisect.expose import call_inputs
 from fwl_export.bisect.steps import Outside, distance
-from fwl_export.bundle.state import Array, State
+from fwl_export.bundle.manifest import Bundle
+from fwl_export.bundle.state import PAST, Array, State
 from fwl_export.model.traced_graph import Operation, TracedGraph
 from fwl_export.parity.tolerances import Tolerance, budgets
+from fwl_export.runtimes.base import Call
 
 if TYPE_CHECKING:
     import onnx
@@ -88,6 +91,41 @@ def counterparts(graph: TracedGraph, model: onnx.ModelProto) -> dict[str, str]:
             found[f"{whole['ref']}_split_{index}"] = operation.name
     written = set(names)
     return found | {name: right for name, right in graph.outputs.items() if name in written}
+
+
+def traced(
+    bundle: Bundle, graph: TracedGraph, call: Call, past: State, precision: str | None = "fp64"
+) -> State:
+    """Return PyTorch's tensors of a call, with parameters, by their ONNX names.
+
+    Args:
+      bundle: Bundle that holds its checkpoint.
+      graph: PyTorch's traced graph.
+      call: The call.
+      past: State before it, in the dtypes of that precision, or in any of float64.
+      precision: Precision to compute in; None means the bundle's own.
+    """
+    import torch
+
+    from fwl_export.runtimes.torch import load_model
+
+    model = load_model(bundle, precision).model
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+    parameters |= dict(model.named_buffers())
+    kind = torch.float64 if precision == "fp64" else next(iter(parameters.values())).dtype
+    inputs = {
+        name: torch.from_numpy(np.ascontiguousarray(array))
+        for name, array in call_inputs(call, past).items()
+    }
+    if precision == "fp64":
+        state = {PAST + name for name in past}
+        inputs = {
+            name: tensor.double() if name in state and tensor.is_floating_point() else tensor
+            for name, tensor in inputs.items()
+        }
+    values = graph.run(parameters, inputs, kind)
+    values |= {f"model.{name}": tensor for name, tensor in parameters.items()}
+    return {name: tensor.detach().numpy() for name, tensor in values.items()}
 
 
 def compare(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +38,10 @@ from fwl_export.bisect.locate import (
     compare,
     counterparts,
     locate,
+    traced,
     wrong_weights,
 )
+from fwl_export.bisect.not_finite import NotFiniteSearch
 from fwl_export.bisect.reported import Reported, first_reported
 from fwl_export.bisect.reproduce import SCRIPT_FILE, write_reproducer
 from fwl_export.bisect.steps import (
@@ -52,7 +54,7 @@ from fwl_export.bisect.steps import (
 )
 from fwl_export.bundle.manifest import GRAPH_FILE, Bundle
 from fwl_export.bundle.state import PRESENT, Array, State
-from fwl_export.errors import BundleError, ReportError
+from fwl_export.errors import BundleError, NotFiniteError, ReportError
 from fwl_export.files import replaced_folder
 from fwl_export.model.traced_graph import TracedGraph, read_graph
 from fwl_export.parity.candidates import Candidate, parse_candidate, parse_candidates
@@ -65,12 +67,9 @@ from fwl_export.parity.check import (
     model_horizon,
     torch_threads,
 )
+from fwl_export.parity.drift import NOT_FINITE
 from fwl_export.parity.schedule import ScheduledCall
 from fwl_export.runtimes import Session, open_session
-
-if TYPE_CHECKING:
-    import torch
-
 
 # Largest relative difference of two float64 programs with the same operators: roundings of 1e-16
 # that grow over a few layers, with a wide margin.
@@ -125,7 +124,7 @@ def bisect_bundle(
         check_candidate(each)
     graph = _graph(bundle)
     planned = _Planned(ids, tokens, seed, cases, text) if report is None else _of_report(report)
-    limits = ModelLimits.of(bundle.manifest)
+    limits = ModelLimits.of_bundle(bundle)
     chosen = choose_cases(planned.cases, planned.tokens, limits, planned.seed)
     fields: dict[str, Any] = {
         "bundle": bundle.folder.resolve().name,
@@ -255,11 +254,18 @@ class _Replay:
         reader = opened.another(self.rows)
         horizon = model_horizon(self.bundle)
         with torch_threads(1), TemporaryDirectory() as folder:
+            if self.wrong.kind == NOT_FINITE:
+                search = NotFiniteSearch(self.bundle, self.candidate, self.graph, reader, threads)
+                if explained := search.run(self._until(), Path(folder)):
+                    return {"finding": explained}
             own = open_session(self.bundle, "torch", 1)
-            suspect = first_wrong_call(self.bundle, self._until(), reader, own, horizon)
+            try:
+                suspect = first_wrong_call(self.bundle, self._until(), reader, own, horizon)
+            except NotFiniteError:  # PyTorch's own error, which budgets are measured by
+                suspect = None
             if suspect is None:
                 return {}
-            search = _Search(
+            search_within = _Search(
                 self.bundle,
                 self.candidate,
                 self.graph,
@@ -269,7 +275,7 @@ class _Replay:
                 Path(folder),
                 threads,
             )
-            return search.run(reproducer)
+            return search_within.run(reproducer)
 
     def _until(self) -> Iterator[ScheduledCall]:
         """Yield the calls up to the one in which the check saw that something is wrong."""
@@ -384,22 +390,9 @@ class _Search:
 
     def _traced(self, precision: str | None) -> State:
         """Return PyTorch's tensors of the call, with parameters, by their ONNX names."""
-        import torch
-
-        from fwl_export.runtimes.torch import load_model
-
-        model = load_model(self._bundle, precision).model
-        parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
-        parameters |= dict(model.named_buffers())
-        kind = torch.float64 if precision == "fp64" else next(iter(parameters.values())).dtype
-        past = self._step.past if precision == "fp64" else as_types(self._session, self._step.past)
-        inputs = {
-            name: torch.from_numpy(np.ascontiguousarray(array))
-            for name, array in call_inputs(self._step.call, past).items()
-        }
-        values = self._graph.run(parameters, inputs, kind)
-        values |= {f"model.{name}": tensor for name, tensor in parameters.items()}
-        return {name: tensor.detach().numpy() for name, tensor in values.items()}
+        exact = precision == "fp64"
+        past = self._step.past if exact else as_types(self._session, self._step.past)
+        return traced(self._bundle, self._graph, self._step.call, past, precision)
 
     def _untrue_trace(self, exact: State) -> str:
         """Return the first output at which the traced graph differs from its module, or ""."""

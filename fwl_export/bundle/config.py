@@ -8,9 +8,10 @@ step size per layer, and uses the framework's epsilon).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,7 +39,41 @@ _COUNTS_MODULES = re.compile(r"^n(um)?_(\w+_)?(layer|expert|block)s?$")
 _MOST_MODULES = 1 << 12
 _LARGEST_POSITION = 1 << 40
 
+# Names are taken for misspellings of each other from this similarity on, see `difflib`.
+_ALIKE = 0.6
+_LONGEST_NAME = 64
+
 _Dataclass = typing.TypeVar("_Dataclass")
+
+
+class KeyValueError(ConfigError):
+    """A value of a configuration is out of range.
+
+    Attributes:
+      key: Name of its key, without that of the section.
+      problem: What is wrong with it; follows the key in a sentence.
+    """
+
+    def __init__(self, section: str, key: str, problem: str) -> None:
+        """Describe what is wrong.
+
+        Args:
+          section: Prefix of the key, such as "backbone.".
+          key: See the attribute.
+          problem: See the attribute.
+        """
+        super().__init__(f"{section}{key} {problem}")
+        self.key = key
+        self.problem = problem
+
+    def within(self, source: str, section: str) -> ConfigError:
+        """Return the error with the full name of the key in its file.
+
+        Args:
+          source: Name of the origin in the message, e.g. the file's path; "" names none.
+          section: Prefix of the key there, such as "model.backbone.".
+        """
+        return ConfigError(f"{source}{': ' if source else ''}{section}{self.key} {self.problem}")
 
 
 @dataclass(frozen=True)
@@ -70,11 +105,13 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         _positive(self, "width", "layers", "heads", "window", "mlp_ratio", "rotary_base")
         if not 0 <= self.norm_epsilon <= _LARGEST_FACTOR:
-            raise ConfigError(f"backbone.norm_epsilon is {self.norm_epsilon}; expected 0 or more")
+            raise _not_0_or_more(self, "norm_epsilon")
         if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ConfigError(
-                f"backbone.width {self.width} divided by {self.heads} heads is "
-                f"{self.width / self.heads:g}; expected an even whole number"
+            raise KeyValueError(
+                _section(self),
+                "width",
+                f"{self.width} divided by {self.heads} heads is {self.width / self.heads:g}; "
+                "expected an even whole number",
             )
 
     @property
@@ -107,10 +144,7 @@ class HuggingFaceConfig:
     def __post_init__(self) -> None:
         _positive(self, "width", "window")
         if not 0 <= self.max_positions <= _LARGEST_POSITION:
-            raise ConfigError(
-                f"backbone.max_positions is {self.max_positions}; expected 0 or more, and at most "
-                f"{_LARGEST_POSITION}"
-            )
+            raise _not_0_or_more(self, "max_positions", f", and at most {_LARGEST_POSITION}")
         if not isinstance(self.model.get("model_type"), str):
             raise ConfigError(
                 "backbone.model has no model_type; expected a configuration of transformers"
@@ -161,21 +195,17 @@ class FastWeightsConfig:
     def __post_init__(self) -> None:
         _positive(self, "input_size", "hidden_size", "output_size", "loss_normalizer")
         if not 0 <= self.norm_epsilon <= _LARGEST_FACTOR:
-            raise ConfigError(
-                f"fast_weights.norm_epsilon is {self.norm_epsilon}; expected 0 or more"
-            )
+            raise _not_0_or_more(self, "norm_epsilon")
         if not 0 <= self.anchor_interval <= _LARGEST_POSITION:
-            raise ConfigError(
-                f"fast_weights.anchor_interval is {self.anchor_interval}; expected 0 or more"
-            )
+            raise _not_0_or_more(self, "anchor_interval")
         if not 0 <= self.logit_softcap <= _LARGEST_FACTOR:
-            raise ConfigError(
-                f"fast_weights.logit_softcap is {self.logit_softcap}; expected 0 or more"
-            )
+            raise _not_0_or_more(self, "logit_softcap")
         if self.step_size_shape == "input" and self.step_sizes == "per_layer":
-            raise ConfigError(
-                "fast_weights.step_size_shape 'input' needs step_sizes 'per_tensor': a kernel and "
-                "a bias cannot share one step size per input feature"
+            raise KeyValueError(
+                _section(self),
+                "step_size_shape",
+                "'input' needs step_sizes 'per_tensor': a kernel and a bias cannot share one step "
+                "size per input feature",
             )
 
 
@@ -196,9 +226,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _positive(self, "vocab_size")
         if self.fast_weights.input_size != self.backbone.width:
-            raise ConfigError(
-                f"fast_weights.input_size is {self.fast_weights.input_size}, but the backbone's "
-                f"width is {self.backbone.width}; they must be equal"
+            raise KeyValueError(
+                "",
+                "fast_weights.input_size",
+                f"is {self.fast_weights.input_size}, but the backbone's width is "
+                f"{self.backbone.width}; they must be equal",
             )
 
     @property
@@ -226,7 +258,30 @@ class ModelConfig:
             raise ConfigError(f"{source}: expected a JSON object, got {type(data).__name__}")
         check_schema(data, SCHEMA_VERSION, source, ConfigError, OLD_SCHEMA)
         values = {key: value for key, value in data.items() if key != "schema_version"}
-        return _build(cls, values, source, "")
+        return _build(cls, values, source, "", dotted_keys(cls))
+
+
+def different_key(config: ModelConfig, other: ModelConfig) -> tuple[str, Any, Any] | None:
+    """Return the first key in which two configurations differ and its two values, or None.
+
+    Args:
+      config: A configuration, whose value comes first.
+      other: Another configuration.
+    """
+    first, second = (_flat(dataclasses.asdict(each), "") for each in (config, other))
+    for key in (*first, *second):
+        if first.get(key) != second.get(key):
+            return key, first.get(key), second.get(key)
+    return None
+
+
+def _flat(data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return nested mappings as one, with the keys' full names."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def check_module_counts(model: Mapping[str, Any], source: str) -> None:
@@ -247,7 +302,12 @@ def check_module_counts(model: Mapping[str, Any], source: str) -> None:
 
 
 def config_from_dict(
-    cls: type[_Dataclass], data: Any, source: str, prefix: str, partial: bool = False
+    cls: type[_Dataclass],
+    data: Any,
+    source: str,
+    prefix: str,
+    partial: bool = False,
+    known: Collection[str] = (),
 ) -> _Dataclass:
     """Build a part of a configuration, e.g. `FastWeightsConfig`, from parsed JSON or TOML.
 
@@ -257,15 +317,72 @@ def config_from_dict(
       source: Name of its origin in error messages, e.g. the file's path.
       prefix: Prefix of the part's keys in error messages, e.g. "fast_weights.".
       partial: Whether missing keys take their defaults, instead of being an error.
+      known: Full names of all keys of the file, see `unknown_key`; default: those of the part.
 
     Raises:
       ConfigError: See `ModelConfig.from_dict`.
     """
-    return _build(cls, data, source, prefix, partial)
+    return _build(cls, data, source, prefix, known or dotted_keys(cls, prefix), partial)
+
+
+def dotted_keys(cls: type, prefix: str = "") -> list[str]:
+    """Return the full names of all keys of a configuration, such as "backbone.width".
+
+    Args:
+      cls: Dataclass of the configuration.
+      prefix: Prefix of all names.
+    """
+    names: dict[str, None] = {}
+    for key, hint in typing.get_type_hints(cls).items():
+        parts = typing.get_args(hint) if hint == AnyBackboneConfig else (hint,)
+        for part in parts:
+            is_part = dataclasses.is_dataclass(part)
+            inner = dotted_keys(typing.cast(type, part), f"{prefix}{key}.") if is_part else []
+            names |= dict.fromkeys(inner or [f"{prefix}{key}"])
+    return list(names)
+
+
+def unknown_key(source: str, key: str, known: Collection[str]) -> ConfigError:
+    """Return the error for a key that does not exist; it names the one that may be meant.
+
+    Args:
+      source: Name of the key's origin in the message, e.g. the file's path.
+      key: Full name of the key, such as "training.stepz".
+      known: Full names of all keys of the file. One of another section may be meant too.
+    """
+    section, _, name = key.rpartition(".")
+    here = {
+        k.removeprefix(f"{section}." if section else "").partition(".")[0]
+        for k in known
+        if not section or k.startswith(f"{section}.")
+    }
+    meant = _nearest(section, name.lower().replace("-", "_")[:_LONGEST_NAME], known)
+    guess = f"did you mean '{meant}'? Known keys" if meant else "known keys"
+    return ConfigError(
+        f"{source}: unknown key '{shown(key)[1:-1]}'; {guess}: {', '.join(sorted(here))}"
+    )
+
+
+def _nearest(section: str, name: str, known: Collection[str]) -> str:
+    """Return the full name of the key that is most like a name, preferably of a section, or ""."""
+
+    def likeness(key: str) -> tuple[float, bool]:
+        its_section, _, its_name = key.rpartition(".")
+        is_short_for = name == "".join(word[0] for word in its_name.split("_"))  # lr: learning_rate
+        alike = difflib.SequenceMatcher(None, name, its_name).ratio()
+        return max(alike, _ALIKE * is_short_for), its_section == section
+
+    best = max(known, key=likeness, default="")
+    return best if best and likeness(best)[0] >= _ALIKE else ""
 
 
 def _build(
-    cls: type[_Dataclass], data: Any, source: str, prefix: str, partial: bool = False
+    cls: type[_Dataclass],
+    data: Any,
+    source: str,
+    prefix: str,
+    known: Collection[str],
+    partial: bool = False,
 ) -> _Dataclass:
     """Build a configuration dataclass from parsed JSON, checking every key and type."""
     if not isinstance(data, dict):
@@ -273,10 +390,7 @@ def _build(
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
-            raise ConfigError(
-                f"{source}: unknown key '{prefix}{shown(key)[1:-1]}'; known keys: "
-                f"{', '.join(sorted(hints))}"
-            )
+            raise unknown_key(source, f"{prefix}{key}", known)
     parts: dict[str, Any] = {}
     scalars: dict[str, Any] = {}
     for key, hint in hints.items():
@@ -287,13 +401,16 @@ def _build(
         part = _backbone_class(data[key], source) if hint == AnyBackboneConfig else hint
         if dataclasses.is_dataclass(part):
             parts[key] = _build(
-                typing.cast(type, part), data[key], source, f"{prefix}{key}.", partial
+                typing.cast(type, part), data[key], source, f"{prefix}{key}.", known, partial
             )
         else:
             scalars[key] = hint
     kind = typing.TypedDict(cls.__name__, scalars, total=False)  # type: ignore[misc] # the class's
     values = typed(data, kind, source, ConfigError, prefix=prefix)
-    return cls(**values, **parts)
+    try:
+        return cls(**values, **parts)
+    except KeyValueError as error:
+        raise error.within(source, prefix) from None
 
 
 def _backbone_class(data: Any, source: str) -> type[AnyBackboneConfig]:
@@ -310,6 +427,17 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         value, largest = getattr(config, name), _LARGEST.get(name, _LARGEST_FACTOR)
         if not 0 < value <= largest:
-            section = type(config).__name__.removesuffix("Config")
             expected = "more than 0" if not value > 0 else f"at most {largest}"
-            raise ConfigError(f"{section}.{name} is {shown(value)}; expected {expected}")
+            raise KeyValueError(_section(config), name, f"is {shown(value)}; expected {expected}")
+
+
+def _not_0_or_more(config: Any, name: str, more: str = "") -> KeyValueError:
+    problem = f"is {getattr(config, name)}; expected 0 or more{more}"
+    return KeyValueError(_section(config), name, problem)
+
+
+def _section(config: Any) -> str:
+    """Return the prefix that the keys of a part have in a config.json."""
+    if isinstance(config, ModelConfig):
+        return ""
+    return "fast_weights." if isinstance(config, FastWeightsConfig) else "backbone."

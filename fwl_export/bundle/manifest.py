@@ -5,6 +5,7 @@
     model.inlined.onnx              the same with standard operators only, for other tools
     model.graph.json                the graph traced from PyTorch, same tensor names, for `bisect`
     tokenizer.json                  the tokenizer, in the format of Hugging Face's tokenizers
+    tokenizer_config.json, …        what else the model says about text, see `text_tokenizer`
     precision.json                  with a precision policy only: which parts are quantized
     checkpoint/                     the PyTorch checkpoint, for runtime "torch" and `check`
     engines/                        <variant>-<version>-sm<NN>-<precision>.engine and .json
@@ -42,6 +43,7 @@ from fwl_export.errors import BundleError, FwlError, PluginError
 from fwl_export.files import finish_replacement, open_regular, replaced_file
 from fwl_export.filesystem import hub_blobs
 from fwl_export.json_files import Count, Name, check_schema, read_json, shown, typed
+from fwl_export.op.spec import DOMAIN, FLOAT32_VERSION, NAME, VERSION
 from fwl_export.printable import printable
 
 _log = logging.getLogger(__name__)
@@ -57,6 +59,9 @@ PRECISION_FILE = "precision.json"
 CHECKPOINT_FOLDER = "checkpoint"
 ENGINES_FOLDER = "engines"
 REPORTS_FOLDER = "reports"
+
+# Precisions in which the fast-weight updates have float32 activations.
+_FLOAT32_PRECISIONS = ("fp32", "int8w")
 
 # How long to wait while other processes add files: each takes as long as hashing its files.
 _ADD_SECONDS = 60.0
@@ -123,12 +128,13 @@ class Manifest:
           source: Name of its origin in error messages, e.g. the file's path.
 
         Raises:
-          BundleError: The schema version is not the one that this version of fwl-export reads, or a
-            part is missing or malformed.
+          BundleError: The schema version is not the one that this version of fwl-export reads, a
+            part is missing or malformed, or the fast-weight updates are of another version.
         """
         remedy = "export the model again"
         check_schema(data, SCHEMA_VERSION, source, BundleError, remedy)
         stored = typed(data, _Stored, f"{source} is malformed", BundleError, remedy)
+        _check_op(stored["op"]["version"], stored["precision"], source)
         config = ModelConfig.from_dict(stored["config"], f"{source}: config")
         state = [TensorSpec.from_dict(spec) for spec in stored["state"]]
         _check_state(config, stored["max_tokens"], state, source)
@@ -160,6 +166,30 @@ class _Stored(TypedDict):
     model_id: Name
     versions: dict[Name, Name]
     files: dict[str, _StoredFile]
+
+
+def _check_op(version: int, precision: str, source: str) -> None:
+    """Refuse a bundle whose fast-weight updates would compute something else here.
+
+    Args:
+      version: Version of the op in the bundle.
+      precision: Precision of the bundle; the older version overflows in half precision.
+      source: Name of the manifest in error messages.
+
+    Raises:
+      BundleError: The version is unknown, or too old for the precision.
+    """
+    if not FLOAT32_VERSION <= version <= VERSION:
+        raise BundleError(
+            f"{source}: {DOMAIN}::{NAME} has version {version}, but this version of fwl-export "
+            f"runs versions {FLOAT32_VERSION} to {VERSION}; update fwl-export, or export the model "
+            "again"
+        )
+    if version < VERSION and precision not in _FLOAT32_PRECISIONS:
+        raise BundleError(
+            f"{source}: the model has the precision {shown(precision)} with version {version} of "
+            f"{DOMAIN}::{NAME}, whose sums overflow in half precision; export the model again"
+        )
 
 
 def _check_state(
@@ -271,6 +301,11 @@ class Bundle:
             "Anchor": f"every {interval} tokens" if interval else "none",
             "State": f"{_size(sum(spec.bytes_per_row for spec in manifest.state))} per row",
         }
+
+    @property
+    def checkpoint(self) -> Path:
+        """Path of the checkpoint's folder, whether the bundle has a checkpoint or not."""
+        return self.folder / CHECKPOINT_FOLDER
 
     def file(self, name: str) -> Path:
         """Return the path of one of the bundle's files, after checking size and hash.
@@ -534,6 +569,26 @@ def _model(manifest: Manifest) -> tuple[dict[str, Any], list[Any]]:
 def is_bundle(folder: Path) -> bool:
     """Return whether a folder looks like a bundle: it has a manifest, valid or not."""
     return (folder / MANIFEST_FILE).is_file()
+
+
+def bundle_checkpoint(folder: Path) -> Path:
+    """Return the folder of the checkpoint in a bundle, after checking its files.
+
+    Args:
+      folder: Path of the bundle's folder.
+
+    Raises:
+      BundleError: The bundle cannot be read, has no checkpoint, or one of its files was changed.
+    """
+    bundle = read_bundle(folder)
+    names = [name for name in bundle.manifest.files if name.startswith(f"{CHECKPOINT_FOLDER}/")]
+    if not names:
+        raise BundleError(
+            f"bundle '{folder}' was exported without its checkpoint; give the checkpoint's folder"
+        )
+    for name in names:
+        bundle.file(name)
+    return Path(folder) / CHECKPOINT_FOLDER
 
 
 def read_bundle(folder: Path) -> Bundle:

@@ -1,56 +1,86 @@
-"""The tokenizer file of a checkpoint or bundle: from text to token ids."""
+"""The tokenizer file of a checkpoint or bundle: from text to token ids.
+
+What the file carries beside its vocabulary must not change what a model reads: stored truncation,
+padding and dropout are switched off when it is loaded, tokens that its post-processor puts behind a
+text are left out, and those in front of it are put there only where a session begins.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
+from fwl_export.bundle.text_file import TextFile, open_text
+from fwl_export.bundle.text_pieces import token_pieces
+from fwl_export.bundle.tokenizer_facts import facts, start_ids
 from fwl_export.errors import CheckpointError, FwlError, TokenError
-from fwl_export.filesystem import open_regular
 from fwl_export.json_files import brief, read_bounded
 
 # Published tokenizers of 260 000 entries have 35 MB.
 _LARGEST_FILE = 256 << 20
 
+# Of the entries of a tokenizer, this share may lie beyond the model's ids: published tokenizers
+# have a few that were added after training. One with more of them is another model's.
+_LARGEST_SURPLUS = 0.1
+
+
+class KnownTokens(Protocol):
+    """What `read_ids` needs of a `TextTokenizer`, see `fwl_export.bundle.text_tokenizer`.
+
+    Attributes:
+      tokenizer: The tokenizer.
+    """
+
+    tokenizer: Tokenizer
+
+    def check_known(self, ids: npt.NDArray[np.int64]) -> None:
+        """Check that the model knows all token ids, [N] int64."""
+
 
 def load_tokenizer(
     path: Path,
     vocab_size: int | None = None,
-    padded: bool = False,
     content: bytes | None = None,
 ) -> Tokenizer:
-    """Read a tokenizer.json.
+    """Read a tokenizer.json, without the truncation, padding and dropout that it may ask for.
 
     Args:
       path: File to read.
-      vocab_size: Number of entries that the tokenizer must have, the model's; None allows any.
-      padded: Whether the tokenizer may have fewer entries than the model, as in published models.
+      vocab_size: Number of token ids of the model; None allows any tokenizer.
       content: Content of the file, if it was read already.
 
     Raises:
-      CheckpointError: The file cannot be read, or its number of entries does not fit the model.
+      CheckpointError: The file cannot be read, or its entries do not fit the model.
     """
     tokenizer = _parsed(path, content)
-    found = tokenizer.get_vocab_size()
-    if vocab_size is not None and (found > vocab_size or (found < vocab_size and not padded)):
-        raise CheckpointError(
-            f"{path} has {found} entries, but the model's vocab_size is {vocab_size}; "
-            "is it the tokenizer of another model?"
-        )
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if vocab_size is not None and largest >= vocab_size:
-        raise CheckpointError(
-            f"{path} has a token of id {largest}, but the model's ids end at {vocab_size - 1}; "
-            "is it the tokenizer of another model?"
-        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    if vocab_size is not None:
+        _check_vocabulary(path, tokenizer, vocab_size)
+    start_ids(tokenizer, path)
     return tokenizer
+
+
+def _check_vocabulary(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that a tokenizer can be the model's: nearly all of its ids are ids of the model."""
+    ids = tokenizer.get_vocab().values()
+    beyond = sum(token >= vocab_size for token in ids)
+    if beyond > max(1, _LARGEST_SURPLUS * len(ids)):
+        raise CheckpointError(
+            f"{path} has {len(ids)} entries, of which {beyond} have ids of {vocab_size} and more, "
+            f"but the model's ids end at {vocab_size - 1}; is it the tokenizer of another model?"
+        )
 
 
 class _Model(msgspec.Struct):
@@ -74,40 +104,98 @@ def _parsed(path: Path, content: bytes | None) -> Tokenizer:
         raise CheckpointError(f"{path} is not a tokenizer file ({brief(error)})") from None
 
 
-def read_ids(path: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+def read_ids(
+    path: Path,
+    tokenizer: Tokenizer | KnownTokens,
+    start: bool = True,
+    special: bool = False,
+    most: int = 0,
+    advance: Callable[[int], None] = lambda count: None,
+) -> npt.NDArray[np.int64]:
     """Return the token ids of a text file, [N] int64.
 
     Args:
-      path: Text file in UTF-8; not a pipe or a device, which may have no end.
+      path: Text file in UTF-8, or `STANDARD_INPUT`; not another pipe or a device, which may have no
+        end.
       tokenizer: Tokenizer of the model.
+      start: Whether the text begins a fresh session, see `encode`.
+      special: Whether control tokens in the text are read as such, see `encode`.
+      most: Largest number of tokens to return, the first of the text; 0 means all. No more of the
+        file is read than that takes.
+      advance: Called with the number of bytes just read, for a progress bar.
 
     Raises:
       TokenError: The file is not UTF-8 text or has fewer than 2 tokens, or the tokenizer fails.
     """
-    try:
-        with open_regular(path, TokenError) as stream:
-            text = stream.readall().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenError(f"cannot read '{path}' as text: {error}") from None
-    ids = encode(text, tokenizer)
-    if len(ids) < 2:
-        raise TokenError(f"'{path}' has {len(ids)} tokens; expected 2 or more")
+    raw = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.tokenizer
+    with open_text(path) as file:
+        ids = _file_ids(file, raw, start, special, most, advance)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer.check_known(ids)
+    if len(ids) < 2 and most != 1:
+        raise TokenError(f"{file.name} has {len(ids)} tokens; expected 2 or more")
     return ids
 
 
-def encode(text: str, tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+def _file_ids(
+    file: TextFile,
+    tokenizer: Tokenizer,
+    start: bool,
+    special: bool,
+    most: int,
+    advance: Callable[[int], None],
+) -> npt.NDArray[np.int64]:
+    reader = tokenizer if special else facts(tokenizer).plain
+    before = list(start_ids(tokenizer)) if start else []
+    parts: list[npt.NDArray[np.int64]] = []
+    missing, done = most or sys.maxsize, 0
+    for ids in token_pieces(lambda text: run(reader, text), file.read, most):
+        piece = ids if parts else _with_start(ids, before)
+        parts.append(np.array(piece[:missing], np.int64))
+        missing -= len(parts[-1])
+        advance(file.read_bytes - done)
+        done = file.read_bytes
+        if not missing:
+            break
+    return np.concatenate(parts)
+
+
+def _with_start(ids: list[int], before: list[int]) -> list[int]:
+    return ids if ids[: len(before)] == before else before + ids
+
+
+def encode(
+    text: str, tokenizer: Tokenizer, start: bool = True, special: bool = False
+) -> npt.NDArray[np.int64]:
     """Return the token ids of a text, [N] int64.
 
     Args:
       text: Text of any length.
       tokenizer: Tokenizer of the model.
+      start: Whether the text begins a fresh session. Then the token that the model was trained to
+        see at the beginning comes first, if there is one, unless the text itself begins with it.
+      special: Whether control tokens in the text, such as "</s>", are read as control tokens; they
+        are plain text otherwise.
 
     Raises:
       TokenError: The tokenizer fails, as one whose patterns backtrack too long does.
     """
+    before = list(start_ids(tokenizer)) if start else []
+    ids = run(tokenizer if special else facts(tokenizer).plain, text).ids
+    return np.array(_with_start(ids, before), np.int64)
+
+
+def run(tokenizer: Tokenizer, text: str) -> Encoding:
+    """Return the tokens of a text, without any that the text does not contain.
+
+    Raises:
+      TokenError: The tokenizer fails, or the text is no Unicode text.
+    """
     try:
         with _without_panic_messages():
-            return np.array(tokenizer.encode(text).ids, dtype=np.int64)
+            found = tokenizer.encode(text, add_special_tokens=False)
+        facts(tokenizer).warn_of_unknown(text, found)
+        return found
     except Exception as error:
         problem: BaseException = error
     except BaseException as error:

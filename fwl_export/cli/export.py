@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,8 @@ def export(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            help="Checkpoint folder, or 'demo' for the model that ships.",
+            help="Checkpoint folder, or 'demo' for the model that ships. A language model of "
+            "Hugging Face is taken as --backbone.",
             show_default=False,
             autocompletion=complete_checkpoint,
         ),
@@ -65,7 +66,7 @@ def export(
     backbone: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a Hugging Face language model; needs --fwl.",
+            help="Folder of a Hugging Face language model, or a GGUF file.",
             rich_help_panel=_BACKBONE,
         ),
     ] = None,
@@ -73,6 +74,7 @@ def export(
         Path | None,
         typer.Option(
             help="Folder of the Fast Weight Layer to put on the backbone.",
+            show_default="a new layer, which needs no training",
             rich_help_panel=_BACKBONE,
         ),
     ] = None,
@@ -110,9 +112,11 @@ def export(
 
     Examples:
       fwl-export export demo -o demo-bundle
+      fwl-export export --backbone gpt2 -o gpt2-bundle
       fwl-export export --backbone gpt2 --fwl layer -o gpt2-bundle
+      fwl-export export --backbone model.gguf --context 512 -o bundle
     """
-    source = _Source(checkpoint, backbone, fwl, context, slide)
+    source = _Source(checkpoint, backbone, fwl, context, slide).recognised()
     source.check()
     with spinner("export") as say, contextlib.ExitStack() as stack:
         folder = source.folder(output, force, stack, say)
@@ -134,7 +138,7 @@ def export(
     if json:
         print_json({"bundle": str(output), **_sizes(bundle), "manifest": bundle.manifest.to_dict()})
     else:
-        print(_report(bundle, output))
+        print(_report(bundle, output, source.origin()))
 
 
 @dataclass(frozen=True)
@@ -147,15 +151,45 @@ class _Source:
     context: int | None
     slide: bool
 
+    def recognised(self) -> _Source:
+        """Return the source with a CHECKPOINT that is a backbone, or in a bundle, as what it is.
+
+        Raises:
+          CheckpointError: CHECKPOINT is something that cannot be exported.
+        """
+        if self.checkpoint in (None, "demo"):
+            return self
+        from fwl_export.bundle.manifest import bundle_checkpoint
+        from fwl_export.model import source
+
+        path = Path(str(self.checkpoint))
+        found = source.what_is(path)
+        if found.kind == source.BUNDLE:
+            return replace(self, checkpoint=str(bundle_checkpoint(path)))
+        if found.kind in (source.HUGGING_FACE, source.GGUF) and self.backbone is None:
+            return replace(self, checkpoint=None, backbone=path)
+        if found.kind in (source.OTHER, source.LAYER):
+            raise found.refusal("checkpoint", source.EXPECTED)
+        return self
+
     def check(self) -> None:
         """Refuse options that do not go together."""
         if self.backbone is None:
             if self.checkpoint is None:
-                raise typer.BadParameter("give a CHECKPOINT, or --backbone and --fwl")
+                raise typer.BadParameter("give a CHECKPOINT or --backbone")
             if self.fwl is not None or self.context is not None or self.slide:
                 raise typer.BadParameter("--fwl, --context and --slide need --backbone")
-        elif self.checkpoint is not None or self.fwl is None:
-            raise typer.BadParameter("--backbone needs --fwl and takes no CHECKPOINT")
+        elif self.checkpoint is not None:
+            raise typer.BadParameter("give a CHECKPOINT or a --backbone, not both")
+
+    def origin(self) -> str:
+        """Return what the weights of a GGUF file are, for a person; "" for other sources."""
+        from fwl_export.model.backbones.gguf import is_gguf, read_header
+
+        if self.backbone is None or not is_gguf(self.backbone):
+            return ""
+        types = read_header(self.backbone).types_in_words
+        return f": float32 from {types} in {self.backbone.name}"
 
     def folder(
         self,
@@ -173,9 +207,8 @@ class _Source:
         from fwl_export.model.pretrained import join_checkpoint
 
         assert self.backbone is not None
-        assert self.fwl is not None
         check_bundle_output(output, force)
-        say("reading the backbone")
+        say(f"reading the backbone{self.origin()}")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "checkpoint"
         join_checkpoint(self.backbone, self.fwl, folder, self.context, self.slide)
         return folder
@@ -188,7 +221,7 @@ def _sizes(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _report(bundle: Bundle, output: Path) -> str:
+def _report(bundle: Bundle, output: Path, origin: str) -> str:
     manifest, sizes = bundle.manifest, _sizes(bundle)
     updates = manifest.op["nodes"] or "inlined"
     text = (
@@ -196,5 +229,7 @@ def _report(bundle: Bundle, output: Path) -> str:
         f"fast-weight updates,\n{size(sizes['bytes'])}; state "
         f"{size(sizes['state_bytes_per_session'])} per session"
     )
+    if origin:
+        text += f"\nthe weights are{origin.removeprefix(':')}"
     limit = manifest.config.backbone.max_positions
     return f"{text}\na session ends after {limit} tokens" if limit else text

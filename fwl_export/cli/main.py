@@ -18,6 +18,7 @@ import typer
 from fwl_export.cli.bench import bench
 from fwl_export.cli.bisect import bisect
 from fwl_export.cli.build import build
+from fwl_export.cli.chat import chat
 from fwl_export.cli.check import check
 from fwl_export.cli.commands import Verb, add_verb, new_application, start_logging
 from fwl_export.cli.compare_adaptation import compare_adaptation
@@ -42,7 +43,7 @@ SECTIONS: dict[str, tuple[Verb | typer.Typer, ...]] = {
     "Start here": (demo, doctor),
     "Make a bundle": (train, import_block_group, export, build),
     "Check it": (check, bisect, precision),
-    "Use it": (score, read, generate, inspect),
+    "Use it": (score, read, generate, chat, inspect),
     "Measure it": (bench, compare_adaptation),
 }
 VERBS: tuple[Verb, ...] = tuple(

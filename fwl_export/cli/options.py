@@ -19,7 +19,7 @@ GENERAL = "General options"
 # Repeated here because `parity.cases` loads NumPy; a test compares the two.
 CASES = (
     *("text", "mixed1", "mixed2", "mixed5", "mixed8"),
-    *("repeat", "long", "decode", "far", "again"),
+    *("repeat", "endless", "long", "decode", "far", "again"),
 )
 
 CANDIDATES = tuple(
@@ -102,6 +102,14 @@ StateOption = Annotated[
     typer.Option(
         help="Continue from this state file, which `fwl-export read` wrote.",
         show_default="a fresh state",
+    ),
+]
+SpecialOption = Annotated[
+    bool,
+    typer.Option(
+        "--special",
+        help="Read control tokens that the text contains, such as </s>, as control tokens instead "
+        "of as plain text.",
     ),
 ]
 TextOption = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 import textwrap
 from collections.abc import Mapping
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
+from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.cli.logs import is_quiet
 from fwl_export.cli.options import JsonOption, TextOption, complete_checkpoint, completion
 from fwl_export.cli.terminal import COLUMNS, print_json, spinner, table
+from fwl_export.cli.texts import checked_ids
 
 if TYPE_CHECKING:
     from fwl_export.parity import Report
@@ -28,6 +30,8 @@ TARGETS = ("fp16", "bf16", "int8w")
 
 
 _LIMITS = "Limits of the error"
+
+_REJECTED = 3  # policies that were not confirmed and are shown
 
 
 def precision(
@@ -96,7 +100,8 @@ def precision(
     if target not in TARGETS:
         raise ConfigError(f"target is '{target}'; expected {' or '.join(TARGETS)}")
     limits = Limits(max_kl, max_perplexity_increase, max_state_error)
-    found = _search(_checkpoint_of(source), target, text, tokens, confirm_tokens, limits)
+    folder = _checkpoint_of(source)
+    found = _search(folder, target, text, tokens, confirm_tokens, limits)
     write_policy(output, found.policy)
     if json:
         print_json(found.policy.to_dict())
@@ -104,13 +109,12 @@ def precision(
     print(_summary(found, limits, confirm_tokens))
     print(f"wrote {output}")
     if not is_quiet():
-        print(_next_step(target, source, output))
+        print(_next_step(target, source, folder, output))
 
 
 def _search(
     folder: Path, target: str, text: Path | None, tokens: int, confirm_tokens: int, limits: Limits
 ) -> Exploration:
-    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.model.checkpoint import load_checkpoint
     from fwl_export.parity.precision_search import Explorer
@@ -118,7 +122,8 @@ def _search(
     checkpoint = load_checkpoint(folder)
     interval = checkpoint.config.fast_weights.anchor_interval
     max_tokens = min(DEFAULT_MAX_TOKENS, interval or DEFAULT_MAX_TOKENS)
-    ids = read_ids(text or HELD_OUT_PLAY, checkpoint.tokenizer)
+    longest = max(tokens, confirm_tokens)
+    ids = checked_ids(text or HELD_OUT_PLAY, checkpoint.tokenizer, longest)
     with spinner("precision") as say, tempfile.TemporaryDirectory() as scratch:
 
         def in_onnx_runtime(policy: PrecisionPolicy) -> Mapping[str, Session]:
@@ -134,28 +139,36 @@ def _search(
 def _checked(scratch: Path, ids: Any) -> Report:
     """Check the bundle that `_onnx_runtime` has exported last, as `check` does by default."""
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.parity.check import DEFAULT_TOKENS, check_bundle
+    from fwl_export.bundle.repetition import LENGTH
+    from fwl_export.parity.cases import ENDLESS
+    from fwl_export.parity.check import DEFAULT_CASES, DEFAULT_TOKENS, check_bundle
+    from fwl_export.runtimes.text import bundle_tokenizer
 
-    return check_bundle(read_bundle(scratch / "bundle"), ids, min(DEFAULT_TOKENS, len(ids) - 1))
+    bundle = read_bundle(scratch / "bundle")
+    cases = [name if name != ENDLESS else f"{name}@{LENGTH}" for name in DEFAULT_CASES.split(",")]
+    tokenizer = bundle_tokenizer(bundle)
+    return check_bundle(
+        bundle,
+        ids,
+        min(DEFAULT_TOKENS, len(ids) - 1),
+        cases=cases,
+        decode=lambda token: tokenizer.decode([token], skip_special_tokens=False),
+    )
 
 
 def _checkpoint_of(source: str) -> Path:
     """Return the checkpoint folder: a bundle's, or the source itself."""
-    from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, is_bundle, read_bundle
+    from fwl_export.bundle.manifest import bundle_checkpoint, is_bundle
     from fwl_export.demo import checkpoint_folder
-    from fwl_export.errors import BundleError
+    from fwl_export.model import source as sources
 
     folder = checkpoint_folder(source)
-    if not is_bundle(folder):
-        return folder
-    names = [n for n in read_bundle(folder).manifest.files if n.startswith(f"{CHECKPOINT_FOLDER}/")]
-    if not names:
-        raise BundleError(
-            f"bundle '{folder}' was exported without its checkpoint; give the checkpoint's folder"
-        )
-    for name in names:
-        read_bundle(folder).file(name)
-    return folder / CHECKPOINT_FOLDER
+    if is_bundle(folder):
+        return bundle_checkpoint(folder)
+    found = sources.what_is(folder)
+    if found.kind in (sources.CHECKPOINT, sources.OTHER):
+        return folder  # whoever loads it says what is missing
+    raise found.refusal("source", "export it, and give the bundle")
 
 
 def _onnx_runtime(folder: Path, scratch: Path, policy: PrecisionPolicy) -> Mapping[str, Session]:
@@ -189,7 +202,13 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
         COLUMNS,
         break_on_hyphens=False,
     )
-    return f"{table(header, rows)}\n\n{excluded}{_of_check(found)}"
+    rejected = "".join(
+        f"\n{textwrap.fill(f'not confirmed: {line}', COLUMNS, break_on_hyphens=False)}"
+        for line in found.rejected[:_REJECTED]
+    )
+    if len(found.rejected) > _REJECTED:
+        rejected += f"\nand {len(found.rejected) - _REJECTED} more policies not confirmed"
+    return f"{table(header, rows)}\n\n{excluded}{rejected}{_of_check(found)}"
 
 
 def _of_check(found: Exploration) -> str:
@@ -201,13 +220,43 @@ def _of_check(found: Exploration) -> str:
     return f"\npasses check in its {cases} cases, at {use:.0%} of a budget at most"
 
 
-def _next_step(target: str, source: str, output: Path) -> str:
+def _next_step(target: str, source: str, folder: Path, output: Path) -> str:
+    """Return what to do with the policy.
+
+    Args:
+      target: Precision of the quantized parts.
+      source: Source as the user gave it.
+      folder: Folder of its checkpoint.
+      output: Policy file.
+    """
     if target == "bf16":
         return (
             "bf16 was computed in PyTorch: ONNX Runtime's CPU provider has no bf16 kernels,\n"
             "and `export` takes no bf16 policy."
         )
-    return f"next: fwl-export export {source} -o BUNDLE --precision-policy {output}"
+    exported = "demo" if source == "demo" else str(folder)
+    command = ["fwl-export", "export", exported, "-o", "BUNDLE", "--precision-policy", str(output)]
+    return f"next: {shlex.join([*command, *_other_calls(source)])}"
+
+
+def _other_calls(source: str) -> list[str]:
+    """Return the options of `export` with which a bundle's calls have its size and its opset."""
+    from fwl_export.bundle.manifest import is_bundle, read_bundle
+
+    if source == "demo" or not is_bundle(Path(source)):
+        return []
+    manifest = read_bundle(Path(source)).manifest
+    limits = (
+        manifest.config.fast_weights.anchor_interval,
+        manifest.config.backbone.max_positions,
+        DEFAULT_MAX_TOKENS,
+    )
+    words = []
+    if manifest.max_tokens != min(limit for limit in limits if limit):
+        words += ["--max-tokens", str(manifest.max_tokens)]
+    if manifest.opset != DEFAULT_OPSET:
+        words += ["--opset", str(manifest.opset)]
+    return words
 
 
 def _cells(distance: Distance) -> tuple[str, str, str]:

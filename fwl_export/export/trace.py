@@ -22,13 +22,7 @@ from fwl_export.model.language_model import FWLModel
 from fwl_export.model.streaming import INPUTS, OUTPUTS, StreamingModel
 from fwl_export.op.onnx_function import append_function
 from fwl_export.op.spec import DOMAIN, NAME, NODE_ATTRIBUTES, VERSION
-from fwl_export.precision.policy import (
-    TARGETS,
-    UPDATE,
-    PrecisionPolicy,
-    int8_weights,
-    streaming_model,
-)
+from fwl_export.precision.policy import PrecisionPolicy, int8_weights, streaming_model
 
 # One fast-weight update for each dense layer of the Fast Weight Layer.
 UPDATES_PER_MODEL = 2
@@ -39,8 +33,6 @@ SUPPORTED_OPSETS = (20,)
 
 # The tracer takes sizes of 1 for constants: rows, tokens, and tokens but the last one are more.
 _TRACED_TOKENS = 3
-
-_ACTIVATION_TYPES = {"fp32": "float32", "fp16": "float16"}
 
 # What the exporter records about its own run, which includes source paths of this machine.
 _PRIVATE_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
@@ -77,7 +69,7 @@ def export_onnx(
     streaming = streaming_model(model, precision, max_tokens, _symbolic_update)
     program = _trace(streaming.eval(), opset)
     proto = program.model_proto
-    append_function(proto, _update_type(precision))
+    append_function(proto)
     if isinstance(precision, PrecisionPolicy) and precision.target == "int8w":
         store_int8(proto, int8_weights(model, precision))
     for node in [*proto.graph.node, *(n for f in proto.functions for n in f.node)]:
@@ -157,14 +149,6 @@ def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
             )
 
 
-def _update_type(precision: str | PrecisionPolicy) -> str:
-    """Return the dtype of the fast-weight updates' queries, keys and values."""
-    if isinstance(precision, str):
-        return _ACTIVATION_TYPES[precision]
-    quantized = UPDATE in precision.quantized
-    return str(TARGETS[precision.target]).removeprefix("torch.") if quantized else "float32"
-
-
 def count_updates(proto: onnx.ModelProto) -> int:
     """Return the number of `fwl::LinearAttentionUpdate` nodes of a model."""
     return sum(n.domain == DOMAIN and n.op_type == NAME for n in proto.graph.node)
@@ -229,7 +213,7 @@ def _symbolic_update(
         f"{DOMAIN}::{NAME}",
         (query, key, value, decay, past_state),
         NODE_ATTRIBUTES,
-        dtypes=(value.dtype, past_state.dtype),
+        dtypes=(past_state.dtype, past_state.dtype),
         shapes=(value.shape, past_state.shape),
         version=VERSION,
     )

@@ -14,13 +14,21 @@ import numpy as np
 from fwl_export.bundle import manifest as bundles
 from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.bundle.manifest import Bundle, Manifest, describe_file, is_bundle, read_bundle
+from fwl_export.bundle.repetition import repeated_tokens, repetitions
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
+from fwl_export.bundle.text_tokenizer import OPTIONAL_FILES
 from fwl_export.errors import ExportError, OutputExistsError
 from fwl_export.export.inline import write_inlined
+from fwl_export.export.repetition import RepeatedReading, refusal
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import check_output, replaced_folder
 from fwl_export.machine import installed_versions
-from fwl_export.model.checkpoint import TOKENIZER_FILE, check_complete, load_checkpoint
+from fwl_export.model.checkpoint import (
+    TOKENIZER_FILE,
+    Checkpoint,
+    check_complete,
+    load_checkpoint,
+)
 from fwl_export.model.stored import CONFIG_FILE, WEIGHTS_FILE
 from fwl_export.model.streaming import INPUTS
 from fwl_export.op.spec import DOMAIN, NAME, VERSION
@@ -100,6 +108,9 @@ def export_bundle(
         progress("running it once in ONNX Runtime")
         for written in dict.fromkeys((model_path, inlined)):
             run_once(written, specs)
+        if chosen != "fp32":
+            progress("reading repeated tokens, on which numbers grow largest")
+            _read_repeated(model_path, specs, loaded, max_tokens, policy or precision)
         progress("writing the manifest")
         _copy_checkpoint(checkpoint, folder, include_checkpoint)
         source = folder / bundles.CHECKPOINT_FOLDER if include_checkpoint else checkpoint
@@ -144,11 +155,13 @@ def _check_source(checkpoint: Path, output: Path, include_checkpoint: bool) -> N
 
 
 def _copy_checkpoint(checkpoint: Path, folder: Path, include_checkpoint: bool) -> None:
-    """Copy the tokenizer of a checkpoint into a bundle, and its other files if wanted."""
-    shutil.copyfile(checkpoint / TOKENIZER_FILE, folder / bundles.TOKENIZER_FILE)
+    """Copy what a checkpoint says about text into a bundle, and its other files if wanted."""
+    text = (TOKENIZER_FILE, *(name for name in OPTIONAL_FILES if (checkpoint / name).is_file()))
+    for name in text:
+        shutil.copyfile(checkpoint / name, folder / name)
     if include_checkpoint:
         (folder / bundles.CHECKPOINT_FOLDER).mkdir()
-        for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, *text):
             shutil.copyfile(checkpoint / name, folder / bundles.CHECKPOINT_FOLDER / name)
 
 
@@ -193,6 +206,27 @@ def run_once(model_path: Path, specs: list[TensorSpec]) -> None:
                 f"{'' if np.isfinite(found).all() else ' and NaN or infinite values'}; expected "
                 f"finite values of shape {[2, *spec.shape]}"
             )
+
+
+def _read_repeated(
+    model_path: Path,
+    specs: list[TensorSpec],
+    checkpoint: Checkpoint,
+    max_tokens: int,
+    precision: str | PrecisionPolicy,
+) -> None:
+    """Check that texts of repeated tokens leave the output finite; see `export.repetition`.
+
+    Raises:
+      ExportError: They do not. The message names token and position.
+    """
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    texts = repetitions(repeated_tokens(tokenizer), np.zeros(0, np.int64), config.vocab_size)
+    reading = RepeatedReading.of(model_path, specs, config, max_tokens)
+    if found := reading.first_not_finite(list(dict.fromkeys(texts))):
+        name = precision if isinstance(precision, str) else precision.target
+        text = tokenizer.decode([found.token_id], skip_special_tokens=False)
+        raise refusal(found, name, text)
 
 
 def _check_policy(policy: PrecisionPolicy | None, precision: str) -> None:

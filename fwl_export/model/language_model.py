@@ -48,10 +48,11 @@ class FWLModel(nn.Module):
         """Put a Fast Weight Layer on top of a language model of Hugging Face's transformers.
 
         Args:
-          backbone: Folder with config.json and safetensors, or a model of transformers, which is
-            copied. Its head becomes the unembedding.
-          fast_weights: Folder of a trained layer, see `fwl_checkpoint`; or the configuration of a
-            new layer with random weights, to train; None for a new layer of the usual sizes.
+          backbone: Folder with config.json and safetensors, a GGUF file, or a model of
+            transformers, which is copied. Its head becomes the unembedding.
+          fast_weights: Folder of a trained layer, see `fwl_checkpoint`; None for a new layer that
+            needs no training, see `new_layer`; or the configuration of a layer with random weights,
+            to train.
           context: Number of tokens that layers with full attention see. None means as many as the
             model was made for, but at most 2048 if its positions are relative.
           slide: Whether to read on past the context, where each token sees the `context - 1` tokens
@@ -66,13 +67,17 @@ class FWLModel(nn.Module):
           MissingDependencyError: transformers is not installed.
         """
         from fwl_export.model.backbones.huggingface_import import import_backbone
+        from fwl_export.model.new_layer import new_layer_config, start_near_identity
 
         trained: Mapping[str, Tensor] = {}
         if isinstance(fast_weights, str | Path):
             loaded = load_fast_weights(Path(fast_weights))
             fast_weights, trained = loaded.config, loaded.tensors
         taken = import_backbone(backbone, context, slide)
-        layer = taken.layer_config(fast_weights, loaded.vocab_size if trained else None)
+        layer = taken.layer_config(
+            fast_weights or new_layer_config(taken.backbone),
+            loaded.vocab_size if trained else None,
+        )
         if "unembed" in trained:
             taken.untie()
         model = cls(ModelConfig(taken.vocab_size, taken.backbone.config, layer), taken.backbone)
@@ -80,6 +85,8 @@ class FWLModel(nn.Module):
             if not taken.backbone.config.tied:
                 model.fast_weights.unembed.copy_(taken.unembed)
             model.fast_weights.unembed_bias.copy_(taken.unembed_bias)
+        if fast_weights is None:
+            start_near_identity(model.fast_weights, taken.backbone)
         model.fast_weights.load_state_dict(dict(trained), strict=False)
         return model.eval()
 

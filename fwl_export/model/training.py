@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fwl_export.errors import ConfigError, TrainingError
+from fwl_export.bundle.config import HuggingFaceConfig, KeyValueError
+from fwl_export.errors import TrainingError
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.muon import Muon
 from fwl_export.model.numerics import wide
-from fwl_export.model.training_files import load_progress, save_progress
+from fwl_export.model.training_files import fingerprint, load_progress, save_progress
 
 # Initial step sizes, for gradients that are not divided by the loss normalizer. Short runs of the
 # demo model moved them to about 4e-2, 2e-3, 1e-3, 2e-3, 2e-2, 5e-3, but starting there makes the
@@ -66,7 +67,8 @@ class TrainingConfig:
       seed: Seed of the choice of texts, and of dropout in a backbone that has it.
       first_order: Whether to treat the gradient steps as constants instead of differentiating
         through them. An update takes less time and memory; the model becomes worse.
-      train_backbone: Whether to train the backbone too; False trains only the Fast Weight Layer.
+      train_backbone: Whether to train the backbone too; False trains only the Fast Weight Layer,
+        and of one on a backbone of Hugging Face not the head, which is the backbone's.
       optimizer: Optimizer of the matrices: "muon", or "adamw" as for the rest.
       precision: "float32", or "bfloat16" for autocast, which leaves weights, sums and losses in
         float32.
@@ -95,16 +97,18 @@ class TrainingConfig:
         for name in ("steps", "sequence_length", "batch_size", "learning_rate", "warmup", "clip"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise ConfigError(f"training.{name} is {value}; expected more than 0")
+                raise _out_of_range(name, value, "more than 0")
         for name in ("step_learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
+                raise _out_of_range(name, getattr(self, name), "0 or more")
         if not 0 <= self.seed < 1 << 63:
-            raise ConfigError(f"training.seed is {self.seed}; expected 0 or more, of 63 bits")
+            raise _out_of_range("seed", self.seed, "0 or more, of 63 bits")
         if not 0 < self.cooldown <= 1:
-            raise ConfigError(
-                f"training.cooldown is {self.cooldown}; expected more than 0, at most 1"
-            )
+            raise _out_of_range("cooldown", self.cooldown, "more than 0, at most 1")
+
+
+def _out_of_range(name: str, value: float, expected: str) -> KeyValueError:
+    return KeyValueError("training.", name, f"is {value}; expected {expected}")
 
 
 def train(
@@ -141,7 +145,10 @@ def train(
     _prepare(model, config)
     with log_space(model):
         optimizers = build_optimizers(model, config)
-        first = load_progress(resume_file, model, optimizers, config) if resume_file.exists() else 0
+        identity = fingerprint(model, tokens)
+        first = 0
+        if resume_file.exists():
+            first = load_progress(resume_file, model, optimizers, config, identity)
         adaptive = _adaptive_parameters(model)
         others = [p for p in _trained(model) if id(p) not in {id(q) for q in adaptive}]
         for step in range(first, config.steps):
@@ -153,7 +160,8 @@ def train(
             if not math.isfinite(loss.item()):
                 raise TrainingError(
                     f"the loss of step {step} is {loss.item()}: the training has diverged; lower "
-                    f"learning_rate or step_learning_rate, remove {resume_file}, and start again"
+                    "training.learning_rate or training.step_learning_rate, remove "
+                    f"{resume_file}, and start again"
                 )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(others, config.clip)
@@ -173,7 +181,7 @@ def train(
                 }
             )
             if (step + 1) % save_every == 0 or step + 1 == config.steps:
-                save_progress(resume_file, model, optimizers, config, step + 1)
+                save_progress(resume_file, model, optimizers, config, step + 1, identity)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -194,6 +202,10 @@ def _prepare(model: FWLModel, config: TrainingConfig) -> None:
     """Set which parameters are trained, and how the forward pass runs; no weight changes."""
     model.train().requires_grad_(True)
     model.backbone.train(config.train_backbone).requires_grad_(config.train_backbone)
+    if not config.train_backbone and isinstance(model.config.backbone, HuggingFaceConfig):
+        # The unembedding is the backbone's head, whether it is tied to the embedding or not.
+        model.fast_weights.unembed.requires_grad_(False)
+        model.fast_weights.unembed_bias.requires_grad_(False)
     model.fast_weights.first_order = config.first_order
     model.fast_weights.gradient_checkpointing = config.gradient_checkpointing
     model.backbone.gradient_checkpointing = config.gradient_checkpointing

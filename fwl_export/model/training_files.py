@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import time
@@ -26,6 +27,7 @@ def save_progress(
     optimizers: Sequence[torch.optim.Optimizer],
     config: Any,
     step: int,
+    inputs: str = "",
 ) -> None:
     """Write all that training needs to resume: trained parameters, optimizer states, settings.
 
@@ -37,19 +39,24 @@ def save_progress(
       optimizers: The optimizers, whose states must consist of tensors.
       config: The settings, a dataclass; training resumes only with equal ones.
       step: Number of updates done.
+      inputs: The `fingerprint` of what training reads but does not change.
     """
     tensors = {f"model.{name}": tensor.detach() for name, tensor in _trained(model).items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             for name, tensor in state.items():
                 tensors[f"optimizer.{number}.{index}.{name}"] = tensor
-    metadata = {"step": str(step), "config": _settings(config)}
+    metadata = {"step": str(step), "config": _settings(config), "inputs": inputs}
     with replaced_file(path) as beside:
         save_file({n: t.contiguous() for n, t in tensors.items()}, beside, metadata)
 
 
 def load_progress(
-    path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], config: Any
+    path: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    config: Any,
+    inputs: str = "",
 ) -> int:
     """Restore a model and its optimizers from a resume file.
 
@@ -58,12 +65,14 @@ def load_progress(
       model: The model to restore, built and prepared as for a new run.
       optimizers: The optimizers to restore, in the same order.
       config: The settings of this run, a dataclass.
+      inputs: The `fingerprint` of this run; "" is not compared, nor is that of an older file.
 
     Returns:
       The number of updates done.
 
     Raises:
-      CheckpointError: The file cannot be read, or belongs to other settings or another model.
+      CheckpointError: The file cannot be read, or belongs to other settings, another model, other
+        texts or another backbone.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -83,6 +92,11 @@ def load_progress(
             f"{path} belongs to a run with other settings; train with the settings of that run to "
             "resume it, or remove the file to start again"
         )
+    if inputs and metadata.get("inputs", inputs) != inputs:
+        raise CheckpointError(
+            f"{path} belongs to a run on other texts, or on another frozen backbone; train with "
+            "those of that run to resume it, or remove the file to start again"
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(found[name])
@@ -95,6 +109,21 @@ def load_progress(
                 state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return int(metadata["step"])
+
+
+def fingerprint(model: nn.Module, tokens: Tensor) -> str:
+    """Return a sha256 over what training reads but does not change: texts and frozen parameters.
+
+    Args:
+      model: The model, prepared for training.
+      tokens: The training text, [N] int64.
+    """
+    digest = hashlib.sha256(tokens.cpu().numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,6 +19,7 @@ class Case:
         middle token, else 1) or "tiny" (1e-30 for the first half, then 0.9).
       fresh: Whether the past state is zero; "rows" means in every other row.
       silent: Share of tokens that write nothing (value 0, decay 1), like tokens with weight 0.
+      scale: Factor on the values.
       seed: Seed of the random numbers, used together with the name.
     """
 
@@ -27,6 +28,7 @@ class Case:
     decay: str = "one"
     fresh: bool | str = False
     silent: float = 0.0
+    scale: float = 1.0
     seed: int = 0
 
     def arrays(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -36,7 +38,7 @@ class Case:
         arrays = {
             "query": rng.standard_normal((batch, length, size_k)),
             "key": rng.standard_normal((batch, length, size_k)),
-            "value": rng.standard_normal((batch, length, size_v)),
+            "value": rng.standard_normal((batch, length, size_v)) * self.scale,
             "decay": self._decay(rng),
             "past_state": rng.standard_normal((batch, size_k, size_v)),
         }
@@ -80,3 +82,6 @@ CASES = (
     Case("long", (1, 257, 24, 40), "constant"),
     Case("wide", (2, 65, 96, 192), "constant"),
 )
+
+# All inputs fit into float16, which ends at 65504. Most outputs do not, and are up to 400 000.
+BEYOND_HALF = Case("beyond_half", (2, 64, 16, 24), scale=3000.0)

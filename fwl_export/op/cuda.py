@@ -37,7 +37,7 @@ def linear_attention_update(
       past_state: [B, Dk, Dv] float32.
 
     Returns:
-      Output [B, T, Dv] with query's dtype, and present state [B, Dk, Dv] float32.
+      Output [B, T, Dv] and present state [B, Dk, Dv], both float32.
     """
     tensors = {
         "query": query.contiguous(),
@@ -46,7 +46,7 @@ def linear_attention_update(
         "decay": decay.contiguous(),
         "past_state": past_state.contiguous(),
     }
-    tensors["output"] = torch.empty_like(tensors["value"])
+    tensors["output"] = torch.empty_like(tensors["value"], dtype=torch.float32)
     tensors["present_state"] = torch.empty_like(tensors["past_state"])
     steps = _kernel_module("plan").plan(
         *query.shape,

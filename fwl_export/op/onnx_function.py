@@ -11,21 +11,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fwl_export.op.spec import DOMAIN, INPUTS, LOG_ZERO, NAME, NODE_ATTRIBUTES, OUTPUTS
 
-_ONNX_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-}
 
+def function_body(opset: int) -> onnx.FunctionProto:
+    """Return the model-local function that computes the op, for activations of any type.
 
-def function_body(activation_type: str, opset: int) -> onnx.FunctionProto:
-    """Return the model-local function that computes the op.
-
-    The body computes in float32 with explicit casts: strongly typed TensorRT networks insert none,
-    and in half precision thousands of small updates of the state would round to nothing.
+    The body computes in float32 with explicit casts: strongly typed TensorRT networks insert none.
+    In half precision, thousands of small updates of the state would round to nothing, and sums over
+    the tokens would overflow.
 
     Args:
-      activation_type: Type of query, key, value and output: "float32", "float16" or "bfloat16".
       opset: Version of ONNX's standard operators; must equal the model's.
     """
     body = _Body()
@@ -39,8 +33,7 @@ def function_body(activation_type: str, opset: int) -> onnx.FunctionProto:
     key_t = body("Transpose", key, perm=[0, 2, 1])
     scores = body("Mul", body("MatMul", query, key_t), of_writes)
     from_past = body("Mul", body("MatMul", query, "past_state"), of_past)
-    output = body("Add", body("MatMul", scores, value), from_past)
-    body("Cast", output, to=_ONNX_TYPES[activation_type], output="output")
+    body("Add", body("MatMul", scores, value), from_past, output="output")
 
     last_of_past = body("Slice", of_past, body.ints(-1), body.ints(_END), body.ints(1))
     last_of_writes = body("Slice", of_writes, body.ints(-1), body.ints(_END), body.ints(1))
@@ -57,15 +50,14 @@ def function_body(activation_type: str, opset: int) -> onnx.FunctionProto:
     )
 
 
-def append_function(model: onnx.ModelProto, activation_type: str) -> None:
+def append_function(model: onnx.ModelProto) -> None:
     """Add the op's body to a model that has nodes of the op.
 
     Args:
       model: ONNX model, changed in place.
-      activation_type: Type of the activations of those nodes, see `function_body`.
     """
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    model.functions.append(function_body(activation_type, opset))
+    model.functions.append(function_body(opset))
 
 
 _END = np.iinfo(np.int64).max

@@ -1,4 +1,4 @@
-"""The one definition of the op `fwl::LinearAttentionUpdate`, version 1.
+"""The one definition of the op `fwl::LinearAttentionUpdate`, version 2.
 
 Update, then read, token by token:
 
@@ -7,6 +7,9 @@ Update, then read, token by token:
 where q_i, k_i and v_i are the rows of query, key and value, d_i the decay, S_0 the past state, S_T
 the present state, and o_i the output. The PyTorch op, the ONNX function body, kernels and plugins
 take names, order, types and attributes from here.
+
+The output is a sum over all tokens so far, which a caller multiplies by a small step size. It is
+float32 whatever the activations are, because such a sum soon exceeds 65504, where float16 ends.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ from fwl_export.errors import ShapeError
 
 DOMAIN = "fwl"
 NAME = "LinearAttentionUpdate"
-VERSION = 1
+VERSION = 2
+# In version 1, the output had the activations' type. Where that is float32, both are the same, so
+# such nodes still run; others are refused.
+FLOAT32_VERSION = 1
 
 # Attributes of the ONNX node. TensorRT's parser looks for a plugin in this namespace and version,
 # and does not find ours without them.
-NODE_ATTRIBUTES = {"plugin_namespace": "fwl", "plugin_version": "1"}
+NODE_ATTRIBUTES = {"plugin_namespace": "fwl", "plugin_version": str(VERSION)}
 
 # Stands for log 0 where products of decays are sums of logs: finite, so that 0 * log 0 is not NaN,
 # and small enough for its exp to be exactly 0.
@@ -55,7 +61,7 @@ INPUTS = (
     Argument("past_state", ("B", "Dk", "Dv"), "float32", "the state before the first token"),
 )
 OUTPUTS = (
-    Argument("output", ("B", "T", "Dv"), "T", "accumulated in float32"),
+    Argument("output", ("B", "T", "Dv"), "float32", "what the queries read"),
     Argument("present_state", ("B", "Dk", "Dv"), "float32", "the state after the last token"),
 )
 

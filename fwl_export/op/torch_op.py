@@ -27,8 +27,8 @@ def linear_attention_update(
       past_state: [B, Dk, Dv] float32 state before the first token.
 
     Returns:
-      Output [B, T, Dv] with query's dtype, accumulated in the state's dtype, and present state
-      [B, Dk, Dv] float32 after the last token. With float64 inputs everything is float64.
+      Output [B, T, Dv] and present state [B, Dk, Dv] after the last token, both float32. With
+      float64 inputs everything is float64.
 
     Raises:
       ShapeError: Shapes or dtypes disagree, or B or T is 0.
@@ -73,14 +73,14 @@ def run_chunked(
         outputs.append(within @ v + (q @ state) * fade[:, :, :1])
         kept = k * fade[:, -1, 1:, None]
         state = state * fade[:, -1, 0, None, None] + kept.transpose(1, 2) @ v
-    return torch.cat(outputs, 1).to(query.dtype), state
+    return torch.cat(outputs, 1), state
 
 
 @_op.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(value), torch.empty_like(past_state)
+    return torch.empty_like(value, dtype=past_state.dtype), torch.empty_like(past_state)
 
 
 def decay_products(decay: Tensor) -> Tensor:

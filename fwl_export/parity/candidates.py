@@ -142,6 +142,47 @@ def parse_candidates(text: str | Sequence[str | Candidate]) -> list[Candidate]:
     return candidates
 
 
+def missing_library(candidates: Sequence[Candidate]) -> str:
+    """Return a sentence if a candidate runs without a library that it would use, or "".
+
+    Args:
+      candidates: Candidates of a check, of which some may run with the plugin's kernel.
+    """
+    named = [candidate.name for candidate in candidates if _would_use_plugin(candidate)]
+    if not named:
+        return ""
+    return (
+        f"{', '.join(named)}: the update runs in standard operators, since {ONNXRUNTIME}, the "
+        "library with our kernel, is not installed; `make plugins` builds it"
+    )
+
+
+def twin(candidate: Candidate, others: Sequence[Candidate]) -> str | None:
+    """Return why a candidate would only repeat another one, for want of a library, or None.
+
+    Args:
+      candidate: Candidate that was named.
+      others: All candidates that were named.
+    """
+    if not _would_use_plugin(candidate):
+        return None
+    same = {**candidate.arguments, "plugin": "none"}
+    for other in others:
+        if other.runtime == candidate.runtime and dict(other.arguments) == same:
+            return (
+                f"{ONNXRUNTIME}, the library with our kernel, is not installed, so that it would "
+                f"be the same as {other.name}; build it with `make plugins`, or leave "
+                f"{candidate.name} out"
+            )
+    return None
+
+
+def _would_use_plugin(candidate: Candidate) -> bool:
+    """Return whether a candidate uses the plugin where its library is installed, and it is not."""
+    is_auto = candidate.arguments.get("plugin", "auto") == "auto"
+    return candidate.runtime == "onnxruntime" and is_auto and find_plugin(ONNXRUNTIME) is None
+
+
 __getattr__ = renamed_attributes(
     __name__,
     Backend="Candidate",

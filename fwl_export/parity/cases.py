@@ -7,23 +7,26 @@ All are seeded, so that the text's token ids and the seed are enough to repeat t
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from fwl_export.bundle.manifest import Manifest
+from fwl_export.bundle.manifest import TOKENIZER_FILE, Bundle, Manifest
+from fwl_export.bundle.repetition import COUNT, LENGTH, repeated_tokens, repetitions
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ConfigError
 from fwl_export.parity import design
 from fwl_export.parity.schedule import FIRST_POINT, ROWS, Schedule, ScheduledCall, make_call
+from fwl_export.runtimes.text import bundle_tokenizer
 
-TEXT, MIXED, REPEAT, LONG, DECODE, FAR, AGAIN = (
-    "text", "mixed", "repeat", "long", "decode", "far", "again"
+TEXT, MIXED, REPEAT, ENDLESS, LONG, DECODE, FAR, AGAIN = (
+    "text", "mixed", "repeat", "endless", "long", "decode", "far", "again"
 )  # fmt: skip
 
 
@@ -37,6 +40,7 @@ class ModelLimits:
       vocab_size: Number of token ids, V; 0 means those of the text only.
       anchor_interval: Tokens between two anchors; 0 means none.
       capacity: Number of slots of the ring buffers; 0 if it is not known.
+      repeated: Token ids by what they are, see `repeated_tokens`; empty without a tokenizer.
     """
 
     max_tokens: int
@@ -44,6 +48,7 @@ class ModelLimits:
     vocab_size: int = 0
     anchor_interval: int = 0
     capacity: int = 0
+    repeated: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, manifest: Manifest) -> ModelLimits:
@@ -56,6 +61,14 @@ class ModelLimits:
             config.fast_weights.anchor_interval,
             config.backbone.window + manifest.max_tokens - 1,
         )
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> ModelLimits:
+        """Return the limits of a bundle's model, with the tokens that its tokenizer repeats."""
+        limits = cls.of(bundle.manifest)
+        if TOKENIZER_FILE not in bundle.manifest.files:
+            return limits
+        return replace(limits, repeated=repeated_tokens(bundle_tokenizer(bundle)))
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,7 @@ CASES = (
         for rows in design.ROWS
     ),
     Case(REPEAT, "repeated tokens, which make the fast weights large", 3, 128),
+    Case(ENDLESS, "one token or two for as long as it takes, chosen to hurt", COUNT, LENGTH),
     Case(LONG, "token ids in random order, each once, in calls of the largest size", 1, 2304),
     Case(DECODE, "one token per call, across two anchors", 1),
     Case(FAR, "positions far in a text, to 100 000", 8),
@@ -144,12 +158,14 @@ def choose_cases(
 def cases_with_rows(
     chosen: Sequence[Case], rows: int, limits: ModelLimits, seed: int
 ) -> list[Case]:
-    """Return the cases that need no more than a number of rows; case "far" does with any."""
+    """Return the cases that need no more than a number of rows; some do with any."""
     fitting = []
     for case in chosen:
-        if case.name == FAR and case.rows > rows:
+        if case.name == ENDLESS and case.rows > rows:
+            fitting.append(replace(case, rows=rows, tokens=case.tokens * _rounds(rows)))
+        elif case.name == FAR and case.rows > rows:
             smaller = replace(case, rows=rows)
-            fitting.append(replace(smaller, tokens=_usual_tokens(smaller, limits, seed)))
+            fitting.append(replace(smaller, tokens=usual_tokens(smaller, limits, seed)))
         elif case.rows <= rows:
             fitting.append(case)
     return fitting
@@ -184,13 +200,19 @@ def _with_tokens(case: Case, tokens: int, limits: ModelLimits, seed: int, all_id
     elif case.name == LONG and all_ids:
         wanted = limits.vocab_size + 1
     else:
-        wanted = min(case.tokens or _usual_tokens(case, limits, seed), LONGEST_CASE * tokens)
-    limit = limits.max_positions if case.name in (TEXT, DECODE) else 0
+        wanted = min(case.tokens or usual_tokens(case, limits, seed), LONGEST_CASE * tokens)
+    limit = limits.max_positions if case.name in (TEXT, DECODE, ENDLESS) else 0
     return replace(case, tokens=min(wanted, limit) if limit else wanted)
 
 
-def _usual_tokens(case: Case, limits: ModelLimits, seed: int) -> int:
-    """Return how many tokens the calls of a case have together, if nothing ends them early."""
+def usual_tokens(case: Case, limits: ModelLimits, seed: int) -> int:
+    """Return how many tokens the calls of a case have together, if nothing ends them early.
+
+    Args:
+      case: The case.
+      limits: Limits of the model.
+      seed: Seed of the calls.
+    """
     if case.name == DECODE:
         return max(2 * decode_interval(limits) + _AROUND, 2 * _AROUND)
     endless = replace(case, tokens=1 << 60)
@@ -541,6 +563,36 @@ def _repeat(
         )
 
 
+def _rounds(rows: int) -> int:
+    """Return how often rows must begin anew to read every text of case "endless"."""
+    return math.ceil(COUNT / rows)
+
+
+def _endless(
+    rng: np.random.Generator, ids: Array, case: Case, limits: ModelLimits, seed: int
+) -> Iterator[_Plan]:
+    """Yield calls of the largest size in which each row repeats tokens of its own.
+
+    Logits of a few positions are enough to see where the numbers end, and cheap.
+    """
+    texts = repetitions(limits.repeated, ids, limits.vocab_size)
+    length = max(case.tokens // _rounds(case.rows), 1)
+    for number in itertools.count():
+        of_round = [texts[(number * case.rows + row) % COUNT] for row in range(case.rows)]
+        for start in range(0, length, limits.max_tokens):
+            size = min(limits.max_tokens, length - start)
+            wanted = np.unique(np.append(np.arange(_LOGITS_EVERY, size, _LOGITS_EVERY), size - 1))
+            compare = start + size == length
+            yield _Plan(
+                np.full(case.rows, size),
+                np.stack([text.read(start, size) for text in of_round]),
+                wanted=np.tile(wanted, (case.rows, 1)),
+                reset=tuple(range(case.rows)) if number and not start else (),
+                forced=compare,
+                compare=compare,
+            )
+
+
 def _long(
     rng: np.random.Generator, ids: Array, case: Case, limits: ModelLimits, seed: int
 ) -> Iterator[_Plan]:
@@ -608,12 +660,14 @@ def _far(
     """
     every = np.full(case.rows, 1)
     yield _Plan(every * min(24, limits.max_tokens))
+    sizes = [size for size in (4, 1, 17) if size <= limits.max_tokens] or [1]
+    sizes = [1] * (4 // limits.max_tokens) + sizes if limits.max_tokens < 4 else sizes
     targets = far_positions(limits)
+    if sum(sizes) * math.ceil(len(targets) / case.rows) > case.tokens:
+        targets = targets[::-1]  # the farthest, if there is no time for all
     for start in range(0, len(targets), case.rows):
         group = targets[start : start + case.rows]
         moves = tuple((row, target - 2) for row, target in enumerate(group))
-        sizes = [size for size in (4, 1, 17) if size <= limits.max_tokens] or [1]
-        sizes = [1] * (4 // limits.max_tokens) + sizes if limits.max_tokens < 4 else sizes
         for number, size in enumerate(sizes):
             yield _Plan(
                 every * size,
@@ -649,6 +703,7 @@ def _again(
 LONGEST_CASE = 4  # times the tokens of the text; without a number, no case is longer
 _LARGEST_STEP = 9.99  # weight times scale; sessions refuse more than 10
 _COMPARED_AFTER = 5  # calls after which states are compared again
+_LOGITS_EVERY = 8  # tokens between two logits of case "endless"
 _AROUND = 24  # tokens before and after an anchor that are decoded one by one
 _FAR_APART = 640  # tokens between two ends of the ring buffers beyond which decoding reaches none
 _ONE_BY_ONE = 100  # tokens between two anchors up to which all are decoded one by one
@@ -656,6 +711,7 @@ _ONE_BY_ONE = 100  # tokens between two anchors up to which all are decoded one 
 _MAKERS: dict[str, _Maker] = {
     MIXED: _mixed,
     REPEAT: _repeat,
+    ENDLESS: _endless,
     LONG: _long,
     DECODE: _decode,
     FAR: _far,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fwl_export.parity.compare import Error, Prediction
-from fwl_export.parity.drift import TEACHER_FORCED, Drift, Failure, RunKey
+from fwl_export.parity.drift import NOT_FINITE, TEACHER_FORCED, Drift, Failure, RunKey
 from fwl_export.parity.tolerances import TABLE, Budget, Tolerance, budgets, tolerance_for
 
 WITHIN, OUTSIDE, COULD_NOT_RUN = "within", "outside", "could not run"
@@ -76,6 +77,7 @@ class RunVerdict:
       predictions: Distance of the candidate's predictions from the reference's, one per point.
       own_predictions: The same of PyTorch in the candidate's precision.
       failure: Why it failed, or None if it got to the end.
+      own_failure: Why PyTorch in the candidate's precision failed, or None if it did not.
     """
 
     case: str
@@ -84,10 +86,18 @@ class RunVerdict:
     predictions: Sequence[Prediction]
     own_predictions: Sequence[Prediction]
     failure: Failure | None
+    own_failure: Failure | None = None
+
+    @property
+    def not_finite(self) -> Failure | None:
+        """Where a value was NaN or infinite, or None."""
+        return self.failure if self.failure and self.failure.is_not_finite else None
 
     @property
     def use(self) -> float:
-        """Largest use of a budget by a tensor."""
+        """Largest use of a budget by a tensor; infinite if a value was not finite."""
+        if self.not_finite:
+            return math.inf
         return max((tensor.use for tensor in self.tensors), default=0.0)
 
     @property
@@ -98,7 +108,7 @@ class RunVerdict:
     @property
     def status(self) -> str:
         """`WITHIN`, `OUTSIDE` or `COULD_NOT_RUN`."""
-        wrong = ("not finite", "not repeatable")
+        wrong = (NOT_FINITE, "not repeatable")
         if self.use > 1 or (self.failure and self.failure.kind in wrong):
             return OUTSIDE
         return COULD_NOT_RUN if self.failure or not self.tensors else WITHIN
@@ -180,6 +190,31 @@ class CandidateVerdict:
         return next((run.failure for run in self.runs if run.failure), None)
 
     @property
+    def not_finite(self) -> RunVerdict | None:
+        """The first run in which a value was NaN or infinite, or None."""
+        return next((run for run in self.runs if run.not_finite), None)
+
+    @property
+    def not_finite_at(self) -> Failure | None:
+        """The first place in which a value was NaN or infinite, or None."""
+        return self.not_finite.not_finite if self.not_finite else None
+
+    @property
+    def leaves_the_range(self) -> bool:
+        """Whether what went wrong is that numbers left the range of the candidate's types.
+
+        That is so where PyTorch, which computes the same in the same precision, was not finite in
+        every case in which the candidate was not.
+        """
+        runs = [run for run in self.runs if run.not_finite]
+        own = [run.own_failure is not None and run.own_failure.is_not_finite for run in runs]
+        return bool(runs) and all(own)
+
+    def with_texts(self, decode: Callable[[int], str]) -> CandidateVerdict:
+        """Return the verdict with the texts of the tokens at which runs failed."""
+        return replace(self, runs=[_with_text(run, decode) for run in self.runs])
+
+    @property
     def closest(self) -> Spot | None:
         """The tensor and point with the highest use of a budget, or None."""
         spots = [Spot(run, t, t.worst) for run in self.runs for t in run.tensors]
@@ -202,6 +237,13 @@ class CandidateVerdict:
             if outside:
                 return min(outside, key=lambda s: (s.measured.tokens_read, -s.measured.use))
         return None
+
+
+def _with_text(run: RunVerdict, decode: Callable[[int], str]) -> RunVerdict:
+    failure = run.failure
+    if failure is None or failure.token_id is None:
+        return run
+    return replace(run, failure=replace(failure, token_text=decode(failure.token_id)))
 
 
 def judge(
@@ -252,6 +294,7 @@ def judge(
         found.predictions[:count],
         usual.predictions[:count],
         None if whole else next((failure for failure in failures if failure), None),
+        usual.failure,
     )
 
 
@@ -271,5 +314,5 @@ def _without_measure(failure: Failure | None) -> Failure | None:
     """Return the failure of a reference as one of the run, which then cannot be judged."""
     if failure is None:
         return None
-    message = f"{failure.message}; without {failure.runtime} there is nothing to compare with"
+    message = f"{failure.sentence}; without {failure.runtime} there is nothing to compare with"
     return Failure(failure.runtime, failure.step, failure.tokens_read, message)

@@ -15,8 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from fwl_export.bundle.defaults import DEFAULT_MAX_LEARNING_WEIGHT
-from fwl_export.bundle.state import Array, TensorSpec
-from fwl_export.errors import ConfigError, StateError, TokenError, UpdateNormError
+from fwl_export.bundle.state import Array, State, TensorSpec
+from fwl_export.errors import (
+    ConfigError,
+    NotFiniteError,
+    StateError,
+    TokenError,
+    UpdateNormError,
+)
+
+# Tokens of a row between two places where what it has learned is clipped. Calls are split there, as
+# at anchors, so that the logits do not depend on how a text is split into calls.
+CLIP_INTERVAL = 32
 
 FAST = "fast."  # what the names of the sums of gradients begin with
 
@@ -30,10 +40,14 @@ class LearningLimits:
         scale, and largest scale; more than 0. Infinity means no limit.
       max_update_norm: Largest norm of what a row has learned, see `Learned.norms`; more than 0.
         Infinity means no limit, and then the norms are not computed.
+      clip_update_norm: Norm to which what a row has learned is scaled down, if it is larger, at
+        every position of the row that `CLIP_INTERVAL` divides; more than 0. Infinity means that
+        nothing is clipped.
     """
 
     max_learning_weight: float = DEFAULT_MAX_LEARNING_WEIGHT
     max_update_norm: float = math.inf
+    clip_update_norm: float = math.inf
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -76,6 +90,39 @@ def learned(specs: Sequence[TensorSpec], state: Mapping[str, Array]) -> Learned:
         tensors = {name: [_norm(row) for row in state[name]] for name in names}
     rows = len(state[specs[0].name])
     return Learned([math.hypot(*(tensors[n][row] for n in names)) for row in range(rows)], tensors)
+
+
+def clipped(
+    specs: Sequence[TensorSpec], state: State, rows: Sequence[int], norm: float
+) -> State | None:
+    """Return the state of some rows, with what each has learned scaled down to a norm.
+
+    Args:
+      specs: Specs of the model's state.
+      state: Copies of the rows' arrays [len(rows), ...] by name; those of `FAST` may be changed.
+      rows: Numbers of the rows, for the message.
+      norm: Largest norm that a row keeps, more than 0.
+
+    Returns:
+      The state, or None if no norm is larger.
+
+    Raises:
+      NotFiniteError: What a row has learned is not finite, so that it cannot be clipped.
+    """
+    found = learned(specs, state)
+    for place, row in enumerate(rows):
+        if not math.isfinite(found.norms[place]):
+            raise NotFiniteError(
+                f"what row {row} would have learned is not finite, so it cannot be clipped; no row "
+                "has moved: read these tokens with smaller label_weights, or reset the row",
+                row,
+                tensor=next(n for n, t in found.tensors.items() if not math.isfinite(t[place])),
+            )
+    over = [place for place, size in enumerate(found.norms) if size > norm]
+    for place in over:
+        for name in found.tensors:
+            state[name][place] *= np.float32(norm / found.norms[place])
+    return state if over else None
 
 
 def check_update(found: Learned, limit: float) -> None:

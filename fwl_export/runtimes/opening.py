@@ -32,6 +32,7 @@ def open_session(
     cuda_graph: bool = True,
     max_learning_weight: float = DEFAULT_MAX_LEARNING_WEIGHT,
     max_update_norm: float = math.inf,
+    clip_update_norm: float = math.inf,
 ) -> Session:
     """Open a bundle for reading text: load its model, and start `batch` fresh rows of state.
 
@@ -66,6 +67,9 @@ def open_session(
       max_update_norm: Largest norm of what a row has learned, as `Session.learned` tells it; a call
         or a state that exceeds it is refused. Choose it for your model from the norms over texts
         that it should read. `math.inf`, no limit, costs no time.
+      clip_update_norm: Norm to which what a row has learned is scaled down, if it is larger, after
+        every 32 tokens of the row: for those who cannot refuse a text. Calls of the model are then
+        no longer than that. `math.inf`, no clipping, costs no time.
 
     Returns:
       A session whose rows have read nothing yet.
@@ -92,7 +96,7 @@ def open_session(
     )
     check_threads(threads)
     rows = checked_batch(batch)  # before the model is loaded, which takes seconds
-    limits = LearningLimits(max_learning_weight, max_update_norm)
+    limits = LearningLimits(max_learning_weight, max_update_norm, clip_update_norm)
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))
     options = Options(precision, threads, plugin, device, variant, cuda_graph)
     with opened.unchanged():
@@ -106,5 +110,6 @@ def open_session(
         config.fast_weights.anchor_interval,
         opened.manifest.model_id,
         config.backbone.max_positions,
+        precision or opened.manifest.precision,
     )
     return Session(loaded.runner, spec, rows, limits)

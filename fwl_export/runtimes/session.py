@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from fwl_export.bundle import state as states
 from fwl_export.bundle import state_file
 from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.bundle.state_file import SavedState
-from fwl_export.errors import ConfigError, NotFiniteError, ShapeError, StateError, TokenError
+from fwl_export.errors import ConfigError, ShapeError, StateError, TokenError
 from fwl_export.runtimes import limits as learning
 from fwl_export.runtimes.arguments import (
     check_types,
@@ -29,8 +30,9 @@ from fwl_export.runtimes.arguments import (
     whole_number,
 )
 from fwl_export.runtimes.base import Call, Runner
-from fwl_export.runtimes.limits import Learned, LearningLimits
-from fwl_export.runtimes.sampling import Sampler
+from fwl_export.runtimes.limits import CLIP_INTERVAL, Learned, LearningLimits
+from fwl_export.runtimes.not_finite import FailedCall
+from fwl_export.runtimes.sampling import Choice, Sampler
 
 # Tokens that a row may have read in all. Positions stay far from where 64 bits overflow, and are
 # exact in float64.
@@ -49,6 +51,8 @@ class SessionSpec:
         `FastWeightsConfig`.
       model_id: Identity of the model; state files carry it, and load only into the same model.
       max_positions: Tokens that a row may read in all; 0 means no limit.
+      precision: Precision that the model computes in, e.g. "fp16", for messages; "" if it is not
+        known.
     """
 
     state: Sequence[TensorSpec]
@@ -57,6 +61,15 @@ class SessionSpec:
     anchor_interval: int = 0
     model_id: str = ""
     max_positions: int = 0
+    precision: str = ""
+
+
+class RowKeeper(Protocol):
+    """What hands out a session's rows, as `Slots` does."""
+
+    @property
+    def free_rows(self) -> set[int]:
+        """Rows that hold no text, and will be reset before they do."""
 
 
 class Session:
@@ -118,12 +131,19 @@ class Session:
         self.anchor_interval = spec.anchor_interval
         self.model_id = spec.model_id
         self.max_positions = spec.max_positions
+        clips = self.limits.clip_update_norm != math.inf
+        # Positions that are multiples of these lie between two calls of the model.
+        self._intervals = [
+            *([spec.anchor_interval] if spec.anchor_interval else []),
+            *([CLIP_INTERVAL] if clips else []),
+        ]
         self._lock = threading.RLock()
         # A list, not an array: a few NumPy calls take as long as a step of a small model.
         self._positions = [0] * self.batch
         self._learning_rate_scale = np.ones(self.batch, np.float32)
         learning.check_scale(self._learning_rate_scale, self.limits.max_learning_weight)
         self._plain: tuple[tuple[int, bool], Call] | None = None  # see _plain_call
+        self._slots: weakref.ref[RowKeeper] | None = None  # see hand_over
         self._runner = runner
         try:
             self._current = runner.new_buffers(self.batch)
@@ -145,6 +165,34 @@ class Session:
             f"max_tokens={self.max_tokens}>"
         )
 
+    def hand_over(self, keeper: RowKeeper) -> None:
+        """Let somebody hand out the rows from now on, as `Slots` does.
+
+        Whatever would give a text to a row that is free is refused as long as the keeper lives,
+        since the row would be handed out again, and its text lost without a word.
+
+        Args:
+          keeper: Knows which rows are free.
+
+        Raises:
+          ShapeError: Another keeper hands the rows out.
+        """
+        with self._lock:
+            if self._slots is not None and self._slots() is not None:
+                raise ShapeError(
+                    "the rows of this session are handed out by other Slots; use those, or open "
+                    "another session: session.another(batch=...)"
+                )
+            self._slots = weakref.ref(keeper)
+
+    def _check_not_free(self, rows: Iterable[int], action: str) -> None:
+        keeper = self._slots() if self._slots is not None else None
+        if keeper is not None and (free := sorted(keeper.free_rows & set(rows))):
+            raise ShapeError(
+                f"{action} would give a text to row {free[0]}, which is free in the Slots that "
+                "hand out this session's rows; use add, feed and fork of the Slots"
+            )
+
     def another(self, batch: int = 1) -> Session:
         """Open another session on the same loaded model; it shares no state with this one.
 
@@ -155,6 +203,16 @@ class Session:
           ShapeError: `batch` is less than 1, or more than the engine or the memory takes.
         """
         return Session(self._runner.another(), self.spec, batch, self.limits)
+
+    def taking_turns(self) -> Session:
+        """Open a session like `another`, with as many rows, that shares this one's spare memory.
+
+        Together the two need three quarters of the memory of two sessions. While one of them
+        computes, the other waits.
+        """
+        other = self.another(self.batch)
+        other._spare, other._lock = self._spare, self._lock
+        return other
 
     def feed(
         self,
@@ -195,7 +253,8 @@ class Session:
           ShapeError: An argument has the wrong shape, or T is 0.
           TokenError: A token id, weight or length is out of range, or a row would read more than
             `max_positions` tokens in all.
-          NotFiniteError: The model's output has a NaN or infinite value; a `TokenError` too.
+          NotFiniteError: The model's output has a NaN or infinite value; a `TokenError` too. It
+            names the row, the token, the cause and what to do.
           UpdateNormError: A row would have learned more than the session's `max_update_norm`; a
             `TokenError` too.
           DeviceError, EngineError: The GPU or TensorRT refused the call.
@@ -205,6 +264,9 @@ class Session:
         ids, weights, counts = self._checked(tokens, label_weights, lengths)
         wanted = self._checked_wanted(logit_positions, ids.shape[1], last_only)
         with self._lock:
+            if self._slots is not None:
+                moving = (row for row, count in enumerate(counts) if count)
+                self._check_not_free(moving, "feed")
             self._check_positions(counts)
             if weights is not None:
                 limit = self.limits.max_learning_weight
@@ -246,18 +308,54 @@ class Session:
         else:
             call = self._call(ids, weights, counts, last_only)
         present = self._spare_buffers()
-        logits = self._run(call, self._current, present, counts)
+        logits = self._run(call, self._current, present, counts, [0] * self.batch)
         self._current, self._spare[0] = present, self._current
         return logits
 
-    def _run(self, call: Call, past: Any, present: Any, counts: list[int]) -> Array:
-        """Run a call of the model, and check what it returned and what the rows have learned."""
+    def _run(
+        self, call: Call, past: Any, present: Any, counts: list[int], done: list[int]
+    ) -> Array:
+        """Run a call of the model, and check what it returned and what the rows have learned.
+
+        Args:
+          call: The call.
+          past: Buffers with the state before it.
+          present: Buffers for the state after it.
+          counts: Tokens that each row reads in it.
+          done: Tokens that each row has read since this `feed` began.
+        """
         logits = _real_logits(self._runner.run(call, past, present), call, counts)
+        if not _is_finite(logits):
+            failed = FailedCall(
+                self._runner,
+                call,
+                past,
+                present,
+                self.specs,
+                self.spec.precision,
+                done,
+                self._positions,
+            )
+            raise failed.error(logits)
+        if self.limits.clip_update_norm != math.inf:
+            read = [a + b for a, b in zip(done, counts, strict=True)]
+            positions = [a + b for a, b in zip(self._positions, read, strict=True)]
+            due = [position % CLIP_INTERVAL == 0 for position in positions]
+            self._clip(present, [row for row in range(self.batch) if counts[row] and due[row]])
         limit = self.limits.max_update_norm
         if limit != math.inf:
             state = self._runner.read(present, slice(None))
             learning.check_update(learning.learned(self.specs, state), limit)
         return logits
+
+    def _clip(self, present: Any, rows: list[int]) -> None:
+        """Scale what some rows have learned down to the session's `clip_update_norm`."""
+        if rows:
+            state = learning.clipped(
+                self.specs, self._runner.read(present, rows), rows, self.limits.clip_update_norm
+            )
+            if state:
+                self._runner.write(present, state, rows)
 
     def _plain_call(self, ids: Array, counts: list[int], last_only: bool) -> Call:
         """Return a call that reads all ids with weight 1.
@@ -304,7 +402,7 @@ class Session:
             present = self._spare_buffers()
             taken.append(self._spare.pop())
             try:
-                found = self._run(call, past, present, here)
+                found = self._run(call, past, present, here, done)
             except BaseException:
                 self._spare += [buffers for buffers in taken if buffers is not self._current]
                 self._keep_one_spare()
@@ -362,18 +460,18 @@ class Session:
           done: Tokens that each row has read since this `feed` began.
         """
         room = [min(count, self.max_tokens) for count in left]
-        if not self.anchor_interval:
-            return room
-        return [
-            min(count, self.anchor_interval - (position + read) % self.anchor_interval)
-            for count, position, read in zip(room, self._positions, done, strict=True)
-        ]
+        for interval in self._intervals:
+            room = [
+                min(count, interval - (position + read) % interval)
+                for count, position, read in zip(room, self._positions, done, strict=True)
+            ]
+        return room
 
     def generate(
         self,
         prompt: npt.ArrayLike,
         count: int,
-        sampler: Sampler | None = None,
+        sampler: Callable[[Array], int] | None = None,
         stop_tokens: Sequence[int] = (),
         learn: bool = True,
         on_token: Callable[[int], object] = lambda token: None,
@@ -389,7 +487,8 @@ class Session:
         Args:
           prompt: [N] token ids, N of 1 or more; read first.
           count: Most tokens to yield.
-          sampler: Chooses each token from the logits. None takes the most likely token (greedy).
+          sampler: Chooses each token from the logits, [V]: a `Sampler`, which also gets the ids so
+            far, or any callable. None takes the most likely token (greedy).
           stop_tokens: Token ids that end the text; the one that ends it is yielded too.
           learn: Whether the session learns from the prompt and from its own output.
           on_token: Called with each token before it is yielded, so that a caller who collects all
@@ -411,14 +510,14 @@ class Session:
         if self.batch != 1:
             raise ShapeError(f"generate needs a session of one row; this one has {self.batch} rows")
         tokens = checked_array("prompt", prompt)
-        chosen = Sampler() if sampler is None else sampler
+        chosen = Choice(Sampler() if sampler is None else sampler, tokens)
         return self._generate(tokens, most, chosen, stops, learn, on_token)
 
     def _generate(
         self,
         tokens: Array,
         count: int,
-        sampler: Sampler,
+        sampler: Callable[[Array], int],
         stop_tokens: Sequence[int | None],
         learn: bool,
         on_token: Callable[[int], object],
@@ -534,6 +633,11 @@ class Session:
         states.check_finite(state)
         self._check_given(state)
         with self._lock:
+            self._check_not_free(chosen, "a state that is written")
+            self._write_rows(chosen, state)
+
+    def _write_rows(self, chosen: list[int], state: Mapping[str, Array]) -> None:
+        with self._lock:
             if len(chosen) == self.batch:  # no row keeps its state
                 written = self._spare_buffers()
                 self._runner.write(written, state, chosen)
@@ -570,7 +674,7 @@ class Session:
           ShapeError: A row does not exist or is named twice, or there are none.
         """
         chosen = self._checked_rows(range(self.batch) if rows is None else rows)
-        self.write_rows(chosen, states.zeros(self.specs, len(chosen)))
+        self._write_rows(chosen, states.zeros(self.specs, len(chosen)))
 
     def fork(self, source: int, targets: Sequence[int]) -> None:
         """Copy one row's state to other rows: read a document once, continue it many times.
@@ -584,6 +688,7 @@ class Session:
         """
         chosen = self._checked_rows(targets)
         with self._lock:
+            self._check_not_free(chosen, "fork")
             state = self.read_rows([source])
             self.write_rows(chosen, {n: np.repeat(a, len(chosen), 0) for n, a in state.items()})
 
@@ -762,20 +867,13 @@ def _from(start: list[int], lengths: list[int], values: Array) -> Array:
 
 
 def _real_logits(logits: Array, call: Call, lengths: list[int]) -> Array:
-    """Return the logits [B, P, V] with zeros at padding.
-
-    Raises:
-      NotFiniteError: A logit at a real position is NaN or infinite.
-    """
+    """Return the logits [B, P, V] with zeros at padding."""
     if min(lengths) < call.input_ids.shape[1]:
         padding = call.logit_positions >= call.lengths[:, None]
         logits = np.where(padding[..., None], np.zeros((), logits.dtype), logits)
-    # max and min are both NaN if any logit is.
-    if not (math.isfinite(logits.max()) and math.isfinite(logits.min())):
-        row, place = np.argwhere(~np.isfinite(logits))[0][:2]
-        raise NotFiniteError(
-            f"the model's output is not finite at row {row}, position "
-            f"{call.logit_positions[row, place]} of this call; no row has moved: reset the row, "
-            "or feed it with smaller label_weights"
-        )
     return logits
+
+
+def _is_finite(logits: Array) -> bool:
+    # max and min are both NaN if any logit is.
+    return math.isfinite(logits.max()) and math.isfinite(logits.min())

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fwl_export.bundle.state import Array, State
-from fwl_export.errors import ShapeError, TokenError
+from fwl_export.errors import NotFiniteError, ShapeError, TokenError
 from fwl_export.runtimes.arguments import checked_array, checked_numbers, shown, whole_number
 from fwl_export.runtimes.session import Session
 
@@ -34,9 +34,13 @@ class Slots:
         """Take over a session.
 
         Args:
-          session: Session with one row for each slot. Nothing else should feed or
-            reset its rows from now on.
+          session: Session with one row for each slot. As long as the `Slots` object lives, it
+            refuses to feed, or to write, rows that are free here.
+
+        Raises:
+          ShapeError: Other `Slots` hand out the session's rows.
         """
+        session.hand_over(self)
         self.session = session
         self._lock = threading.RLock()
         self._free = list(range(session.batch))
@@ -50,6 +54,11 @@ class Slots:
     def used(self) -> list[int]:
         """Slots in use, in ascending order."""
         return sorted(set(range(self.session.batch)) - set(self._free))
+
+    @property
+    def free_rows(self) -> set[int]:
+        """Slots that are not in use."""
+        return set(self._free)
 
     def add(self, state: State | None = None) -> int:
         """Take a free slot into use.
@@ -67,17 +76,58 @@ class Slots:
             stays free.
         """
         with self._lock:
-            if not self._free:
+            return self._take(1, state)[0]
+
+    def fork(self, slot: int, count: int | None = None) -> list[int]:
+        """Take free slots into use that continue from where another slot stands.
+
+            first, second = slots.fork(document, 2)  # one document, two questions
+
+        The slot itself stays as it is. The copies share nothing with it from then on; the
+        learning-rate scale belongs to the row, and is not copied.
+
+        Args:
+          slot: Slot in use to copy.
+          count: Number of copies, 1 or more; None takes all free slots.
+
+        Returns:
+          Numbers of the new slots, in ascending order.
+
+        Raises:
+          ShapeError: The slot is not in use, or there are not as many free slots; nothing has
+            changed.
+        """
+        with self._lock:
+            self._check(slot)
+            number = len(self._free) or 1 if count is None else whole_number(count)
+            if number is None or number < 1:
+                raise ShapeError(f"count is {shown(count)}; expected 1 or more copies, or None")
+            if not 0 < number <= len(self._free):
                 raise ShapeError(
-                    f"all {self.session.batch} slots are in use; remove one, or open the session "
-                    "with a larger batch"
+                    f"there are {len(self._free)} free slots for {number} copies of slot {slot}; "
+                    "remove some, or open the session with a larger batch"
                 )
-            slot = self._free[0]
+            state = self.session.read_rows([slot])
+            return self._take(number, {n: np.repeat(a, number, 0) for n, a in state.items()})
+
+    def _take(self, count: int, state: State | None) -> list[int]:
+        """Take free slots into use, fresh or with the rows of a state; none if that fails."""
+        if count > len(self._free):
+            raise ShapeError(
+                f"all {self.session.batch} slots are in use; remove one, or open the session "
+                "with a larger batch"
+            )
+        before = list(self._free)
+        taken, self._free = sorted(before[:count]), before[count:]
+        try:
             if state is None:
-                self.session.reset([slot])
+                self.session.reset(taken)
             else:
-                self.session.write_rows([slot], state)
-            return self._free.pop(0)
+                self.session.write_rows(taken, state)
+        except BaseException:
+            self._free = before
+            raise
+        return taken
 
     def remove(self, slot: int) -> State:
         """Free a slot, and return its state so that its text can continue later.
@@ -150,7 +200,11 @@ class Slots:
                     f"{list(ids.shape)}"
                 )
             weights[slot, : len(ids)] = weight
-        logits = self.session.feed(batch, weights, lengths, last_only=True)
+        try:
+            logits = self.session.feed(batch, weights, lengths, last_only=True)
+        except NotFiniteError as error:
+            error.args = (f"slot {error.row}: {error}",)
+            raise
         return {slot: logits[slot] for slot in given}
 
     def _checked_ids(self, slot: int, tokens: npt.ArrayLike) -> Array:

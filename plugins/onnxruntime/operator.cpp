@@ -323,7 +323,7 @@ protected:
                                inputs[op::kValue].data,
                                static_cast<const float*>(inputs[op::kDecay].data),
                                static_cast<const float*>(inputs[op::kPastState].data),
-                               writable(outputs[op::kOutput]),
+                               static_cast<float*>(writable(outputs[op::kOutput])),
                                static_cast<float*>(writable(outputs[op::kPresentState]))};
     Threads threads{api(), context, nullptr};
     Workspace workspace = workspaces_.take(cpu::workspace_bytes(kernel_sizes, instructions_));
@@ -413,8 +413,9 @@ bool is_number(const OrtApi& api, const OrtKernelInfo* info, const char* name) {
 }
 
 // Checks an attribute that the node may have. TensorRT uses these attributes to find its plugin.
+// `also` is another value that is allowed, or null.
 OrtStatus* check_attribute(const OrtApi& api, const OrtKernelInfo* info, const char* name,
-                           const char* expected) {
+                           const char* expected, const char* also = nullptr) {
   const std::string prefix = std::string("attribute '") + name + "' is ";
   size_t size = 0;
   if (OrtStatus* status = api.KernelInfoGetAttribute_string(info, name, nullptr, &size)) {
@@ -427,7 +428,7 @@ OrtStatus* check_attribute(const OrtApi& api, const OrtKernelInfo* info, const c
   std::string value(size, '\0');
   FWL_RETURN_IF_ERROR(api.KernelInfoGetAttribute_string(info, name, value.data(), &size));
   value.resize(size > 0 ? size - 1 : 0); // without the final zero
-  if (value != expected) {
+  if (value != expected && (also == nullptr || value != also)) {
     return invalid(api, prefix + "'" + printable(value) + "'; this library has '" + expected +
                             "'. Install the version that wrote the model, or export it again");
   }
@@ -461,7 +462,7 @@ struct CustomOp : OrtCustomOp {
     GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
     GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
     GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
-    GetStartVersion = [](const OrtCustomOp*) { return op::kVersion; };
+    GetStartVersion = [](const OrtCustomOp*) { return op::kFloat32Version; };
     GetEndVersion = [](const OrtCustomOp*) { return op::kVersion; };
     InferOutputShapeFn = infer_shapes;
     CreateKernelV2 = create_kernel;
@@ -499,9 +500,11 @@ struct CustomOp : OrtCustomOp {
       *kernel = nullptr;
       FWL_RETURN_IF_ERROR(
           check_attribute(*session_api, info, op::kPluginNamespaceAttribute, op::kPluginNamespace));
-      FWL_RETURN_IF_ERROR(
-          check_attribute(*session_api, info, op::kPluginVersionAttribute, op::kPluginVersion));
       const CustomOp& ours = *static_cast<const CustomOp*>(self);
+      const bool is_float32 = ours.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+      FWL_RETURN_IF_ERROR(check_attribute(*session_api, info, op::kPluginVersionAttribute,
+                                          op::kPluginVersion,
+                                          is_float32 ? op::kFloat32PluginVersion : nullptr));
       *kernel = ours.make_kernel(*session_api, ours.type);
       return nullptr;
     });

@@ -9,8 +9,9 @@ FWL_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
 }
 
 FWL_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static fwl::trt::Creator creator;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-  count = 1;
+  static fwl::trt::Creator current(fwl::trt::kVersions[0]);
+  static fwl::trt::Creator older(fwl::trt::kVersions[1]);
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&current, &older};
+  count = 2;
   return creators;
 }

@@ -72,8 +72,14 @@ const char* name_of(DataType type) {
   }
 }
 
-bool is_activation(DataType type) {
-  return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
+bool takes_half(const char* version) {
+  return std::strcmp(version, op::kPluginVersion) == 0;
+}
+
+// Returns whether a version of the plugin takes queries, keys and values of a type.
+bool is_activation(const char* version, DataType type) {
+  const bool half = type == DataType::kHALF || type == DataType::kBF16;
+  return type == DataType::kFLOAT || (half && takes_half(version));
 }
 
 gpu::Activation activation_of(DataType type) {
@@ -92,22 +98,6 @@ void check_counts(int32_t inputs, int32_t outputs) {
     fail("there are " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) +
          " outputs; expected " + std::to_string(op::kInputCount) + " and " +
          std::to_string(op::kOutputCount));
-  }
-}
-
-void check_types(const DataType* inputs) {
-  for (size_t i = 0; i < op::kInputCount; ++i) {
-    const bool activation = op::kInputs[i].activation;
-    const bool fits = activation ? is_activation(inputs[i]) && inputs[i] == inputs[op::kQuery]
-                                 : inputs[i] == DataType::kFLOAT;
-    if (!fits) {
-      const std::string expected =
-          !activation       ? "float32"
-          : i == op::kQuery ? "float32, float16 or bfloat16"
-                            : std::string("the type of 'query', ") + name_of(inputs[op::kQuery]);
-      fail(std::string("'") + op::kInputs[i].name + "' is " + name_of(inputs[i]) + "; expected " +
-           expected);
-    }
   }
 }
 
@@ -191,8 +181,8 @@ void set_logger_finder(nvinfer1::ILoggerFinder* finder) {
   logger_finder = finder;
 }
 
-Plugin::Plugin(bool in_place_state)
-    : in_place_state_(in_place_state),
+Plugin::Plugin(const char* version, bool in_place_state)
+    : version_(version), in_place_state_(in_place_state),
       field_(kInPlaceField, &in_place_state_, PluginFieldType::kINT32, 1), fields_{1, &field_} {}
 
 nvinfer1::IPluginCapability*
@@ -209,17 +199,41 @@ Plugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
 }
 
 Plugin* Plugin::clone() noexcept {
-  return guarded<Plugin*>(nullptr, [&] { return new Plugin(in_place_state_ != 0); });
+  return guarded<Plugin*>(nullptr, [&] { return new Plugin(version_, in_place_state_ != 0); });
 }
 
 const char* Plugin::getPluginName() const noexcept {
   return op::kName;
 }
 const char* Plugin::getPluginVersion() const noexcept {
-  return op::kPluginVersion;
+  return version_;
 }
 const char* Plugin::getPluginNamespace() const noexcept {
   return op::kPluginNamespace;
+}
+
+void Plugin::check_types(const DataType* inputs) const {
+  for (size_t i = 0; i < op::kInputCount; ++i) {
+    const bool activation = op::kInputs[i].activation;
+    const bool fits = activation
+                          ? is_activation(version_, inputs[i]) && inputs[i] == inputs[op::kQuery]
+                          : inputs[i] == DataType::kFLOAT;
+    if (fits) {
+      continue;
+    }
+    const std::string found =
+        std::string("'") + op::kInputs[i].name + "' is " + name_of(inputs[i]) + "; expected ";
+    if (!activation) {
+      fail(found + "float32");
+    }
+    if (i != op::kQuery) {
+      fail(found + "the type of 'query', " + name_of(inputs[op::kQuery]));
+    }
+    fail(found + (takes_half(version_) ? "float32, float16 or bfloat16"
+                                       : std::string("float32, which is all that version ") +
+                                             version_ + " takes: in half precision its output " +
+                                             "overflows, so export the model again"));
+  }
 }
 
 int32_t Plugin::getNbOutputs() const noexcept {
@@ -264,7 +278,7 @@ bool Plugin::supportsFormatCombination(int32_t position, const DynamicPluginTens
         index < op::kInputCount ? op::kInputs[index] : op::kOutputs[index - op::kInputCount];
     // TensorRT asks for one position after the other, so the types before this one are settled.
     const bool type_fits = !argument.activation  ? tensor.type == DataType::kFLOAT
-                           : index == op::kQuery ? is_activation(tensor.type)
+                           : index == op::kQuery ? is_activation(version_, tensor.type)
                                                  : tensor.type == tensors[op::kQuery].desc.type;
     return type_fits && tensor.format == nvinfer1::TensorFormat::kLINEAR;
   });
@@ -299,6 +313,10 @@ int32_t Plugin::onShapeChange(const PluginTensorDesc* inputs, int32_t input_coun
   return guarded(kFailed, [&] {
     check_counts(input_count, output_count);
     check_dims(inputs);
+    DataType types[op::kInputCount];
+    std::transform(inputs, inputs + op::kInputCount, types,
+                   [](const PluginTensorDesc& input) { return input.type; });
+    check_types(types);
     gpu::prepare(
         sizes_of(inputs[op::kQuery].dims, inputs[op::kValue].dims, inputs[op::kQuery].type));
     return 0;
@@ -327,12 +345,13 @@ const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
   return &fields_;
 }
 
-Creator::Creator()
-    : field_(kInPlaceField, nullptr, PluginFieldType::kINT32, 1), fields_{1, &field_} {}
+Creator::Creator(const char* version)
+    : version_(version), field_(kInPlaceField, nullptr, PluginFieldType::kINT32, 1),
+      fields_{1, &field_} {}
 
 Plugin* Creator::createPlugin(const char*, const nvinfer1::PluginFieldCollection* fields,
                               nvinfer1::TensorRTPhase) noexcept {
-  return guarded<Plugin*>(nullptr, [&] { return new Plugin(read_in_place(fields)); });
+  return guarded<Plugin*>(nullptr, [&] { return new Plugin(version_, read_in_place(fields)); });
 }
 
 const nvinfer1::PluginFieldCollection* Creator::getFieldNames() noexcept {
@@ -342,7 +361,7 @@ const char* Creator::getPluginName() const noexcept {
   return op::kName;
 }
 const char* Creator::getPluginVersion() const noexcept {
-  return op::kPluginVersion;
+  return version_;
 }
 const char* Creator::getPluginNamespace() const noexcept {
   return op::kPluginNamespace;

@@ -3,6 +3,8 @@
 
 #include <NvInferRuntime.h>
 
+#include "op_spec.h"
+
 namespace fwl::trt {
 
 // Sets where messages go. TensorRT passes the finder when it loads the library; it may be null.
@@ -12,13 +14,18 @@ void set_logger_finder(nvinfer1::ILoggerFinder* finder);
 // written over past_state (getAliasedInput).
 constexpr char kInPlaceField[] = "in_place_state";
 
+// The versions of the plugin, which are those of the op: the current one, and the older one, which
+// takes float32 only.
+constexpr const char* kVersions[] = {op::kPluginVersion, op::kFloat32PluginVersion};
+
 // The op in one network or engine.
 class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneCore,
                      public nvinfer1::IPluginV3OneBuildV2,
                      public nvinfer1::IPluginV3OneRuntime {
 public:
-  explicit Plugin(bool in_place_state);
+  // `version` is one of kVersions.
+  Plugin(const char* version, bool in_place_state);
 
   nvinfer1::IPluginCapability*
   getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
@@ -56,15 +63,18 @@ public:
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
 private:
+  void check_types(const nvinfer1::DataType* inputs) const;
+
+  const char* version_;
   int32_t in_place_state_;
   nvinfer1::PluginField field_;
   nvinfer1::PluginFieldCollection fields_;
 };
 
-// Creates plugins from the fields of a node.
+// Creates plugins of one version from the fields of a node.
 class Creator final : public nvinfer1::IPluginCreatorV3One {
 public:
-  Creator();
+  explicit Creator(const char* version);
 
   Plugin* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
                        nvinfer1::TensorRTPhase phase) noexcept override;
@@ -74,6 +84,7 @@ public:
   const char* getPluginNamespace() const noexcept override;
 
 private:
+  const char* version_;
   nvinfer1::PluginField field_;
   nvinfer1::PluginFieldCollection fields_;
 };

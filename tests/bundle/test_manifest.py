@@ -307,3 +307,27 @@ def test_a_bundle_that_is_replaced_while_it_is_loaded_is_refused(
         loaded()
     with pytest.raises(BundleError, match=replaced):
         loaded(back)
+
+
+def test_updates_of_another_version_are_refused_where_they_would_differ(own_bundle: Path) -> None:
+    def change(version: int, precision: str) -> Callable[[dict[str, Any]], object]:
+        return lambda data: data.update(op={**data["op"], "version": version}, precision=precision)
+
+    for precision in ("fp32", "int8w"):  # with float32 activations, version 1 is the same
+        edit(own_bundle, change(1, precision))
+        read_bundle(own_bundle)
+    for precision in ("fp16", "mix16"):
+        edit(own_bundle, change(1, precision))
+        refused(
+            own_bundle,
+            f"the model has the precision '{precision}' with version 1 of "
+            "fwl::LinearAttentionUpdate, whose sums overflow in half precision; export the model "
+            "again",
+        )
+    for version in (0, 3):
+        edit(own_bundle, change(version, "fp32"))
+        refused(
+            own_bundle,
+            f"fwl::LinearAttentionUpdate has version {version}, but this version of fwl-export "
+            "runs versions 1 to 2; update fwl-export, or export the model again",
+        )

@@ -33,7 +33,7 @@ def test_the_op_stays_one_node_with_a_body(graph: onnx.ModelProto) -> None:
         assert found == NODE_ATTRIBUTES
     (body,) = graph.functions
     assert (body.domain, body.name) == ("fwl", "LinearAttentionUpdate")
-    assert {o.domain: o.version for o in graph.opset_import} == {"": 20, "fwl": 1}
+    assert {o.domain: o.version for o in graph.opset_import} == {"": 20, "fwl": 2}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -77,7 +77,7 @@ def test_the_manifest_tells_what_was_exported(tiny_bundle: Path) -> None:
     assert manifest.op == {
         "domain": "fwl",
         "name": "LinearAttentionUpdate",
-        "version": 1,
+        "version": 2,
         "nodes": 2,
     }
     assert {"torch", "onnx", "onnxruntime"} <= set(manifest.versions)

@@ -220,20 +220,20 @@ def test_damaged_weights_of_a_backbone(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     joining_fails(folder, "as a language model (")
     path.rename(path.with_name("pytorch_model.bin"))
-    joining_fails(folder, "has no safetensors; other formats can run code")
+    joining_fails(folder, "has no safetensors but a pickle; other formats can run code when")
 
 
 def test_unusable_folders_of_a_backbone(folder: Path) -> None:
     (folder / "backbone" / "tokenizer.json").unlink()
     joining_fails(folder, "has no tokenizer.json; write it with")
-    tiny_tokenizer(VOCABULARY + 1).save(str(folder / "backbone" / "tokenizer.json"))
-    joining_fails(folder, "has 65 entries, but the model's vocab_size is 64")
+    tiny_tokenizer(VOCABULARY + 20).save(str(folder / "backbone" / "tokenizer.json"))
+    joining_fails(folder, "has 84 entries, of which 20 have ids of 64 and more")
     change_config(folder / "backbone", quantization_config={"quant_method": "gptq"})
     joining_fails(folder, "is quantized; give the original model with float weights")
     (folder / "backbone" / "config.json").unlink()
-    joining_fails(folder, "has no config.json; expected the folder of a transformers model")
+    joining_fails(folder, "has no config.json; it has weights only")
     (folder / "backbone").rename(folder / "elsewhere")
-    joining_fails(folder, "is not a folder; expected the folder of a transformers model")
+    joining_fails(folder, "does not exist; expected the folder of a transformers model")
 
 
 def test_a_config_that_would_run_code_is_refused(folder: Path) -> None:

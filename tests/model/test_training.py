@@ -211,7 +211,7 @@ def test_texts_and_settings_that_cannot_be_trained_are_refused(tmp_path: Path) -
     with torch.no_grad():
         model.fast_weights.unembed_bias[0] = torch.inf
     with pytest.raises(
-        TrainingError, match=r"the loss of step 0 is (nan|inf): .* lower learning_rate"
+        TrainingError, match=r"the loss of step 0 is (nan|inf): .* lower training\.learning_rate"
     ):
         train(model, repeated_text(), SETTINGS, tmp_path / "a", lambda row: None)
     with pytest.raises(ConfigError, match=r"training\.steps is 0; expected more than 0"):

@@ -66,9 +66,9 @@ def assert_matches_reference(
     expected_output, expected_state = linear_attention_update(
         *(np.asarray(a, dtype=np.float64) for a in inputs.values())
     )
-    state_type = "float64" if activation_type == "float64" else "float32"
-    assert_close(f"{rows}.output.{activation_type}", output, expected_output, "output")
-    assert_close(f"{rows}.state.{state_type}", state, expected_state, "present_state")
+    kind = "float64" if activation_type == "float64" else "float32"
+    assert_close(f"{rows}.output.{kind}", output, expected_output, "output")
+    assert_close(f"{rows}.state.{kind}", state, expected_state, "present_state")
 
 
 def one_node_model(activation_type: str, opset: int) -> onnx.ModelProto:
@@ -90,5 +90,5 @@ def one_node_model(activation_type: str, opset: int) -> onnx.ModelProto:
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    append_function(model, activation_type)
+    append_function(model)
     return model

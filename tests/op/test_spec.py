@@ -32,7 +32,7 @@ def test_types_are_t_or_float32() -> None:
 
 
 def test_node_attributes_are_what_tensorrt_looks_a_plugin_up_by() -> None:
-    assert NODE_ATTRIBUTES == {"plugin_namespace": "fwl", "plugin_version": "1"}
+    assert NODE_ATTRIBUTES == {"plugin_namespace": "fwl", "plugin_version": "2"}
 
 
 def test_check_shapes_returns_the_sizes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from fwl_export import open_session
 from fwl_export.errors import ShapeError, StateError, TokenError
-from fwl_export.runtimes import Slots
+from fwl_export.runtimes import Session, Slots
 from tests.bundles import MAX_TOKENS, VOCABULARY
 from tests.tolerances import assert_close
 
@@ -90,6 +91,81 @@ def test_only_one_of_two_threads_frees_a_slot(tiny_bundle: Path) -> None:
         for _ in range(100):
             assert sorted(pool.map(remove, [slots.add()] * 2)) == [False, True]
     assert {slots.add(), slots.add()} == {0, 1}
+
+
+def test_a_fork_continues_where_its_slot_stands(tiny_bundle: Path) -> None:
+    slots = Slots(open_session(tiny_bundle, batch=5))
+    document, other = slots.add(), slots.add()
+    slots.feed({document: np.arange(9), other: [3]})
+    copies = slots.fork(document, 2)
+    assert slots.session.positions == [9, 1, 9, 9, 0]
+    assert slots.used == sorted([document, other, *copies])
+    found = slots.feed({copies[0]: [5], copies[1]: [6, 7], document: [8]})
+    for slot, ids in ((copies[0], [5]), (copies[1], [6, 7]), (document, [8])):
+        expected = open_session(tiny_bundle).feed([*range(9), *ids])[0, -1]
+        assert_close("runtime.float32", found[slot], expected)
+    fresh = slots.add()
+    assert fresh not in copies, "a fork is not handed out again"
+    assert slots.session.positions[fresh] == 0
+    slots.remove(copies[0])
+    assert slots.fork(fresh) == [copies[0]], "None takes all that are free"
+
+
+def test_forks_that_do_not_fit(tiny_bundle: Path) -> None:
+    slots = Slots(open_session(tiny_bundle, batch=3))
+    slot = slots.add()
+    slots.feed({slot: [1, 2]})
+    with pytest.raises(ShapeError, match="there are 2 free slots for 3 copies of slot 0; remove"):
+        slots.fork(slot, 3)
+    for count in (0, -1, 1.5, True, "2"):
+        with pytest.raises(ShapeError, match=r"count is .*; expected 1 or more copies, or None"):
+            slots.fork(slot, count)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="slot 1 is not in use"):
+        slots.fork(1)
+    assert slots.used == [slot]
+    slots.fork(slot)
+    with pytest.raises(ShapeError, match="there are 0 free slots for 1 copies"):
+        slots.fork(slot)
+
+
+WRITES: dict[str, Callable[[Session, Path], object]] = {
+    "fork": lambda session, path: session.fork(0, [1, 2]),
+    "write_rows": lambda session, path: session.write_rows([1], session.read_rows([0])),
+    "state": lambda session, path: setattr(session, "state", session.state),
+    "load_state": lambda session, path: session.load_state(path),
+    "feed": lambda session, path: session.feed([[1], [2], [3]], last_only=True),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_rows_that_are_free_get_no_text_behind_the_slots_back(
+    tiny_bundle: Path, tmp_path: Path, write: Callable[[Session, Path], object]
+) -> None:
+    session = open_session(tiny_bundle, batch=3)
+    session.save_state(tmp_path / "three.state")
+    slots = Slots(session)
+    first = slots.add()
+    slots.feed({first: [1, 2]})
+    before = session.state
+    with pytest.raises(ShapeError, match="would give a text to row 1, which is free in the Slots"):
+        write(session, tmp_path / "three.state")
+    assert session.positions == [2, 0, 0]
+    assert all(np.array_equal(session.state[name], before[name]) for name in before)
+    session.feed([[5], [0], [0]], lengths=[1, 0, 0])  # rows in use may be fed directly
+    slots.add(), slots.add()
+    write(session, tmp_path / "three.state")  # as may all, once none is free
+
+
+def test_two_slots_do_not_hand_out_the_same_rows(tiny_bundle: Path) -> None:
+    session = open_session(tiny_bundle, batch=2)
+    slots = Slots(session)
+    with pytest.raises(ShapeError, match="handed out by other Slots; use those, or open another"):
+        Slots(session)
+    slot = slots.add()
+    del slots
+    again = Slots(session)  # nobody holds the first any more
+    assert again.used == []
+    assert again.add() == slot
 
 
 def test_slots_show_which_are_in_use(tiny_bundle: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,13 +23,15 @@ from torch import Tensor
 
 from fwl_export.bundle.config import FastWeightsConfig, HuggingFaceConfig, check_module_counts
 from fwl_export.errors import CheckpointError, ConfigError
-from fwl_export.json_files import read_json, shown
+from fwl_export.json_files import read_json
+from fwl_export.model.backbones.gguf import is_gguf, load_gguf
 from fwl_export.model.backbones.huggingface import (
     HuggingFaceBackbone,
     import_transformers,
     layer_types,
     refuse_code,
 )
+from fwl_export.model.source import HUGGING_FACE, check_language_model, what_is
 from fwl_export.model.stored import ZeroWeights, all_finite
 
 # Caches for a model's whole context may not fit into memory; pass `context` for more than this.
@@ -60,21 +63,17 @@ class Imported:
     unembed_bias: Tensor
     logit_softcap: float
 
-    def layer_config(
-        self, layer: FastWeightsConfig | None, vocab_size: int | None
-    ) -> FastWeightsConfig:
+    def layer_config(self, layer: FastWeightsConfig, vocab_size: int | None) -> FastWeightsConfig:
         """Return the config of a Fast Weight Layer between this backbone and its head.
 
         Args:
-          layer: The layer's config, which gets the head's soft cap; None for the usual sizes.
+          layer: The layer's config, which gets the head's soft cap.
           vocab_size: The vocabulary that the layer was trained with; None if unknown.
 
         Raises:
           ConfigError: The layer and the backbone do not fit each other.
         """
         width, size = self.backbone.config.width, self.unembed.shape[1]
-        if layer is None:
-            layer = FastWeightsConfig(width, 4 * width, size)
         if vocab_size not in (None, self.vocab_size):
             raise ConfigError(
                 f"the Fast Weight Layer has a vocabulary of {vocab_size} tokens, but the backbone "
@@ -103,7 +102,7 @@ def import_backbone(
     """Import a language model.
 
     Args:
-      source: Folder with config.json and safetensors, or a model of transformers.
+      source: Folder with config.json and safetensors, a GGUF file, or a model of transformers.
       context: Number of tokens that layers with full attention see. None means as many as the model
         was made for, but at most DEFAULT_CONTEXT if its positions are relative.
       slide: Whether to read on past the context, where each token sees the `context - 1` tokens
@@ -271,7 +270,33 @@ def _short_windows(*configs: Any) -> Iterator[None]:
             config.sliding_window = window
 
 
-def _load(folder: Path) -> Any:
+def _load(path: Path) -> Any:
+    """Return the model in a folder or a GGUF file, once it is known to be complete."""
+    causal, info = load_gguf(path) if is_gguf(path) else _load_folder(path)
+    missing = sorted(info["missing_keys"])
+    if _reads_both_ways(causal.config):
+        raise CheckpointError(
+            f"backbone '{path}' is an encoder ({causal.config.model_type}), which reads texts in "
+            "both directions; expected a decoder-only language model, such as LlamaForCausalLM"
+        )
+    head = causal.get_output_embeddings()
+    head_names = {n for n, module in causal.named_modules() if module is head}
+    if any(name.rpartition(".")[0] in head_names for name in missing):
+        raise CheckpointError(
+            f"backbone '{path}' has no weights of the head ('{missing[0]}'), and its config.json "
+            "does not tie them to the token embedding; set tie_word_embeddings to true there if "
+            "they are tied, or save the model again"
+        )
+    if missing:
+        raise CheckpointError(
+            f"backbone '{path}' lacks {len(missing)} of the weights that its config.json "
+            f"requires, e.g. '{missing[0]}'; expected a complete language model, not an encoder or "
+            "a model without its head"
+        )
+    return causal.eval()
+
+
+def _load_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
     transformers = import_transformers()
     _check_folder(folder)
     try:
@@ -290,47 +315,27 @@ def _load(folder: Path) -> Any:
             f"transformers {transformers.__version__} cannot load '{folder}' as a language model "
             f"({type(error).__name__}: {lines[0] if lines else ''})"
         ) from None
-    missing = sorted(info["missing_keys"])
-    head = causal.get_output_embeddings()
-    head_names = {n for n, module in causal.named_modules() if module is head}
-    if any(name.rpartition(".")[0] in head_names for name in missing):
-        raise CheckpointError(
-            f"backbone '{folder}' has no weights of the head ('{missing[0]}'), and its config.json "
-            "does not tie them to the token embedding; set tie_word_embeddings to true there if "
-            "they are tied, or save the model again"
-        )
-    if missing:
-        raise CheckpointError(
-            f"backbone '{folder}' lacks {len(missing)} of the weights that its config.json "
-            f"requires, e.g. '{missing[0]}'; expected a complete language model, not an encoder or "
-            "a model without its head"
-        )
-    return causal.eval()
+    return causal, info
+
+
+def _reads_both_ways(config: Any) -> bool:
+    """Return whether an architecture is an encoder's, such as BERT's, and not used as a decoder."""
+    names = importlib.import_module("transformers.models.auto.modeling_auto")
+    masked = getattr(names, "MODEL_FOR_MASKED_LM_MAPPING_NAMES", {})
+    return config.model_type in masked and not getattr(config, "is_decoder", False)
 
 
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"backbone '{folder}' is not a folder; expected the folder of a transformers model, "
-            "with config.json and safetensors. Nothing is downloaded here: save the model with "
-            "save_pretrained first"
-        )
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"backbone '{folder}' has no config.json; expected the folder of a transformers model"
-        )
+    expected = (
+        "expected the folder of a transformers model, with config.json and safetensors. Nothing is "
+        "downloaded here: save the model with save_pretrained first"
+    )
+    found = what_is(folder)
+    if found.kind != HUGGING_FACE:
+        raise found.refusal("backbone", expected)
     config = read_json(folder / "config.json", CheckpointError)
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{folder / 'config.json'} is {shown(config)}; expected the configuration of a "
-            "transformers model, a JSON object"
-        )
     check_module_counts(config, str(folder / "config.json"))
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"backbone '{folder}' has no safetensors; other formats can run code when they are "
-            "loaded: convert it with transformers' save_pretrained"
-        )
+    check_language_model(folder, config)
     refuse_code(config, CheckpointError)
     if config.get("quantization_config"):
         raise CheckpointError(

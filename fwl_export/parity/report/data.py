@@ -113,7 +113,8 @@ class Report:
     def __repr__(self) -> str:
         """Return the verdict, and the use of each candidate."""
         uses = ", ".join(
-            f"{c.name} {f'{c.use:.0%}' if c.runs else c.status}" for c in self.candidates
+            f"{c.name} {f'{c.use:.0%}' if c.runs and not c.not_finite else c.status}"
+            for c in self.candidates
         )
         return f"<Report of {self.bundle}: {self.status}; use of budgets: {uses}>"
 
@@ -292,15 +293,20 @@ def problems(candidate: CandidateVerdict) -> list[str]:
     lines = []
     if candidate.reason:
         lines.append(f"{candidate.name} could not run: {candidate.reason}")
+    if (run := candidate.not_finite) and (broken := run.not_finite):
+        at = f"case '{run.case}', {MODE_NAMES[run.mode]}, call {broken.step}"
+        lines.append(f"{candidate.name} is {broken.place}: {broken.message} ({at})")
     if candidate.breach:
         lines.append(f"{candidate.name} is outside its budget, {_breach(candidate.breach)}")
     told = set()
     for run in candidate.runs:
+        if run.not_finite:  # told above, the first time
+            continue
         if (failure := run.failure) and (failure.message, failure.step) not in told:
             told.add((failure.message, failure.step))
             lines.append(
                 f"{failure.runtime} failed in case '{run.case}', {MODE_NAMES[run.mode]}, "
-                f"at call {failure.step} (up to token {failure.tokens_read}): {failure.message}"
+                f"at call {failure.step} (up to token {failure.tokens_read}): {failure.sentence}"
             )
     lines += [
         f"{candidate.name} has a larger error than in the baseline in '{growth.tensor}' (case "
@@ -354,7 +360,8 @@ def _run(run: RunVerdict) -> dict[str, Any]:
         "status": run.status,
         "use": run.use,
         "tokens": max(run.tokens_read, default=0),
-        "failure": _with_depth(run.failure) if run.failure else None,
+        "failure": _failure(run.failure),
+        "own_failure": _failure(run.own_failure),
         "depths": run.tokens_read,
         "tensors": [_tensor(tensor) for tensor in run.tensors],
         "predictions": [asdict(prediction) for prediction in run.predictions],
@@ -362,6 +369,10 @@ def _run(run: RunVerdict) -> dict[str, Any]:
         "overall": _overall(run.predictions),
         "own_overall": _overall(run.own_predictions),
     }
+
+
+def _failure(failure: Failure | None) -> dict[str, Any] | None:
+    return {**_with_depth(failure), "message": failure.sentence} if failure else None
 
 
 def _tensor(tensor: TensorVerdict) -> dict[str, Any]:

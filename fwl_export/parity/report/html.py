@@ -14,7 +14,7 @@ from string import Template
 from typing import Any
 
 from fwl_export.parity.coverage import coverage_table
-from fwl_export.parity.drift import FREE_RUNNING, LOGITS, MODE_NAMES
+from fwl_export.parity.drift import FREE_RUNNING, LOGITS, MODE_NAMES, NOT_FINITE
 from fwl_export.printable import printable
 
 Data = Mapping[str, Any]
@@ -95,7 +95,7 @@ def _cells(candidate: Data) -> list[str]:
     """Return the row of a candidate in the compact table, not escaped."""
     cells = [candidate["name"], str(candidate["status"])]
     worst = candidate["worst"]
-    cells.append(_share(candidate["use"]) if candidate["runs"] else "")
+    cells.append(_share_of(candidate) if candidate["runs"] else "")
     cells.append(f"{worst['tensor']} ({worst['case']}, {_mode(worst)})" if worst else "")
     totals = [run["overall"] for run in candidate["runs"] if run["mode"] == FREE_RUNNING]
     total = next((total for total in totals if total), None)
@@ -107,7 +107,7 @@ def _budget_bars(candidates: Sequence[Data]) -> str:
     for candidate in candidates:
         use = candidate["use"]
         share = 100 if use is None else min(100 * use, 100)
-        label = candidate["status"] if not candidate["runs"] else _share(use)
+        label = candidate["status"] if not candidate["runs"] else _share_of(candidate)
         rows.append(
             f'<tr><th scope="row">{_text(candidate["name"])}</th><td class="bar">'
             f'<span class="track"><span class="{_kind(use)}" style="width:{share:.1f}%"></span>'
@@ -141,12 +141,32 @@ def _candidate(candidate: Data) -> str:
     )
     if candidate["worst"]:
         parts.append(_worst(candidate["worst"]))
+    failed = [run["status"] != "within" for run in candidate["runs"]]
     for number, run in enumerate(candidate["runs"]):
         name = f"{run['case']}, {_mode(run)}"
-        opened = " open" if number == 0 else ""
-        parts.append(f"<details{opened}><summary><h3>{_text(name)}</h3>: uses ")
-        parts.append(f"{_share(run['use'])} of a budget</summary>{_run(run)}</details>")
+        opened = " open" if failed[number] or (number == 0 and not any(failed)) else ""
+        mark = ' class="failed"' if failed[number] else ""
+        parts.append(f"<details{opened}{mark}><summary><h3>{_text(name)}</h3>: ")
+        parts.append(f"{_text(_outcome(run))}</summary>{_run(run)}</details>")
     return "".join([*parts, "</section>"])
+
+
+def _outcome(run: Data) -> str:
+    """Return how a run went, in words."""
+    failure = run["failure"]
+    if failure and failure["kind"] == NOT_FINITE:
+        return _place(failure)
+    return f"uses {_share(run['use'])} of a budget"
+
+
+def _place(failure: Data) -> str:
+    """Return where a value was not finite, in words."""
+    token = failure.get("token")
+    if token is None:
+        return f"not finite up to token {failure['depth']}"
+    text = failure.get("token_text")
+    shown = f", text {str(text)!r}" if text else ""
+    return f"not finite at token {token} of row {failure['row']} (id {failure['token_id']}{shown})"
 
 
 def _run(run: Data) -> str:
@@ -318,6 +338,12 @@ def _worst(worst: Data) -> str:
         else:
             tokens.append(_text(text))
     context = f"<blockquote>{''.join(tokens)}</blockquote>" if tokens else ""
+    if worst["use"] is None and worst["candidate"] is None and worst["reference"] is None:
+        return (
+            f'<p class="bad"><b>Not finite</b> in case {_text(worst["case"])}, '
+            f"{_text(_mode(worst))}: {_text(worst['tensor'])} in call {_text(worst['step'])}, row "
+            f"{_text(worst['row'])}.{' The place in its text:' if context else ''}</p>{context}"
+        )
     return (
         f"<p>Closest to its limit: <b>{_text(worst['tensor'])}</b> uses {_share(worst['use'])} of "
         f"its budget in case {_text(worst['case'])}, {_text(_mode(worst))}, up to token "
@@ -372,6 +398,13 @@ def _kind(use: float | None) -> str:
     return "over" if _use(use) > 1 else "fill"
 
 
+def _share_of(candidate: Data) -> str:
+    """Return the use of a candidate, or where it was not finite."""
+    failures = (run["failure"] for run in candidate["runs"])
+    wrong = next((f for f in failures if f and f["kind"] == NOT_FINITE), None)
+    return _place(wrong) if wrong else _share(candidate["use"])
+
+
 def _share(use: float | None) -> str:
     if use is None:
         return "infinite"
@@ -406,7 +439,8 @@ color:var(--fg);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.25rem;margin:1.6rem 0 .3rem;
 border-top:1px solid var(--rule);padding-top:.8rem}h3{font-size:1rem;display:inline}
 .verdict{border-left:.4rem solid var(--good);padding:.3rem .8rem;font-size:1.3rem;font-weight:600}
-.outside,.could-not-run{border-color:var(--bad);color:var(--bad)}
+.outside,.could-not-run{border-color:var(--bad);color:var(--bad)}.bad{color:var(--bad)}
+.failed{border-left:.25rem solid var(--bad);padding-left:.6rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
 caption,figcaption,.note{color:var(--dim);text-align:left;font-size:.85rem;padding:.4rem 0}
 th,td{text-align:right;padding:.25rem .5rem;border-bottom:1px solid var(--rule)}

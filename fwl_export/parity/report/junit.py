@@ -88,7 +88,9 @@ def _cases(candidate: CandidateVerdict) -> list[ElementTree.Element]:
     if candidate.reason or candidate.failure:
         text = "\n".join(problems(candidate))
         kind = "failure" if candidate.status == OUTSIDE else "error"
-        ElementTree.SubElement(end, kind, message=text.splitlines()[-1]).text = text
+        lines = text.splitlines()
+        first = lines[0] if candidate.not_finite else lines[-1]
+        ElementTree.SubElement(end, kind, message=first).text = text
     return [*cases, end]
 
 

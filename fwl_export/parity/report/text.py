@@ -34,6 +34,8 @@ _MODE = max(map(len, MODE_NAMES.values()))
 _PRECISIONS = {"fp32": "float32", "fp16": "float16", "fp64": "float64"}
 _VERDICTS = {WITHIN: "within budget", OUTSIDE: "OUTSIDE BUDGET", COULD_NOT_RUN: "COULD NOT RUN"}
 
+_NOT_FINITE = "NOT FINITE"
+
 _LEGEND = "use = error ÷ allowed error; allowed = k × PyTorch's own {precision} error"
 _TENSOR_LEGEND = ("max: largest error; RMS: relative RMS error; teacher-forced: from right states",)
 
@@ -74,6 +76,8 @@ def to_markdown(report: Report) -> str:
             _VERDICTS[candidate.status].lower(),
             share(candidate.use),
         ]
+        if failure := candidate.not_finite_at:
+            cells[-1] = markdown(failure.place)
         cells.append(
             f"{markdown_code(spot.tensor.name)} ({spot.run.case}, {MODE_NAMES[spot.run.mode]})"
             if spot
@@ -107,12 +111,18 @@ def verdict_line(report: Report) -> str:
         assert most.closest is not None
         name = most.closest.tensor.name
         return f"within budget: the largest use is {share(most.use)}, by {name} of {most.name}"
-    by_status = [
+    broken = {c.name: failure for c in report.candidates if (failure := c.not_finite_at)}
+    parts = [f"{_NOT_FINITE}: {name} {failure.brief_place}" for name, failure in broken.items()]
+    parts += [
         f"{_VERDICTS[status]}: {', '.join(names)}"
         for status in (OUTSIDE, COULD_NOT_RUN)
-        if (names := [c.name for c in report.candidates if c.status == status])
+        if (
+            names := [
+                c.name for c in report.candidates if c.status == status and c.name not in broken
+            ]
+        )
     ]
-    return "; ".join(by_status)
+    return "; ".join(parts)
 
 
 def share(use: float) -> str:
@@ -143,13 +153,16 @@ def _candidate_table(report: Report) -> Iterator[str]:
     ranked = sorted(report.candidates, key=lambda c: c.passed)
     shown = ranked if len(ranked) <= _CANDIDATES else ranked[: _CANDIDATES - 1]
     for candidate in shown:
-        cells = f"{_short(candidate.name):{_NAME}} {_VERDICTS[candidate.status]:14}"
-        if overall := _text_predictions(candidate):
+        verdict = _VERDICTS[candidate.status]
+        cells = f"{_short(candidate.name):{_NAME}} {verdict:14}"
+        if failure := candidate.not_finite_at:
+            cells = f"{_short(candidate.name):{_NAME}} {_NOT_FINITE:14} {failure.brief_place}"
+        elif overall := _text_predictions(candidate):
             cells += (
                 f" {share(candidate.use):>6} {overall.kl:9.1e} {overall.top1:8.2%} "
                 f"{overall.perplexity:10.3f} {overall.perplexity_change:+6.0e}"
             )
-        yield cells.rstrip()
+        yield _fit(cells.rstrip())
     if len(shown) < len(ranked):
         yield f"and {len(ranked) - len(shown)} more"
     precisions = sorted({candidate.precision for candidate in report.candidates})

@@ -1,14 +1,18 @@
-"""Find the text around the place where a candidate is worst, from the planned calls."""
+"""Find the text around the place where a candidate is worst, from the planned calls.
+
+The worst place is where a value is not finite, and otherwise where most of a budget is used.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from fwl_export.parity.compare import Place
 from fwl_export.parity.drift import LOGITS
 from fwl_export.parity.schedule import ScheduledCall
-from fwl_export.parity.verdict import CandidateVerdict
+from fwl_export.parity.verdict import CandidateVerdict, RunVerdict
 
 _BEFORE, _AFTER = 24, 8
 
@@ -32,15 +36,16 @@ class ContextToken:
 
 @dataclass(frozen=True)
 class WorstPlace:
-    """Where a candidate uses most of a budget.
+    """Where a candidate is not finite, or uses most of a budget.
 
     Attributes:
       case: Name of the case.
       mode: Mode of the run, "free" or "forced".
       tensor: Name of the tensor.
       tokens_read: Tokens the first row had read.
-      use: Error divided by the budget.
-      place: Element with the largest difference.
+      use: Error divided by the budget; infinite if the place is not finite.
+      place: Element with the largest difference. Of one that is not finite, only call and row are
+        known.
       tokens: Tokens that its row read before and after.
       at: Index in `tokens` of the token at that place; for a state tensor, the call's last token.
     """
@@ -67,6 +72,8 @@ def worst_place(
       calls: Calls of each case, by the case's name.
       decode: Function that returns the text of a token id, or None to leave texts empty.
     """
+    if verdict.not_finite and (found := _not_finite(verdict.not_finite, calls, decode)):
+        return found
     spot = verdict.closest
     if spot is None or (place := spot.measured.error.worst) is None:
         return None
@@ -83,20 +90,42 @@ def worst_place(
     )
 
 
+def _not_finite(
+    run: RunVerdict,
+    calls: Mapping[str, Iterable[ScheduledCall]],
+    decode: Callable[[int], str] | None,
+) -> WorstPlace | None:
+    failure = run.not_finite
+    if failure is None or failure.row is None:
+        return None
+    place = Place(failure.step, failure.tokens_read, (failure.row,), math.nan, math.nan)
+    tokens, at = _around(calls[run.case], place, False, decode, failure.token_in_call)
+    tensor, read = failure.tensor or LOGITS, failure.tokens_read
+    return WorstPlace(run.case, run.mode, tensor, read, math.inf, place, tokens, at)
+
+
 def _around(
     calls: Iterable[ScheduledCall],
     place: Place,
     is_logit: bool,
     decode: Callable[[int], str] | None,
+    in_call: int | None = None,
 ) -> tuple[list[ContextToken], int]:
-    """Return the tokens that the row read around a place, and the index of the place in them."""
+    """Return the tokens that the row read around a place, and the index of the place in them.
+
+    Args:
+      calls: Calls of the case.
+      place: The place: its call and row, and for a logit its position in the row's text.
+      is_logit: Whether it is a logit.
+      decode: Function that returns the text of a token id, or None to leave texts empty.
+      in_call: Index in the call of the token at the place; None means that of the logit, or the
+        last token of the call.
+    """
     row, position = place.index[0], -1
     read: list[ContextToken] = []
     for call in calls:
         if call.step <= place.step and row in call.reset:
-            read, first = [], int(call.positions[row])
-        elif call.step == 0:
-            first = 0
+            read = []
         length = int(call.lengths[row])
         read += [
             ContextToken(
@@ -110,8 +139,9 @@ def _around(
             )
         ]
         if call.step == place.step:
-            last = int(call.positions[row]) + length - 1
-            position = (place.index[1] if is_logit else last) - first
+            if in_call is None:
+                in_call = place.index[1] - int(call.positions[row]) if is_logit else length - 1
+            position = len(read) - length + in_call
         if position >= 0 and len(read) > position + _AFTER:
             break
     position = max(position, 0)

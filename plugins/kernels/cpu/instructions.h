@@ -52,7 +52,7 @@ struct PanelTask {
   size_t value_size;
   Activation activation;
   const void* value; // the first chunk's first token, [tokens, Dv]
-  void* output;
+  float* output;
   const float* past_state; // [Dk, Dv]
   float* present_state;
   size_t column_begin;
@@ -67,7 +67,7 @@ struct Instructions {
   void (*decode)(const DecodeBlock& block);
   // output[j] = sum of partial[block][j] over the blocks, in order, for j in [begin, end).
   void (*reduce)(const float* partials, size_t block_count, size_t stride, size_t begin, size_t end,
-                 Activation activation, void* output);
+                 float* output);
   void (*widen)(const uint16_t* half, float* wide, size_t count);
   void (*pack)(const PackTask& task);
   void (*panel)(const PanelTask& task);

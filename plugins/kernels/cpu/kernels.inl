@@ -48,9 +48,6 @@ inline size_t smaller(size_t a, size_t b) {
 inline float widen_one(uint16_t half) {
   return _cvtsh_ss(half);
 }
-inline uint16_t narrow_one(float wide) {
-  return _cvtss_sh(wide, _MM_FROUND_TO_NEAREST_INT);
-}
 
 #else
 
@@ -74,27 +71,6 @@ inline float widen_one(uint16_t half) {
   return wide.value;
 }
 
-inline uint16_t narrow_one(float value) {
-  Bits wide;
-  wide.value = value;
-  const uint16_t sign = static_cast<uint16_t>(wide.bits >> 16 & 0x8000u);
-  wide.bits &= 0x7fffffffu;
-  uint32_t half;
-  if (wide.bits > 0x7f800000u) {
-    half = 0x7e00u; // NaN
-  } else if (wide.bits >= 0x477ff000u) {
-    half = 0x7c00u; // rounds to infinity
-  } else if (wide.bits >= 0x38800000u) {
-    const uint32_t odd = wide.bits >> 13 & 1u; // ties go to the even neighbour
-    half = (wide.bits - ((127u - 15u) << 23) + 0xfffu + odd) >> 13;
-  } else {
-    // Subnormal: adding 0.5 lets the addition round at 2^-24, the place of its last bit.
-    wide.value += 0.5f;
-    half = wide.bits - 0x3f000000u;
-  }
-  return static_cast<uint16_t>(sign | half);
-}
-
 #endif
 
 void widen(const uint16_t* half, float* wide, size_t count) {
@@ -107,19 +83,6 @@ void widen(const uint16_t* half, float* wide, size_t count) {
 #endif
   for (; i < count; ++i) {
     wide[i] = widen_one(half[i]);
-  }
-}
-
-void narrow(const float* wide, uint16_t* half, size_t count) {
-  size_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= count; i += 8) {
-    const __m128i packed = _mm256_cvtps_ph(_mm256_loadu_ps(wide + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), packed);
-  }
-#endif
-  for (; i < count; ++i) {
-    half[i] = narrow_one(wide[i]);
   }
 }
 
@@ -183,31 +146,21 @@ void decode(const DecodeBlock& block) {
 }
 
 void reduce(const float* partials, size_t block_count, size_t stride, size_t begin, size_t end,
-            Activation activation, void* output) {
+            float* output) {
   size_t column = begin;
   for (; column + kLanes <= end; column += kLanes) {
     Vector sum = load(partials + column);
     for (size_t block = 1; block < block_count; ++block) {
       sum += load(partials + block * stride + column);
     }
-    if (activation == Activation::kFloat32) {
-      store(static_cast<float*>(output) + column, sum);
-    } else {
-      float wide[kLanes];
-      store(wide, sum);
-      narrow(wide, static_cast<uint16_t*>(output) + column, kLanes);
-    }
+    store(output + column, sum);
   }
   for (; column < end; ++column) {
     float sum = partials[column];
     for (size_t block = 1; block < block_count; ++block) {
       sum += partials[block * stride + column];
     }
-    if (activation == Activation::kFloat32) {
-      static_cast<float*>(output)[column] = sum;
-    } else {
-      static_cast<uint16_t*>(output)[column] = narrow_one(sum);
-    }
+    output[column] = sum;
   }
 }
 
@@ -551,17 +504,12 @@ void read_panel(const PanelTask& task, const PackedChunk& chunk, size_t token, s
       const size_t offset = (token + first) * size + task.column_begin + column;
       const float* of_state = state + column * task.key_size;
       const float* of_values = values + column * tokens;
-      const bool direct = task.activation == Activation::kFloat32 && columns == kTileColumns;
-      float* to = direct ? static_cast<float*>(task.output) + offset : tile;
+      const bool direct = columns == kTileColumns;
+      float* to = direct ? task.output + offset : tile;
       with_rows<Read, kTileRows>(rows, queries, of_state, task.key_size, chunk.fade + first, scores,
                                  of_values, first, to, direct ? size : kTileColumns);
       for (size_t r = 0; !direct && r < rows; ++r) {
-        const float* from = tile + r * kTileColumns;
-        if (task.activation == Activation::kFloat16) {
-          narrow(from, static_cast<uint16_t*>(task.output) + offset + r * size, columns);
-        } else {
-          copy(from, static_cast<float*>(task.output) + offset + r * size, columns);
-        }
+        copy(tile + r * kTileColumns, task.output + offset + r * size, columns);
       }
     }
   }

@@ -163,10 +163,6 @@ const void* offset(const void* tensor, size_t elements, Activation activation) {
   return static_cast<const char*>(tensor) + elements * size;
 }
 
-void* offset(void* tensor, size_t elements, Activation activation) {
-  return const_cast<void*>(offset(static_cast<const void*>(tensor), elements, activation));
-}
-
 void run_decode(const Sizes& sizes, const Tensors& tensors, const Instructions& set, float* memory,
                 const ParallelFor& parallel_for) {
   const DecodePlan plan(sizes);
@@ -207,10 +203,9 @@ void run_decode(const Sizes& sizes, const Tensors& tensors, const Instructions& 
     for_each(parallel_for, short_sums, sizes.batch * slabs, [&](size_t task) {
       const size_t row = task / slabs;
       const size_t begin = task % slabs * kReduceColumns;
-      set.reduce(
-          partials + row * plan.blocks * plan.stride, plan.blocks, plan.stride, begin,
-          std::min(begin + kReduceColumns, value_size), sizes.activation,
-          offset(tensors.output, (row * sizes.tokens + token) * value_size, sizes.activation));
+      set.reduce(partials + row * plan.blocks * plan.stride, plan.blocks, plan.stride, begin,
+                 std::min(begin + kReduceColumns, value_size),
+                 tensors.output + (row * sizes.tokens + token) * value_size);
     });
   }
 }
@@ -253,8 +248,7 @@ void run_step(const Sizes& sizes, const Tensors& tensors, const Instructions& se
                          set.panel({slots + row * chunks, chunks, plan.chunk, tokens,
                                     sizes.key_size, sizes.value_size, sizes.activation,
                                     offset(tensors.value, at, sizes.activation),
-                                    offset(tensors.output, at, sizes.activation),
-                                    past + (first_row + row) * state_floats,
+                                    tensors.output + at, past + (first_row + row) * state_floats,
                                     tensors.present_state + (first_row + row) * state_floats,
                                     column, std::min(plan.width, sizes.value_size - column),
                                     scratch + worker * plan.panel_scratch});

@@ -12,7 +12,7 @@
 
 namespace fwl::cpu {
 
-// The type of query, key, value and output. State and decay are always float32.
+// The type of query, key and value. All other tensors are always float32.
 enum class Activation { kFloat32, kFloat16 };
 
 struct Sizes {
@@ -31,7 +31,7 @@ struct Tensors {
   const void* value;       // [B, T, Dv]
   const float* decay;      // [B, T] in [0, 1], applied before the token's own update
   const float* past_state; // [B, Dk, Dv]
-  void* output;            // [B, T, Dv]
+  float* output;           // [B, T, Dv]
   float* present_state;    // [B, Dk, Dv]
 };
 

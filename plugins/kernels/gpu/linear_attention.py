@@ -1,7 +1,7 @@
 """GPU kernels of `fwl::LinearAttentionUpdate` in the Triton language; README.md explains them.
 
 All tensors are contiguous and have the shapes of `fwl_export/op/spec.py`. Below, the dtype of the
-activations (query, key, value and output) is called T. Grids have one axis. Blocks, grids and
+activations (query, key and value) is called T. Grids have one axis. Blocks, grids and
 workspaces come from `plan.py`. Each program owns the part of the state that it writes, and reads it
 before it writes it, so `past` and `present` may be the same memory. There are no atomics: the same
 launch gives the same bits.
@@ -45,7 +45,7 @@ def decode(
       decay: Decay of each row, [B, 1] float32.
       past: State before the token, [B, Dk, Dv] float32.
       present: State after the token, [B, Dk, Dv] float32; written.
-      output: Output, [B, 1, Dv] T; written unless `split`.
+      output: Output, [B, 1, Dv] float32; written unless `split`.
       partial: Output of each program, [B, splits, Dv] float32; written if `split`, and then summed
         by `sum_partials`.
       size_k: Size Dk of queries and keys.
@@ -86,7 +86,7 @@ def decode(
     if split:
         tl.store(partial + (row * splits + share) * size_v + column, result, mask=in_v)
     else:
-        tl.store(output + row * size_v + column, result.to(output.dtype.element_ty), mask=in_v)
+        tl.store(output + row * size_v + column, result, mask=in_v)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -95,7 +95,7 @@ def sum_partials(partial, output, size_v, splits, block_v: tl.constexpr):
 
     Args:
       partial: Output of each program, [B, splits, Dv] float32.
-      output: Their sum, [B, 1, Dv] T; written.
+      output: Their sum, [B, 1, Dv] float32; written.
       size_v: Size Dv of values.
       splits: Number of terms in the sum.
       block_v: Columns per program.
@@ -109,7 +109,7 @@ def sum_partials(partial, output, size_v, splits, block_v: tl.constexpr):
     total = tl.zeros((block_v,), dtype=tl.float32)
     for share in range(splits):
         total += tl.load(partial + share * size_v + column, mask=in_v, other=0.0)
-    tl.store(output + row * size_v + column, total.to(output.dtype.element_ty), mask=in_v)
+    tl.store(output + row * size_v + column, total, mask=in_v)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "start", "length"])
@@ -225,7 +225,7 @@ def prefill_output(
       value: Values, [B, tokens, Dv] T.
       decay: Decays, [B, tokens] float32.
       partial: Contribution of earlier chunks, [tiles_k, B, length, Dv] float32.
-      output: Output, [B, tokens, Dv] T; written for the segment.
+      output: Output, [B, tokens, Dv] float32; written for the segment.
       rows: Batch size B.
       tokens: Tokens per row in the tensors.
       start: First token of the segment.
@@ -280,7 +280,7 @@ def prefill_output(
     for _ in range(tiles_k):
         result += tl.load(partial + values, mask=inside, other=0.0)
         partial += step
-    tl.store(output + values, result.to(output.dtype.element_ty), mask=inside)
+    tl.store(output + values, result, mask=inside)
 
 
 @triton.jit

@@ -20,12 +20,13 @@ MULTIPROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170
 SIGNATURES: dict[str, dict[str, str]] = {
     "decode": {
         **dict.fromkeys(("query", "key", "value"), "T"),
-        **dict.fromkeys(("decay", "past", "present"), "f32"),
-        "output": "T",
-        "partial": "f32",
+        **dict.fromkeys(("decay", "past", "present", "output", "partial"), "f32"),
         **dict.fromkeys(("size_k", "size_v", "splits", "rows"), "i32"),
     },
-    "sum_partials": {"partial": "f32", "output": "T", "size_v": "i32", "splits": "i32"},
+    "sum_partials": {
+        **dict.fromkeys(("partial", "output"), "f32"),
+        **dict.fromkeys(("size_v", "splits"), "i32"),
+    },
     "prefill_state": {
         **dict.fromkeys(("query", "key", "value"), "T"),
         **dict.fromkeys(("decay", "past", "present", "partial"), "f32"),
@@ -33,8 +34,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
     },
     "prefill_output": {
         **dict.fromkeys(("query", "key", "value"), "T"),
-        **dict.fromkeys(("decay", "partial"), "f32"),
-        "output": "T",
+        **dict.fromkeys(("decay", "partial", "output"), "f32"),
         **dict.fromkeys(("rows", "tokens", "start", "length"), "i32"),
         **dict.fromkeys(("tiles_k", "size_k", "size_v"), "i32"),
     },

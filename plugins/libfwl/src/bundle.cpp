@@ -9,6 +9,7 @@
 #include "error.h"
 #include "input_file.h"
 #include "json_text.h"
+#include "op_spec.h"
 #include "sha256.h"
 
 namespace fwl::internal {
@@ -207,6 +208,25 @@ std::map<std::string, FileEntry> read_files(const json& data) {
   return files;
 }
 
+// Refuses a bundle whose fast-weight updates are of a version that would compute something else. In
+// the older version, half precision overflows.
+void check_op(const json& manifest, const std::string& path, const std::string& precision) {
+  const json& data = object(member(manifest, "op"), "op");
+  const int64_t version = integer(member(data, "version"), "version of the op", 0);
+  const std::string name = std::string(op::kDomain) + "::" + op::kName;
+  if (version < op::kFloat32Version || version > op::kVersion) {
+    fail(path + ": " + name + " has version " + std::to_string(version) +
+         ", but this libfwl runs versions " + std::to_string(op::kFloat32Version) + " to " +
+         std::to_string(op::kVersion) +
+         "; install the libfwl of the fwl-export release that wrote the bundle");
+  }
+  if (version < op::kVersion && precision != "fp32" && precision != "int8w") {
+    fail(path + ": the model has the precision " + printable(precision.c_str()) + " with version " +
+         std::to_string(version) + " of " + name +
+         ", whose sums overflow in half precision; export the model again");
+  }
+}
+
 // Returns a number that may be missing.
 int64_t optional_integer(const json& data, const std::string& name) {
   return data.contains(name) ? integer(data[name], name, 0) : 0;
@@ -262,6 +282,7 @@ Bundle read_bundle(const std::string& folder) {
            "; install the libfwl of the fwl-export release that wrote the bundle");
     }
     read_manifest(manifest, bundle);
+    check_op(manifest, path, bundle.precision);
   } catch (const Malformed& error) {
     fail(path + " is malformed (" + printable(error.what()) + "); export the model again");
   }

@@ -1,0 +1,181 @@
+"""A new Fast Weight Layer for a pretrained backbone, which predicts what the backbone predicts.
+
+A random layer would turn a pretrained model's predictions into noise until it is trained. This one
+starts near the identity: with learning off, the model says what its backbone says, and with
+learning on it adapts to what it reads, both without any training.
+
+Let h = w x + b be the backbone's output, where w and b are the parameters of its final norm, and x
+the normalized state. The entries of x are at most c = sqrt(width) in size. The layer of section 2
+of README.md then computes, with twice the backbone's width in its middle,
+
+    a = [c + x, c - x]        from W1 = [1/w, -1/w] and b1 = [c - b/w, c + b/w]
+    m = x                     from (c + x)^2 - (c - x)^2 = 4 c x, so W2 = [1; -1] / 4c
+    z = w norm(m) + b         from gamma = w and beta = b
+
+and z is h where the layer norm changes nothing. After a layer norm that holds exactly. After an RMS
+norm the layer norm removes the mean of x over its features, which is one direction of many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fwl_export.bundle.config import FastWeightsConfig
+from fwl_export.errors import ConfigError
+from fwl_export.model.backbones.huggingface import HuggingFaceBackbone
+from fwl_export.model.fast_weights import FastWeights
+
+# Tokens between two anchors of a new layer, and the step sizes that go with them, see `_set_steps`.
+ANCHOR_INTERVAL = 32
+HORIZON = 1e6
+_STEPS = {
+    "up_kernel": 0.03,
+    "up_bias": 1e-6,
+    "down_kernel": 1e-6,
+    "down_bias": 1e-6,
+    "norm_scale": 1e-6,
+    "norm_bias": 1e-6,
+}
+
+# Entries of w that are smaller than this part of the largest would need too large entries of 1/w:
+# float16 has no normal numbers below 6e-5.
+_SMALLEST_SCALE = 1e-3
+_PROBES = 8  # random vectors by which a norm is recognized
+_SAME = 1e-4  # relative error that float32 stays below by a factor of 10
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """The norm after a backbone's last block: w n(u) + b.
+
+    Attributes:
+      scale: w, [width].
+      bias: b, [width].
+      centered: Whether n subtracts the mean over the features (layer norm) or not (RMS norm).
+    """
+
+    scale: Tensor
+    bias: Tensor
+    centered: bool
+
+
+def new_layer_config(backbone: HuggingFaceBackbone, **changes: Any) -> FastWeightsConfig:
+    """Return the configuration of a new layer.
+
+    Args:
+      backbone: The backbone that the layer is put on.
+      changes: Other values of fields of `FastWeightsConfig`, e.g. the soft cap of the head.
+    """
+    width = backbone.config.width
+    settings = {"anchor_interval": ANCHOR_INTERVAL, **changes}
+    return FastWeightsConfig(width, 2 * width, width, **settings)
+
+
+@torch.no_grad()
+def start_near_identity(layer: FastWeights, backbone: HuggingFaceBackbone) -> None:
+    """Set a layer's weights and step sizes so that its output is the backbone's.
+
+    Args:
+      layer: The layer, whose unembedding is that of the backbone already. Its hidden size is twice
+        the width or more; units beyond that are read with random weights and start without effect.
+      backbone: The backbone, with its weights.
+
+    Raises:
+      ConfigError: The backbone has no final norm, or the layer's sizes do not fit.
+    """
+    norm = final_norm(backbone)
+    width, hidden = len(norm.scale), layer.config.hidden_size
+    if hidden < 2 * width or layer.config.output_size != width:
+        raise ConfigError(
+            f"fast_weights.hidden_size is {hidden} and output_size {layer.config.output_size}; to "
+            f"start from the backbone's predictions they must be at least {2 * width} and {width}"
+        )
+    scale, seen = _divisor(norm.scale)
+    limit = width**0.5
+    layer.up_kernel[:, : 2 * width] = torch.cat((torch.diag(1 / scale), torch.diag(-1 / scale)), 1)
+    shift = norm.bias / scale
+    layer.up_bias.zero_()[: 2 * width] = torch.cat((limit - shift, limit + shift))
+    identity = torch.eye(width)
+    layer.down_kernel.zero_()[: 2 * width] = torch.cat((identity, -identity)) / (4 * limit)
+    layer.down_bias.zero_()
+    layer.norm_scale.copy_(scale * seen)
+    layer.norm_bias.copy_(norm.bias)
+    _set_steps(layer, norm)
+
+
+def _divisor(scale: Tensor) -> tuple[Tensor, float]:
+    """Return w without entries too small to divide by, [width], and the part of x that is seen.
+
+    Dividing by a larger entry shrinks that feature of x, and with it the norm's mean square. The
+    second value is the root of the mean square that is left if all features are equally large.
+    """
+    least = float(scale.abs().max()) * _SMALLEST_SCALE
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    divisor = sign * scale.abs().clamp_min(least)
+    return divisor, float((scale / divisor).square().mean().sqrt())
+
+
+def _set_steps(layer: FastWeights, norm: FinalNorm) -> None:
+    """Set step sizes and horizon.
+
+    The step of the first kernel is divided by the expected square of its input h, and by that of
+    gamma, through which the loss is differentiated; a step of all others is so small that only
+    training can make it count.
+    """
+    size = float((norm.scale.square() + norm.bias.square()).sum())
+    for name, step in layer.steps.items():
+        step.fill_(_STEPS[name] / size * layer.config.loss_normalizer)
+    if layer.config.decay == "learned":
+        layer.horizon.fill_(HORIZON)
+
+
+@torch.no_grad()
+def final_norm(backbone: HuggingFaceBackbone) -> FinalNorm:
+    """Return the backbone's final norm, whatever its class is called.
+
+    It is the module whose output is the backbone's output. What it computes is measured on random
+    vectors: Gemma's norm, for instance, multiplies by 1 + weight.
+
+    Raises:
+      ConfigError: The output comes from no norm.
+    """
+    outputs: list[tuple[nn.Module, Any]] = []
+    leaves = [module for module in backbone.body.modules() if not list(module.children())]
+    hooks = [m.register_forward_hook(lambda m, _, out: outputs.append((m, out))) for m in leaves]
+    try:
+        hidden = backbone(torch.arange(4)[None] % len(backbone.embedding.weight))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, output in reversed(outputs):
+        is_last = isinstance(output, Tensor) and output.shape == hidden.shape
+        if is_last and torch.equal(output, hidden) and (norm := _measured(module, hidden.shape[2])):
+            return norm
+    raise ConfigError(
+        f"the last module of this {backbone.config.model['model_type']} model is no layer norm or "
+        "RMS norm, from which a new Fast Weight Layer could start; give a trained layer"
+    )
+
+
+def _measured(module: nn.Module, width: int) -> FinalNorm | None:
+    """Return w, b and the kind of a norm, or None if the module computes something else."""
+    generator = torch.Generator().manual_seed(0)
+    # Large values, beside which the norm's epsilon is nothing, with a mean that tells both apart.
+    u = 100 * (torch.randn(1, _PROBES, width, generator=generator) + 0.5)
+    try:
+        above, below = module(u)[0], module(-u)[0]
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    odd, even = (above - below) / 2, (above + below) / 2
+    for centered in (False, True):
+        x = (u - u.mean(-1, keepdim=True) if centered else u)[0]
+        x = x * x.square().mean(-1, keepdim=True).rsqrt()
+        scale, bias = (odd * x).sum(0) / x.square().sum(0), even.mean(0)
+        error = (above - (scale * x + bias)).abs().max()
+        if error <= _SAME * above.abs().max():
+            return FinalNorm(scale, bias, centered)
+    return None

@@ -76,6 +76,7 @@ def export_onnx(
         public = [p for p in node.metadata_props if p.key not in _PRIVATE_METADATA]
         del node.metadata_props[:]
         node.metadata_props.extend(public)
+    _keep_integers(proto)
     onnx.save(
         proto,
         str(path),
@@ -88,6 +89,20 @@ def export_onnx(
     traced_graph(program.exported_program, *values).write(path.with_suffix(".graph.json"))
     check_onnx(path, streaming.specs, opset)
     return streaming.specs
+
+
+def _keep_integers(model: onnx.ModelProto) -> None:
+    """Keep int64 constants in the ONNX file, since shapes follow from some of them.
+
+    Shape inference then needs no weights. They are stored as numbers, not as bytes, because onnx
+    moves only bytes into another file.
+    """
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT64:
+            numbers = onnx.numpy_helper.to_array(tensor).ravel()
+            tensor.ClearField("raw_data")
+            tensor.ClearField("int64_data")
+            tensor.int64_data.extend(numbers.tolist())
 
 
 def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:

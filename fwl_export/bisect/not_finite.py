@@ -58,7 +58,7 @@ class _Wrong(NamedTuple):
     Attributes:
       name: Its name in the ONNX graph.
       node: The node that computes it.
-      index: Index of the first such element.
+      place: Index of the first such element.
       value: Value of that element.
       right: Value in PyTorch in float64, or None if PyTorch has no such tensor.
       dtype: Dtype of the tensor.
@@ -66,7 +66,7 @@ class _Wrong(NamedTuple):
 
     name: str
     node: onnx.NodeProto
-    index: tuple[int, ...]
+    place: tuple[int, ...]
     value: float
     right: float | None
     dtype: np.dtype[Any]
@@ -161,7 +161,7 @@ class NotFiniteSearch:
         overflow = Overflow(
             wrong.dtype.name,
             limit,
-            list(wrong.index),
+            list(wrong.place),
             wrong.value,
             wrong.right,
             name,

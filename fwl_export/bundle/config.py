@@ -261,6 +261,29 @@ class ModelConfig:
         return _build(cls, values, source, "", dotted_keys(cls))
 
 
+def different_key(config: ModelConfig, other: ModelConfig) -> tuple[str, Any, Any] | None:
+    """Return the first key in which two configurations differ and its two values, or None.
+
+    Args:
+      config: A configuration, whose value comes first.
+      other: Another configuration.
+    """
+    first, second = (_flat(dataclasses.asdict(each), "") for each in (config, other))
+    for key in (*first, *second):
+        if first.get(key) != second.get(key):
+            return key, first.get(key), second.get(key)
+    return None
+
+
+def _flat(data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return nested mappings as one, with the keys' full names."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
 def check_module_counts(model: Mapping[str, Any], source: str) -> None:
     """Check that a configuration of transformers asks for no endless number of layers or experts.
 

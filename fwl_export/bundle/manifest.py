@@ -4,6 +4,7 @@
     model.onnx, model.onnx.data     the streaming model, and its weights
     model.graph.json                the graph traced from PyTorch, same tensor names, for `bisect`
     tokenizer.json                  the tokenizer, in the format of Hugging Face's tokenizers
+    tokenizer_config.json, …        what else the model says about text, see `text_tokenizer`
     precision.json                  with a precision policy only: which parts are quantized
     checkpoint/                     the PyTorch checkpoint, for runtime "torch" and `check`
     engines/                        <variant>-<version>-sm<NN>-<precision>.engine and .json
@@ -297,6 +298,11 @@ class Bundle:
             "Anchor": f"every {interval} tokens" if interval else "none",
             "State": f"{_size(sum(spec.bytes_per_row for spec in manifest.state))} per row",
         }
+
+    @property
+    def checkpoint(self) -> Path:
+        """Path of the checkpoint's folder, whether the bundle has a checkpoint or not."""
+        return self.folder / CHECKPOINT_FOLDER
 
     def file(self, name: str) -> Path:
         """Return the path of one of the bundle's files, after checking size and hash.

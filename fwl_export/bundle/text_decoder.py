@@ -9,7 +9,7 @@ from tokenizers.decoders import DecodeStream
 
 _REPLACEMENT = "\ufffd"
 # Tokens of the text before that decide how the next token is written, such as with a space or not.
-_CONTEXT = 16
+CONTEXT = 16
 # A character has at most 4 bytes, so more tokens than these hold no unfinished one.
 _LONGEST_WAIT = 8
 
@@ -37,7 +37,7 @@ class TextDecoder:
         added = tokenizer.get_added_tokens_decoder()
         self._hidden = {token for token, entry in added.items() if entry.special}
         self._pending: list[int] = []
-        last = [int(token) for token in before[-_CONTEXT:] if int(token) not in self._hidden]
+        last = [int(token) for token in before[-CONTEXT:] if int(token) not in self._hidden]
         done = len(last)
         while done and len(last) - done < 4 and self._text(last[:done]).endswith(_REPLACEMENT):
             done -= 1  # these tokens end inside a character, which those that follow complete
@@ -69,7 +69,7 @@ class TextDecoder:
             return self._flush()
         if text is None:
             return self._flush() if len(self._pending) > _LONGEST_WAIT else ""
-        self._context = (self._context + self._pending)[-_CONTEXT:]
+        self._context = (self._context + self._pending)[-CONTEXT:]
         self._pending = []
         return text
 
@@ -84,6 +84,6 @@ class TextDecoder:
             return ""
         before, both = self._text(self._context), self._text(self._context + self._pending)
         text = both[len(before) :] if both.startswith(before) else self._text(self._pending)
-        self._restart((self._context + self._pending)[-_CONTEXT:])
+        self._restart((self._context + self._pending)[-CONTEXT:])
         self._pending = []
         return text

@@ -31,6 +31,9 @@ UPDATES_PER_MODEL = 2
 # some head sizes; with 26 and 27, it silently declares opset 18.
 SUPPORTED_OPSETS = (20,)
 
+# The tracer takes sizes of 1 for constants: rows, tokens, and tokens but the last one are more.
+_TRACED_TOKENS = 3
+
 # What the exporter records about its own run, which includes source paths of this machine.
 _PRIVATE_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
@@ -139,10 +142,9 @@ def count_updates(proto: onnx.ModelProto) -> int:
 def _trace(streaming: StreamingModel, opset: int) -> torch.onnx.ONNXProgram:
     batch = torch.export.Dim("batch", min=1, max=4096)
     # The ring buffers are sized by the largest T of a call.
-    largest = max(streaming.max_tokens, 2)
+    largest = max(streaming.max_tokens, _TRACED_TOKENS)
     tokens = torch.export.Dim("tokens", min=1, max=largest)
-    # Trace with two rows and two tokens: the tracer takes sizes of 1 for constants.
-    arguments = (*example_inputs(2, 2), *_example_state(streaming.specs, 2))
+    arguments = (*example_inputs(2, _TRACED_TOKENS), *_example_state(streaming.specs, 2))
     names = [spec.name for spec in streaming.specs]
     dynamic = (
         {0: batch, 1: tokens},

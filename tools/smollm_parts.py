@@ -144,7 +144,7 @@ def perplexities(model: FWLModel, texts: Sequence[Sequence[int]]) -> tuple[float
       texts: Token ids of each text; every token but the first is predicted.
     """
     import torch
-    import torch.nn.functional as F  # noqa: N812 # torch's own name for it
+    import torch.nn.functional as F
 
     layer, totals, count = model.fast_weights, [0.0, 0.0], 0
     with torch.no_grad():

@@ -6,19 +6,22 @@ fetched, and with the versions in constraints.txt they are the same everywhere.
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
 from pathlib import Path
 
 # Packages whose description on the package index is read, and modules whose source is read.
 DOCS = (
-    "huggingface_hub",
+    "httpcore2",
     "httpx2",
+    "huggingface_hub",
     "onnxscript",
     "pydantic",
-    "ruff",
+    "rich",
     "scikit-build-core",
     "torch",
     "transformers",
+    "typer",
 )
 CODE = (
     "httpx2/_urlparse.py",
@@ -34,20 +37,37 @@ CODE = (
 _PACKAGES = {"onnx_ir": "onnx-ir"}
 
 
+# What is no prose in Markdown, and what takes its place.
+_NO_PROSE = [
+    (re.compile(pattern, flags), replacement)
+    for pattern, flags, replacement in (
+        (r"^[ >]*(```|~~~).*?^[ >]*\1[^\n]*$", re.MULTILINE | re.DOTALL, ""),  # blocks of code
+        (r"<!--.*?-->|<[^>]*>", re.DOTALL, ""),  # HTML
+        (r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])", 0, ""),  # pictures
+        (r"\[([^\]]*)\](\([^)]*\)|\[[^\]]*\])", 0, r"\1"),  # links
+        (r"^ *(\||\[[^\]]*\]:).*$", re.MULTILINE, ""),  # tables, addresses
+        (r"https?://\S+", 0, ""),
+        (r"\n\s*\n", 0, "\n\n"),
+    )
+]
+
+
 class MissingTextError(Exception):
     """A package is not installed, or another version of it has no such text."""
 
 
 def docs(name: str) -> str:
-    """Return the description of an installed package.
+    """Return the prose of an installed package's description: no code, tables, badges or addresses.
 
     Raises:
       MissingTextError: It is not installed, or has no description.
     """
     text = str(_distribution(name).metadata.get_payload())
+    for pattern, replacement in _NO_PROSE:
+        text = pattern.sub(replacement, text)
     if not text.strip():
         raise MissingTextError(f"the package {name} has no description")
-    return text
+    return text.strip() + "\n"
 
 
 def code(module: str) -> str:

@@ -33,7 +33,7 @@ from fwl_export.model.fast_weights import FastWeights
 ANCHOR_INTERVAL = 32
 HORIZON = 1e6
 _STEPS = {
-    "up_kernel": 0.03,
+    "up_kernel": 0.01,
     "up_bias": 1e-6,
     "down_kernel": 1e-6,
     "down_bias": 1e-6,

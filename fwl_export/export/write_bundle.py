@@ -100,9 +100,8 @@ def export_bundle(
     if limit := loaded.config.backbone.max_positions:
         max_tokens = min(max_tokens, limit)
     with replaced_folder(output) as folder:
-        progress("tracing the model (10 s or more; grows with its layers)")
         model_path = folder / bundles.MODEL_FILE
-        specs = export_onnx(loaded.model, model_path, chosen, max_tokens, opset)
+        specs = export_onnx(loaded.model, model_path, chosen, max_tokens, opset, progress)
         inlined = model_path if inline else folder / bundles.INLINED_FILE
         write_inlined(model_path, inlined)
         progress("running it once in ONNX Runtime")

@@ -14,6 +14,7 @@ text with it:
 Where each thing is:
 
     run a bundle          open_session, Session, Slots (rows for several users), Sampler
+    text in, text out     open_text_session, TextSession, TextStream, Generation
     a bundle on disk      read_bundle, Bundle
     make a bundle         export_bundle, PrecisionPolicy, build_engines (TensorRT)
     prove it correct      check_bundle, Report, bisect_bundle
@@ -67,10 +68,14 @@ if TYPE_CHECKING:
     from fwl_export.parity import Report as Report
     from fwl_export.parity import check_bundle as check_bundle
     from fwl_export.precision.policy import PrecisionPolicy as PrecisionPolicy
+    from fwl_export.runtimes import Generation as Generation
     from fwl_export.runtimes import Sampler as Sampler
     from fwl_export.runtimes import Session as Session
     from fwl_export.runtimes import Slots as Slots
+    from fwl_export.runtimes import TextSession as TextSession
+    from fwl_export.runtimes import TextStream as TextStream
     from fwl_export.runtimes import open_session as open_session
+    from fwl_export.runtimes import open_text_session as open_text_session
 
 __version__ = "0.2.0.dev0"
 
@@ -100,10 +105,14 @@ _PUBLIC = {
     "BackboneConfig": "bundle.config",
     "FastWeightsConfig": "bundle.config",
     "ModelConfig": "bundle.config",
+    "Generation": "runtimes",
     "Sampler": "runtimes",
     "Session": "runtimes",
     "Slots": "runtimes",
+    "TextSession": "runtimes",
+    "TextStream": "runtimes",
     "open_session": "runtimes",
+    "open_text_session": "runtimes",
     "build_engines": "engines",
     "Report": "parity",
     "check_bundle": "parity",

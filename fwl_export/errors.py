@@ -5,6 +5,10 @@ The command line prints their message without a traceback, and exits with 1, or 
 do next.
 """
 
+from __future__ import annotations
+
+import re
+
 
 class FwlError(Exception):
     """Base class of all errors that a user, rather than a bug, caused.
@@ -124,6 +128,24 @@ def missing_export_package(user: str, error: ModuleNotFoundError) -> MissingDepe
         return None
     return MissingDependencyError(
         f"{user} needs '{package}', which is not installed; pip install 'fwl-export[export]'"
+    )
+
+
+def missing_account(error: Exception) -> FwlError | None:
+    """Return the error of a library that needs a home folder or an account, or None for others.
+
+    A container that runs as a number, as with `docker --user 12345`, has neither unless HOME and
+    USER name them.
+
+    Args:
+      error: What the library raised: an exception of `Path.home`, `pwd.getpwuid` or
+        `getpass.getuser`.
+    """
+    if not re.search(r"home directory|getpwuid|uid not found|No username set", str(error)):
+        return None
+    return FwlError(
+        "this user has no home folder, because HOME is not set and the user has no account; set "
+        "HOME to a folder that can be written"
     )
 
 

@@ -61,6 +61,7 @@ def read_json(
     error: type[FwlError],
     hint: str = "was it truncated?",
     content: bytes | None = None,
+    long_integers: bool = False,
 ) -> Any:
     """Return the data of a JSON file.
 
@@ -69,6 +70,8 @@ def read_json(
       error: Class of the exception to raise.
       hint: What may be wrong or what to do; ends the error message.
       content: Content of the file, if it was read already.
+      long_integers: Whether integers of more than 64 bits are read as floating-point numbers, as
+        files of transformers have some, instead of being refused.
 
     Raises:
       FwlError: The file is not JSON, is larger than `LARGEST_FILE` or nested more deeply than
@@ -79,7 +82,7 @@ def read_json(
     if content is None:
         content = read_bounded(path, error)
     try:
-        return parse_json(content.decode())
+        return parse_json(content.decode(), long_integers)
     except RecursionError:
         raise error(f"{path} is not JSON (it is nested too deeply); {hint}") from None
     except ValueError as problem:
@@ -200,8 +203,12 @@ def brief(problem: object) -> str:
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, long_integers: bool = False) -> Any:
     """Return the data of a JSON text.
+
+    Args:
+      text: The text.
+      long_integers: Whether long integers are read, see `read_json`.
 
     Raises:
       ValueError, RecursionError: The text is not JSON, or breaks a rule of `read_json`.
@@ -210,7 +217,7 @@ def parse_json(text: str) -> Any:
         text,
         object_pairs_hook=_without_duplicates,
         parse_float=_finite,
-        parse_int=_integer,
+        parse_int=_number if long_integers else _integer,
         parse_constant=_finite,
     )
     _check_depth(data)
@@ -250,6 +257,10 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> int | float:
+    return int(text) if len(text) <= _LONGEST_INTEGER else _finite(text)
+
+
 def _explained(problem: str, data: Any, kind: Any, prefix: str) -> str:
     """Return a message of msgspec in our words: which place, what was received, what was expected.
 
@@ -285,6 +296,8 @@ def _found(at: str, data: Any, kind: Any) -> tuple[str, Any, Any]:
     place = ""
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", at):
         kind = _without_extras(kind)
+        if kind is Any:  # one of several types, and msgspec does not say which
+            return f"{place}.{name}" if name else place, data, kind
         if name:
             data, kind = data[name], typing.get_type_hints(kind, include_extras=True)[name]
             place += f".{name}"
@@ -303,11 +316,12 @@ def _found(at: str, data: Any, kind: Any) -> tuple[str, Any, Any]:
 
 
 def _without_extras(kind: Any) -> Any:
-    """Return a type without its bounds, and without None as an alternative."""
+    """Return a type without its bounds and without None as an alternative; Any for several."""
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        (kind,) = (each for each in typing.get_args(kind) if each is not type(None))
+        kinds = [each for each in typing.get_args(kind) if each is not type(None)]
+        kind = kinds[0] if len(kinds) == 1 else Any
         return _without_extras(kind)
     return kind
 

@@ -42,6 +42,7 @@ COPIED = {
 # Sections of the Python reference. A public name that none of them lists comes last.
 PUBLIC = {
     "Run a bundle": ("open_session", "Session", "Slots", "Sampler"),
+    "Text in, text out": ("open_text_session", "TextSession", "TextStream", "Generation"),
     "Models and checkpoints": (
         "FWLModel",
         "ModelConfig",

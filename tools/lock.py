@@ -30,7 +30,7 @@ from tools.install import BASE, LOCKS, REPOSITORY, Pin, normalized, read_lock
 PYTHON = "3.12"
 
 # Extras whose packages are pinned.
-EXTRAS = ("cpu", "dev", "docs", "export", "hf", "import", "plots", "rtx", "tensorboard")
+EXTRAS = ("cpu", "dev", "docs", "export", "gguf", "hf", "import", "plots", "rtx", "tensorboard")
 
 # Where the pins are for.
 MACHINES = [

@@ -3,9 +3,9 @@
 python -m tools.measure_repetition demo-bundle-fp16
 
 The fast weights add up the gradients of a repeated token, so their sums grow further than on any
-ordinary text, and half precision ends at 65504. Each token is read alone, from a fresh state, in the
-bundle's runtime and in PyTorch in float32 with the checkpoint's weights. Prints a table and one JSON
-line; the exit status is 1 if a logit is not finite.
+ordinary text, and half precision ends at 65504. Each token is read alone, from a fresh state, in
+the bundle's runtime and in PyTorch in float32 with the checkpoint's weights. Prints a table and one
+JSON line; the exit status is 1 if a logit is not finite.
 
 Columns of the table:
   largest sum: largest absolute value that a query reads from the sums, in float32.
@@ -31,7 +31,7 @@ from torch import Tensor
 from fwl_export.bundle.manifest import TOKENIZER_FILE, Bundle, read_bundle
 from fwl_export.bundle.state import Array
 from fwl_export.bundle.tokenizer import load_tokenizer
-from fwl_export.model.streaming import UpdateOp
+from fwl_export.model.numerics import UpdateOp
 from fwl_export.runtimes.base import Call, Runner
 from fwl_export.runtimes.registry import RUNTIMES, Options, load
 from fwl_export.runtimes.torch import TorchRunner, load_model
@@ -115,9 +115,9 @@ def _repeat(
         broken = (first < 0) & ~finite.all(1)
         first[broken] = read + 1 + finite.argmin(1)[broken]
         read += found.shape[1]
-        found = np.where(finite[..., None], found, expected)
-        difference = np.maximum(difference, np.abs(found - expected).max((1, 2)))
-        shift = np.take_along_axis(_log_softmax(found) - _log_softmax(expected), columns, 2)
+        shown = np.where(finite[..., None], found, expected)
+        difference = np.maximum(difference, np.abs(shown - expected).max((1, 2)))
+        shift = np.take_along_axis(_log_softmax(shown) - _log_softmax(expected), columns, 2)
         nats = np.maximum(nats, np.abs(shift).max((1, 2)))
     sums = np.max(largest, 0)
     return [
@@ -176,7 +176,8 @@ def choose_tokens(tokenizer: Tokenizer | None, vocab_size: int, count: int) -> l
 
 def table(results: Sequence[Repetition], tokenizer: Tokenizer | None) -> str:
     """Return the measurements as a table for people."""
-    lines = [f"{'token':>7}  {'text':14} {'finite':>10} {'largest sum':>12} {'difference':>11} nats"]
+    titles = f"{'token':>7}  {'text':14} {'finite':>10} {'largest sum':>12} {'difference':>11} nats"
+    lines = [titles]
     for each in results:
         text = repr(tokenizer.decode([each.token], skip_special_tokens=False)) if tokenizer else ""
         finite = "yes" if each.not_finite is None else f"until {each.not_finite - 1}"
@@ -204,9 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.bundle / TOKENIZER_FILE
     tokenizer = load_tokenizer(path) if path.is_file() else None
     ids = choose_tokens(tokenizer, bundle.manifest.config.vocab_size, options.tokens)
-    results = []
-    for each in measure(bundle, ids, options.repeats, options.runtime, options.rows):
-        results.append(each)
+    results = list(measure(bundle, ids, options.repeats, options.runtime, options.rows))
     print(table(results, tokenizer))
     facts: dict[str, Any] = {
         "precision": bundle.manifest.precision,

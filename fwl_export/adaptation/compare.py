@@ -126,13 +126,15 @@ def read_texts(
     Raises:
       TokenError: A file is not text, or there are too few tokens.
     """
-    parts = [torch.from_numpy(read_ids(path, checkpoint.tokenizer)) for path in files]
+    # Of the validation text at the beginning, a fifth of the rest would do.
+    needed = plan.max_tokens and plan.max_tokens + 5 * plan.tuning_tokens
+    parts = _parts(checkpoint, files, needed)
     names = [path.name for path in files]
     stream = torch.cat(parts)
     starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
     if validation is not None:
-        held_out = torch.from_numpy(read_ids(validation, checkpoint.tokenizer))
-        held_out, name = held_out[: plan.tuning_tokens], validation.name
+        ids = read_ids(validation, checkpoint.tokenizer, most=plan.tuning_tokens)
+        held_out, name = torch.from_numpy(ids), validation.name
     else:
         size = min(plan.tuning_tokens, len(stream) // 5)
         held_out, stream = stream[:size], stream[size:]
@@ -153,6 +155,22 @@ def read_texts(
         )
     last = sum(start < len(stream) for start in starts)
     return Texts(names[:last], starts[:last], stream, held_out, name)
+
+
+def _parts(checkpoint: Checkpoint, files: Sequence[Path], needed: int) -> list[Tensor]:
+    """Return the token ids of texts that follow one another, each [N] int64.
+
+    Args:
+      checkpoint: The checkpoint whose tokenizer to use.
+      files: The texts.
+      needed: Tokens that are needed in all; 0 means all.
+    """
+    parts: list[Tensor] = []
+    for path in files:
+        most = needed and max(needed - sum(map(len, parts)), 2)
+        ids = read_ids(path, checkpoint.tokenizer, start=not parts, most=most)
+        parts.append(torch.from_numpy(ids))
+    return parts
 
 
 def check_pair(first: Checkpoint, second: Checkpoint) -> None:

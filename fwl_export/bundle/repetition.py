@@ -1,4 +1,4 @@
-"""Texts that repeat one token, or two in turn, for longer than any real text: tokens chosen to hurt.
+"""Texts that repeat one token, or two in turn, longer than real texts do: tokens chosen to hurt.
 
 Sums of gradients grow most while the same thing is read over and over: blank lines, a rule of
 dashes, a column of zeros, a damaged file. What holds over such a text for `LENGTH` tokens holds in
@@ -60,10 +60,13 @@ def repeated_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, character in _TEXTS.items():
         with contextlib.suppress(TokenError):  # a tokenizer need not read every text
-            ids = encode(character * _LONG, tokenizer).tolist()
-            found |= {name: token for token, _ in Counter(ids).most_common(1)}
-    control = (id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-    return found | {_CONTROL: id for id in [min(control, default=-1)] if id >= 0}
+            ids = encode(character * _LONG, tokenizer, start=False).tolist()
+            if ids:
+                found[name] = Counter(ids).most_common(1)[0][0]
+    control = [number for number, t in tokenizer.get_added_tokens_decoder().items() if t.special]
+    if control:
+        found[_CONTROL] = min(control)
+    return found
 
 
 def repetitions(

@@ -8,21 +8,23 @@ text are left out, and those in front of it are put there only where a session b
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import weakref
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
+from fwl_export.bundle.text_file import TextFile, open_text
+from fwl_export.bundle.text_pieces import token_pieces
+from fwl_export.bundle.tokenizer_facts import facts, start_ids
 from fwl_export.errors import CheckpointError, FwlError, TokenError
-from fwl_export.filesystem import open_regular
-from fwl_export.json_files import brief, read_bounded, shown
+from fwl_export.json_files import brief, read_bounded
 
 # Published tokenizers of 260 000 entries have 35 MB.
 _LARGEST_FILE = 256 << 20
@@ -31,25 +33,23 @@ _LARGEST_FILE = 256 << 20
 # have a few that were added after training. One with more of them is another model's.
 _LARGEST_SURPLUS = 0.1
 
-_BYTE_ORDER_MARKS = {
-    b"\xff\xfe\x00\x00": "UTF-32",
-    b"\x00\x00\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
 
+class KnownTokens(Protocol):
+    """What `read_ids` needs of a `TextTokenizer`, see `fwl_export.bundle.text_tokenizer`.
 
-class TextEncoder(Protocol):
-    """What `read_ids` needs of a tokenizer; see `fwl_export.bundle.text_tokenizer`."""
+    Attributes:
+      tokenizer: The tokenizer.
+    """
 
-    def encode(self, text: str, *, start: bool, special: bool = False) -> npt.NDArray[np.int64]:
-        """Return the token ids of a text, [N] int64."""
+    tokenizer: Tokenizer
+
+    def check_known(self, ids: npt.NDArray[np.int64]) -> None:
+        """Check that the model knows all token ids, [N] int64."""
 
 
 def load_tokenizer(
     path: Path,
     vocab_size: int | None = None,
-    padded: bool = True,
     content: bytes | None = None,
 ) -> Tokenizer:
     """Read a tokenizer.json, without the truncation, padding and dropout that it may ask for.
@@ -57,7 +57,6 @@ def load_tokenizer(
     Args:
       path: File to read.
       vocab_size: Number of token ids of the model; None allows any tokenizer.
-      padded: Whether the tokenizer may have fewer entries than the model, as in published models.
       content: Content of the file, if it was read already.
 
     Raises:
@@ -69,12 +68,12 @@ def load_tokenizer(
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
     if vocab_size is not None:
-        _check_vocabulary(path, tokenizer, vocab_size, padded)
+        _check_vocabulary(path, tokenizer, vocab_size)
     start_ids(tokenizer, path)
     return tokenizer
 
 
-def _check_vocabulary(path: Path, tokenizer: Tokenizer, vocab_size: int, padded: bool) -> None:
+def _check_vocabulary(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Check that a tokenizer can be the model's: nearly all of its ids are ids of the model."""
     ids = tokenizer.get_vocab().values()
     beyond = sum(token >= vocab_size for token in ids)
@@ -82,11 +81,6 @@ def _check_vocabulary(path: Path, tokenizer: Tokenizer, vocab_size: int, padded:
         raise CheckpointError(
             f"{path} has {len(ids)} entries, of which {beyond} have ids of {vocab_size} and more, "
             f"but the model's ids end at {vocab_size - 1}; is it the tokenizer of another model?"
-        )
-    if not padded and len(ids) < vocab_size:
-        raise CheckpointError(
-            f"{path} has {len(ids)} entries, but the model's vocab_size is {vocab_size}; "
-            "is it the tokenizer of another model?"
         )
 
 
@@ -111,117 +105,64 @@ def _parsed(path: Path, content: bytes | None) -> Tokenizer:
         raise CheckpointError(f"{path} is not a tokenizer file ({brief(error)})") from None
 
 
-def start_ids(tokenizer: Tokenizer, path: Path | str = "tokenizer.json") -> tuple[int, ...]:
-    """Return the ids that the post-processor puts in front of a text, mostly none or one.
-
-    Args:
-      tokenizer: The tokenizer.
-      path: Its file, for error messages.
-
-    Raises:
-      CheckpointError: The post-processor does something else than putting tokens around a text.
-    """
-    return template_ids(tokenizer, path)[0]
-
-
-def template_ids(
-    tokenizer: Tokenizer, path: Path | str = "tokenizer.json"
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids that the post-processor puts in front of a text, and those behind it.
-
-    For arguments and errors, see `start_ids`.
-    """
-    if tokenizer.post_processor is None:
-        return (), ()
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    for step in _steps(json.loads(tokenizer.post_processor.__getstate__())):
-        kind = step.get("type")
-        if kind in ("BertProcessing", "RobertaProcessing"):
-            left, right = (step["cls"][1],), (step["sep"][1],)
-        elif kind == "TemplateProcessing":
-            left, right = _template(step, path)
-        elif kind == "ByteLevel":
-            continue  # changes offsets only
-        else:
-            raise CheckpointError(
-                f"{path} has a post-processor of the type {shown(kind)}, which fwl-export does not "
-                "know; replace it by a TemplateProcessing"
-            )
-        before, after = left + before, after + right
-    return before, after
-
-
-def _steps(processor: dict[str, Any]) -> list[dict[str, Any]]:
-    if processor.get("type") != "Sequence":
-        return [processor]
-    return [step for part in processor["processors"] for step in _steps(part)]
-
-
-def _template(step: dict[str, Any], path: Path | str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids in front of the text and behind it in a TemplateProcessing."""
-    sides: list[list[int]] = [[]]
-    for piece in step["single"]:
-        if "Sequence" in piece:
-            sides.append([])
-        else:
-            sides[-1] += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-    if len(sides) != 2:
-        raise CheckpointError(
-            f"{path} has a post-processor whose template contains the text {len(sides) - 1} times; "
-            "expected once"
-        )
-    return tuple(sides[0]), tuple(sides[1])
-
-
-def read_text(path: Path) -> str:
-    """Return the content of a text file: line ends as they are, a byte-order mark left out.
-
-    Args:
-      path: Text file in UTF-8; not a pipe or a device, which may have no end.
-
-    Raises:
-      TokenError: The file is not UTF-8 text.
-    """
-    try:
-        with open_regular(path, TokenError) as stream:
-            content = stream.readall()
-    except OSError as error:
-        raise TokenError(f"cannot read '{path}' as text: {error}") from None
-    for mark, encoding in _BYTE_ORDER_MARKS.items():
-        if content.startswith(mark):
-            raise TokenError(
-                f"cannot read '{path}' as text: it is {encoding}, as its byte-order mark says; "
-                f"expected UTF-8: convert it, e.g. with `iconv -f {encoding} -t UTF-8`"
-            )
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TokenError(f"cannot read '{path}' as text: {error}") from None
-
-
 def read_ids(
-    path: Path, tokenizer: Tokenizer | TextEncoder, start: bool = True, special: bool = False
+    path: Path,
+    tokenizer: Tokenizer | KnownTokens,
+    start: bool = True,
+    special: bool = False,
+    most: int = 0,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> npt.NDArray[np.int64]:
     """Return the token ids of a text file, [N] int64.
 
     Args:
-      path: Text file in UTF-8; not a pipe or a device, which may have no end.
+      path: Text file in UTF-8, or `STANDARD_INPUT`; not another pipe or a device, which may have no
+        end.
       tokenizer: Tokenizer of the model.
       start: Whether the text begins a fresh session, see `encode`.
       special: Whether control tokens in the text are read as such, see `encode`.
+      most: Largest number of tokens to return, the first of the text; 0 means all. No more of the
+        file is read than that takes.
+      advance: Called with the number of bytes just read, for a progress bar.
 
     Raises:
       TokenError: The file is not UTF-8 text or has fewer than 2 tokens, or the tokenizer fails.
     """
-    text = read_text(path)
-    if isinstance(tokenizer, Tokenizer):
-        ids = encode(text, tokenizer, start, special)
-    else:
-        ids = tokenizer.encode(text, start=start, special=special)
-    if len(ids) < 2:
-        raise TokenError(f"'{path}' has {len(ids)} tokens; expected 2 or more")
+    raw = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.tokenizer
+    with open_text(path) as file:
+        ids = _file_ids(file, raw, start, special, most, advance)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer.check_known(ids)
+    if len(ids) < 2 and most != 1:
+        raise TokenError(f"{file.name} has {len(ids)} tokens; expected 2 or more")
     return ids
+
+
+def _file_ids(
+    file: TextFile,
+    tokenizer: Tokenizer,
+    start: bool,
+    special: bool,
+    most: int,
+    advance: Callable[[int], None],
+) -> npt.NDArray[np.int64]:
+    reader = tokenizer if special else facts(tokenizer).plain
+    before = list(start_ids(tokenizer)) if start else []
+    parts: list[npt.NDArray[np.int64]] = []
+    missing, done = most or sys.maxsize, 0
+    for ids in token_pieces(lambda text: run(reader, text), file.read, most):
+        piece = ids if parts else _with_start(ids, before)
+        parts.append(np.array(piece[:missing], np.int64))
+        missing -= len(parts[-1])
+        advance(file.read_bytes - done)
+        done = file.read_bytes
+        if not missing:
+            break
+    return np.concatenate(parts)
+
+
+def _with_start(ids: list[int], before: list[int]) -> list[int]:
+    return ids if ids[: len(before)] == before else before + ids
 
 
 def encode(
@@ -240,22 +181,22 @@ def encode(
     Raises:
       TokenError: The tokenizer fails, as one whose patterns backtrack too long does.
     """
-    ids = run(tokenizer if special else plain(tokenizer), text).ids
     before = list(start_ids(tokenizer)) if start else []
-    if ids[: len(before)] != before:
-        ids = before + ids
-    return np.array(ids, dtype=np.int64)
+    ids = run(tokenizer if special else facts(tokenizer).plain, text).ids
+    return np.array(_with_start(ids, before), np.int64)
 
 
 def run(tokenizer: Tokenizer, text: str) -> Encoding:
-    """Return the tokens of a text without any that the text does not contain.
+    """Return the tokens of a text, without any that the text does not contain.
 
     Raises:
-      TokenError: The tokenizer fails.
+      TokenError: The tokenizer fails, or the text is no Unicode text.
     """
     try:
         with _without_panic_messages():
-            return tokenizer.encode(text, add_special_tokens=False)
+            found = tokenizer.encode(text, add_special_tokens=False)
+        facts(tokenizer).warn_of_unknown(text, found)
+        return found
     except Exception as error:
         problem: BaseException = error
     except BaseException as error:
@@ -263,29 +204,16 @@ def run(tokenizer: Tokenizer, text: str) -> Encoding:
         if type(error).__name__ != "PanicException":
             raise
         problem = error
+    if half := re.search("[\ud800-\udfff]", text):
+        raise TokenError(
+            f"the text is no Unicode text: it has {half[0]!r}, half of a character, at place "
+            f"{half.start()}; was it decoded with another encoding than its own?"
+        )
     first, _, _ = str(problem).partition("\n")
     raise TokenError(
         f"the tokenizer cannot split this text into tokens ({first}); was tokenizer.json damaged, "
         "or does it come from somebody you do not know?"
     ) from None
-
-
-_plain: weakref.WeakKeyDictionary[Tokenizer, Tokenizer] = weakref.WeakKeyDictionary()
-
-
-def plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a tokenizer that reads control tokens in a text as plain text.
-
-    Args:
-      tokenizer: Tokenizer that reads them as control tokens; it is not changed.
-    """
-    if not any(token.special for token in tokenizer.get_added_tokens_decoder().values()):
-        return tokenizer
-    if tokenizer not in _plain:
-        copy = Tokenizer.from_str(tokenizer.to_str())
-        copy.encode_special_tokens = True
-        _plain[tokenizer] = copy
-    return _plain[tokenizer]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from fwl_export.cli.options import (
     list_completion,
 )
 from fwl_export.cli.terminal import COLUMNS, print_json, progress_bar
+from fwl_export.cli.texts import checked_ids, shown_name
 from fwl_export.runtimes.registry import RUNTIMES
 
 if TYPE_CHECKING:
@@ -165,7 +166,6 @@ def _search(
 ) -> Bisection:
     from fwl_export.bisect import bisect_bundle
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.parity.cases import ModelLimits, choose_cases
     from fwl_export.parity.report.data import read_report
@@ -173,7 +173,7 @@ def _search(
 
     opened = read_bundle(bundle)
     source = text or HELD_OUT_PLAY
-    ids = read_ids(source, bundle_tokenizer(opened))
+    ids = checked_ids(source, bundle_tokenizer(opened), tokens, cases)
     if report is not None:
         return bisect_bundle(
             opened, ids, candidate, reproducer=reproducer, report=read_report(report)
@@ -181,7 +181,15 @@ def _search(
     planned = choose_cases(cases, tokens, ModelLimits.of(opened.manifest), seed)
     with progress_bar("bisect", sum(case.tokens for case in planned)) as advance:
         found = bisect_bundle(
-            opened, ids, candidate, tokens, seed, reproducer, source.name, planned, advance=advance
+            opened,
+            ids,
+            candidate,
+            tokens,
+            seed,
+            reproducer,
+            shown_name(source),
+            planned,
+            advance=advance,
         )
     earlier = None if found.check else _failed_earlier(opened, candidate)
     if earlier is not None:

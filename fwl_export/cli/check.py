@@ -20,10 +20,12 @@ from fwl_export.cli.options import (
     OUTPUT,
     BundleArgument,
     JsonOption,
+    SpecialOption,
     TextOption,
     list_completion,
 )
 from fwl_export.cli.terminal import note, print_json, progress_bar
+from fwl_export.cli.texts import checked_ids, shown_name
 from fwl_export.cli.traces import refuse_together, run_against, trusted, write_record
 from fwl_export.printable import indented
 
@@ -72,6 +74,7 @@ def check(
         ),
     ] = None,
     text: TextOption = None,
+    special: SpecialOption = False,
     tokens: Annotated[
         int | None,
         typer.Option(help="Tokens of the text to read.", show_default=str(DEFAULT_TOKENS), min=1),
@@ -93,6 +96,26 @@ def check(
         int,
         typer.Option(help="Threads per runtime. With 1, results are reproducible.", min=1),
     ] = 1,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Time of the calls of a large model, by an estimate; what does not fit is left "
+            "out and named. Cases with a number of tokens are always read whole.",
+            show_default="110",
+            min=1,
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB", help="Memory that the check may use.", show_default="4", min=0.1
+        ),
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Leave nothing out for time, and use all free memory."),
+    ] = False,
     replay: Annotated[
         Path | None,
         typer.Option(help="Repeat the calls of this report, on the same text."),
@@ -199,10 +222,11 @@ def check(
         judged = {"baseline": baseline, "strict": strict or None, "tolerances": tolerances}
         written = {"report": report, "html": html, "junit": junit, "markdown": markdown}
         refuse_together(chosen, others | judged | written)
-        request = _request(bundle, {**given, "tokens": tokens}, text, replay)
+        request = _request(bundle, {**given, "tokens": tokens}, text, replay, special)
         request.options |= {"strict": strict, "threads": threads}
         request.options["tolerances"] = _read_tolerances(tolerances)
         request.options["baseline"] = _read_baseline(baseline)
+        request.options |= _bounds(request, budget, memory, full)
         files = {"--tolerances": tolerances, "--baseline": baseline}
         files |= {"--checkpoint": checkpoint, "--fwl": fwl, "--against": against}
         if checkpoint is not None:
@@ -211,6 +235,7 @@ def check(
             write_record(record, request, json)
             return
         command = _command(bundle, request, text, files, replay)
+        command += " --special" if special else ""
         if against is not None:
             result, target = run_against(against, request, command, report)
         else:
@@ -222,6 +247,21 @@ def check(
             _print(result, target, page, json)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
+
+
+def _bounds(
+    request: _Request, budget: float | None, memory: float | None, full: bool
+) -> dict[str, float | None]:
+    """Return the time and the memory that the check may take, as arguments of `check_bundle`."""
+    from fwl_export.errors import ConfigError
+    from fwl_export.parity.plan import DEFAULT_BUDGET
+
+    if full and budget is not None:
+        raise ConfigError("--full has no --budget; give one of the two")
+    cases = request.options.get("cases") or ""
+    is_named = any("@" in case for case in ([cases] if isinstance(cases, str) else cases))
+    seconds = None if full or (is_named and budget is None) else budget or DEFAULT_BUDGET
+    return {"budget": seconds, "memory": memory and memory * 1e9}
 
 
 @dataclass
@@ -244,11 +284,10 @@ class _Request:
 
 
 def _request(
-    folder: Path, given: Mapping[str, Any], text: Path | None, replay: Path | None
+    folder: Path, given: Mapping[str, Any], text: Path | None, replay: Path | None, special: bool
 ) -> _Request:
     """Return what to check: a text, or what a report says was checked."""
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.runtimes.text import bundle_tokenizer
 
@@ -258,9 +297,9 @@ def _request(
     if replay is not None:
         return _replayed(bundle, tokenizer, options, text, replay)
     source = text or HELD_OUT_PLAY
-    ids = read_ids(source, tokenizer)
     options = {"tokens": DEFAULT_TOKENS, "seed": 0} | options
-    return _Request(bundle, tokenizer, ids, source.name, options)
+    ids = checked_ids(source, tokenizer, options["tokens"], options.get("cases", ""), special)
+    return _Request(bundle, tokenizer, ids, shown_name(source), options)
 
 
 def _replayed(
@@ -297,31 +336,45 @@ def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, 
     """Check; returns the report and the path to write it to."""
     from fwl_export.bundle.manifest import REPORTS_FOLDER, place_for
     from fwl_export.parity import check_bundle
-    from fwl_export.parity.candidates import missing_library, parse_candidates
+    from fwl_export.parity.candidates import REFERENCE, missing_library, parse_candidates
     from fwl_export.parity.cases import ModelLimits, choose_cases
     from fwl_export.parity.check import DEFAULT_CASES, default_candidates
+    from fwl_export.parity.plan import plan_check
 
+    options = request.options
+    limits = ModelLimits.of_bundle(request.bundle)
     chosen = choose_cases(
-        request.options.get("cases", DEFAULT_CASES),
-        request.options["tokens"],
-        ModelLimits.of(request.bundle.manifest),
-        request.options["seed"],
-        request.options.pop("all_ids", False),
+        options.get("cases", DEFAULT_CASES),
+        options["tokens"],
+        limits,
+        options["seed"],
+        options.pop("all_ids", False),
     )
-    named = parse_candidates(request.options.get("candidates") or default_candidates())
+    named = parse_candidates(options.get("candidates") or default_candidates())
     if missing := missing_library(named):
         note(missing)
     # Before the work, not after it: the path must lie inside the bundle.
     target = report or place_for(request.bundle.folder, f"{REPORTS_FOLDER}/parity.json")
-    with progress_bar("check", sum(case.tokens for case in chosen)) as advance:
+    plan = plan_check(
+        request.bundle,
+        chosen,
+        limits,
+        options["seed"],
+        named,
+        options.get("reference", REFERENCE),
+        options.pop("budget"),
+        options.pop("memory"),
+    )
+    with progress_bar("check", plan.tokens) as advance:
         result = check_bundle(
             request.bundle,
             request.ids,
-            **(request.options | {"cases": chosen}),
+            **(options | {"cases": chosen, "plan": plan}),
             text=request.text,
-            decode=lambda token: request.tokenizer.decode([token]),
+            decode=lambda token: request.tokenizer.decode([token], skip_special_tokens=False),
             command=command,
             advance=advance,
+            say=advance.say,
         )
     return result, target
 
@@ -429,6 +482,9 @@ def _command(
     options = {"--text": text, "--replay": replay, **files}
     for name, path in options.items():
         words += [name, str(path)] if path is not None else []
+    bounds = (request.options.get("budget"), request.options.get("memory"))
+    words += [] if bounds[0] is None else ["--budget", f"{bounds[0]:g}"]
+    words += [] if bounds[1] is None else ["--memory", f"{bounds[1] / 1e9:g}"]
     flags = {"--strict": "strict", "--all-ids": "all_ids"}
     words += [flag for flag, key in flags.items() if request.options.get(key)]
     return shlex.join(words)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,54 +16,46 @@ from fwl_export.cli.options import (
     SpecialOption,
     StateOption,
 )
-from fwl_export.cli.read import read_tokens
-from fwl_export.cli.terminal import print_generated, print_json
+from fwl_export.cli.terminal import heading, print_generated, print_json
+from fwl_export.cli.texts import typed_text
+from fwl_export.cli.writing import (
+    MinPOption,
+    ReadOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    open_text,
+)
 
 if TYPE_CHECKING:
-    from fwl_export.bundle.text_decoder import TextDecoder
-
-_SAMPLING = "Sampling options"
+    from fwl_export.runtimes import Generation, Sampler, TextSession
 
 
 def generate(
     bundle: BundleArgument,
-    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
-    read: Annotated[
-        Path | None, typer.Option(help="Text file to read, and learn from, before the prompt.")
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Text to continue; - reads it from standard input.", show_default=False),
     ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Text file to continue, in place of --prompt.")
+    ] = None,
+    read: ReadOption = None,
     state: StateOption = None,
     max_new: Annotated[int, typer.Option(help="Number of tokens to generate.", min=1)] = 100,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            help="Sampling temperature; 0 always takes the most likely token.",
-            min=0,
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 0.8,
-    top_k: Annotated[
-        int,
-        typer.Option(
-            help="Sample from the k most likely tokens; 0 means all.",
-            min=0,
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample from the fewest tokens whose probabilities add up to p; 1 means all.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 1.0,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Seed of the random choice; the same seed gives the same text.",
-            min=0,
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 0,
+    stop: StopOption = None,
+    samples: Annotated[
+        int, typer.Option("-n", "--samples", help="Number of texts, with one seed each.", min=1)
+    ] = 1,
+    temperature: TemperatureOption = 0.8,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    seed: SeedOption = 0,
     no_learn: Annotated[
         bool,
         typer.Option(
@@ -81,48 +71,85 @@ def generate(
     runtime: RuntimeOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
     json: JsonOption = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json, log probabilities of each token and of the N most likely.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Continue a prompt, token by token.
 
-    On a terminal, control characters in the text are shown as escapes; a file or a pipe gets the
-    text as it is.
+    The text ends at a token by which the model ends texts, at a --stop string, or after --max-new
+    tokens; --json says which. A line end at the end of a prompt from a file or from standard input
+    is left out. On a terminal, control characters in the text are shown as escapes; a file or a
+    pipe gets the text as it is.
 
     Example:
       fwl-export generate demo-bundle --prompt "LEONTES." --seed 1
     """
-    from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
-    from fwl_export.bundle.tokenizer import read_ids
-    from fwl_export.runtimes import Sampler, open_session
-    from fwl_export.runtimes.text import prompt_ids
+    from fwl_export.runtimes import Sampler
 
-    opened = read_bundle(bundle)
-    tokenizer = bundle_text_tokenizer(opened)
-    session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
-    session.learning_rate_scale = learning_rate_scale
-    if state is not None:
-        session.load_state(state)
-    if read is not None:
-        fresh = not session.positions[0]
-        read_tokens(session, read_ids(read, tokenizer, fresh, special))
-    ids = prompt_ids(prompt, tokenizer, not session.positions[0], special)
-    sampler = Sampler(temperature, top_k, top_p, seed)
-    ends = () if ignore_end else sorted(tokenizer.end_ids)
-    tokens = session.generate(ids, max_new, sampler, ends, learn=not no_learn)
-    decoder = tokenizer.decoder(before=ids)
-    if json:
-        generated = [int(token) for token in tokens]
-        text = "".join(_texts(generated, decoder))
-        print_json({"prompt": prompt, "text": text, "tokens": generated})
-        return
-    print_generated(prompt)
-    for text in _texts(tokens, decoder):
-        print_generated(text)
+    begin = _prompt(prompt, prompt_file)
+    sampler = Sampler(
+        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    options: dict[str, Any] = {
+        "stop": stop or [],
+        "max_tokens": max_new,
+        "sampler": sampler,
+        "learn": not no_learn,
+        "logprobs": logprobs,
+        "special": special,
+        "ignore_end": ignore_end,
+    }
+    text = open_text(bundle, runtime, no_plugin, learning_rate_scale, state, read, special)
+    if samples > 1:
+        _print_all(begin, text.generate(begin, samples, **options), sampler, json)
+    elif json:
+        print_json({"prompt": begin, **_to_dict(text.generate(begin, **options))})
+    else:
+        _print_stream(text, begin, options)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the prompt: as it was given, from a file, or from standard input."""
+    from fwl_export.bundle.text_file import read_text
+    from fwl_export.errors import ConfigError
+
+    if (prompt is None) == (file is None):
+        given = "neither" if prompt is None else "both"
+        raise ConfigError(f"{given} of --prompt and --prompt-file was given; expected one of them")
+    if prompt is not None and prompt != "-":
+        return typed_text(prompt)
+    text = read_text(file or Path("-"))
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _print_stream(text: TextSession, prompt: str, options: dict[str, Any]) -> None:
+    stream = text.stream(prompt, **options)
+    pieces = iter(stream)
+    first = next(pieces, "")  # the prompt is shown once the model has read it without an error
+    print_generated(prompt + first)
+    for piece in pieces:
+        print_generated(piece)
     print_generated("\n")
 
 
-def _texts(tokens: Iterable[int], decoder: TextDecoder) -> Iterator[str]:
-    """Yield what each token adds to the text, once its characters are complete."""
-    for text in chain(map(decoder.add, tokens), (decoder.finish() for _ in range(1))):
-        if text:
-            yield text
+def _print_all(prompt: str, texts: list[Generation], sampler: Sampler, json: bool) -> None:
+    if json:
+        print_json({"prompt": prompt, "samples": [_to_dict(each) for each in texts]})
+        return
+    for number, each in enumerate(texts):
+        heading(f"sample {number + 1}, seed {sampler.seed + number}")
+        print_generated(f"{prompt}{each.text}\n")
+
+
+def _to_dict(generation: Generation) -> dict[str, Any]:
+    """Return a text for programs."""
+    from dataclasses import asdict
+
+    data = asdict(generation)
+    return data if generation.logprobs is not None else data | {"logprobs": None}

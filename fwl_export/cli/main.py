@@ -18,6 +18,7 @@ import typer
 from fwl_export.cli.bench import bench
 from fwl_export.cli.bisect import bisect
 from fwl_export.cli.build import build
+from fwl_export.cli.chat import chat
 from fwl_export.cli.check import check
 from fwl_export.cli.commands import Verb, add_verb, new_application, start_logging
 from fwl_export.cli.compare_adaptation import compare_adaptation
@@ -34,7 +35,7 @@ from fwl_export.cli.read import read
 from fwl_export.cli.score import score
 from fwl_export.cli.terminal import flush_output, print_exception, safe_streams
 from fwl_export.cli.train import train
-from fwl_export.errors import FwlError, missing_export_package
+from fwl_export.errors import FwlError, missing_account, missing_export_package
 from fwl_export.printable import indented
 
 # Headings of `fwl-export --help`, and the verbs under each.
@@ -42,7 +43,7 @@ SECTIONS: dict[str, tuple[Verb | typer.Typer, ...]] = {
     "Start here": (demo, doctor),
     "Make a bundle": (train, import_block_group, export, build),
     "Check it": (check, bisect, precision),
-    "Use it": (score, read, generate, inspect),
+    "Use it": (score, read, generate, chat, inspect),
     "Measure it": (bench, compare_adaptation),
 }
 VERBS: tuple[Verb, ...] = tuple(
@@ -85,7 +86,14 @@ def main() -> None:
             if missing is None:
                 raise
             _fail(logger, str(missing))
+        except (RuntimeError, KeyError) as error:
+            homeless = missing_account(error)
+            if homeless is None:
+                raise
+            _fail(logger, str(homeless))
         except OSError as error:
+            if homeless := missing_account(error):
+                _fail(logger, str(homeless))
             if error.filename is None and error.errno is None:
                 raise
             # What is written to files names them, see `files.named_errors`.

@@ -16,6 +16,7 @@ from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS, DEFAULT_OPSET
 from fwl_export.cli.logs import is_quiet
 from fwl_export.cli.options import JsonOption, TextOption, complete_checkpoint, completion
 from fwl_export.cli.terminal import COLUMNS, print_json, spinner, table
+from fwl_export.cli.texts import checked_ids
 
 if TYPE_CHECKING:
     from fwl_export.parity import Report
@@ -29,6 +30,8 @@ TARGETS = ("fp16", "bf16", "int8w")
 
 
 _LIMITS = "Limits of the error"
+
+_REJECTED = 3  # policies that were not confirmed and are shown
 
 
 def precision(
@@ -112,7 +115,6 @@ def precision(
 def _search(
     folder: Path, target: str, text: Path | None, tokens: int, confirm_tokens: int, limits: Limits
 ) -> Exploration:
-    from fwl_export.bundle.tokenizer import read_ids
     from fwl_export.demo import HELD_OUT_PLAY
     from fwl_export.model.checkpoint import load_checkpoint
     from fwl_export.parity.precision_search import Explorer
@@ -120,7 +122,8 @@ def _search(
     checkpoint = load_checkpoint(folder)
     interval = checkpoint.config.fast_weights.anchor_interval
     max_tokens = min(DEFAULT_MAX_TOKENS, interval or DEFAULT_MAX_TOKENS)
-    ids = read_ids(text or HELD_OUT_PLAY, checkpoint.tokenizer)
+    longest = max(tokens, confirm_tokens)
+    ids = checked_ids(text or HELD_OUT_PLAY, checkpoint.tokenizer, longest)
     with spinner("precision") as say, tempfile.TemporaryDirectory() as scratch:
 
         def in_onnx_runtime(policy: PrecisionPolicy) -> Mapping[str, Session]:
@@ -136,9 +139,21 @@ def _search(
 def _checked(scratch: Path, ids: Any) -> Report:
     """Check the bundle that `_onnx_runtime` has exported last, as `check` does by default."""
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.parity.check import DEFAULT_TOKENS, check_bundle
+    from fwl_export.bundle.repetition import LENGTH
+    from fwl_export.parity.cases import ENDLESS
+    from fwl_export.parity.check import DEFAULT_CASES, DEFAULT_TOKENS, check_bundle
+    from fwl_export.runtimes.text import bundle_tokenizer
 
-    return check_bundle(read_bundle(scratch / "bundle"), ids, min(DEFAULT_TOKENS, len(ids) - 1))
+    bundle = read_bundle(scratch / "bundle")
+    cases = [name if name != ENDLESS else f"{name}@{LENGTH}" for name in DEFAULT_CASES.split(",")]
+    tokenizer = bundle_tokenizer(bundle)
+    return check_bundle(
+        bundle,
+        ids,
+        min(DEFAULT_TOKENS, len(ids) - 1),
+        cases=cases,
+        decode=lambda token: tokenizer.decode([token], skip_special_tokens=False),
+    )
 
 
 def _checkpoint_of(source: str) -> Path:
@@ -187,7 +202,13 @@ def _summary(found: Exploration, limits: Limits, tokens: int) -> str:
         COLUMNS,
         break_on_hyphens=False,
     )
-    return f"{table(header, rows)}\n\n{excluded}{_of_check(found)}"
+    rejected = "".join(
+        f"\n{textwrap.fill(f'not confirmed: {line}', COLUMNS, break_on_hyphens=False)}"
+        for line in found.rejected[:_REJECTED]
+    )
+    if len(found.rejected) > _REJECTED:
+        rejected += f"\nand {len(found.rejected) - _REJECTED} more policies not confirmed"
+    return f"{table(header, rows)}\n\n{excluded}{rejected}{_of_check(found)}"
 
 
 def _of_check(found: Exploration) -> str:

@@ -14,10 +14,12 @@ from fwl_export.cli.options import (
     LearningRateScaleOption,
     NoPluginOption,
     RuntimeOption,
+    SpecialOption,
     StateOption,
     completion,
 )
-from fwl_export.cli.terminal import print_json, progress_bar, size
+from fwl_export.cli.terminal import counted, print_json, progress_bar, rate, size
+from fwl_export.cli.texts import shown_name, text_ids
 
 if TYPE_CHECKING:
     from fwl_export.runtimes import Session
@@ -29,7 +31,10 @@ COMPRESSIONS = ("none", "fp16", "lowrank")
 def read(
     bundle: BundleArgument,
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Text file to read.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Text file to read; - is standard input.", show_default=False
+        ),
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="State file to write.", show_default=False)
@@ -43,6 +48,7 @@ def read(
             autocompletion=completion(*COMPRESSIONS),
         ),
     ] = "none",
+    special: SpecialOption = False,
     learning_rate_scale: LearningRateScaleOption = 1.0,
     runtime: RuntimeOption = "onnxruntime",
     no_plugin: NoPluginOption = False,
@@ -59,17 +65,17 @@ def read(
     from dataclasses import asdict
 
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.tokenizer import read_ids
+    from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
     from fwl_export.runtimes import open_session
-    from fwl_export.runtimes.text import bundle_tokenizer
 
     _check_compression(compress)  # before the work, not after it
     opened = read_bundle(bundle)
-    ids = read_ids(file, bundle_tokenizer(opened))
+    tokenizer = bundle_text_tokenizer(opened)
     session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
     session.learning_rate_scale = learning_rate_scale
     if state is not None:
         session.load_state(state)
+    ids = text_ids(file, tokenizer, session, special)
     began = time.perf_counter()
     read_tokens(session, ids)
     seconds = time.perf_counter() - began
@@ -77,7 +83,7 @@ def read(
     if json:
         print_json({"file": str(file), "output": str(output), "read": len(ids), **asdict(saved)})
         return
-    print(f"{file.name}: {len(ids)} tokens read, {len(ids) / seconds:.0f} tokens/s")
+    print(f"{shown_name(file)}: {counted(len(ids))} read, {rate(len(ids), seconds)}")
     error = f", error {saved.error:.1e} of the largest value" if compress != "none" else ""
     print(
         f"wrote {output}\n{size(saved.file_bytes)}, {size(saved.state_bytes)} in memory, at token "
@@ -94,7 +100,19 @@ def _check_compression(compress: str) -> None:
 
 
 def read_tokens(session: Session, ids: Any) -> None:
-    """Read token ids [N] into a session of one row, and show a progress bar."""
+    """Read token ids [N] into a session of one row, and show a progress bar.
+
+    Raises:
+      TokenError: The text is longer than the model can read; nothing is read then.
+    """
+    from fwl_export.errors import TokenError
+
+    room = session.max_positions - session.positions[0]
+    if session.max_positions and len(ids) > room:
+        raise TokenError(
+            f"the text has {len(ids)} tokens, but this model can read at most {room} more; read a "
+            "shorter text"
+        )
     with progress_bar("reading", len(ids)) as advance:
         for start in range(0, len(ids), session.max_tokens):
             part = ids[start : start + session.max_tokens]

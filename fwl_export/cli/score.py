@@ -13,9 +13,11 @@ from fwl_export.cli.options import (
     LearningRateScaleOption,
     NoPluginOption,
     RuntimeOption,
+    SpecialOption,
     StateOption,
 )
-from fwl_export.cli.terminal import print_json, progress_bar
+from fwl_export.cli.terminal import counted, print_json, progress_bar, rate
+from fwl_export.cli.texts import shown_name, text_ids
 
 if TYPE_CHECKING:
     from fwl_export.runtimes.text import Score
@@ -26,11 +28,20 @@ ADAPTING, OFF = "adapting", "adaptation off"
 def score(
     bundle: BundleArgument,
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Text file to score.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Text file to score; - is standard input.", show_default=False
+        ),
     ],
     tokens: Annotated[
-        int, typer.Option(help="Largest number of tokens to read; 0 means all.", min=0)
+        int,
+        typer.Option(
+            help="Largest number of tokens to read, 2 or more, of which all but the first are "
+            "scored; 0 means all.",
+            min=0,
+        ),
     ] = 0,
+    special: SpecialOption = False,
     state: StateOption = None,
     learning_rate_scale: LearningRateScaleOption = 1.0,
     runtime: RuntimeOption = "onnxruntime",
@@ -46,15 +57,15 @@ def score(
       fwl-export score demo-bundle play.txt
     """
     plugin = "none" if no_plugin else "auto"
-    on, off = score_both(bundle, file, runtime, tokens, plugin, state, learning_rate_scale)
+    on, off = score_both(bundle, file, runtime, tokens, plugin, state, learning_rate_scale, special)
     if json:
         print_json({"file": str(file), **to_dict(runtime, on, off)})
         return
-    print(f"{file.name}: {on.tokens} tokens scored, {runtime}")
+    print(f"{shown_name(file)}: {counted(on.tokens)} scored, {runtime}")
     for name, result in ((ADAPTING, on), (OFF, off)):
         print(
             f"  {name:15} perplexity {result.perplexity:7.2f}   "
-            f"{result.tokens_per_second:7.0f} tokens/s"
+            f"{rate(result.tokens, result.seconds):>16}"
         )
     change = on.perplexity / off.perplexity - 1
     print(f"  adapting is {abs(change):.1%} {'lower' if change < 0 else 'higher'}")
@@ -68,22 +79,30 @@ def score_both(
     plugin: str = "auto",
     state: Path | None = None,
     learning_rate_scale: float = 1.0,
+    special: bool = False,
 ) -> tuple[Score, Score]:
     """Score a text with adaptation and without; see `score` for the arguments."""
     from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.tokenizer import read_ids
+    from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
+    from fwl_export.errors import ConfigError
     from fwl_export.runtimes import open_session
-    from fwl_export.runtimes.text import bundle_tokenizer, score_ids
+    from fwl_export.runtimes.text import score_ids
 
+    if tokens == 1:
+        raise ConfigError(
+            "--tokens is 1, but the first token is not scored, since nothing predicts it; give 2 "
+            "or more, or 0 for the whole text"
+        )
     opened = read_bundle(bundle)
-    ids = read_ids(file, bundle_tokenizer(opened))
-    ids = ids[: tokens or len(ids)]
-    results = []
+    tokenizer = bundle_text_tokenizer(opened)
+    results, ids = [], None
     for name, weight in ((ADAPTING, 1.0), (OFF, 0.0)):
         session = open_session(opened, runtime, plugin=plugin)
         session.learning_rate_scale = learning_rate_scale
         if state is not None:
             session.load_state(state)
+        if ids is None:  # only now is known whether the session is fresh
+            ids = text_ids(file, tokenizer, session, special, tokens)
         with progress_bar(name, len(ids) - 1) as advance:
             results.append(score_ids(session, ids, weight, advance))
     return results[0], results[1]

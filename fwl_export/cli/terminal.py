@@ -191,9 +191,29 @@ def spinner(title: str) -> Iterator[Callable[[str], None]]:
     _log.info("%s: done in %.1f s", title, time.perf_counter() - began)
 
 
+class Bar:
+    """A progress bar: call it with the number of steps that were made."""
+
+    def __init__(
+        self, title: str, advance: Callable[[int], None], show: Callable[[str], None]
+    ) -> None:
+        self._title = title
+        self._advance = advance
+        self._show = show
+
+    def __call__(self, steps: int) -> None:
+        """Advance by a number of steps."""
+        self._advance(steps)
+
+    def say(self, message: str) -> None:
+        """Show what is being done now."""
+        _log.info("%s: %s", self._title, message)
+        self._show(message)
+
+
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error; yields the function that advances it."""
+def progress_bar(title: str, total: int) -> Iterator[Bar]:
+    """Show a bar on standard error; yields what advances it."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -211,7 +231,14 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
     with bar as progress, safe_streams():
         task = progress.add_task(_shown(title), total=total)
-        yield lambda advance: progress.update(task, advance=advance)
+
+        def show(message: str) -> None:
+            if console.is_terminal:
+                progress.update(task, description=_shown(f"{title}: {message}"))
+            elif not logs.is_quiet():
+                print(one_line(f"{title}: {message}"), file=sys.stderr, flush=True)
+
+        yield Bar(title, lambda steps: progress.update(task, advance=steps), show)
     _log.info("%s: done in %.1f s", title, time.perf_counter() - began)
 
 
@@ -275,3 +302,13 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def counted(tokens: int) -> str:
+    """Return a number of tokens for people, e.g. "1 token"."""
+    return f"{tokens} token" if tokens == 1 else f"{tokens} tokens"
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Return a speed for people, e.g. "1500 tokens/s"."""
+    return f"{tokens / seconds:.0f} tokens/s" if seconds > 0 else "too fast to measure"

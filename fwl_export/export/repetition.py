@@ -147,8 +147,8 @@ def refusal(found: NotFinite, precision: str, token_text: str) -> ExportError:
     way = (
         "leave more parts in float32, see `fwl-export precision`"
         if precision != "fp16"
-        else "export with --precision fp32, or with a policy of `fwl-export precision`, which keeps "
-        "some parts in float32"
+        else "export with --precision fp32, or with a policy of `fwl-export precision`, which "
+        "keeps some parts in float32"
     )
     return ExportError(
         f"in {precision} the model is not finite on a text that repeats one thing "

@@ -1,5 +1,7 @@
 """Read and write checkpoints: folders with config.json, model.safetensors and tokenizer.json.
 
+Files that say more about text, such as a chat template, may stand beside tokenizer.json.
+
 A checkpoint cannot run code when it is loaded: it holds only JSON and safetensors, never pickle.
 """
 
@@ -16,7 +18,8 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fwl_export.bundle.config import HuggingFaceConfig, ModelConfig
-from fwl_export.bundle.tokenizer import load_tokenizer
+from fwl_export.bundle.text_tokenizer import text_tokenizer
+from fwl_export.bundle.tokenizer_facts import facts
 from fwl_export.errors import CheckpointError
 from fwl_export.files import check_output, finish_replacement, replaced_folder
 from fwl_export.json_files import read_json
@@ -41,7 +44,7 @@ class Checkpoint:
 
     Attributes:
       model: The model, in float32, in evaluation mode and on the CPU.
-      tokenizer: Its tokenizer, with `config.vocab_size` entries.
+      tokenizer: Its tokenizer.
     """
 
     model: FWLModel
@@ -58,8 +61,8 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
 
     Args:
       folder: Path of the folder.
-      read: Function that returns the content of one of its files, such as one that checks hashes;
-        None reads the files from the folder.
+      read: Function that returns the content of config.json, model.safetensors or tokenizer.json,
+        such as one that checks hashes; no other file is read then. None reads the folder.
 
     Raises:
       CheckpointError: A file is missing, truncated, or does not fit the config.
@@ -72,15 +75,11 @@ def load_checkpoint(folder: Path, read: Callable[[str], bytes] | None = None) ->
     check_size(folder / WEIGHTS_FILE, _parameters(config))
     with ZeroWeights():
         model = FWLModel(config)
-    tensors = read_tensors(folder / WEIGHTS_FILE, model.stored_tensors(), content(WEIGHTS_FILE))
-    model.load_stored_tensors(tensors)
-    tokenizer = load_tokenizer(
-        folder / TOKENIZER_FILE,
-        config.vocab_size,
-        config.padded_vocabulary,
-        content(TOKENIZER_FILE),
-    )
-    return Checkpoint(model.eval().requires_grad_(False), tokenizer)
+    # Nothing else holds the file's content, nor the tensors: either takes the model's memory again.
+    expected = model.stored_tensors()
+    model.load_stored_tensors(read_tensors(folder / WEIGHTS_FILE, expected, content(WEIGHTS_FILE)))
+    text = text_tokenizer(folder, config, content(TOKENIZER_FILE), {} if read else None)
+    return Checkpoint(model.eval().requires_grad_(False), text.tokenizer)
 
 
 def check_complete(folder: Path) -> None:
@@ -132,13 +131,22 @@ def _parameters(config: ModelConfig) -> int:
 
 
 def save_checkpoint(folder: Path, model: FWLModel, tokenizer: Tokenizer) -> None:
-    """Write a checkpoint folder, replacing an older one. On failure, nothing changes there."""
+    """Write a checkpoint folder, replacing an older one. On failure, nothing changes there.
+
+    Args:
+      folder: Path of the folder.
+      model: The model.
+      tokenizer: Its tokenizer. If it was read with `load_checkpoint`, the files that stood beside
+        it, such as the chat template, are written too.
+    """
     with replaced_folder(folder) as beside:
         text = json.dumps(model.config.to_dict(), indent=2)
         (beside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in model.stored_tensors().items()}
         save_file(tensors, beside / WEIGHTS_FILE)
         tokenizer.save(str(beside / TOKENIZER_FILE))
+        for name, content in facts(tokenizer).files.items():
+            (beside / name).write_bytes(content)
 
 
 def check_checkpoint_output(folder: Path, force: bool) -> None:

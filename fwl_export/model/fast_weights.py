@@ -36,14 +36,15 @@ Sums = Mapping[str, Tensor]
 class Pending(NamedTuple):
     """What each position stores for its gradient, which must wait for the label.
 
-    The label of a position is the token after it. All tensors are [B, T, size]. With an anchor, all
-    but `hidden` are computed with the anchor's weights.
+    The label of a position is the token after it. All tensors are [B, T, size], and in float32 or
+    better, except that `hidden` has the backbone's dtype. With an anchor, all but `hidden` are
+    computed with the anchor's weights.
 
     Attributes:
       hidden: The backbone's output h; size input_size.
       up: a = h W1 + b1, before the activation; size hidden_size.
       normed: n, the normalized m; size output_size.
-      inv_std: 1 / sigma, the reciprocal standard deviation of m, in float32 or better; size 1.
+      inv_std: 1 / sigma, the reciprocal standard deviation of m; size 1.
       expected: p U^T, see `FastWeights.expected_embedding`; size output_size.
     """
 
@@ -180,8 +181,8 @@ class FastWeights(nn.Module):
         step = self.scaled_step(tensor)
         if step.ndim:  # one step size per input feature: scale the query's features by their ratios
             ratio = step / step.abs().max().clamp_min(torch.finfo(step.dtype).tiny)
-            query, step = (wide(query) * ratio).to(query.dtype), step.abs().max()
-        return step * wide(read(query))
+            query, step = wide(query) * ratio, step.abs().max()
+        return step * read(query)
 
     def slow(self, hidden: Tensor, anchor: Sums | None = None) -> SlowPass:
         """Run the layer with its slow weights, or with an anchor's.
@@ -198,9 +199,8 @@ class FastWeights(nn.Module):
         bias: Tensor = self.norm_bias
         if anchor is None:
             up = base
-            down = wide(product(squared_relu(up), self.down_kernel) + self.down_bias)
+            down = product(squared_relu(up), self.down_kernel) + self.down_bias
         else:
-            kind = hidden.dtype
 
             def matrix(name: str, query: Tensor) -> Tensor:
                 return self.learned(name, query, lambda q: wide(q) @ anchor[name])
@@ -208,14 +208,13 @@ class FastWeights(nn.Module):
             def vector(name: str) -> Tensor | float:
                 return self._learned_vector(name, anchor.get(name))
 
-            up = (wide(base) - matrix("up.kernel", hidden) - vector("up.bias")).to(kind)
+            up = base - matrix("up.kernel", hidden) - vector("up.bias")
             activated = squared_relu(up)
-            down = wide(product(activated, self.down_kernel) + self.down_bias)
+            down = product(activated, self.down_kernel) + self.down_bias
             down = down - matrix("down.kernel", activated) - vector("down.bias")
             scale, bias = self._anchored_scale(anchor), bias - vector("norm.bias")
         normed, inv_std = self.normalize(down)
-        output = (normed * scale + bias).to(hidden.dtype)
-        return SlowPass(hidden, base, up, normed.to(hidden.dtype), inv_std, output)
+        return SlowPass(hidden, base, up, normed, inv_std, normed * scale + bias)
 
     def _learned_vector(self, name: str, total: Tensor | None) -> Tensor | float:
         """Return step size x sum, [B, 1, size], or 0 for a tensor without fast weights."""
@@ -232,7 +231,7 @@ class FastWeights(nn.Module):
         """Return z U + c, with a soft cap if the config has one: [B, T, output] -> [B, T, V]."""
         logits = linear(output, self.unembed, self.unembed_bias)
         if cap := self.config.logit_softcap:
-            logits = (cap * torch.tanh(wide(logits) / cap)).to(logits.dtype)
+            logits = cap * torch.tanh(wide(logits) / cap)
         return logits
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
@@ -249,7 +248,7 @@ class FastWeights(nn.Module):
         weights = torch.softmax(wide(logits), -1)
         if cap := self.config.logit_softcap:
             weights = weights * (1 - (wide(logits) / cap).square())
-        return product(weights.to(logits.dtype), self.unembed)
+        return wide(weights.to(self.unembed.dtype) @ self.unembed)
 
     def _label_embedding(self, at: Pending, labels: Tensor, anchor: Sums | None) -> Tensor:
         """Return the unembedding of the label, U_label: [B, T, output].
@@ -293,7 +292,7 @@ class FastWeights(nn.Module):
             - at_normed.mean(-1, keepdim=True)
             - normed * (at_normed * normed).mean(-1, keepdim=True)
         )
-        at_activated = wide(product(down.to(at.up.dtype), self.down_kernel.T))
+        at_activated = product(down, self.down_kernel.T)
         if anchor is not None:
             back = down @ anchor["down.kernel"].transpose(1, 2)
             at_activated = at_activated - back * self.scaled_step("down.kernel")
@@ -314,7 +313,6 @@ class FastWeights(nn.Module):
         Returns:
           z with the fast weights, [B, T, output].
         """
-        kind = slow.hidden.dtype
 
         def matrix(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return self.learned(name, query, lambda q: sums.matrix(name, q, key, value))
@@ -324,14 +322,14 @@ class FastWeights(nn.Module):
                 return 0.0
             return self.scaled_step(name) * sums.vector(name, value)
 
-        up = wide(slow.base) - matrix("up.kernel", slow.hidden, before.hidden, gradients.up)
-        activated = squared_relu(up - vector("up.bias", gradients.up)).to(kind)
-        down = wide(product(activated, self.down_kernel) + self.down_bias)
+        up = slow.base - matrix("up.kernel", slow.hidden, before.hidden, gradients.up)
+        activated = squared_relu(up - vector("up.bias", gradients.up))
+        down = product(activated, self.down_kernel) + self.down_bias
         down = down - matrix("down.kernel", activated, squared_relu(before.up), gradients.down)
         normed, _ = self.normalize(down - vector("down.bias", gradients.down))
         scale = self.norm_scale - vector("norm.scale", gradients.norm_scale)
         bias = self.norm_bias - vector("norm.bias", gradients.norm_bias)
-        return (normed * scale + bias).to(kind)
+        return normed * scale + bias
 
     def parallel(
         self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None, chunk: int = 256

@@ -9,16 +9,20 @@ the normalized state. The entries of x are at most c = sqrt(width) in size. The 
 of README.md then computes, with twice the backbone's width in its middle,
 
     a = [c + x, c - x]        from W1 = [1/w, -1/w] and b1 = [c - b/w, c + b/w]
-    m = x                     from (c + x)^2 - (c - x)^2 = 4 c x, so W2 = [1; -1] / 4c
+    m = x A                   from (c + x)^2 - (c - x)^2 = 4 c x, so W2 = [A; -A] / 4c
     z = w norm(m) + b         from gamma = w and beta = b
 
-and z is h where the layer norm changes nothing. After a layer norm that holds exactly. After an RMS
-norm the layer norm removes the mean of x over its features, which is one direction of many.
+with A the identity, and z is h where the layer norm changes nothing. After a layer norm that holds
+exactly. After an RMS norm the layer norm would remove the mean of x over its features, one
+direction of many. Which one is a matter of choice: w and x may change their signs together, feature
+by feature, and A may move x along any direction until its mean is zero. `_least_missed` chooses
+both so that the predictions change least, by the model's own distributions over texts that it
+writes itself; no text is needed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +37,7 @@ from fwl_export.model.fast_weights import FastWeights
 ANCHOR_INTERVAL = 32
 HORIZON = 1e6
 _STEPS = {
-    "up_kernel": 0.03,
+    "up_kernel": 0.01,
     "up_bias": 1e-6,
     "down_kernel": 1e-6,
     "down_bias": 1e-6,
@@ -44,6 +48,11 @@ _STEPS = {
 # Entries of w that are smaller than this part of the largest would need too large entries of 1/w:
 # float16 has no normal numbers below 6e-5.
 _SMALLEST_SCALE = 1e-3
+# Texts that the model writes itself, their tokens, and the first of those whose states are used.
+_OWN_TEXTS, _OWN_TOKENS, _BEGINNING = 8, 96, 1
+_STATES_AT_ONCE = 64
+_STARTS, _FLIPS = 20, 4  # searches for signs, and flips in each of them by the number of features
+_RIDGE = 0.1
 _PROBES = 8  # random vectors by which a norm is recognized
 _SAME = 1e-4  # relative error that float32 stays below by a factor of 10
 
@@ -88,6 +97,10 @@ def start_near_identity(layer: FastWeights, backbone: HuggingFaceBackbone) -> No
       ConfigError: The backbone has no final norm, or the layer's sizes do not fit.
     """
     norm = final_norm(backbone)
+    keep = torch.eye(len(norm.scale))
+    if not norm.centered:
+        signs, keep = _least_missed(_sensitivity(layer, _own_states(layer, backbone), norm.scale))
+        norm = replace(norm, scale=norm.scale * signs)
     width, hidden = len(norm.scale), layer.config.hidden_size
     if hidden < 2 * width or layer.config.output_size != width:
         raise ConfigError(
@@ -99,8 +112,7 @@ def start_near_identity(layer: FastWeights, backbone: HuggingFaceBackbone) -> No
     layer.up_kernel[:, : 2 * width] = torch.cat((torch.diag(1 / scale), torch.diag(-1 / scale)), 1)
     shift = norm.bias / scale
     layer.up_bias.zero_()[: 2 * width] = torch.cat((limit - shift, limit + shift))
-    identity = torch.eye(width)
-    layer.down_kernel.zero_()[: 2 * width] = torch.cat((identity, -identity)) / (4 * limit)
+    layer.down_kernel.zero_()[: 2 * width] = torch.cat((keep, -keep)) / (4 * limit)
     layer.down_bias.zero_()
     layer.norm_scale.copy_(scale * seen)
     layer.norm_bias.copy_(norm.bias)
@@ -117,6 +129,82 @@ def _divisor(scale: Tensor) -> tuple[Tensor, float]:
     sign = torch.where(scale < 0, -1.0, 1.0)
     divisor = sign * scale.abs().clamp_min(least)
     return divisor, float((scale / divisor).square().mean().sqrt())
+
+
+def _own_states(layer: FastWeights, backbone: HuggingFaceBackbone) -> Tensor:
+    """Return hidden states of texts that the model writes itself, [tokens, width].
+
+    Args:
+      layer: The layer, for its unembedding.
+      backbone: The backbone.
+    """
+    config, generator = backbone.config, torch.Generator().manual_seed(0)
+    length = min(_OWN_TOKENS, config.max_positions or _OWN_TOKENS)
+    backbone.config = replace(config, window=length, max_positions=length)  # short caches
+    try:
+        caches = [torch.zeros(_OWN_TEXTS, *shape) for _, shape in backbone.cache_specs(length)]
+        ids = torch.randint(len(layer.unembed), (_OWN_TEXTS, 1), generator=generator)
+        lengths = torch.ones(_OWN_TEXTS, dtype=torch.int64)
+        states = []
+        for position in range(length):
+            hidden, caches = backbone.stream(ids, lengths * position, lengths, caches)
+            states.append(hidden[:, 0])
+            likely = torch.softmax(layer.logits(hidden[:, 0]), -1)
+            ids = torch.multinomial(likely, 1, generator=generator)
+    finally:
+        backbone.config = config
+    return torch.cat(states[_BEGINNING:] or states)
+
+
+def _sensitivity(layer: FastWeights, states: Tensor, scale: Tensor) -> Tensor:
+    """Return how much the predictions change with each pair of features of x, [width, width].
+
+    It is the covariance of w U[y] over the labels y that the model expects, averaged over states:
+    the second derivative of the divergence between the predictions before and after a change of x.
+
+    Args:
+      layer: The layer, for its unembedding.
+      states: Hidden states, [tokens, width].
+      scale: w, [width].
+    """
+    expected = torch.zeros(len(layer.unembed))
+    outer = torch.zeros(len(scale), len(scale), dtype=torch.float64)
+    for part in states.split(_STATES_AT_ONCE):
+        likely = torch.softmax(layer.logits(part), -1)
+        expected += likely.sum(0)
+        mean = (likely @ layer.unembed).double()
+        outer -= mean.T @ mean
+    outer += (layer.unembed.T @ (layer.unembed * expected[:, None])).double()
+    w = scale.double()
+    return w[:, None] * (outer / len(states)) * w
+
+
+def _least_missed(sensitivity: Tensor) -> tuple[Tensor, Tensor]:
+    """Return signs [width] of the features of x, and A [width, width] for x with these signs.
+
+    Args:
+      sensitivity: How much the predictions change with each pair of features of x.
+    """
+    _, vectors = torch.linalg.eigh(sensitivity)
+    starts = [torch.where(column < 0, -1.0, 1.0).double() for column in vectors.T[:_STARTS]]
+    signs = min(
+        (_flipped(sensitivity, start) for start in starts), key=lambda s: float(s @ sensitivity @ s)
+    )
+    ridge = _RIDGE * sensitivity.diagonal().mean()
+    away = torch.linalg.solve(sensitivity + ridge * torch.eye(len(signs)).double(), signs) * signs
+    away /= away.sum()
+    return signs.float(), (torch.eye(len(signs)) - away).float()
+
+
+def _flipped(matrix: Tensor, signs: Tensor) -> Tensor:
+    """Return signs s [width] for which s M s is small: no flip of a single one makes it smaller."""
+    for _ in range(_FLIPS * len(signs)):
+        gain = matrix.diagonal() - signs * (matrix @ signs)
+        best = int(gain.argmin())
+        if gain[best] >= 0:
+            break
+        signs[best] = -signs[best]
+    return signs
 
 
 def _set_steps(layer: FastWeights, norm: FinalNorm) -> None:

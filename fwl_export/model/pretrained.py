@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from fwl_export.bundle.tokenizer import load_tokenizer
+from fwl_export.bundle.text_tokenizer import text_tokenizer
 from fwl_export.errors import CheckpointError
 from fwl_export.model.backbones.gguf import is_gguf, save_gguf_tokenizer
 from fwl_export.model.checkpoint import TOKENIZER_FILE, save_checkpoint
@@ -62,7 +62,7 @@ def backbone_tokenizer(backbone: Path, model: FWLModel) -> Tokenizer:
                 f"backbone '{backbone}' has no {TOKENIZER_FILE}; write it with "
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
             )
-        return load_tokenizer(path, model.config.vocab_size, padded=True)
+        return text_tokenizer(folder, model.config).tokenizer
 
 
 @contextlib.contextmanager

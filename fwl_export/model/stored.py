@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fwl_export.errors import CheckpointError
@@ -22,6 +23,8 @@ WEIGHTS_FILE = "model.safetensors"
 
 # Numbers that a model may have beyond its file, and then be refused for the tensor that differs.
 _SMALL = 1 << 22
+
+_ALIGNMENT = 64  # in bytes, as PyTorch allocates: results may depend on it
 
 
 class ZeroWeights(TorchFunctionMode):
@@ -37,9 +40,21 @@ class ZeroWeights(TorchFunctionMode):
         kwargs = kwargs or {}
         # Both the methods of tensors and the functions of torch.nn.init, which name their argument.
         if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter) and tensor.device.type == "cpu":
+                tensor.data = _lazy_zeros(tensor)
+                return tensor
             with torch.no_grad():
-                return (args[0] if args else kwargs["tensor"]).zero_()
+                return tensor.zero_()
         return (torch.zeros if func is torch.randn else func)(*args, **kwargs)
+
+
+def _lazy_zeros(like: Tensor) -> Tensor:
+    """Return zeros of a tensor's shape and type that take no memory before they are written."""
+    size = like.numel() * like.element_size()
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[start : start + size]).view(like.dtype).reshape(like.shape)
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -11,8 +11,6 @@ interval divides; `fwl_export.runtimes.Session` splits calls there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +19,8 @@ from fwl_export.bundle.state import INPUTS as MODEL_INPUTS
 from fwl_export.bundle.state import TensorSpec
 from fwl_export.model.fast_weights import DENSE_BIASES, FAST_TENSORS, Pending, shift
 from fwl_export.model.language_model import FWLModel
+from fwl_export.model.numerics import UpdateOp, narrowed
 from fwl_export.op.torch_op import decay_products, linear_attention_update
-
-UpdateOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 INPUTS = tuple(spec.name for spec in MODEL_INPUTS)
 OUTPUTS = ("logits",)
@@ -34,13 +31,13 @@ def state_specs(config: ModelConfig, model: FWLModel, max_tokens: int) -> list[T
 
     Args:
       config: The model's configuration.
-      model: The model. Activations have the dtype of its norms, which its matrices need not have;
-        sums are float32, or float64 in a float64 model.
+      model: The model. Keys, values and hidden states have the backbone's dtype; sums, and what
+        else waits for a label, are float32, or float64 in a float64 model.
       max_tokens: Largest number of tokens per call. Ring buffers hold `window + max_tokens - 1`
         tokens.
     """
     layer = config.fast_weights
-    activation = str(model.fast_weights.norm_scale.dtype).removeprefix("torch.")
+    activation = str(model.backbone.activation_type).removeprefix("torch.")
     accumulate = "float64" if activation == "float64" else "float32"
     d, h, s = layer.input_size, layer.hidden_size, layer.output_size
     shapes = {
@@ -63,10 +60,10 @@ def state_specs(config: ModelConfig, model: FWLModel, max_tokens: int) -> list[T
             if layer.anchor_interval
         ),
         TensorSpec("pending.hidden", (d,), activation),
-        TensorSpec("pending.up", (h,), activation),
-        TensorSpec("pending.normed", (s,), activation),
+        TensorSpec("pending.up", (h,), accumulate),
+        TensorSpec("pending.normed", (s,), accumulate),
         TensorSpec("pending.inv_std", (1,), accumulate),
-        TensorSpec("pending.expected", (s,), activation),
+        TensorSpec("pending.expected", (s,), accumulate),
         TensorSpec("pending.valid", (), accumulate),
     ]
 
@@ -89,7 +86,8 @@ class StreamingModel(nn.Module):
         self.model = model
         self.max_tokens = max_tokens
         self.specs = state_specs(model.config, model, max_tokens)
-        self._update = update
+        kind = model.backbone.activation_type
+        self._update = narrowed(update, kind) if kind == torch.float16 else update
 
     def forward(
         self,
@@ -127,12 +125,12 @@ class StreamingModel(nn.Module):
         )
         anchor = self._anchor(past, lengths)
         slow = layer.slow(hidden, anchor)
-        # The last position's gradient waits for the next call. So if it is the call's only position
-        # (`early` is 0), its slow logits can wait for the fast ones: a single product with the
-        # unembedding then yields both. Until then its slow output takes the place of its expected
-        # embedding, which `one_later` drops.
-        length = input_ids.shape[1]
-        early = length - 1 // length
+        # The last position's gradient waits for the next call. So its slow logits can wait for the
+        # fast ones: a single product with the unembedding then yields both, which is all of them in
+        # a call of one token. Until then its slow output takes the place of its expected embedding,
+        # which `one_later` drops. In every call it is the last position, since tools that infer
+        # shapes do not follow a size that depends on whether there are more.
+        early = input_ids.shape[1] - 1
         expected = layer.expected_embedding(layer.logits(slow.output[:, :early]))
         last = Pending(*(past[f"pending.{n}"] for n in Pending._fields))
         before = slow.pending(torch.cat((expected, slow.output[:, early:]), 1)).one_later(last)
@@ -201,7 +199,7 @@ class _StateSums:
 
     def matrix(self, name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         read, self.present[f"fast.{name}"] = self._update(
-            query, key, value.to(query.dtype), self._decay, self._past[f"fast.{name}"]
+            query, key, value, self._decay, self._past[f"fast.{name}"]
         )
         return read
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fwl_export.bundle.tokenizer import read_text
+from fwl_export.bundle.text_file import read_text
 from fwl_export.errors import ConfigError, TokenError
 
 BYTES = 256

@@ -165,7 +165,7 @@ def cases_with_rows(
             fitting.append(replace(case, rows=rows, tokens=case.tokens * _rounds(rows)))
         elif case.name == FAR and case.rows > rows:
             smaller = replace(case, rows=rows)
-            fitting.append(replace(smaller, tokens=_usual_tokens(smaller, limits, seed)))
+            fitting.append(replace(smaller, tokens=usual_tokens(smaller, limits, seed)))
         elif case.rows <= rows:
             fitting.append(case)
     return fitting
@@ -200,13 +200,19 @@ def _with_tokens(case: Case, tokens: int, limits: ModelLimits, seed: int, all_id
     elif case.name == LONG and all_ids:
         wanted = limits.vocab_size + 1
     else:
-        wanted = min(case.tokens or _usual_tokens(case, limits, seed), LONGEST_CASE * tokens)
+        wanted = min(case.tokens or usual_tokens(case, limits, seed), LONGEST_CASE * tokens)
     limit = limits.max_positions if case.name in (TEXT, DECODE, ENDLESS) else 0
     return replace(case, tokens=min(wanted, limit) if limit else wanted)
 
 
-def _usual_tokens(case: Case, limits: ModelLimits, seed: int) -> int:
-    """Return how many tokens the calls of a case have together, if nothing ends them early."""
+def usual_tokens(case: Case, limits: ModelLimits, seed: int) -> int:
+    """Return how many tokens the calls of a case have together, if nothing ends them early.
+
+    Args:
+      case: The case.
+      limits: Limits of the model.
+      seed: Seed of the calls.
+    """
     if case.name == DECODE:
         return max(2 * decode_interval(limits) + _AROUND, 2 * _AROUND)
     endless = replace(case, tokens=1 << 60)
@@ -654,12 +660,14 @@ def _far(
     """
     every = np.full(case.rows, 1)
     yield _Plan(every * min(24, limits.max_tokens))
+    sizes = [size for size in (4, 1, 17) if size <= limits.max_tokens] or [1]
+    sizes = [1] * (4 // limits.max_tokens) + sizes if limits.max_tokens < 4 else sizes
     targets = far_positions(limits)
+    if sum(sizes) * math.ceil(len(targets) / case.rows) > case.tokens:
+        targets = targets[::-1]  # the farthest, if there is no time for all
     for start in range(0, len(targets), case.rows):
         group = targets[start : start + case.rows]
         moves = tuple((row, target - 2) for row, target in enumerate(group))
-        sizes = [size for size in (4, 1, 17) if size <= limits.max_tokens] or [1]
-        sizes = [1] * (4 // limits.max_tokens) + sizes if limits.max_tokens < 4 else sizes
         for number, size in enumerate(sizes):
             yield _Plan(
                 every * size,

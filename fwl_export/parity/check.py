@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple, cast
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ShapeError
-from fwl_export.machine import available_memory, installed_versions, processor_name
+from fwl_export.machine import installed_versions, processor_name
+from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.candidates import (
     REFERENCE,
     Candidate,
@@ -31,9 +33,7 @@ from fwl_export.parity.cases import (
     LONGEST_CASE,
     Case,
     ModelLimits,
-    cases_with_rows,
     choose_cases,
-    plan_calls,
 )
 from fwl_export.parity.coverage import Coverage
 from fwl_export.parity.drift import (
@@ -45,7 +45,8 @@ from fwl_export.parity.drift import (
     RunKey,
     measure_drift,
 )
-from fwl_export.parity.repeat import differences
+from fwl_export.parity.plan import DEFAULT_BUDGET, Plan, plan_check, slots_in_use
+from fwl_export.parity.repeat import Difference, differences
 from fwl_export.parity.report.baseline import compare_with_baseline
 from fwl_export.parity.report.data import CaseRun, Report
 from fwl_export.parity.report.worst_place import worst_place
@@ -54,6 +55,7 @@ from fwl_export.parity.tolerances import Tolerance, changed_table
 from fwl_export.parity.verdict import CandidateVerdict, judge
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.runtimes import RUNTIMES, Session, open_session
+from fwl_export.runtimes.torch import short_session
 
 _log = logging.getLogger(__name__)
 
@@ -61,10 +63,8 @@ CANDIDATES = "onnxruntime"
 BOTH_PATHS = "onnxruntime:plugin,onnxruntime:no-plugin"
 DEFAULT_TOKENS = 576
 
-# Copies of the state in float32 that a check holds: buffers and copies of the reference, which are
-# in float64, and of PyTorch's own precision; then those of each candidate, in both modes.
-_STATES, _STATES_PER_CANDIDATE = 24, 8
-_SHARE_OF_MEMORY = 0.8
+# Slots by which the ring buffers of a reference for short texts grow.
+_SLOTS = 64
 DEFAULT_CASES = ",".join(case.name for case in CASES)
 
 # Two readings of the same calls may differ by this multiple of the first one's distance from the
@@ -103,6 +103,10 @@ def check_bundle(
     command: str = "",
     advance: Callable[[int], None] = lambda tokens: None,
     stop_early: bool = False,
+    budget: float | None = DEFAULT_BUDGET,
+    memory: float | None = None,
+    plan: Plan | None = None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> Report:
     """Make the same calls in every candidate and judge how far each is from the reference.
 
@@ -128,6 +132,12 @@ def check_bundle(
       command: Shell command that repeats the check, for the report.
       advance: Called with the number of tokens that the first row has moved on, in each case.
       stop_early: Whether to stop after the first case in which a candidate does not pass.
+      budget: Seconds that the calls may take, by an estimate that follows from the model's size;
+        what does not fit is left out and named. None means any time.
+      memory: Bytes that the check may use; None means 4 GB, or without a budget what is free.
+      plan: What to try, if `plan_check` was called before; `cases`, `budget` and `memory` are then
+        not used.
+      say: Called with a line of text about what is being done.
 
     Raises:
       BundleError: The bundle is incomplete or changed, or has no checkpoint.
@@ -136,29 +146,32 @@ def check_bundle(
     """
     began = time.perf_counter()
     manifest = bundle.manifest
-    limits = ModelLimits.of_bundle(bundle)
-    chosen = choose_cases(cases, tokens, limits, seed, all_ids)
+    if candidates is None:
+        candidates = default_candidates()
+    if plan is None:
+        limits = ModelLimits.of_bundle(bundle)
+        chosen = choose_cases(cases, tokens, limits, seed, all_ids)
+        plan = plan_check(bundle, chosen, limits, seed, candidates, reference, budget, memory)
     table = changed_table(tolerances or {}, strict)
-    ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
-    plan_calls(chosen, ids, limits, seed)  # refuses a text that is too short, before runtimes open
+    ids = ids[: ROWS * max(case.tokens for case in plan.cases) + 1]
+    calls = plan.calls(ids, seed)  # refuses a text that is too short, before runtimes open
+    say("hashing the files")
     bundle.model_files()
-    coverage = Coverage(limits, threads=[str(threads)])
+    coverage = Coverage(plan.limits, threads=[str(threads)])
+    run = _Run(bundle, plan, calls, threads, coverage, advance, say)
+    right = parse_candidate(reference)
     with torch_threads(threads):
-        if candidates is None:
-            candidates = default_candidates()
-        lineup = _open_all(bundle, candidates, parse_candidate(reference), threads)
         horizon_tokens = model_horizon(bundle)
-        wanted = chosen
-        chosen = cases_with_rows(chosen, _most_rows(bundle, lineup), limits, seed)
-        calls = plan_calls(chosen, ids, limits, seed)
-        _log.info("comparing with %s: %s", reference, ", ".join(c.name for c in lineup.candidates))
-        measured: list[_Measured] = []
-        for case in chosen:
-            measured.append(_measure(lineup, case, calls[case.name], advance, coverage))
-            verdicts = _verdicts(lineup, measured[-1:], horizon_tokens, table)
-            if stop_early and not all(verdict.passed for verdict in verdicts):
-                break
-    _say_what_ran(coverage, lineup, wanted, chosen, tokens)
+        if plan.in_turns and not isinstance(candidates, Mapping):
+            lineup, measured = _measure_in_turns(run, candidates, right)
+        else:
+
+            def passed(lineup: _Lineup, measured: _Measured) -> bool:
+                verdicts = _verdicts(lineup, [measured], horizon_tokens, table)
+                return not stop_early or all(verdict.passed for verdict in verdicts)
+
+            lineup, measured = _measure_together(run, candidates, right, passed)
+    _say_what_ran(coverage, lineup, plan, tokens)
     verdicts = _verdicts(lineup, measured, horizon_tokens, table)
     if baseline is not None:
         verdicts = compare_with_baseline(verdicts, baseline)
@@ -234,6 +247,87 @@ class _Lineup:
     own: dict[str, tuple[str, Session]]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every part of a check needs to know.
+
+    Attributes:
+      bundle: Bundle under check.
+      plan: What to try.
+      calls: Calls of every case.
+      threads: Threads per runtime.
+      coverage: Counts what was tried.
+      advance: Called with the number of tokens that the first row has moved on.
+      say: Called with a line of text about what is being done.
+      counted: Names of the cases whose calls were counted.
+    """
+
+    bundle: Bundle
+    plan: Plan
+    calls: Mapping[str, Iterable[ScheduledCall]]
+    threads: int
+    coverage: Coverage
+    advance: Callable[[int], None]
+    say: Callable[[str], None]
+    counted: set[str] = field(default_factory=set)
+
+    def observer(self, case: Case, lineup: _Lineup) -> Callable[..., None]:
+        """Return what counts the calls of a case, which are made once in every turn."""
+        if case.name in self.counted or all(c.reason is not None for c in lineup.candidates):
+            return lambda call, before: None
+        self.counted.add(case.name)
+        return self.coverage.add
+
+
+def _measure_together(
+    run: _Run,
+    candidates: str | Sequence[str | Candidate] | Mapping[str, Session],
+    reference: Candidate,
+    passed: Callable[[_Lineup, _Measured], bool],
+) -> tuple[_Lineup, list[_Measured]]:
+    """Open all runtimes and measure them side by side, until a case has not passed."""
+    run.say("opening the runtimes")
+    lineup = _open_all(run.bundle, candidates, reference, run.threads)
+    _log.info("comparing with %s: %s", reference.name, ", ".join(c.name for c in lineup.candidates))
+    measured: list[_Measured] = []
+    for case in run.plan.cases:
+        run.say(f"case {case.name}")
+        measured.append(_measure(lineup, case, run))
+        if not passed(lineup, measured[-1]):
+            break
+    return lineup, measured
+
+
+def _measure_in_turns(
+    run: _Run, candidates: str | Sequence[str | Candidate], reference: Candidate
+) -> tuple[_Lineup, list[_Measured]]:
+    """Measure one runtime after the other; beside it, only the reference is in memory.
+
+    First comes PyTorch in every precision that a candidate computes in, unless it is a candidate.
+    """
+    parsed = parse_candidates(candidates)
+    run.say(f"opening {reference.name}")
+    right = (reference.name, reference.open(run.bundle, 1, run.threads))
+    whole = _Lineup([], right, right, {})
+    measured: dict[str, list[_Measured]] = {case.name: [] for case in run.plan.cases}
+    candidates_by_precision = {
+        c.precision(run.bundle): c.name for c in parsed if c.runtime == "torch" and not c.tokens
+    }
+    for precision in dict.fromkeys(c.precision(run.bundle) for c in parsed):
+        name = candidates_by_precision.get(precision) or f"PyTorch {precision}"
+        whole.own[precision] = (name, right[1])  # only the name is used afterwards
+        if precision not in candidates_by_precision:
+            run.say(f"opening {name}")
+            session = open_session(run.bundle, "torch", precision=cast(Any, precision))
+            _measure_turn(run, _Lineup([], right, right, {precision: (name, session)}), measured)
+            del session
+    for named in parsed:
+        run.say(f"opening {named.name}")
+        opened = [_open(run.bundle, named, run.threads, twin(named, parsed))]
+        whole.candidates += _measure_turn(run, _Lineup(opened, right, right, {}), measured)
+    return whole, [_merged(turns) for turns in measured.values()]
+
+
 def _open_all(
     bundle: Bundle,
     candidates: str | Sequence[str | Candidate] | Mapping[str, Session],
@@ -293,17 +387,48 @@ class _Measured(NamedTuple):
     own: Drift
 
 
-def _measure(
-    lineup: _Lineup,
-    case: Case,
-    calls: Iterable[ScheduledCall],
-    advance: Callable[[int], None],
-    coverage: Coverage,
-) -> _Measured:
-    def fresh(name: str, session: Session) -> tuple[str, Session]:
-        return name, session.another(case.rows)
+def _measure_turn(
+    run: _Run, lineup: _Lineup, measured: Mapping[str, list[_Measured]]
+) -> list[_OpenedCandidate]:
+    """Measure all cases; returns the candidates without their sessions."""
+    for case in run.plan.cases:
+        names = [c.name for c in lineup.candidates] or [name for name, _ in lineup.own.values()]
+        run.say(f"{names[0]}, case {case.name}")
+        measured[case.name].append(_measure(lineup, case, run))
+    _close(lineup)
+    return lineup.candidates
 
-    candidates = _fresh_candidates(lineup, case, coverage)
+
+def _close(lineup: _Lineup) -> None:
+    """Let go of the candidates' models."""
+    lineup.candidates[:] = [replace(candidate, session=None) for candidate in lineup.candidates]
+    gc.collect()
+
+
+def _merged(turns: Sequence[_Measured]) -> _Measured:
+    """Return the measurements of several turns as if all had been made side by side."""
+    drifts = [measured.drift for measured in turns]
+    together = Drift(
+        {key: run for drift in drifts for key, run in drift.runs.items()},
+        next((drift.failure for drift in drifts if drift.failure), None),
+        max(drift.calls for drift in drifts),
+        max(drift.largest_call for drift in drifts),
+    )
+    return _Measured(turns[0].case, together, together)
+
+
+def _measure(lineup: _Lineup, case: Case, run: _Run) -> _Measured:
+    calls = run.calls[case.name]
+    slots = _round_up(slots_in_use(calls, case.rows)) if run.plan.in_turns else None
+
+    def fresh(name: str, session: Session) -> tuple[str, Session]:
+        short = short_session(session, slots, case.rows) if slots else None
+        return name, short or session.another(case.rows)
+
+    again = _read_again(lineup, calls) if case.name == AGAIN else {}
+    if again and run.plan.in_turns:  # there is no memory for a model with each number of threads
+        _close(lineup)
+    candidates = _fresh_candidates(lineup, case, run.coverage)
     own = dict(fresh(*pair) for pair in lineup.own.values() if pair[0] not in candidates)
     limits = {
         candidate.name: candidate.tokens for candidate in lineup.candidates if candidate.tokens
@@ -315,30 +440,36 @@ def _measure(
         {**candidates, **own} if together else candidates,
         calls,
         limits,
-        needed=candidates,
-        advance=advance,
-        observe=coverage.add,
+        needed=candidates if lineup.candidates else None,
+        advance=run.advance,
+        observe=run.observer(case, lineup),
+        taking_turns=run.plan.in_turns,
     )
-    if case.name == AGAIN:
-        _repeat(lineup, calls, drift, coverage)
+    _judge_again(lineup, again, drift, run.coverage)
     if together:
         return _Measured(case, drift, drift)
     own = dict(fresh(*pair) for pair in lineup.own.values())
     return _Measured(case, drift, measure_drift(fresh(*lineup.yardstick), own, calls))
 
 
+def _round_up(slots: int) -> int:
+    return -(-max(slots, 1) // _SLOTS) * _SLOTS
+
+
 def _fresh_candidates(lineup: _Lineup, case: Case, coverage: Coverage) -> dict[str, Session]:
     """Open a session of each candidate for a case; an engine may not take so many rows."""
     found = {}
     for candidate in lineup.candidates:
-        if candidate.session is None:
+        if candidate.reason is not None:
             continue
         try:
             if case.name == AGAIN and candidate.with_own_threads:
                 session = candidate.with_own_threads().another(case.rows)
                 coverage.threads = [*dict.fromkeys([*coverage.threads, "default"])]
-            else:
+            elif candidate.session is not None:
                 session = candidate.session.another(case.rows)
+            else:
+                continue
         except ShapeError as error:
             coverage.left_out.append(f"case {case.name} of {candidate.name}: {error}")
             continue
@@ -346,31 +477,49 @@ def _fresh_candidates(lineup: _Lineup, case: Case, coverage: Coverage) -> dict[s
     return found
 
 
-def _repeat(
-    lineup: _Lineup, calls: Iterable[ScheduledCall], drift: Drift, coverage: Coverage
+def _read_again(
+    lineup: _Lineup, calls: Iterable[ScheduledCall]
+) -> dict[str, list[Difference] | Exception]:
+    """Make the calls twice in every candidate; returns what differs, or why it failed."""
+    found: dict[str, list[Difference] | Exception] = {}
+    for candidate in lineup.candidates:
+        if candidate.session is None or candidate.tokens:
+            continue
+        try:
+            found[candidate.name] = list(differences(candidate.session, calls))
+        except Exception as error:  # runtimes raise exceptions of any type
+            found[candidate.name] = error
+    return found
+
+
+def _judge_again(
+    lineup: _Lineup,
+    again: Mapping[str, list[Difference] | Exception],
+    drift: Drift,
+    coverage: Coverage,
 ) -> None:
-    """Make the calls twice more in every candidate; what differs becomes a failure of its run.
+    """Turn what differs between two readings of the same calls into a failure of the run.
 
     With one thread on a CPU the bits must be equal. Elsewhere two readings may differ by as much
     as they together may differ from the reference.
     """
     for candidate in lineup.candidates:
         run = drift.runs.get(RunKey(candidate.name, FREE_RUNNING))
-        if candidate.session is None or candidate.tokens or run is None or run.failure:
+        if candidate.name not in again or run is None or run.failure:
             continue
         coverage.repeated.append(candidate.name)
-        try:
-            run.failure = next(_not_repeated(candidate, calls, run, drift), None)
-        except Exception as error:  # runtimes raise exceptions of any type
-            message = f"it failed when the calls were made again: {error}"
+        found = again[candidate.name]
+        if isinstance(found, Exception):
+            message = f"it failed when the calls were made again: {found}"
             run.failure = Failure(candidate.name, 0, 0, message)
+        else:
+            run.failure = next(_not_repeated(candidate, found, run), None)
 
 
 def _not_repeated(
-    candidate: _OpenedCandidate, calls: Iterable[ScheduledCall], run: RunDrift, drift: Drift
+    candidate: _OpenedCandidate, found: Iterable[Difference], run: RunDrift
 ) -> Iterator[Failure]:
-    assert candidate.session is not None
-    for tensor, step, error in differences(candidate.session, calls):
+    for tensor, step, error in found:
         usual = max(e.relative_rms for e in run.errors[tensor])
         if candidate.is_exact or error.relative_rms > _TWO_READINGS * usual + _ROUNDINGS:
             message = (
@@ -394,34 +543,17 @@ def default_candidates() -> str:
     return BOTH_PATHS if find_plugin(ONNXRUNTIME) else CANDIDATES
 
 
-def _most_rows(bundle: Bundle, lineup: _Lineup) -> int:
-    """Return how many rows fit into memory, in all sessions that make the same calls; 1 or more."""
-    memory = available_memory()
-    if memory is None:
-        return max(case.rows for case in CASES)
-    row = sum(spec.bytes_per_row for spec in bundle.manifest.state)
-    copies = _STATES + _STATES_PER_CANDIDATE * len(lineup.candidates)
-    return max(int(_SHARE_OF_MEMORY * memory) // (copies * row), 1)
-
-
-def _say_what_ran(
-    coverage: Coverage,
-    lineup: _Lineup,
-    wanted: Sequence[Case],
-    chosen: Sequence[Case],
-    tokens: int,
-) -> None:
+def _say_what_ran(coverage: Coverage, lineup: _Lineup, plan: Plan, tokens: int) -> None:
     """Add to the coverage which paths ran, and what a full check would also have tried."""
-    coverage.paths = paths_of(c.runtime for c in lineup.candidates if c.session)
+    coverage.paths = paths_of(c.runtime for c in lineup.candidates if c.reason is None)
     if coverage.paths == ["function body"] and not find_plugin(ONNXRUNTIME):
         coverage.left_out.append(
             "the plugin's kernel, whose library is not installed (`make plugins` builds it)"
         )
-    missing = [case.name for case in CASES if case.name not in {c.name for c in chosen}]
+    missing = [case.name for case in CASES if case.name not in {c.name for c in plan.cases}]
     if missing:
         coverage.left_out.append(f"cases {', '.join(missing)}")
-    if any(c.rows > max((case.rows for case in chosen), default=0) for c in wanted):
-        coverage.left_out.append("more rows than the free memory holds the state of")
+    coverage.left_out += plan.left_out
     if tokens < DEFAULT_TOKENS:
         coverage.left_out.append(f"what takes more than {LONGEST_CASE * tokens} tokens")
 
@@ -494,8 +626,6 @@ def torch_threads(count: int) -> Iterator[None]:
 def model_horizon(bundle: Bundle) -> float:
     """Return the horizon of the bundle's model in tokens; 0 means that it never forgets."""
     from safetensors import safe_open
-
-    from fwl_export.model.stored import WEIGHTS_FILE
 
     if bundle.manifest.config.fast_weights.decay == "none":
         return 0.0

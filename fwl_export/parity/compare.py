@@ -144,6 +144,12 @@ class TensorSum:
                 values = float(found[start + place]), float(right[start + place])
                 self._worst = Place(step, tokens_read, (row, *index), *values)
 
+    def add_equal(self, count: int) -> None:
+        """Count elements that are 0 in both, as `add` would."""
+        if self.ulp is None:
+            self.ulp = np.zeros(ULP_BINS, np.int64)
+        self.ulp[0] += count
+
     def _add_block(self, row: int, candidate: Array, reference: Array) -> int | None:
         """Return the index of the largest difference, or None if an earlier one is as large."""
         expected = reference.astype(np.float64, copy=False)

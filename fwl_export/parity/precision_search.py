@@ -6,8 +6,9 @@ ranks the parts by how much they matter. Then as few parts as possible are exclu
 that ranking, such that the model with all others quantized is within the limits. Last, each
 excluded part is tried once more: it is quantized if the model stays within the limits.
 
-What is recommended must also pass `check` with its default cases, whose weights, scales and
-positions can be too large for a part in float16 although the text is not.
+What is recommended must also pass `check` with its default cases, whose weights, scales, positions
+and repeated tokens can be too large for a part in float16 although the text is not. Where the check
+finds what is not finite, the part that alone is not finite on repeated tokens is excluded next.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fwl_export.bundle.defaults import DEFAULT_MAX_TOKENS
+from fwl_export.bundle.repetition import LENGTH, repeated_tokens
 from fwl_export.bundle.state import Array
-from fwl_export.errors import ConfigError
+from fwl_export.errors import ConfigError, NotFiniteError
 from fwl_export.model.checkpoint import Checkpoint
+from fwl_export.parity.cases import ENDLESS, ModelLimits, choose_cases
 from fwl_export.parity.check import torch_threads
 from fwl_export.parity.compare import pooled
 from fwl_export.parity.drift import FREE_RUNNING, LOGITS, RunDrift, measure_drift
@@ -93,6 +96,8 @@ class Exploration:
       confirmed: Distance under the policy over the longer text, by runtime.
       runs: Number of models that were measured.
       checked: Report of a check of the policy, or None if it was not checked.
+      rejected: A sentence for each policy that the longer text or the check did not confirm: how
+        many parts were excluded, and which candidate failed how.
     """
 
     policy: PrecisionPolicy
@@ -101,6 +106,7 @@ class Exploration:
     confirmed: Mapping[str, Distance]
     runs: int
     checked: Report | None = None
+    rejected: Sequence[str] = ()
 
 
 # Opens sessions of the model under a policy in other runtimes, by name, to measure them too.
@@ -136,6 +142,7 @@ class Explorer:
         self._limits, self._max_tokens, self._say = limits, max_tokens, say
         self._names = list(parts(checkpoint.model, target))
         self._runs = 0
+        self._rejected: list[str] = []
 
     def search(
         self,
@@ -174,13 +181,17 @@ class Explorer:
             "all_lowered": asdict(everything),
             "lowered_alone": {name: asdict(alone[name]) for name in ranked},
         }
+        if self._rejected:
+            measured["rejected"] = self._rejected
         if checked is not None:
             measured["check"] = {
                 "uses": {candidate.name: candidate.use for candidate in checked.candidates},
                 "coverage": checked.coverage,
             }
         policy = replace(policy, measured=measured)
-        return Exploration(policy, alone, everything, confirmed, self._runs, checked)
+        return Exploration(
+            policy, alone, everything, confirmed, self._runs, checked, self._rejected
+        )
 
     def _sensitivities(self, tokens: int) -> tuple[Distance, dict[str, Distance]]:
         """Return the distance with all parts quantized, and those with one part, by its name."""
@@ -240,17 +251,67 @@ class Explorer:
             self._say(f"confirming over {tokens} tokens with {len(excluded)} parts excluded")
             others = open_others(policy)
             found = self._measure({"PyTorch": policy}, tokens, others)
-            problem = f"is outside the limits over {tokens} tokens; give larger limits"
-            if all(d.use(self._limits) <= 1 for d in found.values()):
+            problem = _problem(found, self._limits, tokens)
+            report, leaves_range = None, False
+            if not problem:
                 self._say(f"checking with {len(excluded)} parts excluded")
                 report = check_policy(policy)
-                if report is None or report.passed:
-                    return policy, found, report
-                problem = f"fails `check`: {report.problems()[0]}"
+                problem, leaves_range = self._of_check(policy, report)
+            if not problem:
+                return policy, found, report
             left = [name for name in ranked if name not in excluded]
             if not left:
                 raise ConfigError(f"even float32 {problem}")
-            excluded = [*excluded, left[0]]
+            self._rejected.append(f"with {len(excluded)} parts in float32, the model {problem}")
+            following = self._first_not_finite(left) if leaves_range else left[0]
+            excluded = [*excluded, following]
+
+    def _of_check(self, policy: PrecisionPolicy, report: Report | None) -> tuple[str, bool]:
+        """Return what a check found wrong, or "", and whether that is a value that is not finite.
+
+        Without a report, PyTorch under the policy reads repeated tokens.
+        """
+        if report is None:
+            problem = self._not_finite(policy)
+            return problem, bool(problem)
+        if report.passed:
+            return "", False
+        problem = f"fails `check`: {report.problems()[0]}"
+        return problem, any(candidate.not_finite for candidate in report.candidates)
+
+    def _first_not_finite(self, names: Sequence[str]) -> str:
+        """Return the first part that alone is not finite on repeated tokens, or the first part."""
+        for name in names:
+            self._say(f"quantizing {name} alone, on repeated tokens")
+            alone = self._policy([other for other in self._names if other != name])
+            if self._not_finite(alone):
+                return name
+        return names[0]
+
+    def _not_finite(self, policy: PrecisionPolicy) -> str:
+        """Return where PyTorch under a policy is not finite on repeated tokens, or ""."""
+        config = self._checkpoint.config
+        limits = ModelLimits(
+            self._max_tokens,
+            config.backbone.max_positions,
+            config.vocab_size,
+            config.fast_weights.anchor_interval,
+            repeated=repeated_tokens(self._checkpoint.tokenizer),
+        )
+        (case,) = choose_cases(f"{ENDLESS}@{LENGTH}", 1, limits)
+        session = self._session(policy).another(case.rows)
+        for call in case.calls(self._ids, limits, 0):
+            call.prepare(session)
+            try:
+                call.feed(session)
+            except NotFiniteError as error:
+                token = int(call.ids[error.row or 0, error.token or 0])
+                text = self._checkpoint.tokenizer.decode([token], skip_special_tokens=False)
+                return (
+                    f"is not finite in PyTorch at token {error.position} of a text that repeats "
+                    f"token id {token}, text {text!r}"
+                )
+        return ""
 
     def _policy(self, excluded: Sequence[str]) -> PrecisionPolicy:
         quantized = [name for name in self._names if name not in excluded]
@@ -282,9 +343,19 @@ class Explorer:
         return Session(TorchRunner(model), spec, ROWS)
 
 
+def _problem(found: Mapping[str, Distance], limits: Limits, tokens: int) -> str:
+    """Return what is wrong with a policy over the longer text, or ""."""
+    for name, distance in found.items():
+        if distance.failure:
+            return f"fails in {name} {distance.failure}"
+        if distance.use(limits) > 1:
+            return f"is outside the limits over {tokens} tokens in {name}; give larger limits"
+    return ""
+
+
 def _distance(drift: RunDrift) -> Distance:
     if failure := drift.failure:
-        message = f"at call {failure.step}: {failure.message}"
+        message = f"at call {failure.step}: {failure.sentence}"
         return Distance(math.inf, math.inf, math.inf, "", message)
     total = pooled(drift.predictions)
     worst = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
@@ -28,7 +28,8 @@ from fwl_export.errors import ConfigError
 from fwl_export.files import replaced_file
 from fwl_export.json_files import Name, check_schema, read_json, typed
 from fwl_export.model.language_model import FWLModel
-from fwl_export.model.streaming import StreamingModel, UpdateOp
+from fwl_export.model.numerics import UpdateOp, linear, narrowed
+from fwl_export.model.streaming import StreamingModel
 from fwl_export.op.torch_op import linear_attention_update
 from fwl_export.precision.int8 import Int8Weight, dequantize, quantize
 
@@ -135,8 +136,7 @@ class Part(NamedTuple):
 
     Attributes:
       module: The module that holds the matrix.
-      parameter: The matrix's name in the module. If it is "weight", the module has no submodules,
-        and its bias is quantized along with the matrix.
+      parameter: The matrix's name in the module. If it is "weight", the module has no submodules.
       channels: The axis of the output channels, 0 or 1; in int8, each channel has its own scale.
     """
 
@@ -179,21 +179,31 @@ def parts(model: FWLModel, target: str) -> dict[str, Part | None]:
 def in_precision(model: FWLModel, precision: str) -> FWLModel:
     """Return a copy of the model whose weights and activations have the given precision.
 
+    In "fp32", the copy shares its weights with the model.
+
     Args:
       model: The float32 model.
       precision: "fp32", "fp16", or "fp64", which serves as a reference and is not exported.
     """
     dtype = PRECISIONS[precision]
-    converted = copy.deepcopy(model).to(dtype)
+    # Parameters are converted one by one, so that no second copy in float32 takes memory.
+    converted = copy.deepcopy(model, {id(p): _in_type(p, dtype) for p in model.parameters()})
+    converted.to(dtype)
     if dtype == torch.float16:
-        # In float16, a step size divided by a large loss_normalizer would underflow. The layer
-        # reads step sizes and horizons in float32.
-        original, layer = model.fast_weights, converted.fast_weights
-        for name, step in original.steps.items():
-            layer.steps[name].data = step.data.clone()
-        if original.config.decay == "learned":
-            layer.horizon.data = original.horizon.data.clone()
+        # The layer reads its vectors in float32. In float16, a step size divided by a large
+        # loss_normalizer would underflow, and a large bias would lose what tells it from others.
+        original = dict(model.fast_weights.named_parameters())
+        for name, parameter in converted.fast_weights.named_parameters():
+            if parameter.ndim < 2:
+                parameter.data = original[name].data.clone()
     return converted
+
+
+def _in_type(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Return the parameter itself if it has the type, else a converted copy."""
+    if parameter.dtype == dtype:
+        return parameter
+    return nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
 
 
 def streaming_model(
@@ -216,7 +226,7 @@ def streaming_model(
     if isinstance(precision, str):
         return StreamingModel(in_precision(model, precision), max_tokens, update)
     if UPDATE in precision.quantized:
-        update = _update_in(TARGETS[precision.target], update)
+        update = narrowed(update, TARGETS[precision.target])
     return StreamingModel(_quantized(model, precision), max_tokens, update)
 
 
@@ -230,8 +240,7 @@ def with_stored_weights(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
         if policy.target == "int8w":
             part.weight.data = dequantize(*quantize(part.weight, part.channels), part.channels)
         else:
-            for parameter in _parameters(part):
-                parameter.data = parameter.to(TARGETS[policy.target]).float()
+            part.weight.data = part.weight.to(TARGETS[policy.target]).float()
     return rounded
 
 
@@ -251,18 +260,18 @@ def _quantized(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
         return with_stored_weights(model, policy)
     converted = _copy_for(model, policy)
     for part in _quantized_parts(converted, policy):
-        for parameter in _parameters(part):
-            parameter.data = parameter.to(TARGETS[policy.target])
-        if part.parameter == "weight":
-            part.module.register_forward_pre_hook(_cast_inputs)
+        part.weight.data = part.weight.to(TARGETS[policy.target])
+        if isinstance(part.module, nn.Embedding):
             part.module.register_forward_hook(_cast_output)
+        elif part.parameter == "weight":
+            part.module.forward = _computed_in_half(part)
     return converted
 
 
 def _copy_for(model: FWLModel, policy: PrecisionPolicy) -> FWLModel:
     """Return a copy of the model that shares the excluded weights with the original."""
     policy.check(model)
-    own = {id(p) for part in _quantized_parts(model, policy) for p in _parameters(part)}
+    own = {id(part.weight) for part in _quantized_parts(model, policy)}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 
@@ -271,28 +280,16 @@ def _quantized_parts(model: FWLModel, policy: PrecisionPolicy) -> list[Part]:
     return [part for name in policy.quantized if (part := there[name]) is not None]
 
 
-def _parameters(part: Part) -> list[nn.Parameter]:
-    if part.parameter == "weight":
-        return list(part.module.parameters(recurse=False))
-    return [getattr(part.module, part.parameter)]
+def _computed_in_half(part: Part) -> Callable[[Tensor], Tensor]:
+    """Return the forward of a dense layer that computes in the dtype of its weight."""
+    bias = getattr(part.module, "bias", None)
 
+    def forward(x: Tensor) -> Tensor:
+        weight = part.weight.T if part.channels else part.weight
+        return linear(x, weight, bias)
 
-def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype = next(module.parameters()).dtype
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    return forward
 
 
 def _cast_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.float()
-
-
-def _update_in(dtype: torch.dtype, update: UpdateOp) -> UpdateOp:
-    """Return the update with query, key and value cast to a type; its output is float32."""
-
-    def quantized(
-        query: Tensor, key: Tensor, value: Tensor, decay: Tensor, past_state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
-        return update(q, k, v, decay, past_state)
-
-    return quantized

@@ -19,28 +19,49 @@ if TYPE_CHECKING:
     from fwl_export.runtimes.sampling import Sampler
     from fwl_export.runtimes.session import Session, SessionSpec
     from fwl_export.runtimes.slots import Slots
+    from fwl_export.runtimes.text_session import TextSession, TextStream, open_text_session
+    from fwl_export.runtimes.text_writer import (
+        Generation,
+        LikelyToken,
+        TextOptions,
+        TokenLogprob,
+    )
 
 __all__ = [
     "RUNTIMES",
+    "Generation",
     "Learned",
     "LearningLimits",
+    "LikelyToken",
     "Sampler",
     "Session",
     "SessionSpec",
     "Slots",
+    "TextOptions",
+    "TextSession",
+    "TextStream",
+    "TokenLogprob",
     "open_session",
+    "open_text_session",
 ]
 
 # Loaded on first use, so that `fwl-export --help` can read the registry without NumPy.
 _MODULES = {
     "RUNTIMES": "registry",
+    "Generation": "text_writer",
     "Learned": "limits",
     "LearningLimits": "limits",
+    "LikelyToken": "text_writer",
     "Sampler": "sampling",
     "Session": "session",
     "SessionSpec": "session",
     "Slots": "slots",
+    "TextOptions": "text_writer",
+    "TextSession": "text_session",
+    "TextStream": "text_session",
+    "TokenLogprob": "text_writer",
     "open_session": "opening",
+    "open_text_session": "text_session",
 }
 
 

@@ -1,8 +1,8 @@
 """Say where a call of the model left the range of its numbers, and what to do about it.
 
 A session refuses a call whose logits are NaN or infinite. The functions here run only then: they
-make the call again from the state before it, which is as it was, to name the first token after which
-something is not finite, and what.
+make the call again from the state before it, which is as it was, to name the first token after
+which something is not finite, and what.
 """
 
 from __future__ import annotations

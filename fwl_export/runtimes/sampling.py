@@ -44,6 +44,7 @@ class Sampler:
 
     Attributes:
       seed: Seed of the random generator.
+      greedy: Whether the most likely token is taken always, without chance.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Sampler:
             *_kept(MinP(min_p), min_p > 0),
         ]
         self.seed = seed
-        self._greedy = temperature == 0
+        self.greedy = temperature == 0
         self._before: list[Processor] = [
             *_kept(LogitBias({} if logit_bias is None else logit_bias), bool(logit_bias)),
             *_kept(RepetitionPenalty(repetition_penalty), repetition_penalty != 1),
@@ -110,9 +111,7 @@ class Sampler:
         self._occurrence = OccurrencePenalty(presence_penalty, frequency_penalty)
         never = Forbidden(forbidden)
         self._after: list[Processor] = [*_kept(never, never.ids.size > 0), *processors]
-        self._drawing: list[Processor] = (
-            [] if self._greedy else [Temperature(temperature), *drawing]
-        )
+        self._drawing: list[Processor] = [] if self.greedy else [Temperature(temperature), *drawing]
         self._rng = np.random.default_rng(seed)
 
     def __call__(self, logits: npt.NDArray[Any], ids: npt.ArrayLike = (), prompt: int = 0) -> int:
@@ -132,7 +131,7 @@ class Sampler:
         if not processors:
             return int(logits.argmax())
         wide = run_processors(processors, np.asarray(ids, np.int64), logits)
-        if self._greedy:
+        if self.greedy:
             return int(wide.argmax())
         weights = np.exp(wide - wide.max())
         order = np.argsort(-weights, kind="stable")

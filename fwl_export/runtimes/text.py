@@ -1,4 +1,4 @@
-"""Text in and out of sessions: scores, losses, and the ids of a prompt."""
+"""Scores and losses of texts, and the tokenizer of a bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from fwl_export.bundle.manifest import Bundle
 from fwl_export.bundle.state import Array
-from fwl_export.bundle.text_tokenizer import TextTokenizer, bundle_text_tokenizer
+from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
 from fwl_export.errors import TokenError
 from fwl_export.runtimes.sampling import log_softmax
 from fwl_export.runtimes.session import Session
@@ -35,13 +35,16 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Perplexity per token, exp(loss)."""
-        return math.exp(self.loss)
+        """Perplexity per token, exp(loss); infinite where float64 cannot hold it."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read per second."""
-        return self.tokens / self.seconds
+        """Tokens read per second; infinite if the clock has not moved meanwhile."""
+        return self.tokens / self.seconds if self.seconds > 0 else math.inf
 
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
@@ -69,14 +72,18 @@ def score_ids(
       advance: Called with the number of tokens just read, for a progress bar.
 
     Raises:
-      TokenError: The text is too long for the model (raised before anything is read), a token id
-        is out of range, or the model's output is not finite.
+      TokenError: The text has fewer than 2 tokens or is too long for the model (raised before
+        anything is read), a token id is out of range, or the model's output is not finite.
     """
+    if len(ids) < 2:
+        raise TokenError(
+            f"the text has {len(ids)} tokens; expected 2 or more: all but the first are scored"
+        )
     room = session.max_positions - session.positions[0]
     if session.max_positions and len(ids) - 1 > room:
+        fewer = f"score fewer (`--tokens {room + 1}`)" if room > 0 else "begin with a fresh state"
         raise TokenError(
-            f"the text has {len(ids)} tokens, but this model can read at most {room} more; score "
-            f"fewer (`--tokens {room + 1}`)"
+            f"the text has {len(ids)} tokens, but this model can read at most {room} more; {fewer}"
         )
     total, seconds = 0.0, 0.0
     inputs, labels = ids[:-1], ids[1:]
@@ -102,23 +109,3 @@ def token_losses(logits: Array, labels: Array) -> npt.NDArray[np.float64]:
     """
     losses: npt.NDArray[np.float64] = -log_softmax(logits)[np.arange(len(labels)), labels]
     return losses
-
-
-def prompt_ids(
-    prompt: str, tokenizer: TextTokenizer, start: bool = True, special: bool = False
-) -> Array:
-    """Return the token ids of a prompt, [N] int64.
-
-    Args:
-      prompt: Text of the prompt.
-      tokenizer: Tokenizer of the model.
-      start: Whether the prompt begins a fresh session, see `TextTokenizer.encode`.
-      special: Whether control tokens in the prompt are read as such.
-
-    Raises:
-      TokenError: The prompt has no tokens, or the tokenizer fails.
-    """
-    ids = tokenizer.encode(prompt, start=start, special=special)
-    if not len(ids):
-        raise TokenError("the prompt is empty; expected at least one token")
-    return ids

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, PRECISION_FILE, Bundle
-from fwl_export.bundle.state import Array, State
+from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.errors import BundleError
 from fwl_export.model.checkpoint import load_checkpoint
 from fwl_export.model.streaming import StreamingModel
@@ -19,6 +21,7 @@ from fwl_export.precision.policy import (
 )
 from fwl_export.runtimes.base import Call, Loaded, Rows, index
 from fwl_export.runtimes.registry import Options
+from fwl_export.runtimes.session import Session
 
 Buffers = dict[str, torch.Tensor]
 
@@ -64,24 +67,54 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
             chosen = policy
         else:
             model = with_stored_weights(model, policy)
-    return streaming_model(model, chosen, bundle.manifest.max_tokens)
+    streaming = streaming_model(model, chosen, bundle.manifest.max_tokens)
+    del model
+    gc.collect()  # modules refer to each other: the model as it was loaded would stay in memory
+    return streaming
+
+
+def short_session(session: Session, slots: int, batch: int) -> Session | None:
+    """Open another session for short texts, whose ring buffers take little memory.
+
+    Args:
+      session: Session of a loaded model.
+      slots: Number of tokens that each row reads at most.
+      batch: Number of fresh rows.
+
+    Returns:
+      The session, or None if the model is not in this runtime.
+    """
+    runner = session._runner
+    if not isinstance(runner, TorchRunner):
+        return None
+    short = TorchRunner(runner.streaming, slots)
+    return Session(short, replace(session.spec, state=short.specs), batch, session.limits)
+
+
+def _with_slots(spec: TensorSpec, slots: int) -> TensorSpec:
+    if not spec.name.startswith("cache."):
+        return spec
+    heads, capacity, size = spec.shape
+    return replace(spec, shape=(heads, min(capacity, slots), size))
 
 
 class TorchRunner:
     """Runs the streaming form of the PyTorch model."""
 
-    def __init__(self, model: StreamingModel) -> None:
+    def __init__(self, model: StreamingModel, slots: int | None = None) -> None:
         """Share a loaded model.
 
         Args:
           model: Streaming form of the model, which other runners may share.
+          slots: Slots per ring buffer, where a buffer has more; enough for texts of as many tokens.
         """
         self.streaming = model
-        self.specs = model.specs
+        self._slots = slots
+        self.specs = [_with_slots(spec, slots) for spec in model.specs] if slots else model.specs
 
     def another(self) -> TorchRunner:
         """See `Runner.another`."""
-        return TorchRunner(self.streaming)
+        return TorchRunner(self.streaming, self._slots)
 
     def new_buffers(self, batch: int) -> Buffers:
         """See `Runner.new_buffers`. A call replaces these tensors by new ones."""
@@ -92,6 +125,7 @@ class TorchRunner:
 
     def run(self, call: Call, past: Buffers, present: Buffers) -> Array:
         """See `Runner.run`."""
+        present.clear()  # before the call, which needs memory for new tensors
         with torch.inference_mode():
             logits, *tensors = self.streaming(
                 *map(torch.from_numpy, vars(call).values()),

@@ -20,7 +20,7 @@ bool accepts(std::string_view content) {
 std::vector<std::string> seeds() {
   return {
       R"({"schema_version": 3, "model_id": "68d0d964", "precision": "fp32", "max_tokens": 256,
-  "opset": 20, "op": {"domain": "fwl", "name": "LinearAttentionUpdate", "version": 1, "nodes": 2},
+  "opset": 20, "op": {"domain": "fwl", "name": "LinearAttentionUpdate", "version": 2, "nodes": 2},
   "config": {"schema_version": 1, "vocab_size": 2048,
     "backbone": {"type": "decoder", "width": 224, "max_positions": 100000, "norm_epsilon": 1e-06},
     "fast_weights": {"input_size": 224, "anchor_interval": 256, "logit_softcap": 0.0}},

@@ -145,7 +145,7 @@ std::vector<CudaOp> cuda_ops() {
     }
     const ONNXTensorElementDataType type = each->GetInputType(each, op::kQuery);
     CHECK(each->GetInputType(each, op::kPastState) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-    CHECK(each->GetOutputType(each, op::kOutput) == type);
+    CHECK(each->GetOutputType(each, op::kOutput) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
     found.push_back({each, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? gpu::Activation::kFloat32
                            : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
                                ? gpu::Activation::kFloat16

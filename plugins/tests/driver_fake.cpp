@@ -52,13 +52,10 @@ void require(bool holds, const char* what) {
 
 // Activations, as float32.
 struct Elements {
-  void* data;
+  const void* data;
   Activation activation;
 
   float operator[](int64_t i) const { return to_float(data, static_cast<size_t>(i), activation); }
-  void set(int64_t i, double value) const {
-    from_float(data, static_cast<size_t>(i), activation, static_cast<float>(value));
-  }
 };
 
 void decode(const Variant& variant, unsigned grid, Arguments a) {
@@ -66,8 +63,7 @@ void decode(const Variant& variant, unsigned grid, Arguments a) {
   const Elements query = elements(), key = elements(), value = elements();
   const float *decay = a.floats(), *past = a.floats();
   float* const present = a.floats();
-  const Elements output = elements();
-  float* const partial = a.floats();
+  float *const output = a.floats(), *const partial = a.floats();
   const int64_t size_k = a.size(), size_v = a.size(), splits = a.size(), lines = a.size();
   const int64_t tiles_v = tiles(size_v, variant.block_v);
   require(grid % (tiles_v * splits) == 0, "decode: grid");
@@ -86,7 +82,7 @@ void decode(const Variant& variant, unsigned grid, Arguments a) {
         if (variant.split) {
           partial[(b * splits + share) * size_v + v] = static_cast<float>(total);
         } else {
-          output.set(b * size_v + v, total);
+          output[b * size_v + v] = static_cast<float>(total);
         }
       }
     }
@@ -95,7 +91,7 @@ void decode(const Variant& variant, unsigned grid, Arguments a) {
 
 void sum_partials(const Variant& variant, unsigned grid, Arguments a) {
   const float* const partial = a.floats();
-  const Elements output{a.take<void*>(), variant.activation};
+  float* const output = a.floats();
   const int64_t size_v = a.size(), splits = a.size();
   const int64_t batch = grid / tiles(size_v, variant.block_v);
   for (int64_t b = 0; b < batch; ++b) {
@@ -104,7 +100,7 @@ void sum_partials(const Variant& variant, unsigned grid, Arguments a) {
       for (int64_t share = 0; share < splits; ++share) {
         total += partial[(b * splits + share) * size_v + v];
       }
-      output.set(b * size_v + v, total);
+      output[b * size_v + v] = static_cast<float>(total);
     }
   }
 }
@@ -163,7 +159,7 @@ void prefill_output(const Variant& variant, unsigned grid, Arguments a) {
   const auto elements = [&] { return Elements{a.take<void*>(), variant.activation}; };
   const Elements query = elements(), key = elements(), value = elements();
   const float *decay = a.floats(), *partial = a.floats();
-  const Elements output = elements();
+  float* const output = a.floats();
   const int64_t rows = a.size(), tokens = a.size(), start = a.size(), length = a.size();
   const int64_t tiles_k = a.size(), size_k = a.size(), size_v = a.size();
   require(grid == rows * tiles(length, variant.chunk) * tiles(size_v, variant.block_v),
@@ -189,7 +185,7 @@ void prefill_output(const Variant& variant, unsigned grid, Arguments a) {
         for (int64_t tile = 0; tile < tiles_k; ++tile) {
           total[static_cast<size_t>(v)] += partial[((tile * rows + b) * length + t) * size_v + v];
         }
-        output.set(token * size_v + v, total[static_cast<size_t>(v)]);
+        output[token * size_v + v] = static_cast<float>(total[static_cast<size_t>(v)]);
       }
     }
   }

@@ -151,11 +151,37 @@ TEST_CASE("a state that is not finite or too far is refused") {
           [&] { session.write_row(1, state.data(), state.size()); });
 }
 
+TEST_CASE("what a row has learned is clipped at every 32nd of its tokens") {
+  Limits limits;
+  limits.clip_update_norm = 1.5;
+  const auto model = model_with(limits);
+  Session session(model, kRows);
+  const std::vector<int64_t> ids(kRows * 40, 1);
+  const std::vector<int64_t> lengths = {31, 32, 0};
+  session.feed(ids.data(), 40, nullptr, lengths.data(), FWL_LOGITS_NONE, nullptr, 0);
+  CHECK(session.learned()[0] > 1.5); // not yet: nothing depends on how a text is split into feeds
+  CHECK(session.learned()[1] == Approx(1.5));
+  CHECK(session.learned()[2] == 0);
+
+  const auto free = model_with({});
+  Session whole(model, kRows), parts(model, kRows), unclipped(free, kRows);
+  whole.feed(ids.data(), 40, nullptr, nullptr, FWL_LOGITS_NONE, nullptr, 0);
+  unclipped.feed(ids.data(), 40, nullptr, nullptr, FWL_LOGITS_NONE, nullptr, 0);
+  const std::vector<int64_t> ones(kRows, 1);
+  for (int n = 0; n < 40; ++n) {
+    parts.feed(ones.data(), 1, nullptr, nullptr, FWL_LOGITS_NONE, nullptr, 0);
+  }
+  CHECK((rows_of(whole, model->bundle) == rows_of(parts, model->bundle)));
+  CHECK(unclipped.learned()[0] > whole.learned()[0]);
+}
+
 TEST_CASE("limits are numbers above 0, and 0 stands for the default") {
   CHECK(limits_of(0, 0).max_learning_weight == 10);
   CHECK(limits_of(0, 0).max_update_norm == kInfinity);
   CHECK(limits_of(0.5, 7).max_learning_weight == 0.5);
   CHECK(limits_of(0.5, 7).max_update_norm == 7);
+  CHECK(limits_of(0, 0).clip_update_norm == kInfinity);
+  CHECK(limits_of(0, 0, 3).clip_update_norm == 3);
   CHECK(limits_of(kInfinity, kInfinity).max_learning_weight == kInfinity);
   CHECK(limits_of(1e300, 0).max_learning_weight == kInfinity);
   CHECK(limits_of(0.1, 0).max_learning_weight == 0.1f);
@@ -165,6 +191,8 @@ TEST_CASE("limits are numbers above 0, and 0 stands for the default") {
     CHECK_THAT(weight.what(), Catch::Matchers::StartsWith("max_learning_weight is "));
     const Failure norm = failure_of([&] { limits_of(0, wrong); });
     CHECK_THAT(norm.what(), Catch::Matchers::StartsWith("max_update_norm is "));
+    const Failure clip = failure_of([&] { limits_of(0, 0, wrong); });
+    CHECK_THAT(clip.what(), Catch::Matchers::StartsWith("clip_update_norm is "));
     CHECK_THAT(norm.what(), Catch::Matchers::EndsWith("; expected 0 for the default, a number "
                                                       "above 0, or infinity for no limit"));
   }

@@ -38,10 +38,11 @@ struct Logged : FakeDriver, ILogger, ILoggerFinder {
   std::string last;
 };
 
-std::unique_ptr<Plugin> created(std::vector<PluginField> fields) {
+std::unique_ptr<Plugin> created(std::vector<PluginField> fields,
+                                const char* version = op::kPluginVersion) {
   const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
   return std::unique_ptr<Plugin>(
-      Creator().createPlugin("node", &collection, TensorRTPhase::kBUILD));
+      Creator(version).createPlugin("node", &collection, TensorRTPhase::kBUILD));
 }
 
 constexpr int32_t kInputs = op::kInputCount;
@@ -53,17 +54,17 @@ TEST_CASE("without a logger, mistakes are refused without a message") {
 }
 
 TEST_CASE_METHOD(Logged, "the creator has the op's name and reads its field") {
-  Creator creator;
+  Creator creator(op::kPluginVersion);
   CHECK(creator.getPluginName() == "LinearAttentionUpdate"s);
   CHECK(creator.getPluginNamespace() == "fwl"s);
-  CHECK(creator.getPluginVersion() == "1"s);
+  CHECK(creator.getPluginVersion() == "2"s);
   const PluginFieldCollection& names = *creator.getFieldNames();
   REQUIRE(names.nbFields == 1);
   CHECK(names.fields[0].name == "in_place_state"s);
 
   REQUIRE(created({}) != nullptr);
   CHECK(created({})->getAliasedInput(kState) == -1);
-  std::unique_ptr<Plugin> none(Creator().createPlugin("node", nullptr, TensorRTPhase::kRUNTIME));
+  std::unique_ptr<Plugin> none(Creator("2").createPlugin("node", nullptr, TensorRTPhase::kRUNTIME));
   CHECK(none != nullptr);
   const int32_t one = 1, two = 2;
   const int64_t wide = 1;
@@ -93,7 +94,7 @@ TEST_CASE("copies have a field of their own") {
   const std::unique_ptr<Plugin> attached(original->attachToContext(nullptr));
   // The fields that a build stores in an engine create the same plugin at run time.
   const std::unique_ptr<Plugin> read(
-      Creator().createPlugin("node", clone->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
+      Creator("2").createPlugin("node", clone->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
   for (const auto* copy : {&clone, &attached, &read}) {
     REQUIRE(*copy != nullptr);
     CHECK((*copy)->getAliasedInput(kState) == 4);
@@ -103,7 +104,7 @@ TEST_CASE("copies have a field of their own") {
 }
 
 TEST_CASE("the plugin has every capability") {
-  Plugin plugin(true);
+  Plugin plugin("2", true);
   CHECK(plugin.getPluginName() == std::string(op::kName));
   for (const auto type : {PluginCapabilityType::kCORE, PluginCapabilityType::kBUILD,
                           PluginCapabilityType::kRUNTIME}) {
@@ -116,13 +117,13 @@ TEST_CASE("the plugin has every capability") {
   CHECK(plugin.getNbOutputs() == 2);
 }
 
-TEST_CASE_METHOD(Logged, "types of outputs follow those of inputs") {
+TEST_CASE_METHOD(Logged, "outputs are float32 whatever the types of the inputs") {
   const auto plugin = created({});
   for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
     const DataType inputs[] = {type, type, type, DataType::kFLOAT, DataType::kFLOAT};
     DataType outputs[2] = {};
     CHECK(plugin->getOutputDataTypes(outputs, kOutputs, inputs, kInputs) == 0);
-    CHECK(outputs[0] == type);
+    CHECK(outputs[0] == DataType::kFLOAT);
     CHECK(outputs[1] == DataType::kFLOAT);
   }
   const struct {
@@ -145,13 +146,44 @@ TEST_CASE_METHOD(Logged, "types of outputs follow those of inputs") {
   check_message("there are 4 inputs and 2 outputs; expected 5 and 2");
 }
 
+TEST_CASE_METHOD(Logged, "the older version takes float32 only") {
+  const auto plugin = created({}, "1");
+  REQUIRE(plugin != nullptr);
+  CHECK(plugin->getPluginVersion() == "1"s);
+  CHECK(std::unique_ptr<Plugin>(plugin->clone())->getPluginVersion() == "1"s);
+  for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
+    CAPTURE(type);
+    const bool fits = type == DataType::kFLOAT;
+    const DataType inputs[] = {type, type, type, DataType::kFLOAT, DataType::kFLOAT};
+    DataType outputs[2] = {};
+    DynamicPluginTensorDesc tensors[7] = {};
+    PluginTensorDesc descs[7] = {};
+    for (size_t i = 0; i < 7; ++i) {
+      const op::Argument& argument = i < 5 ? op::kInputs[i] : op::kOutputs[i - 5];
+      descs[i].type = i < 5 ? inputs[i] : DataType::kFLOAT;
+      descs[i].dims.nbDims = static_cast<int32_t>(argument.rank);
+      std::fill(std::begin(descs[i].dims.d), std::end(descs[i].dims.d), 4);
+      tensors[i].desc = descs[i];
+    }
+    CHECK((plugin->getOutputDataTypes(outputs, kOutputs, inputs, kInputs) == 0) == fits);
+    CHECK(last.empty() == fits);
+    CHECK(plugin->supportsFormatCombination(0, tensors, kInputs, kOutputs) == fits);
+    // An engine of the older version in half precision is refused before it computes anything.
+    CHECK((plugin->onShapeChange(descs, kInputs, descs + kInputs, kOutputs) == 0) == fits);
+    if (!fits) {
+      check_message("expected float32, which is all that version 1 takes: in half precision its "
+                    "output overflows, so export the model again");
+    }
+  }
+}
+
 TEST_CASE("formats must be linear, and types those of the op") {
   const auto plugin = created({});
   for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
     DynamicPluginTensorDesc tensors[7] = {};
     for (int32_t i = 0; i < 7; ++i) {
       CAPTURE(type, i);
-      const bool activation = i < 3 || i == 5;
+      const bool activation = i < 3;
       tensors[i].desc.type = activation ? type : DataType::kFLOAT;
       tensors[i].desc.format = TensorFormat::kLINEAR;
       CHECK(plugin->supportsFormatCombination(i, tensors, kInputs, kOutputs));
@@ -162,7 +194,7 @@ TEST_CASE("formats must be linear, and types those of the op") {
       CHECK_FALSE(plugin->supportsFormatCombination(i, tensors, kInputs, kOutputs));
       tensors[i].desc.type = activation ? type : DataType::kFLOAT;
     }
-    tensors[5].desc.type = type == DataType::kHALF ? DataType::kFLOAT : DataType::kHALF;
+    tensors[5].desc.type = DataType::kHALF;
     CHECK_FALSE(plugin->supportsFormatCombination(5, tensors, kInputs, kOutputs));
   }
 }

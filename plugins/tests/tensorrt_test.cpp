@@ -15,6 +15,7 @@
 
 #include "../libfwl/src/sha256.h"
 #include "cuda_fake.h"
+#include "op_spec.h"
 #include "sum_model.h"
 #include "tensorrt_fake.h"
 
@@ -79,6 +80,7 @@ public:
                      {"model_id", bundle.model_id},
                      {"precision", bundle.precision},
                      {"max_tokens", bundle.max_tokens},
+                     {"op", {{"version", fwl::op::kVersion}}},
                      {"config",
                       {{"vocab_size", bundle.vocab_size},
                        {"backbone", json::object()},

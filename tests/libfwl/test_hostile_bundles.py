@@ -214,6 +214,15 @@ MANIFESTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m.update(max_tokens=16.0), "'max_tokens' is not a whole number from 1"),
     (lambda m: m.update(max_tokens=True), "'max_tokens' is not a whole number from 1"),
     (lambda m: m.update(schema_version=3.0), "schema_version is 3.0, but this libfwl reads 3"),
+    (lambda m: m.pop("op"), "'op' is missing"),
+    (lambda m: m["op"].update(version=1.5), "'version of the op' is not a whole number"),
+    (lambda m: m["op"].update(version=3), "has version 3, but this libfwl runs versions 1 to 2"),
+    (lambda m: m["op"].update(version=0), "has version 0, but this libfwl runs versions 1 to 2"),
+    (
+        lambda m: (m["op"].update(version=1), m.update(precision="fp16")),
+        "the model has the precision fp16 with version 1 of fwl::LinearAttentionUpdate, whose sums "
+        "overflow in half precision; export the model again",
+    ),
     (lambda m: m["config"].update(vocab_size=-1), "'vocab_size' is not a whole number from 1"),
     (lambda m: m["config"].update(vocab_size=2**31 - 1), "no input or output 'logits'"),
     (lambda m: m["config"]["fast_weights"].update(anchor_interval=-1), "'anchor_interval' is not"),

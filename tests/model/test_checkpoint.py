@@ -65,8 +65,10 @@ def test_an_unknown_config_key(folder: Path) -> None:
 
 
 def test_a_tokenizer_of_another_size(folder: Path) -> None:
-    tiny_tokenizer(63).save(str(folder / "tokenizer.json"))
-    fails(folder, "has 63 entries, but the model's vocab_size is 64")
+    tiny_tokenizer(90).save(str(folder / "tokenizer.json"))
+    fails(
+        folder, "has 90 entries, of which 26 have ids of 64 and more, but the model's ids end at 63"
+    )
 
 
 def test_weights_that_do_not_fit(folder: Path) -> None:

@@ -246,8 +246,11 @@ def test_logits_that_are_not_finite_end_with_the_first_step() -> None:
 
     failure = run_of(drift_of(twist)).failure
     assert failure is not None
-    assert (failure.step, failure.tensor) == (5, "logits")
-    assert "output is not finite at row 0, position 0 of this call" in failure.message
+    assert (failure.step, failure.tensor, failure.row) == (5, "logits", 0)
+    call = calls()[5]
+    assert failure.token_id == call.ids[0, failure.token_in_call]
+    assert failure.sentence.startswith(f"not finite at token {failure.token} of row 0 (id ")
+    assert failure.message.startswith("the state is finite, but the logits are not")
 
 
 def test_a_runtime_that_dies_is_dropped_and_the_others_continue() -> None:

@@ -45,7 +45,7 @@ def test_what_is_recommended_passes_check() -> None:
     def checked(policy: PrecisionPolicy) -> Any:
         ranked.append(len(policy.excluded))
         passes = len(ranked) == 3
-        candidate = SimpleNamespace(name="onnxruntime", use=0.5)
+        candidate = SimpleNamespace(name="onnxruntime", use=0.5, not_finite=None)
         return SimpleNamespace(
             passed=passes,
             candidates=[candidate],
@@ -63,6 +63,8 @@ def test_what_is_recommended_passes_check() -> None:
 
 
 def test_a_model_that_fails_check_in_float32_is_refused() -> None:
-    failing = SimpleNamespace(passed=False, problems=lambda: ["it is wrong in case 'far'"])
+    failing = SimpleNamespace(
+        passed=False, problems=lambda: ["it is wrong in case 'far'"], candidates=[]
+    )
     with pytest.raises(ConfigError, match="even float32 fails `check`: it is wrong in case 'far'"):
         explorer(Limits(1e9, 1e9, 1e9)).search(16, 16, check_policy=lambda policy: failing)

@@ -2,6 +2,9 @@
 
 It reads whole texts at once for training, or reads a stream. In a stream, keys and values live in
 ring buffers of fixed capacity, so a session reads without end in constant memory.
+
+In half precision, the matrix products and the attention are computed in it. The residual stream,
+the norms and the squares are float32: nothing bounds the size of the first and the last.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fwl_export.bundle.config import BackboneConfig
 from fwl_export.model.backbones.ring import Ring, float_mask
-from fwl_export.model.numerics import wide
+from fwl_export.model.numerics import linear, wide
 
 # Rotary frequencies are integer multiples of 2 pi / ROTARY_PERIOD. So the phase of a position is an
 # integer product modulo the period, which is exact at any position. A float32 angle would be off by
@@ -59,7 +62,7 @@ class Decoder(nn.Module):
         length = input_ids.shape[1]
         # A window beyond the text would only make blocks of padding, as large as the config says.
         window = min(self.config.window, length)
-        x = self.embedding(F.pad(input_ids, (0, -length % window)))
+        x = wide(self.embedding(F.pad(input_ids, (0, -length % window))))
         positions = torch.arange(x.shape[1], device=x.device)[None]
         rotary = self.rotary(positions, x.dtype)
         mask = self._block_mask(x, window)
@@ -87,11 +90,11 @@ class Decoder(nn.Module):
           meaningless. A row of length 0 keeps its caches bit for bit.
         """
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.embedding(input_ids)
+        x = wide(self.embedding(input_ids))
         positions = position[:, None] + steps
         rotary = self.rotary(positions, x.dtype)
         ring = Ring(position, lengths, steps, caches[0].shape[2])
-        mask = ring.mask(positions, self.config.window, x.dtype)
+        mask = ring.mask(positions, self.config.window, self.activation_type)
         present = []
         for index, block in enumerate(self._blocks()):
             query, key, value = block.attention.project(block.norm_1(x), rotary)
@@ -116,6 +119,14 @@ class Decoder(nn.Module):
             for kind in ("key", "value")
         ]
 
+    @property
+    def activation_type(self) -> torch.dtype:
+        """The dtype of keys, values and the hidden states that `forward` returns.
+
+        A matrix may have another one, see `fwl_export.precision.policy`.
+        """
+        return self.norm.weight.dtype
+
     def _blocks(self) -> Iterable[Block]:
         return cast("Iterable[Block]", self.blocks)
 
@@ -136,7 +147,7 @@ class Decoder(nn.Module):
         allowed = (key <= query) & (key > query - window)
         allowed = allowed.repeat(x.shape[1] // window, 1, 1)
         allowed[0, :, :window] = False
-        return float_mask(allowed, x.dtype)[None, None]
+        return float_mask(allowed, self.activation_type)[None, None]
 
 
 class Block(nn.Module):
@@ -149,7 +160,7 @@ class Block(nn.Module):
         self.attention = _Attention(config)
         self.norm_2 = _Norm(config)
         self.up = nn.Linear(width, inner, bias=False)
-        self.down = nn.Linear(inner, width, bias=False)
+        self.down = _Down(inner, width, bias=False)
         nn.init.normal_(self.up.weight, std=width**-0.5)
         nn.init.zeros_(self.down.weight)
 
@@ -164,7 +175,14 @@ class Block(nn.Module):
         """Add the attention's result, [B, heads, T, head size], and then the MLP's to x."""
         merged = attended.transpose(1, 2).flatten(2)
         x = x + self.attention.out(merged)
-        return x + self.down(torch.relu(self.up(self.norm_2(x))).square())
+        return x + self.down(torch.relu(wide(self.up(self.norm_2(x)))).square())
+
+
+class _Down(nn.Linear):
+    """A dense layer without bias whose input is float32, and may be of any size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class _Attention(nn.Module):
@@ -179,7 +197,8 @@ class _Attention(nn.Module):
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalized and rotated query and key, and value; [B, heads, T, head size] each."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(_rms(query, 1e-6), rotary), rotate(_rms(key, 1e-6), rotary), value
+        query, key = (rotate(_rms(each, 1e-6), rotary).to(x.dtype) for each in (query, key))
+        return query, key, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """Return softmax(query key^T / sqrt(size) + mask) value, [B, heads, T, head size]."""
@@ -196,7 +215,7 @@ class _Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.center:
             x = x - x.mean(-1, keepdim=True)
-        return _rms(x, self.epsilon) * self.weight
+        return (_rms(x, self.epsilon) * self.weight).to(self.weight.dtype)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -225,7 +244,7 @@ def _windowed_attention(
 def _rms(x: Tensor, epsilon: float) -> Tensor:
     # In half precision, the sum of squares would overflow.
     mean_square = wide(x).square().mean(-1, keepdim=True)
-    return (wide(x) * torch.rsqrt(mean_square + epsilon)).to(x.dtype)
+    return wide(x) * torch.rsqrt(mean_square + epsilon)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -55,7 +55,8 @@ class Ring:
         """Return the cache [B, heads, capacity, size] with `new` [B, heads, T, size] written."""
         row = torch.arange(cache.shape[0], device=cache.device)[:, None, None]
         head = torch.arange(cache.shape[1], device=cache.device)[None, :, None]
-        index = (row, head, self._slot)
+        # Of one shape, because onnxruntime's symbolic shape inference reads only two of the three.
+        index = torch.broadcast_tensors(row, head, self._slot)
         return cache.index_put(index, torch.where(self._valid, new, cache[index]))
 
 

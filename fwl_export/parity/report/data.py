@@ -113,7 +113,8 @@ class Report:
     def __repr__(self) -> str:
         """Return the verdict, and the use of each candidate."""
         uses = ", ".join(
-            f"{c.name} {f'{c.use:.0%}' if c.runs else c.status}" for c in self.candidates
+            f"{c.name} {f'{c.use:.0%}' if c.runs and not c.not_finite else c.status}"
+            for c in self.candidates
         )
         return f"<Report of {self.bundle}: {self.status}; use of budgets: {uses}>"
 

@@ -111,15 +111,18 @@ def verdict_line(report: Report) -> str:
         assert most.closest is not None
         name = most.closest.tensor.name
         return f"within budget: the largest use is {share(most.use)}, by {name} of {most.name}"
-    broken = ((c, failure) for c in report.candidates if (failure := c.not_finite_at))
-    for candidate, failure in broken:
-        return f"{_NOT_FINITE}: {candidate.name} {failure.brief_place}"
-    by_status = [
+    broken = {c.name: failure for c in report.candidates if (failure := c.not_finite_at)}
+    parts = [f"{_NOT_FINITE}: {name} {failure.brief_place}" for name, failure in broken.items()]
+    parts += [
         f"{_VERDICTS[status]}: {', '.join(names)}"
         for status in (OUTSIDE, COULD_NOT_RUN)
-        if (names := [c.name for c in report.candidates if c.status == status])
+        if (
+            names := [
+                c.name for c in report.candidates if c.status == status and c.name not in broken
+            ]
+        )
     ]
-    return "; ".join(by_status)
+    return "; ".join(parts)
 
 
 def share(use: float) -> str:

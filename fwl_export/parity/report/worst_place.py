@@ -44,7 +44,8 @@ class WorstPlace:
       tensor: Name of the tensor.
       tokens_read: Tokens the first row had read.
       use: Error divided by the budget; infinite if the place is not finite.
-      place: Element with the largest difference. Of what is not finite, only call and row are known.
+      place: Element with the largest difference. Of one that is not finite, only call and row are
+        known.
       tokens: Tokens that its row read before and after.
       at: Index in `tokens` of the token at that place; for a state tensor, the call's last token.
     """

@@ -128,8 +128,8 @@ fwl_status fwl_model_open(const char* bundle, const fwl_options* options, fwl_mo
       }
       std::memcpy(static_cast<void*>(&chosen), options, options->size);
     }
-    const fwl::internal::Limits limits =
-        fwl::internal::limits_of(chosen.max_learning_weight, chosen.max_update_norm);
+    const fwl::internal::Limits limits = fwl::internal::limits_of(
+        chosen.max_learning_weight, chosen.max_update_norm, chosen.clip_update_norm);
     auto made = std::make_shared<fwl::internal::Model>();
     made->bundle = fwl::internal::read_bundle(bundle);
     made->runtime = open_runtime(made->bundle, chosen);

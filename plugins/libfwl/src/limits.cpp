@@ -38,7 +38,7 @@ double sum_of_squares(const char* data, size_t count, const Widen& widen) {
 
 } // namespace
 
-Limits limits_of(double max_learning_weight, double max_update_norm) {
+Limits limits_of(double max_learning_weight, double max_update_norm, double clip_update_norm) {
   Limits limits;
   const double weight =
       checked("max_learning_weight", max_learning_weight, limits.max_learning_weight);
@@ -48,6 +48,7 @@ Limits limits_of(double max_learning_weight, double max_update_norm) {
     limits.max_learning_weight = std::numeric_limits<float>::infinity();
   }
   limits.max_update_norm = checked("max_update_norm", max_update_norm, limits.max_update_norm);
+  limits.clip_update_norm = checked("clip_update_norm", clip_update_norm, limits.clip_update_norm);
   return limits;
 }
 
@@ -68,6 +69,23 @@ double learned_norm(const Bundle& bundle, const RowState& row) {
     }
   }
   return std::sqrt(total);
+}
+
+void scale_learned(const Bundle& bundle, RowState& row, float factor) {
+  size_t offset = 0;
+  for (const TensorSpec& spec : bundle.state) {
+    char* const data = row.data() + offset;
+    offset += spec.bytes();
+    if (spec.name.rfind(kFast, 0) != 0 || spec.type != Type::kFloat32) {
+      continue; // the sums of every bundle are float32
+    }
+    for (size_t i = 0; i < spec.elements(); ++i) {
+      float value;
+      std::memcpy(&value, data + i * sizeof(value), sizeof(value));
+      value *= factor;
+      std::memcpy(data + i * sizeof(value), &value, sizeof(value));
+    }
+  }
 }
 
 std::string number_text(double number) {

@@ -22,7 +22,8 @@ public:
   // Returns the buffers to which rows may be written: these ones, if writing cannot fail; else
   // `spare`, after copying all rows to it, and the caller swaps the two once all is written.
   virtual Buffers& writable(Buffers& spare) = 0;
-  // Copies the state of one row in. May only be called on buffers that `writable` returned.
+  // Copies the state of one row in. Only for buffers that `writable` returned, or that nobody needs
+  // any more if it fails.
   virtual void write(size_t row, const char* state) = 0;
 };
 

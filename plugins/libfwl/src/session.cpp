@@ -112,6 +112,7 @@ void Session::feed(const int64_t* tokens, size_t count, const float* label_weigh
     fill_call(text, progress);
     runner_->run(call_, *past, *present, found_);
     check_output(progress);
+    clip(progress, *present);
     check_norms(*present);
     collect(text, progress, results);
     progress.advance();
@@ -166,14 +167,43 @@ void Session::check_positions(const std::vector<int64_t>& total) const {
 }
 
 // Decides how many tokens each row brings to the next call: no more than a call takes, and none
-// beyond the row's next anchor.
+// beyond the row's next anchor, or the next place where what it has learned is clipped.
 void Session::set_next_lengths(Progress& progress) const {
-  const int64_t interval = model_->bundle.anchor_interval;
+  const int64_t clip = model_->limits.clips() ? kClipInterval : 0;
   for (size_t r = 0; r < rows_; ++r) {
     progress.now[r] = std::min(progress.left[r], max_tokens_);
-    if (interval > 0) {
-      const int64_t position = positions_[r] + progress.done[r];
-      progress.now[r] = std::min(progress.now[r], interval - position % interval);
+    for (const int64_t interval : {model_->bundle.anchor_interval, clip}) {
+      if (interval > 0) {
+        const int64_t position = positions_[r] + progress.done[r];
+        progress.now[r] = std::min(progress.now[r], interval - position % interval);
+      }
+    }
+  }
+}
+
+// Scales what rows have learned down to the limit, where the call ends at a place to do so.
+void Session::clip(const Progress& progress, Buffers& present) const {
+  if (!model_->limits.clips()) {
+    return;
+  }
+  RowState state(model_->bundle.state_bytes());
+  for (size_t r = 0; r < rows_; ++r) {
+    const int64_t position = positions_[r] + progress.done[r] + progress.now[r];
+    if (progress.now[r] == 0 || position % kClipInterval != 0) {
+      continue;
+    }
+    present.read(r, state.data());
+    const double norm = learned_norm(model_->bundle, state);
+    if (!std::isfinite(norm)) {
+      refuse(FWL_ERROR_TOKEN, "what row " + std::to_string(r) +
+                                  " would have learned is not finite, so it cannot be clipped; no "
+                                  "row has moved: read these tokens with smaller label_weights, or "
+                                  "reset the row");
+    }
+    if (norm > model_->limits.clip_update_norm) {
+      scale_learned(model_->bundle, state,
+                    static_cast<float>(model_->limits.clip_update_norm / norm));
+      present.write(r, state.data());
     }
   }
 }
@@ -189,13 +219,28 @@ void Session::check_output(const Progress& progress) {
       if (at >= progress.now[r]) {
         std::fill(values, values + vocabulary, 0.0f);
       } else if (!std::all_of(values, values + vocabulary, finite)) {
-        refuse(FWL_ERROR_TOKEN, "the model's output is not finite at row " + std::to_string(r) +
-                                    ", position " + std::to_string(progress.done[r] + at) +
-                                    "; no row has moved: reset the row, or feed it with smaller "
-                                    "label_weights");
+        refuse_output(r, at, progress);
       }
     }
   }
+}
+
+// Refuses a call whose logits are not finite after a token; `at` is its index in the call.
+void Session::refuse_output(size_t row, int64_t at, const Progress& progress) const {
+  const int64_t in_feed = progress.done[row] + at;
+  const int64_t token = call_.input_ids[row * call_.tokens + static_cast<size_t>(at)];
+  const std::string& precision = model_->bundle.precision;
+  const bool is_half = precision == "fp16" || precision == "mix16";
+  refuse(FWL_ERROR_TOKEN,
+         "the model's output is not finite at row " + std::to_string(row) + ", position " +
+             std::to_string(in_feed) + " (token id " + std::to_string(token) + ", position " +
+             std::to_string(positions_[row] + in_feed) +
+             " of the row's text); no row has moved: reset the row, read on without this text, or "
+             "read it with smaller label_weights or with clip_update_norm" +
+             (is_half ? ". The model computes in " + precision +
+                            ", in which no float16 number is larger than 65504; one in fp32 has "
+                            "room for it"
+                      : ""));
 }
 
 // Puts a call's logits where the caller gets them: [rows, V], or [rows, count, V].

@@ -45,6 +45,7 @@ private:
                     const int64_t* lengths) const;
   void check_weight(const int64_t* tokens, const float* label_weights, size_t count, size_t row,
                     size_t column) const;
+  void clip(const Progress& progress, Buffers& present) const;
   void check_norms(const Buffers& present) const;
   void check_given(const RowState& state, const std::string& source) const;
   void check_room(size_t count, fwl_logits which, const float* logits, size_t size) const;
@@ -52,6 +53,7 @@ private:
   void set_next_lengths(Progress& progress) const;
   void fill_call(const Text& text, const Progress& progress);
   void check_output(const Progress& progress);
+  [[noreturn]] void refuse_output(size_t row, int64_t at, const Progress& progress) const;
   void collect(const Text& text, const Progress& progress, std::vector<float>& results);
   std::vector<size_t> chosen(const size_t* rows, size_t count) const;
   RowState row_state(size_t row) const;

@@ -45,7 +45,7 @@ def test_public_names() -> None:
         (
             [candidate(tensor("logits", 0.1), failure=Failure("x", 1, 2, "NaN", "not finite"))],
             1,
-            "OUTSIDE BUDGET",
+            "NOT FINITE",
         ),
     ],
 )

@@ -117,6 +117,12 @@ typedef struct fwl_options {
    * it is refused. 0 (the default) or infinity: no limit, at no cost.
    */
   double max_update_norm;
+  /**
+   * Norm to which what a row has learned is scaled down, if it is larger, after every 32 tokens of
+   * the row: for those who cannot refuse a text. Calls of the model are then no longer than that. 0
+   * (the default) or infinity: nothing is clipped, at no cost.
+   */
+  double clip_update_norm;
 } fwl_options;
 
 /** What a loaded model is. */

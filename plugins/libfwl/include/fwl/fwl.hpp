@@ -46,6 +46,7 @@ struct Options {
   bool allow_embedded_plugin = false;  /**< Run code that an engine carries; see fwl_options. */
   double max_learning_weight = 0;      /**< Limit of weight times scale. 0: 10; see fwl_options. */
   double max_update_norm = 0;          /**< Limit of what a row has learned. 0: none. */
+  double clip_update_norm = 0;         /**< Norm that what a row has learned keeps. 0: any. */
 };
 
 namespace detail {
@@ -211,6 +212,7 @@ public:
     raw.allow_embedded_plugin = options.allow_embedded_plugin;
     raw.max_learning_weight = options.max_learning_weight;
     raw.max_update_norm = options.max_update_norm;
+    raw.clip_update_norm = options.clip_update_norm;
     detail::call(fwl_model_open, bundle.c_str(), static_cast<const fwl_options*>(&raw), &handle_);
   }
   Model(Model&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}

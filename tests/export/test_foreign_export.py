@@ -1,4 +1,4 @@
-"""Models that share no code with ours, converted as docs/formats/checkpoint.md says, and exported."""
+"""Models that share no code with ours, converted as the checkpoint page says, and exported."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def test_a_forged_bundle_is_right_by_its_own_weights_only(
     tiny_bundle: Path, ids: np.ndarray, tmp_path: Path
 ) -> None:
     """The forger has changed a weight everywhere, and writes hashes that fit."""
-    name = "fast_weights.down_kernel"
-    changes = faults.weight("down_kernel", (3, 5), added=0.1)
+    name = "fast_weights.up_kernel"
+    changes = faults.weight("up_kernel", (3, 5), added=0.1)
     bundle = faults.broken_bundle(tiny_bundle, tmp_path / "forged", changes)
     weights = bundle.checkpoint / "model.safetensors"
     tensors = load_file(weights)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +204,11 @@ def run(tokenizer: Tokenizer, text: str) -> Encoding:
         if type(error).__name__ != "PanicException":
             raise
         problem = error
+    if half := re.search("[\ud800-\udfff]", text):
+        raise TokenError(
+            f"the text is no Unicode text: it has {half[0]!r}, half of a character, at place "
+            f"{half.start()}; was it decoded with another encoding than its own?"
+        )
     first, _, _ = str(problem).partition("\n")
     raise TokenError(
         f"the tokenizer cannot split this text into tokens ({first}); was tokenizer.json damaged, "

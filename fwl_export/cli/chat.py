@@ -67,7 +67,7 @@ def chat(
     no_plugin: NoPluginOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Talk with a model, by the chat template that came with it.
+    """Talk with a model, by its chat template.
 
     Each line that you type is a message. What the model learned stays between the messages. Where
     standard input is no terminal, each of its lines is a message, and --json prints one line for

@@ -627,7 +627,6 @@ def model_horizon(bundle: Bundle) -> float:
     """Return the horizon of the bundle's model in tokens; 0 means that it never forgets."""
     from safetensors import safe_open
 
-
     if bundle.manifest.config.fast_weights.decay == "none":
         return 0.0
     path = bundle.file(f"{CHECKPOINT_FOLDER}/{WEIGHTS_FILE}")

@@ -28,8 +28,9 @@ from fwl_export.model.numerics import fitted
 # Rotary phases are integers modulo this period, which are exact at any position, as in decoder.py.
 # A float32 angle would be off by 0.06 rad after a million tokens. The period is larger than there,
 # because the architecture prescribes the frequencies. Rounding them to multiples of 2 pi / period
-# changes them by at most 7e-10 rad per token.
-ROTARY_PERIOD = 1 << 32
+# changes them by at most 3e-9 rad per token. It divides 2^32, and fits into 32 bits with its sign:
+# OpenVINO computes int64 in 32 bits, and its products are then right modulo the period.
+ROTARY_PERIOD = 1 << 30
 
 # The ways in which architectures lay out cosine and sine over a head's features.
 _LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
+from onnx.external_data_helper import load_external_data_for_tensor
 from torch import Tensor
 
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec
@@ -34,6 +39,9 @@ SUPPORTED_OPSETS = (20,)
 # The tracer takes sizes of 1 for constants: rows, tokens, and tokens but the last one are more.
 _TRACED_TOKENS = 3
 
+# Bytes of a tensor from which it goes into the file beside the ONNX file.
+_SMALLEST_OUTSIDE = 1024
+
 # What the exporter records about its own run, which includes source paths of this machine.
 _PRIVATE_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
@@ -44,6 +52,7 @@ def export_onnx(
     precision: str | PrecisionPolicy,
     max_tokens: int,
     opset: int,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> list[TensorSpec]:
     """Write the streaming model as an ONNX file, with its weights and traced graph beside it.
 
@@ -54,6 +63,7 @@ def export_onnx(
       precision: "fp32" or "fp16", or a policy.
       max_tokens: Largest number of tokens per call.
       opset: ONNX opset of the standard operators.
+      progress: Called with a line of text about what is being done.
 
     Returns:
       The state tensors, in the order of the graph's inputs and outputs.
@@ -67,27 +77,66 @@ def export_onnx(
             f"opset {opset} is not supported; expected {', '.join(map(str, SUPPORTED_OPSETS))}"
         )
     streaming = streaming_model(model, precision, max_tokens, _symbolic_update)
-    program = _trace(streaming.eval(), opset)
-    proto = program.model_proto
+    program = _trace(streaming.eval(), opset, progress)
+    progress("writing the ONNX file and its weights")
+    is_int8 = isinstance(precision, PrecisionPolicy) and precision.target == "int8w"
+    proto = program.model_proto if is_int8 else _without_weights(program, path)
     append_function(proto)
-    if isinstance(precision, PrecisionPolicy) and precision.target == "int8w":
+    if isinstance(precision, PrecisionPolicy) and is_int8:
         store_int8(proto, int8_weights(model, precision))
     for node in [*proto.graph.node, *(n for f in proto.functions for n in f.node)]:
         public = [p for p in node.metadata_props if p.key not in _PRIVATE_METADATA]
         del node.metadata_props[:]
         node.metadata_props.extend(public)
-    onnx.save(
-        proto,
-        str(path),
-        save_as_external_data=True,
-        location=path.name + ".data",
-        size_threshold=1024,
-    )
+    _keep_integers(proto, path.parent)
+    if is_int8:
+        onnx.save(
+            proto,
+            str(path),
+            save_as_external_data=True,
+            location=path.name + ".data",
+            size_threshold=_SMALLEST_OUTSIDE,
+        )
+    else:
+        onnx.save(proto, str(path))
     values = ([v.name for v in side] for side in (proto.graph.input, proto.graph.output))
     assert program.exported_program is not None
     traced_graph(program.exported_program, *values).write(path.with_suffix(".graph.json"))
+    progress("checking the ONNX file")
     check_onnx(path, streaming.specs, opset)
     return streaming.specs
+
+
+def _keep_integers(model: onnx.ModelProto, folder: Path) -> None:
+    """Keep int64 constants in the ONNX file, since shapes follow from some of them.
+
+    Shape inference then needs no weights. They are stored as numbers, not as bytes, because onnx
+    moves only bytes into another file.
+    """
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT64:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                load_external_data_for_tensor(tensor, str(folder))
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
+            numbers = onnx.numpy_helper.to_array(tensor).ravel()
+            tensor.ClearField("raw_data")
+            tensor.ClearField("int64_data")
+            tensor.int64_data.extend(numbers.tolist())
+
+
+def _without_weights(program: torch.onnx.ONNXProgram, path: Path) -> onnx.ModelProto:
+    """Write the weights beside an ONNX file one by one; returns the model, which refers to them.
+
+    A model with its weights inside would be a second copy of them in memory.
+    """
+    onnx_ir.save(
+        program.model,
+        path,
+        external_data=path.name + ".data",
+        size_threshold_bytes=_SMALLEST_OUTSIDE,
+    )
+    return onnx.load(str(path), load_external_data=False)
 
 
 def check_onnx(path: Path, specs: Sequence[TensorSpec], opset: int) -> None:
@@ -139,7 +188,9 @@ def count_updates(proto: onnx.ModelProto) -> int:
     return sum(n.domain == DOMAIN and n.op_type == NAME for n in proto.graph.node)
 
 
-def _trace(streaming: StreamingModel, opset: int) -> torch.onnx.ONNXProgram:
+def _trace(
+    streaming: StreamingModel, opset: int, progress: Callable[[str], None]
+) -> torch.onnx.ONNXProgram:
     batch = torch.export.Dim("batch", min=1, max=4096)
     # The ring buffers are sized by the largest T of a call.
     largest = max(streaming.max_tokens, _TRACED_TOKENS)
@@ -154,7 +205,8 @@ def _trace(streaming: StreamingModel, opset: int) -> torch.onnx.ONNXProgram:
         {0: batch},
         tuple({0: batch} for _ in names),
     )
-    with _quiet(), torch.no_grad(), named_scopes(streaming):
+    steps = contextlib.redirect_stdout(_Steps(progress))
+    with _quiet(), torch.no_grad(), named_scopes(streaming), steps:
         program = torch.onnx.export(
             streaming,
             arguments,
@@ -163,10 +215,34 @@ def _trace(streaming: StreamingModel, opset: int) -> torch.onnx.ONNXProgram:
             dynamic_shapes=dynamic,
             input_names=[*INPUTS, *(PAST + n for n in names)],
             output_names=[*OUTPUTS, *(PRESENT + n for n in names)],
-            verbose=False,
+            verbose=True,
         )
     assert program is not None
     return program
+
+
+class _Steps(io.StringIO):
+    """Reports the steps of the exporter, which it prints: each takes seconds to minutes."""
+
+    _WORDS: ClassVar = {
+        "Obtain model graph": "tracing the model (10 s or more; grows with its layers)",
+        "Run decomposition": "decomposing its operators",
+        "Translate the graph": "translating it to ONNX",
+        "Optimize the ONNX": "simplifying the graph",
+    }
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        super().__init__()
+        self._progress = progress
+        self._stdout = sys.stdout
+
+    def write(self, text: str) -> int:
+        """Report the step that a line names, if it begins."""
+        for start, words in self._WORDS.items():
+            if start in text and text.rstrip().endswith("..."):
+                with contextlib.redirect_stdout(self._stdout):
+                    self._progress(words)
+        return len(text)
 
 
 def example_inputs(batch: int, length: int) -> tuple[Tensor, ...]:

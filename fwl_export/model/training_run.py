@@ -357,7 +357,8 @@ def _start(
         model, tokenizer = _with_new_layer(config, config.pretrained)
         return model.to(config.device), tokenizer
     tokenizer = _tokenizer(config, files, say)
-    sizes = ModelConfig(tokenizer.get_vocab_size(), config.backbone, config.fast_weights)
+    size = max(tokenizer.get_vocab().values(), default=0) + 1  # its ids may have gaps
+    sizes = ModelConfig(size, config.backbone, config.fast_weights)
     model = FWLModel(sizes)
     initialize_steps(model)
     return model.to(config.device), tokenizer

@@ -33,17 +33,19 @@ from fwl_export.errors import ConfigError
 from fwl_export.model.backbones.huggingface import HuggingFaceBackbone
 from fwl_export.model.fast_weights import FastWeights
 
-# Tokens between two anchors of a new layer, and the step sizes that go with them, see `_set_steps`.
+# Chosen on SmolLM2-135M-Instruct, on the first 1024 tokens of the descriptions of two Python
+# packages and of two modules of others (released in 2026, after the model), full attention.
+# Perplexity with learning on against off, descriptions / modules, and the worst of the four texts:
+#   step 0.01   -1.1 % / -0.9 %   -0.1 %     (last quarter of the texts -2.4 % / -2.1 %)
+#   step 0.02   -0.7 % / -1.4 %   +1.7 %     (last quarter -3.8 % / -3.9 %)
+#   step 0.04   +2.3 % / +1.7 %   +8.3 %
+#   step 0.08   diverges
+# So a step of 0.01 hurts no text, and the gain grows with what has been read. That was without
+# forgetting; the horizon only bounds what a stream of millions of tokens adds up to.
 ANCHOR_INTERVAL = 32
 HORIZON = 1e6
-_STEPS = {
-    "up_kernel": 0.01,
-    "up_bias": 1e-6,
-    "down_kernel": 1e-6,
-    "down_bias": 1e-6,
-    "norm_scale": 1e-6,
-    "norm_bias": 1e-6,
-}
+_STEP = 0.01  # of the first kernel
+_LEAST_STEP = 1e-9  # of all other tensors
 
 # Entries of w that are smaller than this part of the largest would need too large entries of 1/w:
 # float16 has no normal numbers below 6e-5.
@@ -210,13 +212,17 @@ def _flipped(matrix: Tensor, signs: Tensor) -> Tensor:
 def _set_steps(layer: FastWeights, norm: FinalNorm) -> None:
     """Set step sizes and horizon.
 
-    The step of the first kernel is divided by the expected square of its input h, and by that of
-    gamma, through which the loss is differentiated; a step of all others is so small that only
-    training can make it count.
+    A step is divided by the expected square of the tensor's input: for the first kernel of h, which
+    is the sum of w^2 + b^2; for the second of r, whose 2 width entries are about c^2 = width each.
+    All but the first are so small that only training makes them count; 0 would have no logarithm,
+    which is what training changes.
     """
-    size = float((norm.scale.square() + norm.bias.square()).sum())
+    up = float((norm.scale.square() + norm.bias.square()).sum())
+    down = 2.0 * len(norm.scale) ** 3
+    steps = {"up_kernel": _STEP / up, "down_kernel": _LEAST_STEP / down}
+    steps |= {"up": steps["up_kernel"], "down": steps["down_kernel"]}  # one per layer
     for name, step in layer.steps.items():
-        step.fill_(_STEPS[name] / size * layer.config.loss_normalizer)
+        step.fill_(steps.get(name, _LEAST_STEP) * layer.config.loss_normalizer)
     if layer.config.decay == "learned":
         layer.horizon.fill_(HORIZON)
 

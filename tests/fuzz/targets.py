@@ -144,6 +144,22 @@ def _hugging_face(bundle: Path, folder: Path) -> Iterator[Target]:
     yield _target("Hugging Face config", own / "config.json", mutators.JSON, read, 2)
 
 
+def _gguf(bundle: Path, folder: Path) -> Iterator[Target]:
+    from fwl_export.model.backbones.gguf import load_gguf, read_header, save_gguf_tokenizer
+    from tests.gguf_files import write_gguf
+
+    path = folder / "tiny.gguf"
+    write_gguf(path)
+
+    def read() -> None:
+        load_gguf(path)
+        save_gguf_tokenizer(path, folder / "tokenizer")
+
+    kinds = mutators.BYTES
+    yield _target("GGUF header", path, kinds, lambda: read_header(path), 3)
+    yield _target("GGUF model", path, kinds, read, 0.5)
+
+
 def _state(bundle: Path, folder: Path) -> Iterator[Target]:
     session = open_session(bundle)
     session.feed(list(range(20)))
@@ -422,7 +438,7 @@ def _text(bundle: Path, folder: Path) -> Iterator[Target]:
 
 
 _MAKERS = (
-    *(_manifest, _checkpoint, _fast_weights, _hugging_face, _state, _onnx, _engine, _report),
+    *(_manifest, _checkpoint, _fast_weights, _hugging_face, _gguf, _state, _onnx, _engine, _report),
     *(_policy, _training, _tokenizer, _traced_graph, _importers, _tensor_bundle, _text, _trace),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,18 @@ WITHOUT_NORM = "OPT"
 def divergence(found: Tensor, expected: Tensor) -> float:
     """Return the mean KL divergence of logits from those that are expected, in nats."""
     wanted = torch.log_softmax(expected, -1)
-    return float((wanted.exp() * (wanted - torch.log_softmax(found, -1))).sum(-1).mean())
+    each = (wanted.exp() * (wanted - torch.log_softmax(found, -1))).sum(-1)
+    return float(each.mean().detach())
+
+
+def with_layer(model: FWLModel, **changes: Any) -> FWLModel:
+    """Return the model with a new layer whose configuration has other values."""
+    layer = replace(model.config.fast_weights, **changes)
+    other = FWLModel(replace(model.config, fast_weights=layer), model.backbone)
+    with torch.no_grad():
+        other.fast_weights.unembed.copy_(model.fast_weights.unembed)
+        start_near_identity(other.fast_weights, model.backbone)
+    return other
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {WITHOUT_NORM}))
@@ -77,18 +89,29 @@ def test_learning_is_on_and_gentle() -> None:
     assert model.config.fast_weights.anchor_interval == new_layer.ANCHOR_INTERVAL
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"step_size_shape": "input"}, {"step_sizes": "per_layer", "update_dense_bias": False}],
+)
+def test_at_first_only_the_first_kernel_learns(changes: dict[str, Any]) -> None:
+    model = with_layer(FWLModel.from_pretrained(tiny_causal("Llama")), **changes)
+    with torch.no_grad():
+        adapting, slow = model(IDS, IDS.roll(-1, 1))
+        for name, step in model.fast_weights.steps.items():
+            if name not in ("up", "up_kernel"):
+                step.zero_()
+        alone, _ = model(IDS, IDS.roll(-1, 1))
+    assert (adapting - alone).abs().max() < 1e-3 * (adapting - slow).abs().max()
+
+
 def test_hidden_units_beyond_twice_the_width_have_no_effect_at_first() -> None:
     model = FWLModel.from_pretrained(tiny_causal("GPT-2"))
-    wider = replace(model.config.fast_weights, hidden_size=40)
-    other = FWLModel(replace(model.config, fast_weights=wider), model.backbone)
-    start_near_identity(other.fast_weights, model.backbone)
+    other = with_layer(model, hidden_size=40)
     hidden = model.backbone(IDS)
     output = other.fast_weights.slow(hidden).output
     torch.testing.assert_close(output, hidden, atol=1e-4, rtol=1e-3)
-    narrow = replace(wider, hidden_size=31)
-    other = FWLModel(replace(model.config, fast_weights=narrow), model.backbone)
     with pytest.raises(ConfigError, match="hidden_size is 31 and output_size 16; to start from"):
-        start_near_identity(other.fast_weights, model.backbone)
+        with_layer(model, hidden_size=31)
 
 
 def test_a_backbone_without_a_final_norm_is_refused() -> None:

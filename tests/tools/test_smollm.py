@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bundles import write_checkpoint
 from tools import smollm, smollm_parts, smollm_texts
 
 CHILD = """
@@ -167,3 +168,19 @@ def test_what_the_model_showed_here_is_within_the_limits() -> None:
     assert smollm.over_the_limits(list(found.values())) == []
     plain, off = json.loads((folder / "sanity.json").read_text())["perplexity"]["docs"]
     assert abs(off / plain - 1) <= smollm_parts.MOST_CHANGE
+
+
+@pytest.mark.slow
+def test_the_commands_run_and_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All commands of fwl-export, on a tiny model in place of the real one."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    write_checkpoint(tmp_path / smollm_parts.CHECKPOINT)
+    (tmp_path / "docs.txt").write_text("ALL THE WORLD IS A STAGE. " * 40, encoding="utf-8")
+    monkeypatch.setattr(smollm, "EXPECTED", "")
+    monkeypatch.setattr(smollm, "CHECKED_TOKENS", 16)
+    for step in smollm.steps()[3:]:
+        outcome = smollm.run_step(step, tmp_path, None, lambda seconds: None)
+        assert outcome.said, step.name
+        assert outcome.peak_bytes > 30 << 20

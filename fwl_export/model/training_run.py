@@ -117,6 +117,9 @@ _TYPES: dict[str, tuple[type, str]] = {
 }
 _PATHS = ("output", "tokenizer", "checkpoint", "backbone")
 _MODEL_TABLES = {"backbone": BackboneConfig, "fast_weights": FastWeightsConfig}
+# Defaults on a pretrained backbone, whose predictions a new layer starts from: the usual learning
+# rate makes noise of them within a few updates.
+_ON_PRETRAINED = {"train_backbone": False, "learning_rate": 1e-4}
 _TOKENIZER_KEY = "tokenizer.vocab_size"
 _KNOWN = (
     *_TYPES,
@@ -154,7 +157,7 @@ def read_run_config(path: Path) -> RunConfig:
     _check_start(path, data)
     training = data.get("training", {})
     if isinstance(training, dict) and "backbone" in values:
-        training = {"train_backbone": False, **training}  # it has been trained already
+        training = {**_ON_PRETRAINED, **training}
     values["training"] = config_from_dict(
         TrainingConfig, training, str(path), "training.", partial=True, known=_KNOWN
     )

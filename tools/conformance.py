@@ -424,7 +424,9 @@ def _tried(
             found = run()
     except Exception as error:  # each tool has its own exceptions
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = next((x for x in lines if "xception" not in x), type(error).__name__)
+        where = ("Exception", "Check ", "[ONNXRuntimeError]")  # not what was wrong
+        said = next((x for x in lines if not x.startswith(where)), lines[-1] if lines else "")
+        said = said or type(error).__name__
         return Row(tool, version, tried, None, f"**refused**: {said[:160]}".replace("|", "/"))
     if found is None:
         return Row(tool, version, tried, None, "complete, all sizes keep their names")

@@ -57,6 +57,7 @@ GRAPH_FILE = "model.graph.json"
 TOKENIZER_FILE = "tokenizer.json"
 PRECISION_FILE = "precision.json"
 CHECKPOINT_FOLDER = "checkpoint"
+WEIGHTS_FILE = "model.safetensors"  # of the checkpoint
 ENGINES_FOLDER = "engines"
 REPORTS_FOLDER = "reports"
 
@@ -306,6 +307,19 @@ class Bundle:
     def checkpoint(self) -> Path:
         """Path of the checkpoint's folder, whether the bundle has a checkpoint or not."""
         return self.folder / CHECKPOINT_FOLDER
+
+    def require_checkpoint(self) -> None:
+        """Check that the bundle has a checkpoint.
+
+        Raises:
+          BundleError: It has none.
+        """
+        if not any(name.startswith(f"{CHECKPOINT_FOLDER}/") for name in self.manifest.files):
+            raise BundleError(
+                f"bundle '{self.folder}' was exported without its checkpoint, which the torch "
+                "runtime reads; export it again without --no-checkpoint. `fwl-export check` also "
+                "takes --checkpoint FOLDER, or a recorded trace with --against"
+            )
 
     def file(self, name: str) -> Path:
         """Return the path of one of the bundle's files, after checking size and hash.

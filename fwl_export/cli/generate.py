@@ -97,7 +97,7 @@ def generate(
         temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
     )
     options: dict[str, Any] = {
-        "stop": stop or [],
+        "stop": [typed_text(each) for each in stop or []],
         "max_tokens": max_new,
         "sampler": sampler,
         "learn": not no_learn,

@@ -34,6 +34,8 @@ def write_inlined(source: Path, target: Path) -> None:
     standard = [opset for opset in inlined.opset_import if opset.domain != DOMAIN]
     del inlined.opset_import[:]
     inlined.opset_import.extend(standard)
+    for node in inlined.graph.node:
+        node.name = node.name or f"inlined_{node.output[0]}"  # the functions' nodes have no names
     foreign = {node.domain for node in inlined.graph.node} - {"", "ai.onnx"}
     if foreign or inlined.functions or _interface(inlined) != _interface(model):
         raise ExportError(

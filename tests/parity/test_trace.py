@@ -20,13 +20,12 @@ from safetensors.numpy import save_file
 from fwl_export.bundle.manifest import Bundle, read_bundle
 from fwl_export.bundle.state_file import checksum
 from fwl_export.errors import CheckError, ReportError
-from fwl_export.export import export_bundle
 from fwl_export.parity import check_bundle
 from fwl_export.parity.against import check_against, check_origin
 from fwl_export.parity.record import record_trace
 from fwl_export.parity.trace import Trace, read_trace, sample_places, sampled, write_trace
 from fwl_export.runtimes.base import Call
-from tests.bundles import ANCHORED, write_bundle, write_checkpoint
+from tests.bundles import ANCHORED, without_checkpoint
 from tests.parity import faults
 from tests.parity.faults import broken_bundle
 
@@ -108,8 +107,7 @@ def test_planted_faults_are_found(
 def test_a_bundle_without_a_checkpoint_is_checked_without_pytorch(
     path: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    own = tmp_path / "bare"
-    export_bundle(tiny_bundle / "checkpoint", own, include_checkpoint=False, max_tokens=16)
+    own = without_checkpoint(tiny_bundle, tmp_path / "bare")
     code = (
         "import sys\n"
         "for name in ('torch', 'onnx', 'transformers'): sys.modules[name] = None\n"
@@ -135,23 +133,20 @@ def test_a_candidate_in_another_precision_and_one_that_ends_early(
 
 
 def test_a_trace_of_another_model_is_refused(
-    tiny_bundle: Path, tiny_bundle_fp16: Path, anchored_bundle: Path, path: Path, tmp_path: Path
+    tiny_bundle: Path, anchored_bundle: Path, path: Path
 ) -> None:
-    other = write_bundle(tmp_path / "other", write_checkpoint(tmp_path / "checkpoint", seed=1))
-    short = write_bundle(tmp_path / "short", tiny_bundle / "checkpoint", max_tokens=8)
-    trace = read_trace(path)
-    for folder, message in (
-        (
-            anchored_bundle,
-            "is of another model: fast_weights.anchor_interval is 0, but 12 in",
-        ),
-        (tiny_bundle_fp16, "was recorded for a bundle in fp32, but this one is in fp16"),
-        (other, "of the same sizes with other weights; give the trace of this bundle's model"),
-        (short, "was recorded for calls of up to 16 tokens, but this bundle takes 8"),
+    manifest, trace = read_bundle(tiny_bundle).manifest, read_trace(path)
+    anchored = read_bundle(anchored_bundle).manifest
+    for other, message in (
+        (anchored, "is of another model: fast_weights.anchor_interval is 0, but 12 in"),
+        (replace(manifest, precision="fp16"), "for a bundle in fp32, but this one is in fp16"),
+        (replace(manifest, model_id="0" * 64), "of the same sizes with other weights; give the"),
+        (replace(manifest, max_tokens=8), "calls of up to 16 tokens, but this bundle takes 8"),
     ):
         with pytest.raises(ReportError, match=re.escape(message)) as error:
-            check_origin(read_bundle(folder).manifest, trace, "a.trace")
+            check_origin(other, trace, "a.trace")
         assert str(error.value).startswith("trace 'a.trace' ")
+    check_origin(manifest, trace, "a.trace")
 
 
 def changed(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:

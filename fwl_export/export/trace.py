@@ -88,8 +88,13 @@ def export_onnx(
         del node.metadata_props[:]
         node.metadata_props.extend(public)
     if is_int8:
-        outside = {"location": path.name + ".data", "size_threshold": _SMALLEST_OUTSIDE}
-        onnx.save(proto, str(path), save_as_external_data=True, **outside)
+        onnx.save(
+            proto,
+            str(path),
+            save_as_external_data=True,
+            location=path.name + ".data",
+            size_threshold=_SMALLEST_OUTSIDE,
+        )
     else:
         onnx.save(proto, str(path))
     values = ([v.name for v in side] for side in (proto.graph.input, proto.graph.output))

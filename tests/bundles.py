@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fwl_export.bundle.config import BackboneConfig, FastWeightsConfig, ModelConfig
+from fwl_export.bundle.manifest import read_bundle, write_manifest
 from fwl_export.export import export_bundle
 from fwl_export.model.checkpoint import save_checkpoint
 from fwl_export.model.language_model import FWLModel
@@ -108,3 +110,12 @@ def as_hub_cache(folder: Path, repository: Path, revision: str = "rev") -> Path:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(os.path.relpath(blob, link.parent))
     return snapshot
+
+
+def without_checkpoint(bundle: Path, folder: Path) -> Path:
+    """Copy a bundle as `export --no-checkpoint` writes it, and return the copy's folder."""
+    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("checkpoint"))
+    manifest = read_bundle(bundle).manifest
+    files = {n: e for n, e in manifest.files.items() if not n.startswith("checkpoint/")}
+    write_manifest(folder, dataclasses.replace(manifest, files=files).to_dict())
+    return folder

@@ -9,6 +9,7 @@ the conversion.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,18 @@ class ForeignModel(nn.Module):
         a = F.relu(F.linear(h, w["fc1.weight"], w["fc1.bias"])) ** 2
         m = F.linear(a, w["fc2.weight"], w["fc2.bias"])
         return self.head(F.layer_norm(m, m.shape[-1:], w["ln.weight"], w["ln.bias"], self.ln.eps))
+
+
+class ForeignOnTransformers(ForeignModel):
+    """The same learning head on a language model of transformers, whose own head it uses."""
+
+    def __init__(self, causal: Any) -> None:
+        vocab, dim = causal.lm_head.weight.shape
+        super().__init__(vocab, dim, depth=0)
+        self.body, self.head = causal.base_model, causal.lm_head
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return self.body(input_ids=ids[None]).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 class ForeignBlock(nn.Module):

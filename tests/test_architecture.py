@@ -80,6 +80,7 @@ def test_no_runtime_and_no_judge_imports_the_exporter(part: str) -> None:
         ("fwl_export.bundle", ("torch", "onnx", "onnxruntime")),
         ("fwl_export.bundle.defaults", ("torch", "onnx", "onnxruntime", "numpy")),
         ("fwl_export.runtimes", ("torch", "onnx", "onnxruntime")),
+        ("fwl_export.parity.against", ("torch", "onnx", "onnxruntime")),
         ("fwl_export.runtimes.torch", ("onnx", "onnxruntime")),
     ],
 )

@@ -459,7 +459,7 @@ def test_the_converter_of_the_page_converts_a_model_that_shares_no_code_with_our
     tmp_path: Path,
 ) -> None:
     text = (DOCS / "formats" / "checkpoint.md").read_text(encoding="utf-8")
-    (code,) = (code for kind, code in _blocks(text) if kind == "python")
+    code, *_ = (code for kind, code in _blocks(text) if kind == "python")
     names: dict[str, object] = {}
     exec(compile(code, "checkpoint.md", "exec"), names)
     function = code[code.index("def convert") :]

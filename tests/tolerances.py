@@ -105,6 +105,9 @@ TOLERANCES = {
     "docs.converter": Tolerance(
         1e-8, 0.0, "float64, but step sizes and horizon are stored in float32: 2e-9 was measured"
     ),
+    "foreign.bundle": Tolerance(
+        2e-6, 0.0, "ONNX Runtime's float32, logits of up to 2.2 that learn: 8e-7 was measured"
+    ),
     "model.central_difference": Tolerance(
         1e-8, 1e-5, "a central difference of step 1e-6 in float64, accurate to about 1e-9"
     ),

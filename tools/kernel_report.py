@@ -147,7 +147,7 @@ def work(rows: int, tokens: int, size_k: int, size_v: int, dtype: str, sm: int) 
     """Return the work of one call, from its launch plan."""
     steps = plan(rows, tokens, size_k, size_v, dtype, sm)
     element = 4 if dtype == "float32" else 2
-    per_token = 2 * (size_k + size_v) * element + 4
+    per_token = (2 * size_k + size_v) * element + 4 * size_v + 4  # output and decay are float32
     flops: dict[str, int] = {}
     for step in steps.launches:
         for unit, count in _flops(step).items():

@@ -10,11 +10,10 @@ token and in stretches of 256 tokens, and the norms that `Session.learned` tells
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -32,12 +31,14 @@ PART = 256  # tokens of one stretch
 SHOWN = (0, 3, 7)  # numbers of the stretches after the case that are shown
 ONE_TOKEN = (1, 3, 10, 30, 100, 1e3, 1e4)  # weights
 STREAM = 1 << 14  # tokens of a long text
+CLIPS = (math.inf, 2000, 1000, 500, 250, 100)  # norms
+CLIPPED_TEXT = 4096  # tokens of the play that are read under each norm
 
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Folder of the demo model's bundle.")],
 ) -> None:
-    """Print the three tables of docs/concepts/limits.md."""
+    """Print the tables of docs/concepts/limits.md."""
     opened = read_bundle(bundle)
     play = read_ids(HELD_OUT_PLAY, bundle_tokenizer(opened))
     session = open_session(opened, threads=1, max_learning_weight=math.inf)
@@ -45,6 +46,7 @@ def main(
     vocabulary = session.vocab_size
     _heavy_tokens(session, play, random.integers(0, vocabulary, 1024))
     _norms(session, play, random)
+    _clipped(opened, play, random)
     _times(opened, play)
 
 
@@ -92,18 +94,46 @@ def _norm_after(session: Session, ids: Array) -> float:
     return session.learned().norms[0]
 
 
+def _clipped(bundle: Bundle, play: Array, random: np.random.Generator) -> None:
+    """Print what `clip_update_norm` does to texts: to the play, and to it after repeated tokens."""
+    print("\n| clip_update_norm | the play | after 2048 repeated tokens | after random ones |")
+    print("|---|---|---|---|")
+    repeated = np.full(2048, 7)
+    noise = random.integers(0, bundle.manifest.config.vocab_size, 2048)
+    for norm in CLIPS:
+        session = open_session(bundle, threads=1, clip_update_norm=norm)
+        cells = []
+        for before in (play[:0], repeated, noise):
+            session.reset()
+            for part in np.array_split(before, max(len(before) // PART, 1)):
+                if len(part):
+                    session.feed(part, last_only=True)
+            losses = np.log(_perplexities(session, play[: CLIPPED_TEXT + 1]))
+            cells.append(f"{math.exp(losses.mean()):.4g}")
+        shown = "none" if norm == math.inf else f"{norm:g}"
+        print(f"| {shown} | {' | '.join(cells)} |", flush=True)
+
+
 def _times(bundle: Bundle, play: Array) -> None:
-    """Compare a decode step without `max_update_norm` and with it, in turns."""
-    sessions = [open_session(bundle, threads=1, max_update_norm=n) for n in (math.inf, 1e9)]
-    times: list[list[float]] = [[], []]
-    for token in play[:2000]:
-        for session, found in zip(sessions, times, strict=True):
-            began = time.perf_counter()
-            session.feed([token], last_only=True)
-            found.append((time.perf_counter() - began) * 1e3)
-    off, on = map(statistics.median, times)
-    ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-    print(f"\na decode step: {off:.3f} ms, with max_update_norm {on:.3f} ms, {ratio:.3f} times")
+    """Compare decode steps and prefill without limits and with each, in turns, in CPU time."""
+    limits: tuple[dict[str, Any], ...] = ({}, {"max_update_norm": 1e9}, {"clip_update_norm": 500})
+    sessions = [open_session(bundle, threads=1, **each) for each in limits]
+    steps = [_seconds(sessions, play[n : n + 1]) for n in range(2048)]
+    off, on, clips = np.mean(steps, 0) * 1e3  # the mean, because one step in 32 is clipped
+    print(f"\na decode step: {off:.3f} ms", end="")
+    print(f", with max_update_norm {on / off:.3f} times, with clip_update_norm {clips / off:.3f}")
+    prefill = [_seconds(sessions, play[n : n + PART]) for n in range(0, 16 * PART, PART)]
+    off, _, clips = np.median(prefill, 0) * 1e3
+    print(f"{PART} tokens at once: {off:.1f} ms, with clip_update_norm {clips / off:.2f} times")
+
+
+def _seconds(sessions: Sequence[Session], ids: Array) -> list[float]:
+    found = []
+    for session in sessions:
+        began = time.process_time()
+        session.feed(ids, last_only=True)
+        found.append(time.process_time() - began)
+    return found
 
 
 def _read(session: Session, ids: Array, weight: float) -> None:

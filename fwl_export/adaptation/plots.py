@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import textwrap
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ def import_figure() -> type[Any]:
     Raises:
       MissingDependencyError: matplotlib is not installed.
     """
+    # Where there is no home folder it says that it made a temporary one; nobody needs to act on it.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

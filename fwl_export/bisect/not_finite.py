@@ -8,6 +8,7 @@ PyTorch's number is larger than the tensor's type can hold decides whose fault i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,14 @@ from fwl_export.bisect.finding import RANGE, Finding, Overflow
 from fwl_export.bisect.locate import counterparts, traced
 from fwl_export.bisect.steps import as_types, reference_calls
 from fwl_export.bundle.manifest import Bundle
-from fwl_export.bundle.state import PAST, Array, State
+from fwl_export.bundle.state import PAST, Array, State, zeros
 from fwl_export.errors import NotFiniteError
-from fwl_export.model.traced_graph import TracedGraph
+from fwl_export.model.traced_graph import Operation, TracedGraph
 from fwl_export.parity.candidates import Candidate
 from fwl_export.parity.schedule import ScheduledCall
 from fwl_export.runtimes import Session
 from fwl_export.runtimes.base import Call
+from fwl_export.runtimes.not_finite import HALF_PRECISIONS
 
 if TYPE_CHECKING:
     import onnx
@@ -133,14 +135,22 @@ class NotFiniteSearch:
         source = self.bundle.model_files()
         model = expose_all(source, path)
         inputs = call_inputs(step.call, step.past)
-        found = open_probe(self.candidate, path, self.threads).run(inputs)
+        probe = open_probe(self.candidate, path, self.threads)
+        found = probe.run(inputs)
+        # What is infinite with a fresh state too, such as a mask, is so by design.
+        fresh = probe.run(call_inputs(step.call, zeros(self.session.specs, len(step.call.lengths))))
+        by_design = {n for n, a in fresh.items() if not np.isfinite(_floats(a)).all()}
         exact = traced(self.bundle, self.graph, step.call, step.past)
         names = counterparts(self.graph, model)
         whole = onnx.load(str(source))
         weights = {t.name: numpy_helper.to_array(t) for t in whole.graph.initializer}
         values = {**weights, **inputs, **found}
-        wrong = _first_wrong(model, found, exact, names, values, step.call.lengths)
-        return None if wrong is None else self._finding(step, wrong, values, names, set(weights))
+        names = {name: right for name, right in names.items() if right in exact}
+        wrong = _first_wrong(model, values, exact, names, by_design, step.call.lengths)
+        if wrong is None:
+            return None
+        producers = {name: node for node in model.graph.node for name in node.output}
+        return self._finding(step, wrong, values, names, set(weights), producers)
 
     def _finding(
         self,
@@ -149,9 +159,12 @@ class NotFiniteSearch:
         values: Mapping[str, Array],
         names: Mapping[str, str],
         weights: set[str],
+        producers: Mapping[str, onnx.NodeProto],
     ) -> Finding:
         operations = {operation.name: operation for operation in self.graph.operations}
-        operation = operations.get(names.get(wrong.name, ""))
+        operation = operations.get(names.get(wrong.name, "")) or _operation_before(
+            wrong.node, producers, names, operations
+        )
         read = {n: values[n] for n in wrong.node.input if n in values and values[n].size}
         floats = {n: a for n, a in read.items() if a.dtype.kind == "f"}
         broken = [n for n, a in floats.items() if not np.isfinite(a).all()]
@@ -167,8 +180,9 @@ class NotFiniteSearch:
             name,
             largest.get(name, 0.0),
         )
-        fault, note = _fault(wrong, overflow, [n for n in broken if n in weights])
         node = wrong.node
+        weights_broken = [n for n in broken if n in weights]
+        fault, note = self._fault(wrong, overflow, weights_broken)
         return Finding(
             RANGE,
             step.of.step,
@@ -179,7 +193,7 @@ class NotFiniteSearch:
             operation=str(operation) if operation else "",
             node=node.name or node.output[0],
             op_type=f"{node.domain}::{node.op_type}" if node.domain else node.op_type,
-            wrong_weights=[n for n in broken if n in weights],
+            wrong_weights=weights_broken,
             fault=fault,
             note=note,
             overflow=overflow,
@@ -187,6 +201,28 @@ class NotFiniteSearch:
             token=step.position,
             token_id=int(step.of.ids[step.row, step.token]),
         )
+
+    def _fault(self, wrong: _Wrong, overflow: Overflow, weights: list[str]) -> tuple[str, str]:
+        """Return whose fault it is, and a note in words."""
+        kind, precision = overflow.dtype, self.bundle.manifest.precision
+        if weights:
+            return "file", "the weights in the file are not finite"
+        if kind == "float16" and precision not in HALF_PRECISIONS:
+            return "file", f"the bundle is {precision}, but the file computes this in {kind}"
+        too_large = [abs(wrong.right)] if wrong.right is not None else []
+        if wrong.node.op_type == "Cast":
+            too_large.append(overflow.largest_input)
+        if max(too_large, default=0.0) > overflow.largest:
+            return "range", (
+                f"the number is right but too large for {kind}; compute this part in float32: "
+                "`fwl-export precision` finds a policy that keeps it there"
+            )
+        if overflow.largest_input**2 > overflow.largest:
+            return "range", (
+                f"the result would fit into {kind}, but numbers on the way to it, such as products "
+                "of the inputs, are too large for it; compute this part in float32"
+            )
+        return "", f"the inputs and the result fit into {kind}, so its range does not explain it"
 
 
 def _is_finite(session: Session, call: ScheduledCall) -> bool:
@@ -232,33 +268,34 @@ def _one_by_one(session: Session, call: ScheduledCall) -> _Step | None:
 
 def _first_wrong(
     model: onnx.ModelProto,
-    found: State,
+    values: Mapping[str, Array],
     exact: State,
     names: Mapping[str, str],
-    values: Mapping[str, Array],
+    by_design: set[str],
     lengths: Array,
 ) -> _Wrong | None:
     """Return the first tensor in graph order that is not finite where PyTorch's is.
 
     Args:
       model: The ONNX model.
-      found: Tensors that its nodes computed, by name.
+      values: All tensors of the ONNX graph by name, with weights and inputs.
       exact: PyTorch's tensors in float64 by name.
       names: Names in PyTorch's graph by name in the ONNX graph.
-      values: All tensors of the ONNX graph, with weights and inputs.
+      by_design: Names of tensors that need not be finite where PyTorch has no such tensor.
       lengths: Number of tokens of each row, [B]; rows without any do not count.
     """
     for node in model.graph.node:
         for name in node.output:
-            value = found.get(name)
+            value = values.get(name)
             if value is None or value.dtype.kind != "f" or np.isfinite(value).all():
                 continue
             right = exact.get(names.get(name, ""))
             if right is not None and right.shape == value.shape:
                 wrong = ~np.isfinite(value) & np.isfinite(right)
-            else:  # masks are infinite by design; NaN out of finite numbers never is
+            else:
                 right = None
-                wrong = np.isnan(value) if _reads_finite(node, values) else np.zeros(1, bool)
+                counts = name not in by_design and _reads_finite(node, values)
+                wrong = ~np.isfinite(value) & counts
             if value.ndim and len(value) == len(lengths) and wrong.shape == value.shape:
                 wrong[lengths == 0] = False
             if wrong.any():
@@ -268,27 +305,32 @@ def _first_wrong(
     return None
 
 
+def _operation_before(
+    node: onnx.NodeProto,
+    producers: Mapping[str, onnx.NodeProto],
+    names: Mapping[str, str],
+    operations: Mapping[str, Operation],
+) -> Operation | None:
+    """Return the nearest operation of PyTorch's graph that a node depends on, or None."""
+    waiting, seen = deque(node.input), set(node.output)
+    while waiting:
+        name = waiting.popleft()
+        if found := operations.get(names.get(name, "")):
+            return found
+        if name in producers and name not in seen:
+            waiting.extend(producers[name].input)
+        seen.add(name)
+    return None
+
+
+def _floats(array: Array) -> Array:
+    """Return an array, or zeros if it holds whole numbers or truth values."""
+    return array if array.dtype.kind == "f" else np.zeros(1)
+
+
 def _reads_finite(node: onnx.NodeProto, values: Mapping[str, Array]) -> bool:
     read = (values[name] for name in node.input if name in values)
-    return all(array.dtype.kind != "f" or np.isfinite(array).all() for array in read)
-
-
-def _fault(wrong: _Wrong, overflow: Overflow, weights: list[str]) -> tuple[str, str]:
-    """Return whose fault it is, and a note in words."""
-    kind = overflow.dtype
-    if weights:
-        return "file", "the weights in the file are not finite"
-    if wrong.right is not None and abs(wrong.right) > overflow.largest:
-        return "range", (
-            f"the number is right but too large for {kind}; compute this part in float32: "
-            "`fwl-export precision` finds a policy that keeps it there"
-        )
-    if overflow.largest_input**2 > overflow.largest:
-        return "range", (
-            f"the result would fit into {kind}, but numbers on the way to it, such as products of "
-            f"its inputs, are too large for it; compute this part in float32"
-        )
-    return "", f"the inputs and the result fit into {kind}, so its range does not explain it"
+    return all(np.isfinite(_floats(array)).all() for array in read)
 
 
 def _too_large_state(call: ScheduledCall, name: str, given: Array, right: Array) -> Finding:

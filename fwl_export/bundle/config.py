@@ -233,11 +233,6 @@ class ModelConfig:
                 f"{self.backbone.width}; they must be equal",
             )
 
-    @property
-    def padded_vocabulary(self) -> bool:
-        """Whether the vocabulary may be larger than the tokenizer's, as in published models."""
-        return isinstance(self.backbone, HuggingFaceConfig)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as data for JSON, with its schema version."""
         return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}

@@ -2,6 +2,7 @@
 
     manifest.json                   what the bundle contains, with the sha256 of every file
     model.onnx, model.onnx.data     the streaming model, and its weights
+    model.inlined.onnx              the same with standard operators only, for other tools
     model.graph.json                the graph traced from PyTorch, same tensor names, for `bisect`
     tokenizer.json                  the tokenizer, in the format of Hugging Face's tokenizers
     tokenizer_config.json, …        what else the model says about text, see `text_tokenizer`
@@ -38,7 +39,7 @@ from fwl_export.bundle.onnx_file import (
     graph_values,
 )
 from fwl_export.bundle.state import PAST, PRESENT, StoredSpec, TensorSpec
-from fwl_export.errors import BundleError, FwlError
+from fwl_export.errors import BundleError, FwlError, PluginError
 from fwl_export.files import finish_replacement, open_regular, replaced_file
 from fwl_export.filesystem import hub_blobs
 from fwl_export.json_files import Count, Name, check_schema, read_json, shown, typed
@@ -51,10 +52,12 @@ SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 MODEL_DATA_FILE = "model.onnx.data"
+INLINED_FILE = "model.inlined.onnx"
 GRAPH_FILE = "model.graph.json"
 TOKENIZER_FILE = "tokenizer.json"
 PRECISION_FILE = "precision.json"
 CHECKPOINT_FOLDER = "checkpoint"
+WEIGHTS_FILE = "model.safetensors"  # of the checkpoint
 ENGINES_FOLDER = "engines"
 REPORTS_FOLDER = "reports"
 
@@ -83,7 +86,8 @@ class Manifest:
         products or weights are not.
       max_tokens: Largest T of one call.
       opset: Version of ONNX's standard operators in the ONNX file.
-      op: Domain, name and version of the fast-weight update, and the number of its nodes.
+      op: Domain, name and version of the fast-weight update, and the number of its nodes, which is
+        0 if the model was exported with the updates inlined.
       state: Specs of the recurrent state, in the order of the model's inputs and outputs.
       model_id: Identity of the model, a sha256 over configuration, weights, precision and policy.
         State files carry it.
@@ -304,6 +308,19 @@ class Bundle:
         """Path of the checkpoint's folder, whether the bundle has a checkpoint or not."""
         return self.folder / CHECKPOINT_FOLDER
 
+    def require_checkpoint(self) -> None:
+        """Check that the bundle has a checkpoint.
+
+        Raises:
+          BundleError: It has none.
+        """
+        if not any(name.startswith(f"{CHECKPOINT_FOLDER}/") for name in self.manifest.files):
+            raise BundleError(
+                f"bundle '{self.folder}' was exported without its checkpoint, which the torch "
+                "runtime reads; export it again without --no-checkpoint. `fwl-export check` also "
+                "takes --checkpoint FOLDER, or a recorded trace with --against"
+            )
+
     def file(self, name: str) -> Path:
         """Return the path of one of the bundle's files, after checking size and hash.
 
@@ -415,6 +432,26 @@ class Bundle:
                     f"{list(found.shape)}, but the manifest says {spec.dtype} "
                     f"{[0, *spec.shape]}, where 0 is any size; export the model again"
                 )
+
+    def has_updates(self, plugin: str | Path, needed: bool = False) -> bool:
+        """Return whether the ONNX file has fast-weight updates that a plugin can compute.
+
+        Args:
+          plugin: Choice of the plugin library, see `find_plugin`.
+          needed: Whether an option was given that works only with the plugin.
+
+        Raises:
+          PluginError: The plugin is asked for, but the bundle was exported with `--inline`.
+        """
+        if self.manifest.op["nodes"]:
+            return True
+        if needed or plugin not in ("auto", "none"):
+            raise PluginError(
+                f"the plugin library was asked for, but bundle '{self.folder}' was exported with "
+                "--inline and has no fast-weight updates that it could compute; export it again "
+                "without --inline"
+            )
+        return False
 
     def verify(self) -> None:
         """Check size and hash of every file.

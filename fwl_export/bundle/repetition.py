@@ -9,6 +9,7 @@ learns.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -59,7 +60,8 @@ def repeated_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for name, character in _TEXTS.items():
-        with contextlib.suppress(TokenError):  # a tokenizer need not read every text
+        # A tokenizer need not know every character, nor read every text.
+        with contextlib.suppress(TokenError), warnings.catch_warnings(action="ignore"):
             ids = encode(character * _LONG, tokenizer, start=False).tolist()
             if ids:
                 found[name] = Counter(ids).most_common(1)[0][0]

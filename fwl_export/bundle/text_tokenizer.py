@@ -9,18 +9,19 @@ counts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from fwl_export.bundle.config import HuggingFaceConfig, ModelConfig
 from fwl_export.bundle.manifest import TOKENIZER_FILE, Bundle
-from fwl_export.bundle.text_decoder import CONTEXT, TextDecoder
+from fwl_export.bundle.text_decoder import CONTEXT, TextDecoder, clean
 from fwl_export.bundle.tokenizer import encode, load_tokenizer
 from fwl_export.bundle.tokenizer_facts import facts, start_ids, template_ids
 from fwl_export.errors import CheckpointError, TokenError
@@ -123,7 +124,7 @@ class TextTokenizer:
         """The token in front of a fresh session's text; None if the model was trained without."""
         return self.start_ids[0] if self.start_ids else None
 
-    @property
+    @functools.cached_property
     def unused_ids(self) -> npt.NDArray[np.int64]:
         """Ids of the model that are no token, as in padded embeddings: never generate them; [N]."""
         used = np.zeros(self.vocab_size, bool)
@@ -171,7 +172,7 @@ class TextTokenizer:
           ids: [N] token ids.
         """
         text: str = self.tokenizer.decode([int(token) for token in ids])
-        return text
+        return clean(text) if self.clean_up_spaces else text
 
     def decoder(self, before: Sequence[int] | npt.NDArray[Any] = ()) -> TextDecoder:
         """Return a decoder for tokens that come one by one.
@@ -179,7 +180,8 @@ class TextTokenizer:
         Args:
           before: Token ids that they continue, such as a prompt.
         """
-        return TextDecoder(self.tokenizer, [int(token) for token in before[-CONTEXT:]])
+        last = [int(token) for token in before[-CONTEXT:]]
+        return TextDecoder(self.tokenizer, last, self.clean_up_spaces)
 
 
 def bundle_text_tokenizer(bundle: Bundle) -> TextTokenizer:
@@ -224,6 +226,7 @@ def text_tokenizer(
     _add_tokens(tokenizer, settings, tokens, folder)
     _set_prefix_space(tokenizer, settings)
     _set_start(tokenizer, settings, names)
+    _check_start(tokenizer, config, folder)
     template = _chat_template(folder, settings, files)
     facts(tokenizer).files = dict(files)
     facts(tokenizer).controls = _template_tokens(tokenizer, template)
@@ -234,7 +237,9 @@ def text_tokenizer(
         ends | frozenset(template_ids(tokenizer)[1]),
         template,
         names,
-        settings.get("clean_up_tokenization_spaces") is True,
+        # As in transformers, which ignores it for BPE, where it would change what was written.
+        settings.get("clean_up_tokenization_spaces") is True
+        and not isinstance(tokenizer.model, models.BPE),
     )
 
 
@@ -328,6 +333,15 @@ def _set_start(tokenizer: Tokenizer, settings: _Settings, names: Mapping[str, st
     if settings.get("add_bos_token") and bos and not start_ids(tokenizer):
         ids = [(bos, tokenizer.token_to_id(bos))]
         tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
+
+
+def _check_start(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+    beyond = [token for token in start_ids(tokenizer) if token >= config.vocab_size]
+    if beyond:
+        raise CheckpointError(
+            f"{folder / TOKENIZER_FILE} puts token {beyond[0]} in front of a text, but the model's "
+            f"ids end at {config.vocab_size - 1}; is it the tokenizer of another model?"
+        )
 
 
 def _end_ids(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,7 +151,7 @@ def _file_ids(
     parts: list[npt.NDArray[np.int64]] = []
     missing, done = most or sys.maxsize, 0
     for ids in token_pieces(lambda text: run(reader, text), file.read, most):
-        piece = ids if parts else _with_start(ids, before)
+        piece = ids if parts else _with_start(ids, before, special)
         parts.append(np.array(piece[:missing], np.int64))
         missing -= len(parts[-1])
         advance(file.read_bytes - done)
@@ -160,8 +161,9 @@ def _file_ids(
     return np.concatenate(parts)
 
 
-def _with_start(ids: list[int], before: list[int]) -> list[int]:
-    return ids if ids[: len(before)] == before else before + ids
+def _with_start(ids: list[int], before: list[int], special: bool) -> list[int]:
+    """Return the ids behind what belongs in front of them, unless the text itself has it there."""
+    return ids if special and ids[: len(before)] == before else before + ids
 
 
 def encode(
@@ -182,7 +184,7 @@ def encode(
     """
     before = list(start_ids(tokenizer)) if start else []
     ids = run(tokenizer if special else facts(tokenizer).plain, text).ids
-    return np.array(_with_start(ids, before), np.int64)
+    return np.array(_with_start(ids, before, special), np.int64)
 
 
 def run(tokenizer: Tokenizer, text: str) -> Encoding:
@@ -203,6 +205,11 @@ def run(tokenizer: Tokenizer, text: str) -> Encoding:
         if type(error).__name__ != "PanicException":
             raise
         problem = error
+    if half := re.search("[\ud800-\udfff]", text):
+        raise TokenError(
+            f"the text is no Unicode text: it has {half[0]!r}, half of a character, at place "
+            f"{half.start()}; was it decoded with another encoding than its own?"
+        )
     first, _, _ = str(problem).partition("\n")
     raise TokenError(
         f"the tokenizer cannot split this text into tokens ({first}); was tokenizer.json damaged, "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 import weakref
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from fwl_export.errors import CheckpointError
-from fwl_export.json_files import shown
+from fwl_export.json_files import brief, shown
 
 # Control tokens that stand in the vocabulary itself get this in front of them in the tokenizer for
 # plain text: a noncharacter, which no text contains.
@@ -77,7 +79,12 @@ def _template(step: dict[str, Any], path: Path | str) -> tuple[tuple[int, ...], 
         if "Sequence" in piece:
             sides.append([])
         else:
-            sides[-1] += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+            token = piece["SpecialToken"]["id"]
+            if token not in step["special_tokens"]:
+                raise CheckpointError(
+                    f"{path} puts {shown(token)} around a text, but does not say which token it is"
+                )
+            sides[-1] += step["special_tokens"][token]["ids"]
     if len(sides) != 2:
         raise CheckpointError(
             f"{path} has a post-processor whose template contains the text {len(sides) - 1} times; "
@@ -125,7 +132,8 @@ class Facts:
             assert itself is not None
             return itself
         if self._copy is None:
-            self._copy = _without_controls(self._tokenizer.to_str(), controls)
+            with _panics_as_errors():
+                self._copy = _without_controls(self._tokenizer.to_str(), controls)
             self._copy.encode_special_tokens = True
         return self._copy
 
@@ -206,6 +214,20 @@ class Facts:
         if tokenizer.pre_tokenizer is not None:
             pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(character)]
         return any(not tokenizer.model.tokenize(part) for part in set("".join(pieces)))
+
+
+@contextlib.contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Name the tokenizer in whatever the library raises when it cannot be made for plain text."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise CheckpointError(
+            f"tokenizer.json cannot be changed so that control tokens in a text are read as text "
+            f"({brief(error)}); read the text with --special, or `special=True`"
+        ) from None
 
 
 def _without_controls(text: str, controls: set[str]) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from fwl_export.cli.options import (
     StateOption,
 )
 from fwl_export.cli.terminal import note, print_generated, print_json
+from fwl_export.cli.texts import typed_text
 from fwl_export.cli.writing import (
     MinPOption,
     ReadOption,
@@ -67,7 +69,7 @@ def chat(
     no_plugin: NoPluginOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Talk with a model, by the chat template that came with it.
+    """Talk with a model, by its chat template.
 
     Each line that you type is a message. What the model learned stays between the messages. Where
     standard input is no terminal, each of its lines is a message, and --json prints one line for
@@ -83,7 +85,7 @@ def chat(
         temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
     )
     options = {
-        "stop": stop or [],
+        "stop": [typed_text(each) for each in stop or []],
         "max_tokens": max_new,
         "sampler": sampler,
         "learn": not no_learn,
@@ -96,7 +98,7 @@ def chat(
     if interactive:
         note(_INTRODUCTION)
     for message in _typed_lines() if interactive else _lines():
-        asked = _messages(text, system, message)
+        asked = _messages(text, system and typed_text(system), message)
         if json:
             _answer_as_json(text, asked, message, options)
         elif interactive:
@@ -122,31 +124,40 @@ def _lines() -> Iterator[str]:
     Raises:
       TokenError: A line is not UTF-8.
     """
+    for number, line in enumerate(iter(sys.stdin.buffer.readline, b"")):
+        if (text := _decoded(line, number)).strip():
+            yield text
+
+
+def _decoded(line: bytes, number: int) -> str:
     from fwl_export.errors import TokenError
 
-    for number, line in enumerate(iter(sys.stdin.buffer.readline, b"")):
-        try:
-            text = line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise TokenError(f"line {number + 1} of standard input is no text: {error}") from None
-        if text.strip():
-            yield text
+    try:
+        return line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise TokenError(f"line {number + 1} of standard input is no text: {error}") from None
 
 
 def _typed_lines() -> Iterator[str]:
     """Yield what the user types, line by line, until Ctrl-D."""
-    while True:
+    from fwl_export.errors import TokenError
+
+    for number in itertools.count():
         print_generated("> ")
         try:
-            line = sys.stdin.readline()
+            line = sys.stdin.buffer.readline()
+            text = _decoded(line, number)
         except KeyboardInterrupt:
             print_generated("\n")
+            continue
+        except TokenError as error:
+            note(f"error: {error}")
             continue
         if not line:
             print_generated("\n")
             return
-        if line.strip():
-            yield line.rstrip("\r\n")
+        if text.strip():
+            yield text
 
 
 def _answer(text: TextSession, asked: list[dict[str, Any]], options: dict[str, Any]) -> None:

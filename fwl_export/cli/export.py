@@ -94,6 +94,14 @@ def export(
             rich_help_panel=_BACKBONE,
         ),
     ] = False,
+    inline: Annotated[
+        bool,
+        typer.Option(
+            "--inline",
+            help="Write model.onnx in standard operators only, which no plugin speeds up. Without "
+            "this, model.inlined.onnx is such a file.",
+        ),
+    ] = False,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -125,6 +133,7 @@ def export(
             include_checkpoint=not no_checkpoint,
             progress=say,
             policy=read_policy(precision_policy) if precision_policy else None,
+            inline=inline,
         )
     if json:
         print_json({"bundle": str(output), **_sizes(bundle), "manifest": bundle.manifest.to_dict()})
@@ -214,8 +223,9 @@ def _sizes(bundle: Bundle) -> dict[str, Any]:
 
 def _report(bundle: Bundle, output: Path, origin: str) -> str:
     manifest, sizes = bundle.manifest, _sizes(bundle)
+    updates = manifest.op["nodes"] or "inlined"
     text = (
-        f"wrote {output}: {manifest.precision}, opset {manifest.opset}, {manifest.op['nodes']} "
+        f"wrote {output}: {manifest.precision}, opset {manifest.opset}, {updates} "
         f"fast-weight updates,\n{size(sizes['bytes'])}; state "
         f"{size(sizes['state_bytes_per_session'])} per session"
     )

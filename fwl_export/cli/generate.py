@@ -17,6 +17,7 @@ from fwl_export.cli.options import (
     StateOption,
 )
 from fwl_export.cli.terminal import heading, print_generated, print_json
+from fwl_export.cli.texts import typed_text
 from fwl_export.cli.writing import (
     MinPOption,
     ReadOption,
@@ -96,7 +97,7 @@ def generate(
         temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
     )
     options: dict[str, Any] = {
-        "stop": stop or [],
+        "stop": [typed_text(each) for each in stop or []],
         "max_tokens": max_new,
         "sampler": sampler,
         "learn": not no_learn,
@@ -122,7 +123,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         given = "neither" if prompt is None else "both"
         raise ConfigError(f"{given} of --prompt and --prompt-file was given; expected one of them")
     if prompt is not None and prompt != "-":
-        return prompt
+        return typed_text(prompt)
     text = read_text(file or Path("-"))
     return text.removesuffix("\n").removesuffix("\r")
 

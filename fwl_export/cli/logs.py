@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fwl_export.printable import indented
 
@@ -77,13 +79,32 @@ def logging_for_one_command() -> Iterator[logging.Logger]:
     _terminal = _Terminal()
     logger.addHandler(_terminal)
     try:
-        yield logger
+        with warnings.catch_warnings():
+            warnings.showwarning = _logged(logger, warnings.showwarning)
+            yield logger
     finally:
         for handler in set(logger.handlers) - set(before[0]):
             logger.removeHandler(handler)
             handler.close()
         logger.setLevel(before[1])
         _terminal = _Terminal()
+
+
+def _logged(logger: logging.Logger, show: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that logs the package's own warnings, and shows others as Python does.
+
+    Args:
+      logger: Where to log them.
+      show: Function that shows the others, `warnings.showwarning`.
+    """
+
+    def show_or_log(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if category.__module__.startswith(ROOT):
+            logger.warning(str(message))
+        else:
+            show(message, category, *place)
+
+    return show_or_log
 
 
 def configure(verbose: int, quiet: bool, log_file: Path | None) -> None:

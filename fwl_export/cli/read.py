@@ -18,7 +18,7 @@ from fwl_export.cli.options import (
     StateOption,
     completion,
 )
-from fwl_export.cli.terminal import print_json, progress_bar, rate, size, spinner
+from fwl_export.cli.terminal import counted, print_json, progress_bar, rate, size, spinner
 from fwl_export.cli.texts import shown_name, text_ids
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def read(
     if json:
         print_json({"file": str(file), "output": str(output), "read": len(ids), **asdict(saved)})
         return
-    print(f"{shown_name(file)}: {len(ids)} tokens read, {rate(len(ids), seconds)}")
+    print(f"{shown_name(file)}: {counted(len(ids))} read, {rate(len(ids), seconds)}")
     error = f", error {saved.error:.1e} of the largest value" if compress != "none" else ""
     print(
         f"wrote {output}\n{size(saved.file_bytes)}, {size(saved.state_bytes)} in memory, at token "
@@ -101,7 +101,19 @@ def _check_compression(compress: str) -> None:
 
 
 def read_tokens(session: Session, ids: Any) -> None:
-    """Read token ids [N] into a session of one row, and show a progress bar."""
+    """Read token ids [N] into a session of one row, and show a progress bar.
+
+    Raises:
+      TokenError: The text is longer than the model can read; nothing is read then.
+    """
+    from fwl_export.errors import TokenError
+
+    room = session.max_positions - session.positions[0]
+    if session.max_positions and len(ids) > room:
+        raise TokenError(
+            f"the text has {len(ids)} tokens, but this model can read at most {room} more; read a "
+            "shorter text"
+        )
     with progress_bar("reading", len(ids)) as advance:
         for start in range(0, len(ids), session.max_tokens):
             part = ids[start : start + session.max_tokens]

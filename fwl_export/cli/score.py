@@ -16,7 +16,7 @@ from fwl_export.cli.options import (
     SpecialOption,
     StateOption,
 )
-from fwl_export.cli.terminal import print_json, progress_bar, rate, spinner
+from fwl_export.cli.terminal import counted, print_json, progress_bar, rate, spinner
 from fwl_export.cli.texts import shown_name, text_ids
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def score(
     if json:
         print_json({"file": str(file), **to_dict(runtime, on, off)})
         return
-    print(f"{shown_name(file)}: {on.tokens} tokens scored, {runtime}")
+    print(f"{shown_name(file)}: {counted(on.tokens)} scored, {runtime}")
     for name, result in ((ADAPTING, on), (OFF, off)):
         print(
             f"  {name:15} perplexity {result.perplexity:7.2f}   "

@@ -304,6 +304,11 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def counted(tokens: int) -> str:
+    """Return a number of tokens for people, e.g. "1 token"."""
+    return f"{tokens} token" if tokens == 1 else f"{tokens} tokens"
+
+
 def rate(tokens: int, seconds: float) -> str:
     """Return a speed for people, e.g. "1500 tokens/s"."""
     return f"{tokens / seconds:.0f} tokens/s" if seconds > 0 else "too fast to measure"

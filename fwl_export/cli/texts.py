@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,3 +86,13 @@ def _read(
 def shown_name(path: Path) -> str:
     """Return what to call a text file."""
     return "standard input" if path == Path("-") else path.name
+
+
+def typed_text(text: str) -> str:
+    """Return a text from the command line as UTF-8, where the locale could not decode it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with contextlib.suppress(UnicodeError):
+            return os.fsencode(text).decode()
+    return text

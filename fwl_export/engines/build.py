@@ -84,7 +84,9 @@ def build_engines(
       OutputBusyError: Another process is building the same engine.
     """
     ranges = _ranges(bundle, precision, chunk, max_batch)
-    use = _plugin_use(plugin, in_place_state, embed_plugin)
+    use = None
+    if bundle.has_updates(plugin, in_place_state or embed_plugin):
+        use = _plugin_use(plugin, in_place_state, embed_plugin)
     _log.info("building with plugin %s", use.path if use else "none, from standard operators")
     progress(f"loading {find_variant(variant).title}")
     probe = describe_variant(variant)

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
+from onnx.external_data_helper import load_external_data_for_tensor
 from torch import Tensor
 
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec
@@ -87,6 +88,7 @@ def export_onnx(
         public = [p for p in node.metadata_props if p.key not in _PRIVATE_METADATA]
         del node.metadata_props[:]
         node.metadata_props.extend(public)
+    _keep_integers(proto, path.parent)
     if is_int8:
         onnx.save(
             proto,
@@ -103,6 +105,24 @@ def export_onnx(
     progress("checking the ONNX file")
     check_onnx(path, streaming.specs, opset)
     return streaming.specs
+
+
+def _keep_integers(model: onnx.ModelProto, folder: Path) -> None:
+    """Keep int64 constants in the ONNX file, since shapes follow from some of them.
+
+    Shape inference then needs no weights. They are stored as numbers, not as bytes, because onnx
+    moves only bytes into another file.
+    """
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT64:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                load_external_data_for_tensor(tensor, str(folder))
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
+            numbers = onnx.numpy_helper.to_array(tensor).ravel()
+            tensor.ClearField("raw_data")
+            tensor.ClearField("int64_data")
+            tensor.int64_data.extend(numbers.tolist())
 
 
 def _without_weights(program: torch.onnx.ONNXProgram, path: Path) -> onnx.ModelProto:

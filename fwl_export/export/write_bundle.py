@@ -18,6 +18,7 @@ from fwl_export.bundle.repetition import repeated_tokens, repetitions
 from fwl_export.bundle.state import PAST, PRESENT, TensorSpec, zeros
 from fwl_export.bundle.text_tokenizer import OPTIONAL_FILES
 from fwl_export.errors import ExportError, OutputExistsError
+from fwl_export.export.inline import write_inlined
 from fwl_export.export.repetition import RepeatedReading, refusal
 from fwl_export.export.trace import UPDATES_PER_MODEL, example_inputs, export_onnx
 from fwl_export.files import check_output, replaced_folder
@@ -49,6 +50,7 @@ def export_bundle(
     include_checkpoint: bool = True,
     progress: Callable[[str], None] = lambda message: None,
     policy: PrecisionPolicy | None = None,
+    inline: bool = False,
 ) -> Bundle:
     """Export a checkpoint folder to a bundle folder. On failure, nothing is written.
 
@@ -65,6 +67,8 @@ def export_bundle(
       progress: Called with a line of text about what is being done.
       policy: The parts of a float32 model to quantize, see `fwl_export.precision.policy`; None
         exports all parts in `precision`.
+      inline: Whether `model.onnx` itself has no local functions. Otherwise a second file,
+        `model.inlined.onnx`, has none; it shares the weights of the first.
 
     Returns:
       The bundle, read again from its folder.
@@ -98,8 +102,11 @@ def export_bundle(
     with replaced_folder(output) as folder:
         model_path = folder / bundles.MODEL_FILE
         specs = export_onnx(loaded.model, model_path, chosen, max_tokens, opset, progress)
+        inlined = model_path if inline else folder / bundles.INLINED_FILE
+        write_inlined(model_path, inlined)
         progress("running it once in ONNX Runtime")
-        run_once(model_path, specs)
+        for written in dict.fromkeys((model_path, inlined)):
+            run_once(written, specs)
         if chosen != "fp32":
             progress("reading repeated tokens, on which numbers grow largest")
             _read_repeated(model_path, specs, loaded, max_tokens, policy or precision)
@@ -121,7 +128,7 @@ def export_bundle(
                 "domain": DOMAIN,
                 "name": NAME,
                 "version": VERSION,
-                "nodes": UPDATES_PER_MODEL,
+                "nodes": 0 if inline else UPDATES_PER_MODEL,
             },
             state=specs,
             model_id=model_id,

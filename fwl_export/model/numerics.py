@@ -29,21 +29,21 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _HALF else x
 
 
-def fitted(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def fitted(x: Tensor, dtype: torch.dtype, largest: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Return x in a dtype, and the factors that undo its scaling.
 
     Args:
       x: Rows of any size, [..., n].
       dtype: The dtype to return. Only float16 needs a scaling.
+      largest: The largest value of each row after the scaling. With 1, a sum of 60 000 products
+        with weights of 1 still fits, and values down to 6e-8 still count.
 
     Returns:
       x, divided by the factors, in `dtype`; and the factors, [..., 1], or None if all are 1.
     """
     if dtype != torch.float16:
         return x.to(dtype), None
-    # With 1 as the largest value, a sum of 60 000 products with weights of 1 still fits, and values
-    # down to 6e-8 still count.
-    scale = _largest(x)
+    scale = _largest(x) / largest
     return (wide(x) / scale).to(dtype), scale
 
 

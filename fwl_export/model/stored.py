@@ -15,11 +15,12 @@ from safetensors.torch import load, load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fwl_export.bundle import manifest
 from fwl_export.errors import CheckpointError
 from fwl_export.json_files import brief
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE = manifest.WEIGHTS_FILE
 
 # Numbers that a model may have beyond its file, and then be refused for the tensor that differs.
 _SMALL = 1 << 22

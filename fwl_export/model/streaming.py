@@ -125,12 +125,12 @@ class StreamingModel(nn.Module):
         )
         anchor = self._anchor(past, lengths)
         slow = layer.slow(hidden, anchor)
-        # The last position's gradient waits for the next call. So if it is the call's only position
-        # (`early` is 0), its slow logits can wait for the fast ones: a single product with the
-        # unembedding then yields both. Until then its slow output takes the place of its expected
-        # embedding, which `one_later` drops.
-        length = input_ids.shape[1]
-        early = length - 1
+        # The last position's gradient waits for the next call. So its slow logits can wait for the
+        # fast ones: a single product with the unembedding then yields both, which is all of them in
+        # a call of one token. Until then its slow output takes the place of its expected embedding,
+        # which `one_later` drops. In every call it is the last position, since tools that infer
+        # shapes do not follow a size that depends on whether there are more.
+        early = input_ids.shape[1] - 1
         expected = layer.expected_embedding(layer.logits(slow.output[:, :early]))
         last = Pending(*(past[f"pending.{n}"] for n in Pending._fields))
         before = slow.pending(torch.cat((expected, slow.output[:, early:]), 1)).one_later(last)

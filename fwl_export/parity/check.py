@@ -14,11 +14,10 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle
+from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, WEIGHTS_FILE, Bundle
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ShapeError
 from fwl_export.machine import installed_versions, processor_name, release_memory
-from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity.candidates import (
     REFERENCE,
     Candidate,
@@ -54,7 +53,6 @@ from fwl_export.parity.tolerances import Tolerance, changed_table
 from fwl_export.parity.verdict import CandidateVerdict, judge
 from fwl_export.plugins import ONNXRUNTIME, find_plugin
 from fwl_export.runtimes import RUNTIMES, Session, open_session
-from fwl_export.runtimes.torch import short_session
 
 _log = logging.getLogger(__name__)
 
@@ -420,6 +418,8 @@ def _merged(turns: Sequence[_Measured]) -> _Measured:
 
 
 def _measure(lineup: _Lineup, case: Case, run: _Run) -> _Measured:
+    from fwl_export.runtimes.torch import short_session  # traces need no PyTorch
+
     calls = run.calls[case.name]
     slots = _round_up(slots_in_use(calls, case.rows)) if run.plan.in_turns else None
 
@@ -631,6 +631,7 @@ def model_horizon(bundle: Bundle) -> float:
 
     if bundle.manifest.config.fast_weights.decay == "none":
         return 0.0
+    bundle.require_checkpoint()
     path = bundle.file(f"{CHECKPOINT_FOLDER}/{WEIGHTS_FILE}")
     with safe_open(path, framework="numpy") as weights:
         horizon = float(weights.get_tensor("fast_weights.horizon"))

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, Bundle, Manifest
+from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, WEIGHTS_FILE, Bundle, Manifest
 from fwl_export.bundle.state import Array
 from fwl_export.machine import available_memory
-from fwl_export.model.stored import WEIGHTS_FILE
 from fwl_export.parity import cases as kinds
 from fwl_export.parity.candidates import REFERENCE, Candidate, parse_candidate, parse_candidates
 from fwl_export.parity.cases import Case, ModelLimits, cases_with_rows

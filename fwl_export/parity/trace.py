@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from fwl_export.bundle.config import ModelConfig
 from fwl_export.bundle.state import Array, StoredSpec, TensorSpec
-from fwl_export.bundle.state_file import checksum
+from fwl_export.bundle.state_file import MAX_POSITION, checksum
 from fwl_export.errors import ReportError
 from fwl_export.files import replaced_file
 from fwl_export.json_files import (
@@ -403,6 +403,7 @@ class _Reader:
 def _case(
     stored: _StoredCase, tensors: Mapping[str, Array], state: Sequence[TensorSpec], vocabulary: int
 ) -> TracedCase:
+    _check_values(tensors, vocabulary)
     reader = _Reader(tensors)
     rows = stored["rows"]
     if sum(call["size"] * rows for call in stored["calls"]) > _MOST_TOKENS:
@@ -424,6 +425,17 @@ def _case(
         {spec.name: _samples(spec, reader, rows, len(points)) for spec in state},
         _own(stored, names, points),
     )
+
+
+def _check_values(tensors: Mapping[str, Array], vocabulary: int) -> None:
+    """Check that all numbers are finite, and that ids and positions can be such."""
+    for name, array in tensors.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"'{name}' holds NaN or infinite values")
+    for name, limit in (("ids", vocabulary), ("positions", MAX_POSITION)):
+        array = tensors[name]
+        if array.dtype.kind != "i" or (array.size and not 0 <= array.min() <= array.max() < limit):
+            raise ValueError(f"'{name}' has values outside of 0 to {limit - 1}")
 
 
 def _samples(spec: TensorSpec, reader: _Reader, rows: int, points: int) -> list[Array]:

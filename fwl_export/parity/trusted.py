@@ -78,12 +78,13 @@ def with_trusted_weights(
     """
     path = checkpoint_folder(str(path))
     found = source.what_is(path)
-    if found.kind != source.HUGGING_FACE and layer is not None:
+    is_backbone = found.kind in (source.HUGGING_FACE, source.GGUF)
+    if layer is not None and not is_backbone:
         raise CheckpointError(
             f"--fwl needs a language model of Hugging Face as --checkpoint, but '{path}' "
             f"{found.what}; leave out --fwl"
         )
-    if found.kind == source.HUGGING_FACE and scratch is not None:
+    if is_backbone and scratch is not None:
         checkpoint = _joined(bundle, path, layer, scratch / CHECKPOINT_FOLDER)
     elif found.kind == source.BUNDLE:
         checkpoint = bundle_checkpoint(path)

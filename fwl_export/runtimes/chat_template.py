@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from fwl_export.bundle.text_tokenizer import TextTokenizer
 from fwl_export.bundle.tokenizer import run
+from fwl_export.bundle.tokenizer_facts import facts
 from fwl_export.errors import CheckpointError, ConfigError, TokenError
 from fwl_export.json_files import shown
 
@@ -210,20 +211,13 @@ def _ids_in_the_middle(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _ids_of_text(tokenizer: Tokenizer, token: str) -> list[int]:
     """Return the ids of a control token that is to be read as text."""
-    ids = _ids_in_the_middle(_without_added_tokens(tokenizer.to_str()), token)
+    ids = _ids_in_the_middle(facts(tokenizer).plain, token)
     if tokenizer.token_to_id(token) in ids:
         raise TokenError(
             f"a message contains {shown(token)}, which the model's tokenizer reads as a control "
             "token in any case; remove it from the message"
         )
     return ids
-
-
-@functools.lru_cache(maxsize=2)
-def _without_added_tokens(content: str) -> Tokenizer:
-    data = json.loads(content)
-    data["added_tokens"] = []
-    return Tokenizer.from_str(json.dumps(data))
 
 
 def checked_messages(messages: object) -> list[Message]:

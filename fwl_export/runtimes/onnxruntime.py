@@ -76,6 +76,7 @@ def load_model(
       ConfigError: The device is unknown.
     """
     path = bundle.folder / MODEL_FILE
+    plugin = plugin if bundle.has_updates(plugin) else "none"
     model, data = bundle.read_model()
     session = _open(path, model, _arrays(path, model, data), threads, plugin, device)
     manifest = bundle.manifest

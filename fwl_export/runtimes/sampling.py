@@ -133,10 +133,11 @@ class Sampler:
         wide = run_processors(processors, np.asarray(ids, np.int64), logits)
         if self.greedy:
             return int(wide.argmax())
-        weights = np.exp(wide - wide.max())
+        left = np.flatnonzero(wide > -np.inf)
+        weights = np.exp(wide[left] - wide.max())
         order = np.argsort(-weights, kind="stable")
-        order = order[wide[order] > -np.inf]
-        return int(self._rng.choice(order, p=weights[order] / weights[order].sum()))
+        weights = weights[order]
+        return int(self._rng.choice(left[order], p=weights / weights.sum()))
 
     def _processors(self, prompt: int) -> list[Processor]:
         counted = replace(self._occurrence, prompt_length=prompt)

@@ -1,4 +1,4 @@
-"""Text in and out of sessions: scores, losses, and the ids of a prompt."""
+"""Scores and losses of texts, and the tokenizer of a bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from fwl_export.bundle.manifest import Bundle
 from fwl_export.bundle.state import Array
-from fwl_export.bundle.text_tokenizer import TextTokenizer, bundle_text_tokenizer
+from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
 from fwl_export.errors import TokenError
 from fwl_export.runtimes.sampling import log_softmax
 from fwl_export.runtimes.session import Session
@@ -109,23 +109,3 @@ def token_losses(logits: Array, labels: Array) -> npt.NDArray[np.float64]:
     """
     losses: npt.NDArray[np.float64] = -log_softmax(logits)[np.arange(len(labels)), labels]
     return losses
-
-
-def prompt_ids(
-    prompt: str, tokenizer: TextTokenizer, start: bool = True, special: bool = False
-) -> Array:
-    """Return the token ids of a prompt, [N] int64.
-
-    Args:
-      prompt: Text of the prompt.
-      tokenizer: Tokenizer of the model.
-      start: Whether the prompt begins a fresh session, see `TextTokenizer.encode`.
-      special: Whether control tokens in the prompt are read as such.
-
-    Raises:
-      TokenError: The prompt has no tokens, or the tokenizer fails.
-    """
-    ids = tokenizer.encode(prompt, start=start, special=special)
-    if not len(ids):
-        raise TokenError("the prompt is empty; expected at least one token")
-    return ids

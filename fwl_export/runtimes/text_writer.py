@@ -254,9 +254,8 @@ class Writer:
         return token
 
     def _logprob(self, values: Array, token: int) -> TokenLogprob:
-        count = self._settings.logprobs or 0
-        order = np.argsort(-values, kind="stable")[:count].tolist()
-        top = tuple(LikelyToken(each, self._name(each), float(values[each])) for each in order)
+        likely = _most_likely(values, self._settings.logprobs or 0)
+        top = tuple(LikelyToken(each, self._name(each), float(values[each])) for each in likely)
         return TokenLogprob(token, self._name(token), float(values[token]), top)
 
     def _name(self, token: int) -> str:
@@ -292,3 +291,13 @@ class Writer:
         return Generation(
             self.text, list(self.tokens), self.finish_reason, self.prompt_tokens, logprobs
         )
+
+
+def _most_likely(values: Array, count: int) -> list[int]:
+    """Return the ids of the largest values, the largest first, the lowest ids among equals."""
+    if not count:
+        return []
+    least = np.partition(values, -count)[-count] if count < len(values) else -np.inf
+    found = np.flatnonzero(values >= least)  # sorting these alone is far faster than sorting all
+    order: list[int] = found[np.argsort(-values[found], kind="stable")][:count].tolist()
+    return order

@@ -45,12 +45,7 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
       BundleError: The bundle has no checkpoint, or one of its files was changed.
       CheckpointError: The checkpoint cannot be loaded.
     """
-    if not any(name.startswith(CHECKPOINT_FOLDER + "/") for name in bundle.manifest.files):
-        raise BundleError(
-            f"bundle '{bundle.folder}' was exported without its checkpoint, which the torch "
-            "runtime reads; export it again without --no-checkpoint. `fwl-export check` also takes "
-            "--checkpoint FOLDER, or a recorded trace with --against"
-        )
+    bundle.require_checkpoint()
     model = load_checkpoint(
         bundle.checkpoint,
         lambda name: bundle.read_file(f"{CHECKPOINT_FOLDER}/{name}"),

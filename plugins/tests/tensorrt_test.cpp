@@ -80,7 +80,7 @@ public:
                      {"model_id", bundle.model_id},
                      {"precision", bundle.precision},
                      {"max_tokens", bundle.max_tokens},
-                     {"op", {{"version", op::kVersion}}},
+                     {"op", {{"version", fwl::op::kVersion}}},
                      {"config",
                       {{"vocab_size", bundle.vocab_size},
                        {"backbone", json::object()},

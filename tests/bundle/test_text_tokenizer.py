@@ -452,3 +452,54 @@ def test_an_older_bundle_has_none_of_the_files(tiny_bundle: Path) -> None:
     ids = tokenizer.encode("A B", start=True)
     assert ids.dtype == np.int64
     assert tokenizer.decode(ids) == "A   B"  # a tokenizer without a decoder puts spaces between
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_spaces_that_the_settings_want_removed(name: str, tmp_path: Path) -> None:
+    folder = write(
+        tmp_path, as_json(name), tokenizer_config={**CONFIG, "clean_up_tokenization_spaces": True}
+    )
+    tokenizer, reference = opened(folder), theirs(folder)
+    text = "the king , he 's not there . do n't ' go ' ! the queen ' s man"
+    ids = quiet(tokenizer, text, False, False)
+    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    for split in range(len(ids)):
+        decoder = tokenizer.decoder()
+        parts = [decoder.add(token) for token in ids[:split]] + [decoder.finish()]
+        assert "".join(parts) == tokenizer.decode(ids[:split])
+
+
+def test_bpe_keeps_its_spaces(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path, as_json("gpt2"), tokenizer_config={"clean_up_tokenization_spaces": True}
+    )
+    tokenizer = opened(folder)
+    assert tokenizer.decode(tokenizer.encode("a . b", start=True)) == "a . b"
+
+
+def test_control_tokens_that_merges_or_whole_words_would_lead_to(tmp_path: Path) -> None:
+    merged = Tokenizer(
+        models.BPE({"<": 0, "s": 1, ">": 2, "<s": 3, "<s>": 4}, [("<", "s"), ("<s", ">")])
+    )
+    merged.add_special_tokens(["<s>"])
+    whole = Tokenizer(models.BPE({"<": 0, "s": 1, ">": 2, "<s>": 3}, [], ignore_merges=True))
+    whole.add_special_tokens(["<s>"])
+    words = Tokenizer(models.WordLevel({"?": 0, "a": 1, "<s>": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<s>"])
+    for number, (tokenizer, expected) in enumerate(
+        [(merged, [3, 2]), (whole, [0, 1, 2]), (words, [0])]
+    ):
+        found = opened(write(tmp_path / str(number), tokenizer), 5)
+        assert quiet(found, "<s>", True, True) == [tokenizer.token_to_id("<s>")]
+        assert quiet(found, "<s>", True, False) == expected
+
+
+def test_a_beginning_that_the_model_does_not_know(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(as_json("gpt2"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 600)]
+    )
+    folder = write(tmp_path, tokenizer)
+    with pytest.raises(CheckpointError, match="puts token 600 in front of a text, but the model's"):
+        opened(folder, 600)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -258,3 +259,92 @@ def test_what_cannot_be_used_ends_with_2_and_says_why(
     assert message in result.err
     assert "Traceback" not in result.err
     assert not Path("new.json").exists()
+
+
+def test_a_trace_is_recorded_and_compared_with(
+    own_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "a.trace"
+    given = ("--text", text, "--tokens", 30, "--cases", "text")
+    result = run(capsys, "check", own_bundle, *given, "--record", trace)
+    assert result.code == 0, result.err
+    assert result.out.startswith(f"wrote {trace}: ")
+    (command,) = (line for line in result.out.splitlines() if line.startswith("next: "))
+    assert shlex.split(command)[1:] == [
+        *("fwl-export", "check", str(own_bundle), "--against", str(trace))
+    ]
+    shutil.rmtree(own_bundle / "checkpoint")
+    result = run(capsys, *shlex.split(command)[2:], "--candidates", "onnxruntime:no-plugin")
+    assert result.code == 0, result.err
+    assert "text play.txt, recorded in a.trace" in result.out
+    again = shlex.split(json.loads((own_bundle / "reports" / "parity.json").read_text())["command"])
+    assert run(capsys, *again[1:]).code == 0
+    trace.write_bytes(trace.read_bytes()[:-1])
+    result = run(capsys, "check", own_bundle, "--against", trace)
+    assert result.code == 2
+    assert "was truncated or changed" in result.err
+
+
+def test_trusted_weights_are_named_by_their_folder(
+    own_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = Path(shutil.move(own_bundle / "checkpoint", tmp_path / "mine"))
+    given = ("--text", text, "--tokens", 30, "--cases", "text", "--candidates", "onnxruntime")
+    result = run(capsys, "check", own_bundle, *given, "--checkpoint", mine)
+    assert result.code == 0, result.err
+    command = json.loads((own_bundle / "reports" / "parity.json").read_text())["command"]
+    assert f"--checkpoint {mine}" in command
+    result = run(capsys, "check", own_bundle, *given, "--checkpoint", "demo")
+    assert result.code == 2
+    assert "is not of this bundle's model: vocab_size is 2048, but 64 in the bundle" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--record", "a", "--against", "b"), "give one of the two"),
+        (("--against", "a", "--checkpoint", "b"), "give --against or --checkpoint"),
+        (("--record", "a", "--candidates", "torch"), "checks nothing; leave out --candidates"),
+        (("--record", "a", "--strict", "--html", "b"), "leave out --strict and --html"),
+        (
+            ("--against", "a", "--text", "b", "--seed", 0),
+            "from its trace; leave out --text",
+        ),
+        (("--fwl", "a"), "--fwl needs a language model of Hugging Face as --checkpoint"),
+    ],
+)
+def test_what_to_compare_with_is_said_once(
+    options: tuple[object, ...],
+    message: str,
+    tiny_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = run(capsys, "check", tiny_bundle, *options)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_a_missing_library_is_said_where_a_candidate_was_named(
+    own_bundle: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("fwl_export.plugins.FOLDER", tmp_path)
+    given = ("--text", text, "--tokens", 20, "--cases", "text")
+    both = "onnxruntime,onnxruntime:no-plugin"
+    result = run(capsys, "check", own_bundle, *given, "--candidates", both)
+    assert result.code == 2
+    assert "error: onnxruntime could not run: libfwl_ort" in result.err
+    assert (
+        "it would be the same as onnxruntime:no-plugin; build it with `make plugins`" in result.err
+    )
+    for named in (("--candidates", "onnxruntime"), ()):
+        result = run(capsys, "check", own_bundle, *given, *named)
+        assert result.code == 0, result.err
+        assert "the update runs in standard operators, since libfwl_ort" in result.err
+        assert "`make plugins` builds it" in result.err
+    result = run(capsys, "check", own_bundle, *given, "--candidates", "onnxruntime:plugin")
+    assert result.code == 2
+    assert "is required and not in" in result.err

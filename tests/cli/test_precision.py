@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
-from fwl_export.precision.policy import read_policy
+from fwl_export.bundle.manifest import read_bundle
+from fwl_export.cli.precision import _checkpoint_of, _next_step
+from fwl_export.model.checkpoint import load_checkpoint
+from fwl_export.precision.policy import PrecisionPolicy, parts, read_policy, write_policy
 from tests.cli.run import run
 
 TEXT = "EXIT, PURSUED BY A BEAR. "
@@ -49,3 +53,29 @@ def test_an_unknown_target_is_refused_in_one_sentence(
     assert result.code == 1
     assert result.err.splitlines() == ["error: target is 'fp4'; expected fp16 or bf16 or int8w"]
     assert not target.exists()
+
+
+def test_the_command_that_is_printed_for_a_bundle_works(
+    tiny_bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny bundle has calls of up to 16 tokens, which are not the usual number."""
+    policy = tmp_path / "my policy.json"
+    checkpoint = _checkpoint_of(str(tiny_bundle))
+    names = tuple(parts(load_checkpoint(checkpoint).model, "fp16"))
+    write_policy(policy, PrecisionPolicy("fp16", names, ()))
+    printed = _next_step("fp16", str(tiny_bundle), checkpoint, policy)
+    words = shlex.split(printed.removeprefix("next: "))
+    assert words[-2:] == ["--max-tokens", "16"]
+    words[words.index("BUNDLE")] = str(tmp_path / "bundle")
+    result = run(capsys, *words[1:])
+    assert result.code == 0, result.err
+    assert read_bundle(tmp_path / "bundle").manifest.max_tokens == 16
+
+
+def test_a_language_model_without_a_layer_is_no_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    result = run(capsys, "precision", tmp_path)
+    assert result.code == 1
+    assert "without a Fast Weight Layer; export it, and give the bundle" in result.err

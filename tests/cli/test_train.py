@@ -44,3 +44,22 @@ def test_train_says_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "error: " in result.err
     assert "'training.seed' is 'a'; expected int" in result.err
     assert "No such file" in run(capsys, "train", tmp_path / "none.toml").err
+
+
+def test_a_run_without_a_tokenizer_and_with_a_wrong_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = CONFIG.replace('tokenizer = "tokenizer.json"\n', "")
+    (tmp_path / "text.txt").write_text("the quick brown fox, the lazy dog. " * 30)
+    (tmp_path / "train.toml").write_text(text)
+    result = run(capsys, "train", tmp_path / "train.toml")
+    assert result.code == 1
+    assert "repeat too little for a tokenizer of 2048 entries" in result.err
+    (tmp_path / "train.toml").write_text(text + "[tokenizer]\nvocab_size = 270\n")
+    result = run(capsys, "train", tmp_path / "train.toml")
+    assert result.code == 0, result.err
+    assert f"made a tokenizer of 270 entries from the texts: {tmp_path}/run/token" in result.err
+    (tmp_path / "train.toml").write_text("sequence_length = 20\n" + text)
+    result = run(capsys, "train", tmp_path / "train.toml")
+    assert result.code == 1
+    assert "unknown key 'sequence_length'; did you mean 'training.sequence_length'?" in result.err

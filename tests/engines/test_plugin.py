@@ -46,7 +46,7 @@ def load(registry: Registry, errors: list[str]) -> None:
     [
         (None, [], "^TensorRT 9 cannot load plugin 'lib.so'; build it with"),
         (None, ["bad ELF."], r"^TensorRT 9 cannot load plugin 'lib.so' \(bad ELF\); build it with"),
-        (object(), [], "'lib.so' has no plugin fwl::LinearAttentionUpdate of version 1; build"),
+        (object(), [], "'lib.so' has no plugin fwl::LinearAttentionUpdate of version 2; build"),
     ],
 )
 def test_a_library_that_is_not_ours_is_refused(

@@ -31,8 +31,11 @@ from fwl_export.model.fwl_checkpoint import (
 from fwl_export.model.traced_graph import read_graph
 from fwl_export.model.training_run import read_run_config
 from fwl_export.parity import read_report
+from fwl_export.parity import trace as trace_file
+from fwl_export.parity.against import check_against, check_origin
 from fwl_export.parity.candidates import parse_candidate
 from fwl_export.parity.cases import ModelLimits, choose_cases
+from fwl_export.parity.record import record_trace
 from fwl_export.parity.report.baseline import compare_with_baseline
 from fwl_export.precision.policy import PrecisionPolicy, parts, read_policy, write_policy
 from fwl_export.runtimes import open_session
@@ -139,6 +142,22 @@ def _hugging_face(bundle: Path, folder: Path) -> Iterator[Target]:
         load_checkpoint(own)
 
     yield _target("Hugging Face config", own / "config.json", mutators.JSON, read, 2)
+
+
+def _gguf(bundle: Path, folder: Path) -> Iterator[Target]:
+    from fwl_export.model.backbones.gguf import load_gguf, read_header, save_gguf_tokenizer
+    from tests.gguf_files import write_gguf
+
+    path = folder / "tiny.gguf"
+    write_gguf(path)
+
+    def read() -> None:
+        load_gguf(path)
+        save_gguf_tokenizer(path, folder / "tokenizer")
+
+    kinds = mutators.BYTES
+    yield _target("GGUF header", path, kinds, lambda: read_header(path), 3)
+    yield _target("GGUF model", path, kinds, read, 0.5)
 
 
 def _state(bundle: Path, folder: Path) -> Iterator[Target]:
@@ -389,6 +408,29 @@ def _tensor_bundle(bundle: Path, folder: Path) -> Iterator[Target]:
     yield _target("TensorFlow checkpoint, crc right", index, kinds, read_unchecked, 4)
 
 
+def _trace(bundle: Path, folder: Path) -> Iterator[Target]:
+    path, opened = folder / "a.trace", read_bundle(bundle)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 40)
+    trace_file.write_trace(path, record_trace(opened, ids, 16, cases="text", text="play"))
+
+    def read() -> None:
+        trace = trace_file.read_trace(path)
+        check_origin(opened.manifest, trace, path.name)
+        check_against(opened, trace, "onnxruntime:no-plugin").to_dict()
+
+    def read_unchecked() -> None:
+        """Read as if the attacker had written the right checksum."""
+        check = trace_file.checksum
+        trace_file.checksum = lambda tensors, metadata: metadata.get("sha256", "")
+        try:
+            read()
+        finally:
+            trace_file.checksum = check
+
+    yield _target("trace", path, mutators.SAFETENSORS, read, 2)
+    yield _target("trace, checksum right", path, mutators.SAFETENSORS, read_unchecked, 2)
+
+
 def _text(bundle: Path, folder: Path) -> Iterator[Target]:
     path, tokenizer = folder / "a.txt", tiny_tokenizer()
     path.write_text("ALL THE WORLD'S A STAGE\n" * 9, encoding="utf-8")
@@ -396,8 +438,8 @@ def _text(bundle: Path, folder: Path) -> Iterator[Target]:
 
 
 _MAKERS = (
-    *(_manifest, _checkpoint, _fast_weights, _hugging_face, _state, _onnx, _engine, _report),
-    *(_policy, _training, _tokenizer, _traced_graph, _importers, _tensor_bundle, _text),
+    *(_manifest, _checkpoint, _fast_weights, _hugging_face, _gguf, _state, _onnx, _engine, _report),
+    *(_policy, _training, _tokenizer, _traced_graph, _importers, _tensor_bundle, _text, _trace),
 )
 
 

@@ -45,13 +45,13 @@ def test_large_sizes_match_float64_on_the_gpu(case: Case, dtype: str) -> None:
     output, state = _run(case, dtype, in_place=False)
     wide = [tensor.double() for tensor in _tensors(case, dtype).values()]
     expected_output, expected_state = linear_attention_update(*wide)
-    # Allow 20 float32 roundings at the scale of the whole tensor, and one to the output's dtype.
+    # Allow 20 float32 roundings at the scale of the whole tensor.
     epsilon = 20 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(
         output.double(),
         expected_output,
         atol=epsilon * expected_output.abs().max().item(),
-        rtol=torch.finfo(output.dtype).eps,
+        rtol=0.0,
     )
     torch.testing.assert_close(
         state.double(),

@@ -54,7 +54,7 @@ def test_engine(trt_library: Path, dtype: str, variant: str) -> None:  # noqa: F
         tensors = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
         for name, tensor in tensors.items():
             assert context.set_input_shape(name, tuple(tensor.shape))
-        tensors["output"] = torch.full_like(tensors["value"], torch.nan)
+        tensors["output"] = torch.full_like(tensors["value"], torch.nan, dtype=torch.float32)
         tensors["present_state"] = torch.full_like(tensors["past_state"], torch.nan)
         for name, tensor in tensors.items():
             assert context.set_tensor_address(name, tensor.data_ptr())

@@ -30,6 +30,7 @@ class Options(ctypes.Structure):
         ("allow_embedded_plugin", ctypes.c_int32),
         ("max_learning_weight", ctypes.c_double),
         ("max_update_norm", ctypes.c_double),
+        ("clip_update_norm", ctypes.c_double),
     ]
 
 

@@ -72,10 +72,23 @@ def test_limits_are_options(library: Library, runtime: Path, anchored_bundle: Pa
     session.feed(ids(2, 30), np.full((2, 30), 1.5), which=NONE)
     session.write_row(1, checkpoint)
     assert session.learned()[1] == usual[1]
-    for name in ("max_learning_weight", "max_update_norm"):
+    for name in ("max_learning_weight", "max_update_norm", "clip_update_norm"):
         for wrong in (-1.0, math.nan):
             with pytest.raises(FwlError, match=f"{name} is .*; expected 0 for the default"):
                 library.open(anchored_bundle, runtime, **{name: wrong})
+
+
+def test_what_a_row_has_learned_is_clipped_as_in_python(
+    library: Library, runtime: Path, anchored_bundle: Path
+) -> None:
+    session = library.open(anchored_bundle, runtime, clip_update_norm=5.0).session(2)
+    python = open_session(anchored_bundle, batch=2, plugin="none", clip_update_norm=5.0)
+    text = ids(2, 70)
+    session.feed(text, which=NONE, lengths=[70, 64])
+    python.feed(text, lengths=[70, 64])
+    assert session.learned()[0] > 5
+    assert session.learned()[1] == pytest.approx(5, rel=1e-5)
+    np.testing.assert_allclose(session.learned(), python.learned().norms, rtol=1e-4)
 
 
 def test_a_program_built_before_the_limits_gets_the_defaults(

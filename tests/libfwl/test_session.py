@@ -470,3 +470,20 @@ def test_the_layout_of_the_hugging_face_cache(
     blobs.rename(blobs.with_name("real"))
     blobs.symlink_to("real")
     refused("bundle", "copy the bundle with `cp -rL`", lambda: library.open(cached, runtime))
+
+
+def test_a_bundle_whose_only_file_is_inlined(
+    library: Library, runtime: Path, own_bundle: Path, model: Model
+) -> None:
+    path = own_bundle / "model.onnx"
+    (own_bundle / "model.inlined.onnx").replace(path)
+    manifest = json.loads((own_bundle / "manifest.json").read_text())
+    manifest["files"]["model.onnx"] = manifest["files"].pop("model.inlined.onnx")
+    manifest["op"]["nodes"] = 0
+    (own_bundle / "manifest.json").write_text(json.dumps(manifest))
+    opened = library.open(own_bundle, runtime)
+    ours, theirs = opened.session(1), model.session(1)
+    for size in (3, 1, MAX_TOKENS + 5):
+        call = ids(1, size, seed=size)
+        np.testing.assert_array_equal(ours.feed(call), theirs.feed(call))
+    opened.close()

@@ -100,3 +100,22 @@ def test_a_failed_write_leaves_the_old_checkpoint(
         save_checkpoint(folder, tiny_model(1), tiny_tokenizer())
     assert (folder / "model.safetensors").read_bytes() == before
     assert [p.name for p in folder.parent.iterdir()] == ["checkpoint"]
+
+
+def test_what_else_the_model_says_about_text_is_carried_on(folder: Path, tmp_path: Path) -> None:
+    contents = {
+        "tokenizer_config.json": {"eos_token": "A", "model_max_length": 10**30},
+        "generation_config.json": {"eos_token_id": [3, 4]},
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "notes.txt").write_text("not carried on")
+    loaded = load_checkpoint(folder)
+    save_checkpoint(tmp_path / "again", loaded.model, loaded.tokenizer)
+    names = {"config.json", "model.safetensors", "tokenizer.json", *contents, "chat_template.jinja"}
+    assert {path.name for path in (tmp_path / "again").iterdir()} == names
+    for name in (*contents, "chat_template.jinja"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    (folder / "generation_config.json").write_text("[")
+    fails(folder, "generation_config.json is not JSON")

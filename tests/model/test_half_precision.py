@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fwl_export.model.language_model import FWLModel
 from fwl_export.model.numerics import fitted, narrowed, product
 from fwl_export.op.torch_op import linear_attention_update
 from fwl_export.precision.policy import PrecisionPolicy, parts, streaming_model
+from tests.backbones import tiny_pretrained
 from tests.model.models import VOCABULARY, small_model
 
 LARGEST = 65504  # of float16
@@ -184,3 +185,33 @@ def test_updates_in_half_precision_balance_keys_and_values(key: float, value: fl
     expected = linear_attention_update(*tensors)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() < 2e-3 * theirs.abs().max()
+
+
+def with_large_keys(body: nn.Module) -> None:
+    for name, parameter in body.named_parameters():
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            parameter[:] = 300  # as some layers of published Qwen models have it
+
+
+def with_outliers(body: nn.Module) -> None:
+    embedding = body.get_input_embeddings().weight
+    embedding[:, 3] += 5000
+    embedding[:, 7] -= 3000
+
+
+@pytest.mark.parametrize(
+    ("name", "hurt"),
+    [("Qwen2", with_large_keys), ("Qwen2", with_outliers), ("Llama", with_outliers)],
+)
+def test_a_published_architecture_in_half_precision(
+    name: str, hurt: Callable[[nn.Module], None]
+) -> None:
+    model = tiny_pretrained(name).requires_grad_(False)
+    hurt(model.backbone.body)
+    ids = repeated(30)[:, 40:] % model.config.vocab_size
+    expected = torch.log_softmax(read(model, "fp32", ids), -1)
+    found = torch.log_softmax(read(model, "fp16", ids), -1)
+    assert torch.isfinite(found).all()
+    # Rounding to 11 bits changes these log-probabilities, of size 4, by up to 0.009.
+    assert (found - expected).abs().max() < 0.02
+    assert (found - expected).abs().mean() < 0.003

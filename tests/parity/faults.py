@@ -327,6 +327,60 @@ def half_product(weight_name: str) -> Fault:
     return plant
 
 
+def through_half(name: str, factor: float) -> Fault:
+    """Pass a float32 tensor through half precision, times a factor that is taken back after it.
+
+    Where the tensor is above 65504 / factor, it becomes infinite.
+
+    Args:
+      name: Name of the tensor.
+      factor: Power of two, so that nothing else is rounded but to half precision.
+    """
+
+    def plant(model: onnx.ModelProto) -> None:
+        right = _rename_output(model, name)
+        half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+        up = _constant(model, f"{name}.factor", np.array(factor, np.float32))
+        down = _constant(model, f"{name}.inverse", np.array(1 / factor, np.float32))
+        place = next(i for i, n in enumerate(model.graph.node) if right in n.output) + 1
+        chain = (
+            ("Mul", [right, up], f"{name}.scaled", {}),
+            ("Cast", [f"{name}.scaled"], f"{name}.half", {"to": half}),
+            ("Cast", [f"{name}.half"], f"{name}.whole", {"to": whole}),
+            ("Mul", [f"{name}.whole", down], name, {}),
+        )
+        for number, (op, inputs, output, attributes) in enumerate(chain):
+            node = helper.make_node(op, inputs, [output], **attributes)
+            model.graph.node.insert(place + number, node)
+        for node in list(model.graph.node)[place + len(chain) :]:
+            for index, read in enumerate(node.input):
+                if read == right:
+                    node.input[index] = name
+
+    return plant
+
+
+def update_through_half(update: int, factor: float) -> Fault:
+    """Pass what is read from the fast weights through half precision before the step scales it."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        through_half(updates(model)[update].output[0], factor)(model)
+
+    return plant
+
+
+def scores_through_half(factor: float) -> Fault:
+    """Pass the first layer's attention scores through half precision."""
+
+    def plant(model: onnx.ModelProto) -> None:
+        softmax = next(n for n in model.graph.node if n.op_type == "Softmax")
+        masked = producer(model, softmax.input[0])
+        assert masked.op_type == "Add"
+        through_half(masked.input[0], factor)(model)
+
+    return plant
+
+
 def missing_cast() -> Fault:
     """Leave the rotary angles in half precision, as if their cast to float32 were missing."""
 

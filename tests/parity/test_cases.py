@@ -10,7 +10,14 @@ import pytest
 
 from fwl_export.errors import ConfigError
 from fwl_export.parity import CASES, choose_cases, design
-from fwl_export.parity.cases import Case, ModelLimits, far_positions, ids_to_read, plan_calls
+from fwl_export.parity.cases import (
+    Case,
+    ModelLimits,
+    cases_with_rows,
+    far_positions,
+    ids_to_read,
+    plan_calls,
+)
 from fwl_export.parity.schedule import ScheduledCall
 
 TEXT = np.random.default_rng(0).integers(1, 100, 7000)
@@ -85,7 +92,7 @@ def test_inputs_are_what_sessions_accept(limits: ModelLimits) -> None:
         assert call.forced or not call.compare_state
 
 
-@pytest.mark.parametrize("name", ["mixed", "long", "decode", "far", "again", "repeat"])
+@pytest.mark.parametrize("name", ["mixed", "long", "decode", "far", "again", "repeat", "endless"])
 def test_no_row_reads_more_than_the_model_can(name: str) -> None:
     limits = ModelLimits(16, 40, 100, 0, 23)
     for case in choose_cases(name, 500, limits):
@@ -193,3 +200,43 @@ def test_rows_read_past_every_power_of_two_to_100_000() -> None:
 
 def test_every_case_says_what_it_is_for() -> None:
     assert all(isinstance(case, Case) and case.about for case in CASES)
+
+
+def test_repeated_tokens_are_read_in_rows_side_by_side_in_the_largest_calls() -> None:
+    made = calls_of("endless", DEMO)
+    assert [call.ids.shape for call in made] == [(8, 256)] * 4
+    for row in range(8):
+        read = np.concatenate([call.ids[row] for call in made])
+        assert len(np.unique(read)) <= 2
+        assert (read[2:] == read[:-2]).all()
+    assert len({tuple(np.unique(row)) for row in made[0].ids}) == 8
+    assert all((call.weights == 1).all() and not call.last_only for call in made)
+    for call in made:
+        wanted = call.wanted[0].tolist()
+        assert wanted[-1] == 255
+        assert max(np.diff(wanted)) == 8
+    assert [call.forced for call in made] == [False, False, False, True]
+
+
+def test_tokens_of_the_tokenizer_are_among_them() -> None:
+    limits = replace(DEMO, repeated={"newline": 1999, "dash": 1888})
+    (first, *_) = calls_of("endless", limits)
+    assert first.ids[:2, 0].tolist() == [1999, 1888]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_fewer_rows_read_all_repeated_tokens_one_after_the_other(rows: int) -> None:
+    (case,) = choose_cases("endless", 576, DEMO)
+    (smaller,) = cases_with_rows([case], rows, DEMO, 0)
+    made = list(smaller.calls(TEXT, DEMO, 0))
+    rounds = -(-8 // rows)
+    assert (smaller.rows, smaller.tokens, len(made)) == (rows, 1024 * rounds, 4 * rounds)
+    assert [call.reset for call in made[:5]] == [(), (), (), (), tuple(range(rows))][:5]
+    whole = {tuple(np.unique(row)) for row in next(iter(case.calls(TEXT, DEMO, 0))).ids}
+    assert {tuple(np.unique(row)) for call in made for row in call.ids} == whole
+
+
+def test_repeated_tokens_end_where_the_model_does() -> None:
+    made = calls_of("endless", ModelLimits(16, 40, 100, 0, 23))
+    assert sum(call.ids.shape[1] for call in made) == 40
+    assert not any(call.reset for call in made)

@@ -81,7 +81,7 @@ def run(
     size_v = tensors["value"].shape[2]
     steps = plan(batch, length, size_k, size_v, dtype, sm, **options)
     nan = float("nan")
-    tensors["output"] = torch.full_like(tensors["value"], nan)
+    tensors["output"] = torch.full_like(tensors["value"], nan, dtype=torch.float32)
     tensors["present_state"] = (
         tensors["past_state"] if in_place else torch.full_like(tensors["past_state"], nan)
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fwl_export.errors import MissingDependencyError, OutputExistsError
-from fwl_export.op.cases import CASES, Case
+from fwl_export.op.cases import BEYOND_HALF, CASES, Case
 from fwl_export.op.reference import linear_attention_update
 from fwl_export.op.spec import ACTIVATION_TYPES
 from plugins.kernels.gpu import compile as compile_module
@@ -112,6 +112,15 @@ def test_segments_give_the_same_bits(interpreted: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ACTIVATION_TYPES)
+@pytest.mark.parametrize("length", [1, BEYOND_HALF.sizes[1]])
+def test_sums_beyond_half_precision(interpreted: Run, dtype: str, length: int) -> None:
+    inputs = BEYOND_HALF.arrays()
+    inputs |= {name: inputs[name][:, :length] for name in ("query", "key", "value", "decay")}
+    output, state, _ = interpreted(inputs, dtype, 90)
+    _assert_matches(inputs, dtype, output, state, "beyond_half")
+
+
 @pytest.mark.parametrize("dtype", ACTIVATION_TYPES)
 def test_ten_thousand_tokens(interpreted: Run, dtype: str) -> None:
     inputs = Case("book", (1, 10_000, 8, 8), "constant").arrays()
@@ -254,7 +263,9 @@ def test_without_triton_the_compiler_says_so(
         compile_all(tmp_path / "kernels", [])
 
 
-def _assert_matches(inputs: dict[str, Array], dtype: str, output: Array, state: Array) -> None:
+def _assert_matches(
+    inputs: dict[str, Array], dtype: str, output: Array, state: Array, rows: str = "op"
+) -> None:
     """Compare with the reference on the rounded inputs that the kernel got."""
     rounded = {
         name: torch.from_numpy(array).to(getattr(torch, dtype)).double().numpy()
@@ -263,8 +274,8 @@ def _assert_matches(inputs: dict[str, Array], dtype: str, output: Array, state: 
         for name, array in inputs.items()
     }
     expected_output, expected_state = linear_attention_update(**rounded)
-    assert_close(f"op.output.{dtype}", output, expected_output, "output")
-    assert_close("op.state.float32", state, expected_state, "present_state")
+    assert_close(f"{rows}.output.float32", output, expected_output, "output")
+    assert_close(f"{rows}.state.float32", state, expected_state, "present_state")
 
 
 def _check_entry(folder: Path, entry: dict[str, Any]) -> None:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from fwl_export.op.cases import CASES, Case
+from fwl_export.op.cases import BEYOND_HALF, CASES, Case
 from fwl_export.op.spec import DOMAIN, INPUTS, NAME, NODE_ATTRIBUTES, OUTPUTS
-from tests.op.helpers import assert_matches_reference, one_node_model, rounded_inputs
+from tests.op.helpers import ONNX_TYPES, assert_matches_reference, one_node_model, rounded_inputs
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -40,9 +40,16 @@ ODD_CASES = (
 def test_matches_reference(ort_library: Path, case: Case, activation_type: str) -> None:
     inputs = rounded_inputs(case, activation_type)
     output, state = _session(ort_library, activation_type).run(None, inputs)
-    assert output.dtype == inputs["query"].dtype
+    assert output.dtype == np.float32
     assert state.dtype == np.float32
     _assert_matches(case, activation_type, inputs, output, state)
+
+
+@pytest.mark.parametrize("activation_type", TYPES)
+def test_sums_beyond_half_precision(ort_library: Path, activation_type: str) -> None:
+    inputs = rounded_inputs(BEYOND_HALF, activation_type)
+    output, state = _session(ort_library, activation_type).run(None, inputs)
+    assert_matches_reference(activation_type, inputs, output, state, "beyond_half")
 
 
 @pytest.mark.parametrize("activation_type", TYPES)
@@ -187,6 +194,36 @@ def test_another_version_of_the_op(ort_library: Path, attribute: str) -> None:
         open_node(ort_library, model)
 
 
+def _of_version_1(activation_type: str, with_body: bool) -> onnx.ModelProto:
+    """Return a model as the release before wrote it: its output has the activations' type."""
+    model = one_node_model(activation_type, OPSET)
+    kind = ONNX_TYPES[activation_type]
+    model.graph.output[0].type.tensor_type.elem_type = kind
+    for opset in model.opset_import:
+        if opset.domain == DOMAIN:
+            opset.version = 1
+    for found in model.graph.node[0].attribute:
+        if found.name == "plugin_version":
+            found.s = b"1"
+    last = next(n for n in model.functions[0].node if "output" in n.output)
+    last.output[0] = "wide_output"
+    model.functions[0].node.append(
+        onnx.helper.make_node("Cast", ["wide_output"], ["output"], to=kind)
+    )
+    if not with_body:
+        del model.functions[:]
+    return model
+
+
+@pytest.mark.parametrize("with_body", [False, True])
+def test_version_1_of_the_op(ort_library: Path, with_body: bool) -> None:
+    inputs = rounded_inputs(CASES[0], "float32")
+    session = open_node(ort_library, _of_version_1("float32", with_body))
+    assert_matches_reference("float32", inputs, *session.run(None, inputs))
+    with pytest.raises(Exception, match=r"float16.*does not match expected type"):
+        open_node(ort_library, _of_version_1("float16", with_body))
+
+
 @pytest.mark.parametrize("name", ["key", "decay", "past_state"])
 def test_wrong_type(ort_library: Path, name: str) -> None:
     model = one_node_model("float32", OPSET)
@@ -257,7 +294,7 @@ def _session(library: Path | None, activation_type: str, threads: int = 2) -> An
 def _run_bound(session: Any, inputs: dict[str, Array], in_place: bool) -> list[Array]:
     """Run with outputs in buffers full of NaN, or in the buffer of past_state if `in_place`."""
     batch, length, _ = inputs["query"].shape
-    output = np.full((batch, length, inputs["value"].shape[2]), np.nan, inputs["query"].dtype)
+    output = np.full((batch, length, inputs["value"].shape[2]), np.nan, np.float32)
     state = inputs["past_state"].copy() if in_place else np.full_like(inputs["past_state"], np.nan)
     binding = session.io_binding()
     for name, array in inputs.items():

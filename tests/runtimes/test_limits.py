@@ -220,6 +220,66 @@ def test_sums_that_overflow_move_no_row(anchored_bundle: Path, runtime: str) -> 
     assert refused > 6
 
 
+def test_clipping_keeps_the_norm_and_spares_other_rows(anchored_bundle: Path, runtime: str) -> None:
+    usual = open_session(anchored_bundle, runtime, batch=2)
+    session = open_session(anchored_bundle, runtime, batch=2, clip_update_norm=30.0)
+    text, weights = ids(2, 32), np.ones((2, 32))
+    weights[0] = 9.0
+    for each in (usual, session):
+        each.feed(text, weights)
+    assert usual.learned().norms[0] > 60
+    assert usual.learned().norms[1] < 30
+    assert session.learned().norms[0] == pytest.approx(30, rel=1e-5)
+    for name, array in session.state.items():
+        right = usual.state[name][1]
+        np.testing.assert_allclose(array[1], right, rtol=1e-5, atol=1e-5, err_msg=name)
+    # All that was learned becomes smaller by the same factor.
+    (factor,) = np.array([30.0]) / usual.learned().norms[0]
+    np.testing.assert_allclose(
+        session.state["fast.down.kernel"][0],
+        usual.state["fast.down.kernel"][0] * factor,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_clipping_does_not_depend_on_how_a_text_is_split(
+    anchored_bundle: Path, runtime: str
+) -> None:
+    whole, parts = (
+        open_session(anchored_bundle, runtime, batch=2, clip_update_norm=5.0) for _ in range(2)
+    )
+    text, start = ids(2, 75), 0
+    for each in (whole, parts):
+        each.feed(text[:, :9], lengths=[9, 4])
+    logits = whole.feed(text)
+    found = []
+    for size in (1, 31, 2, 30, 11):
+        found.append(parts.feed(text[:, start : start + size]))
+        start += size
+    np.testing.assert_allclose(np.concatenate(found, 1), logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(parts.learned().norms, whole.learned().norms, rtol=1e-4)
+
+
+def test_sums_are_clipped_before_they_are_refused(anchored_bundle: Path) -> None:
+    limits = {"clip_update_norm": 5.0, "max_update_norm": 40.0}
+    session = open_session(anchored_bundle, **limits)
+    for seed in range(6):
+        session.feed(ids(1, 40, seed=seed))
+    with pytest.raises(UpdateNormError):
+        session.feed(ids(1, 20), np.full((1, 20), 9.0))
+    again = session.another(2)
+    assert again.limits.clip_update_norm == 5.0
+    again.feed(ids(2, 64))
+    assert max(again.learned().norms) <= 5.0001
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, math.nan, True, "5"])
+def test_a_wrong_norm_to_clip_to_is_refused(anchored_bundle: Path, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"clip_update_norm is .*; expected a number above 0"):
+        open_session(anchored_bundle, clip_update_norm=wrong)
+
+
 def test_a_poisoned_row_is_rolled_back(anchored_bundle: Path) -> None:
     session, undisturbed = (open_session(anchored_bundle, batch=2) for _ in range(2))
     for each in (session, undisturbed):

@@ -71,3 +71,16 @@ def test_a_seed_repeats() -> None:
 def test_settings_out_of_range(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampler(**settings)  # type: ignore[arg-type]
+
+
+def test_seeds_draw_what_they_have_always_drawn() -> None:
+    """The tokens of release 0.1, which a change of the sampler must not change."""
+    logits = (np.random.default_rng(0).normal(size=300) * 3).astype(np.float32)
+    settings = [(0.8, 0, 1.0), (1.5, 0, 0.9), (1.0, 40, 1.0), (1.2, 40, 0.8)]
+    samplers = [Sampler(*each, seed=7) for each in settings]
+    assert [[sampler(logits) for _ in range(6)] for sampler in samplers] == [
+        [270, 211, 247, 219, 219, 259],
+        [164, 232, 46, 219, 270, 6],
+        [270, 244, 259, 219, 219, 164],
+        [270, 79, 259, 219, 219, 211],
+    ]

@@ -23,12 +23,14 @@ from torch.overrides import TorchFunctionMode
 from fwl_export.bundle.config import HuggingFaceConfig
 from fwl_export.errors import ConfigError, FwlError, MissingDependencyError
 from fwl_export.model.backbones.ring import Ring, float_mask
+from fwl_export.model.numerics import fitted
 
 # Rotary phases are integers modulo this period, which are exact at any position, as in decoder.py.
 # A float32 angle would be off by 0.06 rad after a million tokens. The period is larger than there,
 # because the architecture prescribes the frequencies. Rounding them to multiples of 2 pi / period
-# changes them by at most 7e-10 rad per token.
-ROTARY_PERIOD = 1 << 32
+# changes them by at most 3e-9 rad per token. It divides 2^32, and fits into 32 bits with its sign:
+# OpenVINO computes int64 in 32 bits, and its products are then right modulo the period.
+ROTARY_PERIOD = 1 << 30
 
 # The ways in which architectures lay out cosine and sine over a head's features.
 _LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -91,7 +93,7 @@ class HuggingFaceBackbone(nn.Module):
         for kind in set(self.layer_types):
             query, key = positions[:, None], positions
             allowed = (key <= query) & (key > query - self.window(kind))
-            mask = float_mask(allowed, self.activation_type)[None, None]
+            mask = float_mask(allowed, self._mask_type)[None, None]
             masks[kind] = mask.expand(len(input_ids), -1, -1, -1)
         return self._run(input_ids, positions.expand_as(input_ids), masks, None)
 
@@ -112,7 +114,7 @@ class HuggingFaceBackbone(nn.Module):
                 rings[kind] = Ring(position, lengths, steps, keys.shape[2])
             layers.append(_ring_layer()(rings[kind], keys, values))
         masks = {
-            kind: ring.mask(positions, self.window(kind), self.activation_type)
+            kind: ring.mask(positions, self.window(kind), self._mask_type)
             for kind, ring in rings.items()
         }
         if limit := self.config.max_positions:  # the model's table of positions ends there
@@ -154,6 +156,12 @@ class HuggingFaceBackbone(nn.Module):
         *_, last = (p.dtype for p in self.body.parameters() if p.ndim == 1)
         return last
 
+    @property
+    def _mask_type(self) -> torch.dtype:
+        # That of attention scores, see _WideScores.
+        kind = self.activation_type
+        return torch.float32 if kind == torch.float16 else kind
+
     def _run(
         self,
         input_ids: Tensor,
@@ -163,7 +171,8 @@ class HuggingFaceBackbone(nn.Module):
     ) -> Tensor:
         # An architecture with one type of layers takes a mask; one with several takes one per type.
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        with _Double() if self.activation_type == torch.float64 else contextlib.nullcontext():
+        context = _CONTEXTS.get(self.activation_type, contextlib.nullcontext)
+        with context():
             output = self.body(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -473,3 +482,38 @@ class _Double(TorchFunctionMode):
         if func is torch.Tensor.to:
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
         return func(*args, **kwargs)
+
+
+class _WideScores(TorchFunctionMode):
+    """Context in which the attention scores of a float16 model are float32.
+
+    Published models have keys of several hundreds, and a product of a query and a key of a hundred
+    features then exceeds 65504. So queries are scaled before the product, and scores after it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._attending = False  # whether softmax has made scores into weights of the values
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _SOFTMAX:
+            self._attending = True
+        elif func in _MATMUL and all(x.ndim == 4 and x.dtype == torch.float16 for x in args[:2]):
+            scores, self._attending = not self._attending, False
+            if scores:
+                query, scale = fitted(args[0], torch.float16, _LARGEST_QUERY)
+                assert scale is not None
+                return func(query, args[1]).float() * scale
+        return func(*args, **(kwargs or {}))
+
+
+_SOFTMAX = (torch.softmax, torch.nn.functional.softmax, Tensor.softmax)
+_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+# The scores of keys up to 4000 then fit, with 256 features per head.
+_LARGEST_QUERY = 2.0**-4
+_CONTEXTS: dict[torch.dtype, Callable[[], Any]] = {
+    torch.float64: _Double,
+    torch.float16: _WideScores,
+}

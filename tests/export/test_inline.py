@@ -130,7 +130,7 @@ def test_shapes_are_inferred_with_their_names(name: str, tmp_path: Path) -> None
     write_inlined(path, inlined)
     for file in (path, inlined):
         conformance.onnx_shapes(file)
-        if precision == "fp16":
+        if precision == "fp16" and file == path:
             # It does not know ReduceMax, by which half precision is scaled, with axes as an input.
             with pytest.raises(TypeError, match="NoneType"):
                 conformance.symbolic_shapes(file)

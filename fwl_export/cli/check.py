@@ -334,7 +334,8 @@ def _replayed(
 
 def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, Path]:
     """Check; returns the report and the path to write it to."""
-    from fwl_export.bundle.manifest import REPORTS_FOLDER, place_for
+    from fwl_export.bundle.manifest import REPORTS_FOLDER
+    from fwl_export.bundle.paths import place_for
     from fwl_export.parity import check_bundle
     from fwl_export.parity.candidates import REFERENCE, missing_library, parse_candidates
     from fwl_export.parity.cases import ModelLimits, choose_cases

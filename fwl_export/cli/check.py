@@ -476,7 +476,8 @@ def _command(
     words = ["fwl-export", "check", str(bundle)]
     for key in ("reference", "candidates", "cases", "tokens", "seed", "threads"):
         value = request.options.get(key)
-        is_in_report = replay is not None and key in ("cases", "tokens", "seed")
+        has_calls = replay is not None or files.get("--against") is not None
+        is_in_report = has_calls and key in ("cases", "tokens", "seed")
         if value is not None and not is_in_report:
             words += [f"--{key}", ",".join(value) if isinstance(value, list) else str(value)]
     options = {"--text": text, "--replay": replay, **files}

@@ -18,7 +18,7 @@ from fwl_export.cli.options import (
     StateOption,
     completion,
 )
-from fwl_export.cli.terminal import counted, print_json, progress_bar, rate, size
+from fwl_export.cli.terminal import counted, print_json, progress_bar, rate, size, spinner
 from fwl_export.cli.texts import shown_name, text_ids
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def read(
     _check_compression(compress)  # before the work, not after it
     opened = read_bundle(bundle)
     tokenizer = bundle_text_tokenizer(opened)
-    session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
+    with spinner("opening the model"):
+        session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
     session.learning_rate_scale = learning_rate_scale
     if state is not None:
         session.load_state(state)

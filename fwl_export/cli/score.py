@@ -16,7 +16,7 @@ from fwl_export.cli.options import (
     SpecialOption,
     StateOption,
 )
-from fwl_export.cli.terminal import counted, print_json, progress_bar, rate
+from fwl_export.cli.terminal import counted, print_json, progress_bar, rate, spinner
 from fwl_export.cli.texts import shown_name, text_ids
 
 if TYPE_CHECKING:
@@ -96,8 +96,10 @@ def score_both(
     opened = read_bundle(bundle)
     tokenizer = bundle_text_tokenizer(opened)
     results, ids = [], None
+    with spinner("opening the model"):
+        loaded = open_session(opened, runtime, plugin=plugin)
     for name, weight in ((ADAPTING, 1.0), (OFF, 0.0)):
-        session = open_session(opened, runtime, plugin=plugin)
+        session = loaded.another()
         session.learning_rate_scale = learning_rate_scale
         if state is not None:
             session.load_state(state)

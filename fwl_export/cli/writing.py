@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fwl_export.cli.read import read_tokens
+from fwl_export.cli.terminal import spinner
 from fwl_export.cli.texts import text_ids
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def open_text(
 
     opened = read_bundle(bundle)
     tokenizer = bundle_text_tokenizer(opened)
-    session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
+    with spinner("opening the model"):
+        session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
     session.learning_rate_scale = learning_rate_scale
     if state is not None:
         session.load_state(state)

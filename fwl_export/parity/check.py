@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, cast
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, WEIGHTS_FILE, Bundle
 from fwl_export.bundle.state import Array
 from fwl_export.errors import ShapeError
-from fwl_export.machine import installed_versions, processor_name
+from fwl_export.machine import installed_versions, processor_name, release_memory
 from fwl_export.parity.candidates import (
     REFERENCE,
     Candidate,
@@ -319,9 +318,11 @@ def _measure_in_turns(
             session = open_session(run.bundle, "torch", precision=cast(Any, precision))
             _measure_turn(run, _Lineup([], right, right, {precision: (name, session)}), measured)
             del session
+            release_memory()
     for named in parsed:
         run.say(f"opening {named.name}")
         opened = [_open(run.bundle, named, run.threads, twin(named, parsed))]
+        release_memory()
         whole.candidates += _measure_turn(run, _Lineup(opened, right, right, {}), measured)
     return whole, [_merged(turns) for turns in measured.values()]
 
@@ -393,6 +394,7 @@ def _measure_turn(
         names = [c.name for c in lineup.candidates] or [name for name, _ in lineup.own.values()]
         run.say(f"{names[0]}, case {case.name}")
         measured[case.name].append(_measure(lineup, case, run))
+        release_memory()
     _close(lineup)
     return lineup.candidates
 
@@ -400,7 +402,7 @@ def _measure_turn(
 def _close(lineup: _Lineup) -> None:
     """Let go of the candidates' models."""
     lineup.candidates[:] = [replace(candidate, session=None) for candidate in lineup.candidates]
-    gc.collect()
+    release_memory()
 
 
 def _merged(turns: Sequence[_Measured]) -> _Measured:

@@ -252,20 +252,32 @@ class _Casts:
 
     def to(self, session: Session) -> State:
         """Return the state in the dtypes of a session."""
+        longer = [s for s in session.specs if self._state[s.name].shape[1:] != s.shape]
+        if longer and (longer[0].name, longer[0].dtype) not in self._done:
+            self._pad(longer)
         return {spec.name: self._cast(spec) for spec in session.specs}
 
     def _cast(self, spec: TensorSpec) -> Array:
         key = (spec.name, spec.dtype)
         if key not in self._done:
-            array = self._state[spec.name]
-            shape = (len(array), *spec.shape)
             with np.errstate(over="ignore"):  # an infinity in float16 is reported as a failure
-                if array.shape == shape:
-                    self._done[key] = array.astype(spec.dtype, copy=False)
-                else:  # the reference has fewer slots; the others are empty
-                    self._done[key] = np.zeros(shape, spec.dtype)
-                    self._done[key][_part(array)] = array
+                self._done[key] = self._state[spec.name].astype(spec.dtype, copy=False)
         return self._done[key]
+
+    def _pad(self, specs: Sequence[TensorSpec]) -> None:
+        """Cast tensors of which the reference has the first slots only; the others are empty."""
+        rows = len(self._state[specs[0].name])
+        # One block, since the pages of a large one take memory only where they are written.
+        block = np.zeros(sum(rows * spec.bytes_per_row for spec in specs), np.uint8)
+        at = 0
+        for spec in specs:
+            end = at + rows * spec.bytes_per_row
+            whole = block[at:end].view(spec.dtype).reshape(rows, *spec.shape)
+            array = self._state[spec.name]
+            with np.errstate(over="ignore"):  # as in `_cast`
+                whole[_part(array)] = array
+            self._done[spec.name, spec.dtype] = whole
+            at = end
 
 
 class _CandidateRun:

@@ -32,7 +32,7 @@ DEFAULT_MEMORY = 4e9
 
 _SHARE_OF_MEMORY = 0.8  # of what is free
 
-# Bytes. Each was measured and rounded up, see `python -m tools.large_model`.
+# Bytes, measured with a model of 135 M parameters and a vocabulary of 49 152, and rounded up.
 _PROGRAMS = 0.6e9  # Python with PyTorch, transformers and ONNX Runtime
 _REFERENCE, _OWN, _CANDIDATE = 8.0, 4.0, 6.5  # per parameter, of a loaded model
 _PER_LOGIT = 44  # per token and entry of the vocabulary, during a call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import torch
 from fwl_export.bundle.manifest import CHECKPOINT_FOLDER, PRECISION_FILE, Bundle
 from fwl_export.bundle.state import Array, State, TensorSpec
 from fwl_export.errors import BundleError
+from fwl_export.machine import release_memory
 from fwl_export.model.checkpoint import load_checkpoint
 from fwl_export.model.streaming import StreamingModel
 from fwl_export.precision.policy import (
@@ -64,7 +64,7 @@ def load_model(bundle: Bundle, precision: str | None = None) -> StreamingModel:
             model = with_stored_weights(model, policy)
     streaming = streaming_model(model, chosen, bundle.manifest.max_tokens)
     del model
-    gc.collect()  # modules refer to each other: the model as it was loaded would stay in memory
+    release_memory()  # modules refer to each other: the model as it was loaded would stay
     return streaming
 
 

@@ -29,7 +29,8 @@ from fwl_export.files import replaced_file
 MOST_SECONDS = 180
 MOST_BYTES = 4 << 30
 
-PROMPT = "The capital of France is"
+QUESTION = "What is the capital of France, and what is it known for?"
+PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 EXPECTED = "Paris"
 CHECKED_TOKENS = 256
 SCORED_TOKENS = 1024
@@ -133,8 +134,8 @@ def says_text(output: str, folder: Path) -> str:
     """Return the text that was generated; it must say what every such model knows."""
     text = json.loads(output)["text"]
     if EXPECTED not in text:
-        raise StepError(f"after {PROMPT!r} it said {text!r}; expected {EXPECTED!r} in it")
-    return f"{PROMPT}{text}".replace("\n", " ")
+        raise StepError(f"asked {QUESTION!r} it said {text!r}; expected {EXPECTED!r} in it")
+    return f"{QUESTION} – {text.strip()}".replace("\n", " ")
 
 
 def steps() -> list[Step]:
@@ -157,7 +158,7 @@ def steps() -> list[Step]:
             ),
         ]
     score = ("score", "{}/fp32", "{}/docs.txt", "--tokens", str(SCORED_TOKENS), "--json")
-    chosen = ("--temperature", "0", "--max-new", "40", "--json")
+    chosen = ("--special", "--temperature", "0", "--max-new", "60", "--json")
     generate = ("generate", "{}/fp32", "--prompt", PROMPT, *chosen)
     return [
         *all_steps,

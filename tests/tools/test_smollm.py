@@ -117,7 +117,7 @@ def test_damaged_results_count_as_none(chain: Path) -> None:
 
 
 def test_a_continuation_without_sense_is_an_error() -> None:
-    assert smollm.says_text('{"text": " Paris.\\nIt"}', Path()).endswith("is Paris. It")
+    assert smollm.says_text('{"text": " Paris.\\nIt"}', Path()).endswith("for? – Paris. It")
     with pytest.raises(smollm.StepError, match="it said ' a a a'; expected 'Paris' in it"):
         smollm.says_text('{"text": " a a a"}', Path())
 

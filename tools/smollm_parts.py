@@ -35,9 +35,9 @@ CHECKPOINT = "checkpoint"
 CONTEXT = 512
 TOKENS = 1024  # of each text
 
-# Perplexities of the plain model on the texts that are read, between which the model is itself.
-# Wrong weights or a wrong tokenizer give hundreds.
-RANGES = {"docs": (10.0, 30.0), "code": (5.0, 15.0)}
+# Perplexities between which a model of this size is itself: single modules were read at 4 to 17,
+# single descriptions at 3 to 44. Wrong weights or a wrong tokenizer give hundreds.
+RANGES = {"docs": (8.0, 40.0), "code": (3.0, 15.0)}
 # How much a new layer with learning off may change a perplexity.
 MOST_CHANGE = 0.01
 

@@ -24,7 +24,7 @@ from fwl_export.bundle.manifest import TOKENIZER_FILE, Bundle
 from fwl_export.bundle.text_decoder import CONTEXT, TextDecoder, clean
 from fwl_export.bundle.tokenizer import encode, load_tokenizer
 from fwl_export.bundle.tokenizer_facts import facts, start_ids, template_ids
-from fwl_export.errors import CheckpointError, TokenError
+from fwl_export.errors import CheckpointError
 from fwl_export.json_files import Name, Text, read_bounded, read_json, shown, typed
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -145,25 +145,7 @@ class TextTokenizer:
         Raises:
           TokenError: The tokenizer fails, or the text has a token that the model does not know.
         """
-        ids = encode(text, self.tokenizer, start, special)
-        self.check_known(ids)
-        return ids
-
-    def check_known(self, ids: npt.NDArray[np.int64]) -> None:
-        """Check that the model knows all tokens of a text.
-
-        Args:
-          ids: [N] int64 token ids.
-
-        Raises:
-          TokenError: The tokenizer has a token that the model does not have.
-        """
-        if len(ids) and (largest := int(ids.max())) >= self.vocab_size:
-            raise TokenError(
-                f"the text contains {shown(self.tokenizer.id_to_token(largest))}, which is token "
-                f"{largest} of the tokenizer, but the model's ids end at {self.vocab_size - 1}: it "
-                "was added to the tokenizer and never trained; remove it from the text"
-            )
+        return encode(text, self.tokenizer, start, special)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Return the text of token ids; control tokens have none.

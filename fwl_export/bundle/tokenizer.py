@@ -24,7 +24,7 @@ from fwl_export.bundle.text_file import TextFile, open_text
 from fwl_export.bundle.text_pieces import token_pieces
 from fwl_export.bundle.tokenizer_facts import facts, start_ids
 from fwl_export.errors import CheckpointError, FwlError, TokenError
-from fwl_export.json_files import brief, read_bounded
+from fwl_export.json_files import brief, read_bounded, shown
 
 # Published tokenizers of 260 000 entries have 35 MB.
 _LARGEST_FILE = 256 << 20
@@ -34,7 +34,7 @@ _LARGEST_FILE = 256 << 20
 _LARGEST_SURPLUS = 0.1
 
 
-class KnownTokens(Protocol):
+class WithTokenizer(Protocol):
     """What `read_ids` needs of a `TextTokenizer`, see `fwl_export.bundle.text_tokenizer`.
 
     Attributes:
@@ -42,9 +42,6 @@ class KnownTokens(Protocol):
     """
 
     tokenizer: Tokenizer
-
-    def check_known(self, ids: npt.NDArray[np.int64]) -> None:
-        """Check that the model knows all token ids, [N] int64."""
 
 
 def load_tokenizer(
@@ -67,6 +64,7 @@ def load_tokenizer(
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
+    facts(tokenizer).vocab_size = vocab_size
     if vocab_size is not None:
         _check_vocabulary(path, tokenizer, vocab_size)
     start_ids(tokenizer, path)
@@ -107,7 +105,7 @@ def _parsed(path: Path, content: bytes | None) -> Tokenizer:
 
 def read_ids(
     path: Path,
-    tokenizer: Tokenizer | KnownTokens,
+    tokenizer: Tokenizer | WithTokenizer,
     start: bool = True,
     special: bool = False,
     most: int = 0,
@@ -131,8 +129,7 @@ def read_ids(
     raw = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.tokenizer
     with open_text(path) as file:
         ids = _file_ids(file, raw, start, special, most, advance)
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer.check_known(ids)
+    _check_known(ids, raw)
     if len(ids) < 2 and most != 1:
         raise TokenError(f"{file.name} has {len(ids)} tokens; expected 2 or more")
     return ids
@@ -180,11 +177,25 @@ def encode(
         are plain text otherwise.
 
     Raises:
-      TokenError: The tokenizer fails, as one whose patterns backtrack too long does.
+      TokenError: The tokenizer fails, as one whose patterns backtrack too long does, or the text
+        has a token that the model does not know.
     """
     before = list(start_ids(tokenizer)) if start else []
     ids = run(tokenizer if special else facts(tokenizer).plain, text).ids
-    return np.array(_with_start(ids, before, special), np.int64)
+    found = np.array(_with_start(ids, before, special), np.int64)
+    _check_known(found, tokenizer)
+    return found
+
+
+def _check_known(ids: npt.NDArray[np.int64], tokenizer: Tokenizer) -> None:
+    """Check that the model of a tokenizer knows all tokens of a text."""
+    size = facts(tokenizer).vocab_size
+    if size is not None and len(ids) and (largest := int(ids.max())) >= size:
+        raise TokenError(
+            f"the text contains {shown(tokenizer.id_to_token(largest))}, which is token {largest} "
+            f"of the tokenizer, but the model's ids end at {size - 1}: it was added to the "
+            "tokenizer and never trained; remove it from the text"
+        )
 
 
 def run(tokenizer: Tokenizer, text: str) -> Encoding:

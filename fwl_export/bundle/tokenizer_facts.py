@@ -103,6 +103,7 @@ class Facts:
     Attributes:
       controls: Text of tokens which are control tokens though tokenizer.json does not call them
         special, such as those that the chat template writes.
+      vocab_size: Number of token ids of the model; None if it is not known.
       files: Content of the files that stood beside tokenizer.json, by name; a checkpoint that is
         written with this tokenizer gets them too.
     """
@@ -114,6 +115,7 @@ class Facts:
           tokenizer: The tokenizer.
         """
         self.controls: frozenset[str] = frozenset()
+        self.vocab_size: int | None = None
         self.files: dict[str, bytes] = {}
         # `facts` keeps this object as long as the tokenizer exists, so it must not keep it alive.
         self._tokenizer = weakref.proxy(tokenizer)

@@ -334,7 +334,8 @@ def _replayed(
 
 def _run(request: _Request, command: str, report: Path | None) -> tuple[Report, Path]:
     """Check; returns the report and the path to write it to."""
-    from fwl_export.bundle.manifest import REPORTS_FOLDER, place_for
+    from fwl_export.bundle.manifest import REPORTS_FOLDER
+    from fwl_export.bundle.paths import place_for
     from fwl_export.parity import check_bundle
     from fwl_export.parity.candidates import REFERENCE, missing_library, parse_candidates
     from fwl_export.parity.cases import ModelLimits, choose_cases
@@ -476,7 +477,8 @@ def _command(
     words = ["fwl-export", "check", str(bundle)]
     for key in ("reference", "candidates", "cases", "tokens", "seed", "threads"):
         value = request.options.get(key)
-        is_in_report = replay is not None and key in ("cases", "tokens", "seed")
+        has_calls = replay is not None or files.get("--against") is not None
+        is_in_report = has_calls and key in ("cases", "tokens", "seed")
         if value is not None and not is_in_report:
             words += [f"--{key}", ",".join(value) if isinstance(value, list) else str(value)]
     options = {"--text": text, "--replay": replay, **files}

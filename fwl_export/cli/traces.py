@@ -139,7 +139,8 @@ def run_against(
       command: Shell command that repeats the check.
       report: Value of --report.
     """
-    from fwl_export.bundle.manifest import REPORTS_FOLDER, inside
+    from fwl_export.bundle.manifest import REPORTS_FOLDER
+    from fwl_export.bundle.paths import inside
     from fwl_export.parity.against import check_against
     from fwl_export.parity.candidates import missing_library, parse_candidates
     from fwl_export.parity.check import default_candidates

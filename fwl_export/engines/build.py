@@ -10,13 +10,8 @@ from pathlib import Path
 
 from fwl_export import __version__
 from fwl_export.bundle.defaults import DEFAULT_MAX_BATCH, DEFAULT_SMS
-from fwl_export.bundle.manifest import (
-    ENGINES_FOLDER,
-    MODEL_FILE,
-    Bundle,
-    describe_file,
-    place_for,
-)
+from fwl_export.bundle.manifest import ENGINES_FOLDER, MODEL_FILE, Bundle, describe_file
+from fwl_export.bundle.paths import place_for
 from fwl_export.deprecations import renamed_arguments
 from fwl_export.engines.metadata import (
     FUNCTION_BODY,

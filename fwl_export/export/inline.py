@@ -36,6 +36,7 @@ def write_inlined(source: Path, target: Path) -> None:
     inlined.opset_import.extend(standard)
     for node in inlined.graph.node:
         node.name = node.name or f"inlined_{node.output[0]}"  # the functions' nodes have no names
+    _largest_by_top_k(inlined.graph)
     foreign = {node.domain for node in inlined.graph.node} - {"", "ai.onnx"}
     if foreign or inlined.functions or _interface(inlined) != _interface(model):
         raise ExportError(
@@ -48,6 +49,33 @@ def write_inlined(source: Path, target: Path) -> None:
         onnx.checker.check_model(str(target))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{target.name} is not a valid ONNX model: {error}") from None
+
+
+def _largest_by_top_k(graph: onnx.GraphProto) -> None:
+    """Write the largest value of each row as the first of its top values, which is the same number.
+
+    `symbolic_shape_infer` of ONNX Runtime has no rule for ReduceMax with axes as an input, as it is
+    since opset 18, and ends there.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = node.attribute[0].t
+    one = "one_value_of_each_row"
+    found = False
+    for node in graph.node:
+        keeps = all(a.i for a in node.attribute if a.name == "keepdims")
+        axes = constants.get(node.input[1]) if len(node.input) > 1 else None
+        if node.op_type != "ReduceMax" or not keeps or axes is None:
+            continue
+        if onnx.numpy_helper.to_array(axes).ravel().tolist() == [-1]:
+            found = True
+            values = [node.output[0], f"{node.output[0]}_at"]
+            name = node.name
+            new = onnx.helper.make_node("TopK", [node.input[0], one], values, name, axis=-1)
+            node.CopyFrom(new)
+    if found:
+        graph.initializer.append(onnx.helper.make_tensor(one, onnx.TensorProto.INT64, [1], [1]))
 
 
 def _interface(model: onnx.ModelProto) -> list[bytes]:

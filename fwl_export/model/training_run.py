@@ -117,6 +117,9 @@ _TYPES: dict[str, tuple[type, str]] = {
 }
 _PATHS = ("output", "tokenizer", "checkpoint", "backbone")
 _MODEL_TABLES = {"backbone": BackboneConfig, "fast_weights": FastWeightsConfig}
+# Defaults on a pretrained backbone, whose predictions a new layer starts from: the usual learning
+# rate makes noise of them within a few updates.
+_ON_PRETRAINED = {"train_backbone": False, "learning_rate": 1e-4}
 _TOKENIZER_KEY = "tokenizer.vocab_size"
 _KNOWN = (
     *_TYPES,
@@ -154,7 +157,7 @@ def read_run_config(path: Path) -> RunConfig:
     _check_start(path, data)
     training = data.get("training", {})
     if isinstance(training, dict) and "backbone" in values:
-        training = {"train_backbone": False, **training}  # it has been trained already
+        training = {**_ON_PRETRAINED, **training}
     values["training"] = config_from_dict(
         TrainingConfig, training, str(path), "training.", partial=True, known=_KNOWN
     )
@@ -357,7 +360,8 @@ def _start(
         model, tokenizer = _with_new_layer(config, config.pretrained)
         return model.to(config.device), tokenizer
     tokenizer = _tokenizer(config, files, say)
-    sizes = ModelConfig(tokenizer.get_vocab_size(), config.backbone, config.fast_weights)
+    size = max(tokenizer.get_vocab().values(), default=0) + 1  # its ids may have gaps
+    sizes = ModelConfig(size, config.backbone, config.fast_weights)
     model = FWLModel(sizes)
     initialize_steps(model)
     return model.to(config.device), tokenizer

@@ -77,7 +77,7 @@ def record_trace(
       ConfigError, TokenError: A name is unknown, or the text is too short.
     """
     manifest = bundle.manifest
-    limits = ModelLimits.of(manifest)
+    limits = ModelLimits.of_bundle(bundle)
     chosen = choose_cases(cases, tokens, limits, seed, all_ids)
     ids = ids[: ROWS * max(case.tokens for case in chosen) + 1]
     plan_calls(chosen, ids, limits, seed)  # refuses a text that is too short, before PyTorch loads
@@ -137,7 +137,7 @@ def _traced(
     if failure := drift.failure or run.failure:
         raise CheckError(
             f"nothing was recorded: {failure.runtime} failed in case '{case.name}', at call "
-            f"{failure.step} (up to token {failure.tokens_read}): {failure.message}"
+            f"{failure.step} (up to token {failure.tokens_read}): {failure.sentence}"
         )
     return recorder.finished(case, without_places(run))
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fwl_export.bundle.manifest import describe_file, place_for, read_bundle
+from fwl_export.bundle.manifest import describe_file, read_bundle
+from fwl_export.bundle.paths import place_for
 from fwl_export.errors import BundleError
 from fwl_export.export import export_bundle
 from fwl_export.files import replaced_file

@@ -151,7 +151,8 @@ def test_a_broken_bundle_exits_with_1_and_says_where_and_what_next(
     assert result.code == 1
     assert "OUTSIDE BUDGET: " in result.out
     assert f"error: onnxruntime is outside its budget, first in '{tensor}" in result.err
-    assert "Export the bundle again and repeat the check" in result.err
+    assert "fwl-export bisect BUNDLE --report" in result.err
+    assert "says whether the file or the runtime is at fault" in " ".join(result.err.split())
     assert str(broken / "reports" / "parity.json") in result.err
     assert "Traceback" not in result.err
     assert json.loads((broken / "reports" / "parity.json").read_text())["passed"] is False
@@ -165,7 +166,8 @@ def test_nan_exits_with_1_and_names_the_first_step(
     given = ("--text", text, "--tokens", 40, "--cases", "text", "--candidates", "onnxruntime")
     result = run(capsys, "check", broken, *given, "--json")
     assert result.code == 1
-    assert "onnxruntime failed in case 'text', free-running, at call" in result.err
+    assert "onnxruntime is not finite up to token " in result.err
+    assert "(case 'text', free-running, call " in result.err
     assert "state 'fast.down.bias' is nan in row " in result.err
     assert json.loads(result.out)["candidates"][0]["runs"][0]["failure"]["runtime"] == "onnxruntime"
 

@@ -61,4 +61,4 @@ def test_the_library_is_loaded_once_for_each_process() -> None:
     for _ in range(2):
         load(registry, [])
     assert registry.loaded == ["lib.so"]
-    assert set(registry.asked) == {("LinearAttentionUpdate", "1", "fwl")}
+    assert set(registry.asked) == {("LinearAttentionUpdate", "2", "fwl")}

@@ -129,8 +129,13 @@ def test_shapes_are_inferred_with_their_names(name: str, tmp_path: Path) -> None
     export_onnx(model, path, precision, 12, 20)
     write_inlined(path, inlined)
     for file in (path, inlined):
-        conformance.symbolic_shapes(file)
         conformance.onnx_shapes(file)
+        if precision == "fp16" and file == path:
+            # It does not know ReduceMax, by which half precision is scaled, with axes as an input.
+            with pytest.raises(TypeError, match="NoneType"):
+                conformance.symbolic_shapes(file)
+        else:
+            conformance.symbolic_shapes(file)
         graph = onnx.load(str(file), load_external_data=False).graph
         sizes = {i.name: [d.dim_param for d in i.type.tensor_type.shape.dim] for i in graph.input}
         assert sizes["input_ids"] == ["batch", "tokens"]

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from tokenizers import processors
 
 from fwl_export.bundle import onnx_file, state_file
+from fwl_export.bundle.config import ModelConfig
 from fwl_export.bundle.manifest import read_bundle
-from fwl_export.bundle.tokenizer import load_tokenizer, read_ids
+from fwl_export.bundle.text_tokenizer import text_tokenizer
+from fwl_export.bundle.tokenizer import encode, load_tokenizer, read_ids
 from fwl_export.cli.check import _replayed
 from fwl_export.engines.metadata import EngineMetadata
 from fwl_export.errors import EngineError
@@ -321,11 +324,52 @@ def _tokenizer(bundle: Path, folder: Path) -> Iterator[Target]:
 
     def read() -> None:
         tokenizer = load_tokenizer(path, VOCABULARY)
-        ids = tokenizer.encode("AN ATTACK").ids
+        ids = encode("AN ATTACK", tokenizer).tolist()
         assert all(0 <= token < VOCABULARY for token in ids)
         tokenizer.decode(ids)
 
     yield _target("tokenizer", path, mutators.JSON, read, 5)
+    yield from _text_files(folder / "files")
+
+
+def _text_files(folder: Path) -> Iterator[Target]:
+    """Yield a target for each file that says how text is read."""
+    added = {"content": "]", "lstrip": False, "normalized": False, "special": True}
+    settings = {
+        "added_tokens_decoder": {"61": added},
+        "extra_special_tokens": ["!", {"content": "?"}],
+        "bos_token": "[",
+        "eos_token": {"content": "]", "__type": "AddedToken"},
+        "add_bos_token": True,
+        "chat_template": [{"name": "default", "template": "[{{ messages[0].content }}]"}],
+        "clean_up_tokenization_spaces": True,
+        "tokenizer_class": "GPT2Tokenizer",
+    }
+    contents = {
+        "tokenizer_config.json": settings,
+        "special_tokens_map.json": {"bos_token": "["},
+        "generation_config.json": {"eos_token_id": [3, 4]},
+    }
+    folder.mkdir()
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens(["]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[ $A ]", special_tokens=[("[", 59), ("]", 61)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content))
+
+    def read() -> None:
+        tokenizer = text_tokenizer(folder, ModelConfig(VOCABULARY))
+        for special in (True, False):
+            ids = tokenizer.encode("AN [ATTACK]", start=True, special=special)
+            assert ((ids >= 0) & (ids < VOCABULARY)).all()
+        decoder = tokenizer.decoder(ids)
+        assert isinstance("".join(map(decoder.add, ids.tolist())) + decoder.finish(), str)
+
+    for name in ("tokenizer.json", *contents):
+        yield _target(f"text {name}", folder / name, mutators.JSON, read, 3)
 
 
 def _traced_graph(bundle: Path, folder: Path) -> Iterator[Target]:

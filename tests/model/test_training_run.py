@@ -257,6 +257,7 @@ def test_a_layer_is_trained_on_a_frozen_backbone(name: str, folder: Path) -> Non
     layer = "[model.fast_weights]\ndecay = 'none'\n"
     config = read_run_config(write(folder, text + layer))
     assert not config.training.train_backbone
+    assert config.training.learning_rate == 1e-4
     trained = load_checkpoint(run_training(config)).model
     start = FWLModel.from_pretrained(folder / "hf", context=40)
     assert trained.config.backbone == start.config.backbone

@@ -33,7 +33,8 @@ def test_occupancy(changes: dict[str, int], expected: tuple[int, float, str]) ->
 def test_decode_of_many_rows_moves_little_but_states() -> None:
     call = work(64, 1, 768, 3072, "float16", 90)
     states = 64 * 2 * 4 * 768 * 3072
-    assert call.bytes_moved == states + 64 * (2 * 2 * (768 + 3072) + 4)
+    # Queries, keys and values in 2 bytes; outputs and decays in 4.
+    assert call.bytes_moved == states + 64 * (2 * (2 * 768 + 3072) + 4 * 3072 + 4)
     assert call.flops == {"fp32": 5 * 64 * 768 * 3072}
     assert call.workspace_bytes == 0
     seconds = call.limits(GPUS[0])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,10 @@ def test_the_commands_run_and_are_understood(
     monkeypatch.setattr(smollm, "EXPECTED", "")
     monkeypatch.setattr(smollm, "CHECKED_TOKENS", 16)
     for step in smollm.steps()[3:]:
-        outcome = smollm.run_step(step, tmp_path, None, lambda seconds: None)
+        if "fp16" in step.name:  # the same commands
+            continue
+        more = ("--cases", "text") if "check" in step.name else ()
+        short = replace(step, arguments=(*step.arguments, *more))
+        outcome = smollm.run_step(short, tmp_path, None, lambda seconds: None)
         assert outcome.said, step.name
         assert outcome.peak_bytes > 30 << 20

@@ -304,7 +304,8 @@ def _measure_in_turns(
     """
     parsed = parse_candidates(candidates)
     run.say(f"opening {reference.name}")
-    right = (reference.name, reference.open(run.bundle, 1, run.threads))
+    right = (reference.name, _for_opening(reference.open(run.bundle, 1, run.threads)))
+    release_memory()
     whole = _Lineup([], right, right, {})
     measured: dict[str, list[_Measured]] = {case.name: [] for case in run.plan.cases}
     candidates_by_precision = {
@@ -315,13 +316,19 @@ def _measure_in_turns(
         whole.own[precision] = (name, right[1])  # only the name is used afterwards
         if precision not in candidates_by_precision:
             run.say(f"opening {name}")
-            session = open_session(run.bundle, "torch", precision=cast(Any, precision))
+            session = _for_opening(
+                open_session(run.bundle, "torch", precision=cast(Any, precision))
+            )
             _measure_turn(run, _Lineup([], right, right, {precision: (name, session)}), measured)
             del session
             release_memory()
     for named in parsed:
         run.say(f"opening {named.name}")
         opened = [_open(run.bundle, named, run.threads, twin(named, parsed))]
+        for candidate in opened:
+            if candidate.session is not None:
+                candidate.session.drop_state()
+        del candidate
         release_memory()
         whole.candidates += _measure_turn(run, _Lineup(opened, right, right, {}), measured)
     return whole, [_merged(turns) for turns in measured.values()]
@@ -384,6 +391,12 @@ class _Measured(NamedTuple):
     case: Case
     drift: Drift
     own: Drift
+
+
+def _for_opening(session: Session) -> Session:
+    """Return a session that only serves to open others, without memory for its state."""
+    session.drop_state()
+    return session
 
 
 def _measure_turn(

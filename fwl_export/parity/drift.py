@@ -8,6 +8,7 @@ step remains. Both are measured in one pass, and only running statistics are kep
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -267,8 +268,10 @@ class _Casts:
     def _pad(self, specs: Sequence[TensorSpec]) -> None:
         """Cast tensors of which the reference has the first slots only; the others are empty."""
         rows = len(self._state[specs[0].name])
-        # One block, since the pages of a large one take memory only where they are written.
-        block = np.zeros(sum(rows * spec.bytes_per_row for spec in specs), np.uint8)
+        # Mapped, and not NumPy's: its pages take memory only where they are written.
+        size = sum(rows * spec.bytes_per_row for spec in specs)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+        block = np.frombuffer(mmap.mmap(-1, size, **private), np.uint8)
         at = 0
         for spec in specs:
             end = at + rows * spec.bytes_per_row

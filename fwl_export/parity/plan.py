@@ -33,14 +33,14 @@ DEFAULT_MEMORY = 4e9
 _SHARE_OF_MEMORY = 0.8  # of what is free
 
 # Bytes, measured with a model of 135 M parameters and a vocabulary of 49 152, and rounded up.
-_PROGRAMS = 0.6e9  # Python with PyTorch, transformers and ONNX Runtime
+_PROGRAMS = 0.5e9  # Python with PyTorch, transformers and ONNX Runtime
 _REFERENCE, _OWN, _CANDIDATE = 8.0, 4.0, 6.5  # per parameter, of a loaded model
 _PER_LOGIT = 44  # per token and entry of the vocabulary, during a call
 # Copies of the state in float32 side by side: buffers and copies of the reference, in float64, and
 # of PyTorch's own precision; then those of each candidate, in both modes.
 _STATES, _STATES_PER_CANDIDATE = 24, 8
 # In turns the reference holds only the slots that are in use, except in case "far".
-_STATES_IN_TURNS, _STATES_FAR = 3.3, 15.0
+_STATES_IN_TURNS, _STATES_FAR = 4.6, 15.0
 
 # Seconds on two cores of 2023: of a call and of a token, per parameter, in every turn; and of a
 # call, per byte of a candidate's state.

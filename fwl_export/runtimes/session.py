@@ -204,6 +204,13 @@ class Session:
         """
         return Session(self._runner.another(), self.spec, batch, self.limits)
 
+    def drop_state(self) -> None:
+        """Let go of the state's memory: from now on the session only serves to open others."""
+        with self._lock:
+            self._runner.release(self._current)
+            self._current = None
+            self._spare.clear()
+
     def taking_turns(self) -> Session:
         """Open a session like `another`, with as many rows, that shares this one's spare memory.
 

@@ -29,6 +29,7 @@ from fwl_export.files import replaced_file
 MOST_SECONDS = 180
 MOST_BYTES = 4 << 30
 
+# Answered greedily, in few tokens: later a model of this size repeats itself, learning or not.
 QUESTION = "What is the capital of France, and what is it known for?"
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 EXPECTED = "Paris"
@@ -158,7 +159,7 @@ def steps() -> list[Step]:
             ),
         ]
     score = ("score", "{}/fp32", "{}/docs.txt", "--tokens", str(SCORED_TOKENS), "--json")
-    chosen = ("--special", "--temperature", "0", "--max-new", "60", "--json")
+    chosen = ("--special", "--temperature", "0", "--max-new", "32", "--json")
     generate = ("generate", "{}/fp32", "--prompt", PROMPT, *chosen)
     return [
         *all_steps,

@@ -75,9 +75,11 @@ def _of_a_large_model(folder: Path) -> Bisection:
     from tests.bundles import MAX_TOKENS, tiny_model, tiny_tokenizer
 
     model = tiny_model()
-    # relu(a)² of this unit is above 65504 for some tokens only.
-    model.fast_weights.up_kernel[:, 0] *= 400
-    model.fast_weights.down_kernel[0] /= 400**2
+    # The values of this attention, which the cache holds in float16, are above 65504 for some tokens.
+    width = model.config.backbone.width
+    attention = model.backbone.blocks[1].attention
+    attention.qkv.weight[2 * width :] *= 30_000
+    attention.out.weight /= 30_000
     save_checkpoint(folder / "checkpoint", model, tiny_tokenizer())
     patch = pytest.MonkeyPatch()
     with patch.context() as context:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fwl_export.bisect.expose import call_inputs, expose_all, open_probe
-from fwl_export.bisect.finding import RANGE, Finding, Overflow
+from fwl_export.bisect.finding import NODE, RANGE, Finding, Overflow
 from fwl_export.bisect.locate import counterparts, traced
 from fwl_export.bisect.steps import as_types, reference_calls
 from fwl_export.bundle.manifest import Bundle
@@ -184,7 +184,7 @@ class NotFiniteSearch:
         weights_broken = [n for n in broken if n in weights]
         fault, note = self._fault(wrong, overflow, weights_broken)
         return Finding(
-            RANGE,
+            NODE if weights_broken or not fault else RANGE,
             step.of.step,
             step.of.tokens_read,
             step.of.ids.shape[1],

@@ -7,7 +7,8 @@ link must be refused, and a file that is one must be replaced by the new file.
 from __future__ import annotations
 
 from attacks.common import Place, run
-from fwl_export.bundle.manifest import ENGINES_FOLDER, REPORTS_FOLDER, place_for, read_bundle
+from fwl_export.bundle.manifest import ENGINES_FOLDER, REPORTS_FOLDER, read_bundle
+from fwl_export.bundle.paths import place_for
 from fwl_export.files import replaced_file
 
 ENGINE = f"{ENGINES_FOLDER}/rtx-1.0-sm89-fp32.engine"

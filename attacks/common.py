@@ -33,6 +33,8 @@ from fwl_export.errors import FwlError
 if TYPE_CHECKING:
     import onnx
 
+    from fwl_export.model.checkpoint import Checkpoint
+
 # A refusal needs neither. The limit on memory counts what a process allocates, not what it maps.
 MEMORY_BYTES = 2 << 30
 SECONDS = 30
@@ -269,7 +271,7 @@ def open_and_read(place: Place) -> object:
     return open_session(place.bundle).feed([1])
 
 
-def load_checkpoint(place: Place) -> object:
+def load_checkpoint(place: Place) -> Checkpoint:
     """Load the checkpoint inside the bundle.
 
     Args:

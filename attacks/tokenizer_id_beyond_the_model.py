@@ -1,6 +1,7 @@
 """A tokenizer of the right size, one of whose tokens has an id that the model does not have.
 
-The attacker wants the model to read beyond its embedding. The tokenizer must be refused.
+The attacker wants the model to read beyond its embedding. A tokenizer may have entries that the
+model does not know, but a text that leads to one must be refused.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 
 from attacks.common import Place, load_checkpoint, run
+from fwl_export.bundle.tokenizer import encode
 
 
 def attack(place: Place) -> object:
@@ -16,7 +18,7 @@ def attack(place: Place) -> object:
     token = next(iter(data["model"]["vocab"]))
     data["model"]["vocab"][token] = 1 << 31
     path.write_text(json.dumps(data), encoding="utf-8")
-    return load_checkpoint(place)
+    return encode(token, load_checkpoint(place).tokenizer)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ def attack(place: Place) -> str | None:
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         done = subprocess.run(
-            [*command, "--max-new", "3"], stdout=theirs, stderr=theirs, check=True
+            [*command, "--max-new", "3"], stdout=theirs, stderr=subprocess.PIPE, check=True
         )
         os.close(theirs)
         shown = terminal.read(1 << 16).decode()
     assert done.returncode == 0
-    if "\x1b" in shown or "\x07" in shown:
+    if "\x1b" in shown or "\x07" in shown or b"\x07" in done.stderr:
         return None
     assert r"\x1b]0;pwned\x07" in shown, shown
     return "harmless: the tokens were shown as escapes"

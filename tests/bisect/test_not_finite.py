@@ -75,7 +75,7 @@ def _of_a_large_model(folder: Path) -> Bisection:
     from tests.bundles import MAX_TOKENS, tiny_model, tiny_tokenizer
 
     model = tiny_model()
-    # The values of this attention, which the cache holds in float16, are above 65504 for some tokens.
+    # The values of this attention, float16 in the cache, are above 65504 for some tokens.
     width = model.config.backbone.width
     attention = model.backbone.blocks[1].attention
     attention.qkv.weight[2 * width :] *= 30_000

@@ -62,7 +62,7 @@ def test_export_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[
     result = run(capsys, "export", tmp_path / "nothing", "-o", tmp_path / "out")
     assert (result.code, result.out) == (1, "")
     assert "does not exist; expected a folder with config.json" in result.err
-    result = run(capsys, "export", tmp_path, "-o", tmp_path / "out", "--precision", "fp8")
+    result = run(capsys, "export", "demo", "-o", tmp_path / "out", "--precision", "fp8")
     assert result.code == 1
     assert "precision is 'fp8'; expected fp32 or fp16" in result.err
 

@@ -123,7 +123,6 @@ def test_refusals_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     for arguments in (
         ["-o", "out"],
         ["demo", "--fwl", "x", "-o", "out"],
-        ["--backbone", "x", "-o", "out"],
         ["demo", "--backbone", "x", "--fwl", "y", "-o", "out"],
     ):
         assert run(capsys, "export", *arguments).code == 2

@@ -31,7 +31,7 @@ std::vector<std::string> seeds() {
   "files": {"model.onnx": {"sha256": "00ff", "bytes": 220003},
     "engines/a.engine": {"sha256": "00ff", "bytes": 12}}})",
       R"({"schema_version":3,"model_id":"","precision":"","max_tokens":1,"config":{"vocab_size":1,
-  "backbone":{},"fast_weights":{}},"state":[{"name":"position","shape":[1],"dtype":"int64"}],
+  "backbone":{},"fast_weights":{}},"op":{"version":2},"state":[{"name":"position","shape":[1],"dtype":"int64"}],
   "files":{}})"};
 }
 

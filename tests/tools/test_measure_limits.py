@@ -28,7 +28,7 @@ def test_the_tables(
     assert titles[2:4] == ["1 token of weight 1", "1 token of weight 100"]
     assert float(rows[2][2]) < 1000
     assert "two tokens in turn" in titles
-    assert lines[-1].startswith("a decode step: ")
+    assert lines[-2].startswith("a decode step: ")
     session = open_session(tiny_bundle)
     session.feed(play[:20])
     session.feed(play[20:21])

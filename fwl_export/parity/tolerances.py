@@ -5,10 +5,9 @@ the model and the text. So PyTorch in the same precision, on the same text in th
 yardstick: its distance from float64 is what the precision costs. The budget of a tensor, that is
 its largest allowed error, is a factor times that distance. There is one budget for the largest
 absolute difference and one for the relative root mean square (RMS); both must be kept. In
-teacher-forced mode, errors cannot grow, and the distance is the largest of the whole run, because
-at a single point of a small tensor it depends on chance. In free-running mode, the distance is the
-largest up to the comparison point, and no less than that of single calls: at the first points it
-depends on chance too.
+free-running mode, the distance is the largest up to the comparison point. In teacher-forced mode,
+errors cannot grow, and the distance is the largest of the whole run, because at a single point of a
+small tensor it depends on chance.
 
 PyTorch can also be right by chance, so a budget never falls below a floor, which counts roundings:
 `floor` times the rounding error of a sum of some hundred terms in the precision, plus `per_token`

@@ -277,9 +277,7 @@ def judge(
     for name in found.errors if count else ():
         row = tolerance_for(name, table)
         own_errors = usual.errors[name][:count]
-        measure = own_errors
-        if single := own_drift.runs.get(RunKey(own, TEACHER_FORCED)):
-            measure = _with_single_calls(own_errors, single.errors.get(name, []))
+        measure = _steady(own_errors) if run.mode == TEACHER_FORCED else own_errors
         allowed = budgets(row, measure, tokens_read, precision, horizon_tokens)
         columns = (tokens_read, found.errors[name][:count], own_errors, allowed)
         measured = [Measured(*entries) for entries in zip(*columns, strict=True)]
@@ -300,24 +298,16 @@ def judge(
     )
 
 
-def _with_single_calls(errors: Sequence[Error], single: Sequence[Error]) -> list[Error]:
-    """Return errors, each at least as large as that of any single call of the whole run.
+def _steady(errors: Sequence[Error]) -> list[Error]:
+    """Return, for each comparison point, the largest error of the whole run.
 
-    Errors of single calls do not grow, so all of a teacher-forced run sample one quantity, and the
-    few at the first points say little about it. A free-running error has that of its last call in
-    it. Largest differences are taken relative to the tensor's RMS, because the fast weights
-    themselves do grow.
-
-    Args:
-      errors: Errors of a run at each comparison point.
-      single: Errors of the teacher-forced run at each comparison point; in that mode, the same.
+    For teacher-forced runs: errors of single steps do not grow, so they all sample one quantity,
+    and the few at the first points say little about it. Largest differences are taken relative to
+    the tensor's largest value, because the fast weights themselves do grow.
     """
-    rms = max((e.relative_rms for e in single), default=0.0)
-    share = max((e.max_abs / e.scale for e in single if e.scale), default=0.0)
-    return [
-        replace(e, max_abs=max(share * e.scale, e.max_abs), relative_rms=max(rms, e.relative_rms))
-        for e in errors
-    ]
+    rms = max((e.relative_rms for e in errors), default=0.0)
+    share = max((e.max_abs / e.scale for e in errors if e.scale), default=0.0)
+    return [replace(e, max_abs=max(share * e.scale, e.max_abs), relative_rms=rms) for e in errors]
 
 
 def _without_measure(failure: Failure | None) -> Failure | None:

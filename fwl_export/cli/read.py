@@ -22,6 +22,7 @@ from fwl_export.cli.terminal import counted, print_json, progress_bar, rate, siz
 from fwl_export.cli.texts import shown_name, text_ids
 
 if TYPE_CHECKING:
+    from fwl_export.bundle.text_tokenizer import TextTokenizer
     from fwl_export.runtimes import Session
 
 # Repeated here because `bundle.state_file` loads NumPy; a test compares the two.
@@ -64,18 +65,8 @@ def read(
     """
     from dataclasses import asdict
 
-    from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
-    from fwl_export.runtimes import open_session
-
     _check_compression(compress)  # before the work, not after it
-    opened = read_bundle(bundle)
-    tokenizer = bundle_text_tokenizer(opened)
-    with spinner("opening the model"):
-        session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
-    session.learning_rate_scale = learning_rate_scale
-    if state is not None:
-        session.load_state(state)
+    session, tokenizer = open_reader(bundle, runtime, no_plugin, learning_rate_scale, state)
     ids = text_ids(file, tokenizer, session, special)
     began = time.perf_counter()
     read_tokens(session, ids)
@@ -98,6 +89,36 @@ def _check_compression(compress: str) -> None:
 
     if compress not in KNOWN:
         raise ConfigError(f"--compress is '{compress}'; expected {', '.join(KNOWN)}")
+
+
+def open_reader(
+    bundle: Path,
+    runtime: str,
+    no_plugin: bool,
+    learning_rate_scale: float,
+    state: Path | None,
+) -> tuple[Session, TextTokenizer]:
+    """Open a bundle to read text.
+
+    Args:
+      bundle: Folder of the bundle.
+      runtime: Name of the runtime.
+      no_plugin: Whether to do without our kernel.
+      learning_rate_scale: Factor of the learning rates.
+      state: State file to continue from.
+    """
+    from fwl_export.bundle.manifest import read_bundle
+    from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
+    from fwl_export.runtimes import open_session
+
+    opened = read_bundle(bundle)
+    tokenizer = bundle_text_tokenizer(opened)
+    with spinner("opening the model"):
+        session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
+    session.learning_rate_scale = learning_rate_scale
+    if state is not None:
+        session.load_state(state)
+    return session, tokenizer
 
 
 def read_tokens(session: Session, ids: Any) -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fwl_export.cli.read import read_tokens
-from fwl_export.cli.terminal import spinner
+from fwl_export.cli.read import open_reader, read_tokens
 from fwl_export.cli.texts import text_ids
 
 if TYPE_CHECKING:
@@ -96,17 +95,9 @@ def open_text(
       read: Text file to read.
       special: Whether control tokens in the file are read as such.
     """
-    from fwl_export.bundle.manifest import read_bundle
-    from fwl_export.bundle.text_tokenizer import bundle_text_tokenizer
-    from fwl_export.runtimes import TextSession, open_session
+    from fwl_export.runtimes import TextSession
 
-    opened = read_bundle(bundle)
-    tokenizer = bundle_text_tokenizer(opened)
-    with spinner("opening the model"):
-        session = open_session(opened, runtime, plugin="none" if no_plugin else "auto")
-    session.learning_rate_scale = learning_rate_scale
-    if state is not None:
-        session.load_state(state)
+    session, tokenizer = open_reader(bundle, runtime, no_plugin, learning_rate_scale, state)
     if read is not None:
         read_tokens(session, text_ids(read, tokenizer, session, special))
     return TextSession(session, tokenizer)

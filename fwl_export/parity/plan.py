@@ -38,7 +38,7 @@ _REFERENCE, _OWN, _CANDIDATE = 8.0, 4.0, 6.5  # per parameter, of a loaded model
 _PER_LOGIT = 44  # per token and entry of the vocabulary, during a call
 # Copies of the state in float32 side by side: buffers and copies of the reference, in float64, and
 # of PyTorch's own precision; then those of each candidate, in both modes.
-_STATES, _STATES_PER_CANDIDATE = 24, 8
+STATES, _STATES_PER_CANDIDATE = 24, 8
 # In turns the reference holds only the slots that are in use, except in case "far".
 _STATES_IN_TURNS, _STATES_FAR = 4.6, 15.0
 
@@ -178,11 +178,15 @@ def _positions_before(at: Array, call: ScheduledCall) -> Array:
     return before
 
 
-def _memory(memory: float | None, budget: float | None) -> float:
+def free_memory() -> float:
+    """Return the bytes that a check may take of this machine's memory; infinite if not known."""
     available = available_memory()
-    free = math.inf if available is None else _SHARE_OF_MEMORY * available
+    return math.inf if available is None else _SHARE_OF_MEMORY * available
+
+
+def _memory(memory: float | None, budget: float | None) -> float:
     wanted = memory or (math.inf if budget is None else DEFAULT_MEMORY)
-    return min(wanted, free)
+    return min(wanted, free_memory())
 
 
 def _together(size: ModelSize, chosen: Sequence[Case], candidates: int) -> float:
@@ -197,7 +201,7 @@ def _models_together(size: ModelSize, candidates: int) -> float:
 
 
 def _row_together(size: ModelSize, candidates: int) -> float:
-    return (_STATES + _STATES_PER_CANDIDATE * candidates) * size.state
+    return (STATES + _STATES_PER_CANDIDATE * candidates) * size.state
 
 
 def _rows_together(size: ModelSize, free: float, candidates: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -11,7 +12,7 @@ import numpy as np
 from fwl_export.bundle.manifest import Bundle
 from fwl_export.bundle.state import Array
 from fwl_export.errors import CheckError
-from fwl_export.machine import available_memory, installed_versions
+from fwl_export.machine import installed_versions
 from fwl_export.parity.candidates import REFERENCE
 from fwl_export.parity.cases import (
     AGAIN,
@@ -29,6 +30,7 @@ from fwl_export.parity.drift import (
     RunKey,
     measure_drift,
 )
+from fwl_export.parity.plan import STATES, free_memory
 from fwl_export.parity.schedule import ROWS, ScheduledCall
 from fwl_export.parity.trace import Norms, Trace, TracedCase, sampled, without_places
 from fwl_export.runtimes import Session, open_session
@@ -39,8 +41,6 @@ RECORDED_CASES = ",".join(case.name for case in CASES if case.name != AGAIN)
 # Bytes of logits in a trace, for all cases together, and places of which every case has some.
 _LOGIT_BYTES = 4 << 20
 _FEWEST_PLACES = 2
-
-_STATES, _SHARE_OF_MEMORY = 24, 0.8  # as in `check`
 
 _OWN = "PyTorch"
 _PACKAGES = ("fwl-export", "numpy", "torch")
@@ -109,11 +109,11 @@ def record_trace(
 
 def _most_rows(session: Session) -> int:
     """Return how many rows of state fit into memory, of all copies that a recording needs."""
-    memory = available_memory()
-    if memory is None:
+    free = free_memory()
+    if free == math.inf:
         return max(case.rows for case in CASES)
     row = sum(spec.bytes_per_row for spec in session.specs)
-    return max(int(_SHARE_OF_MEMORY * memory) // (_STATES * row), 1)
+    return max(int(free) // (STATES * row), 1)
 
 
 def _traced(

@@ -44,9 +44,11 @@ def test_a_new_layer_predicts_like_its_backbone(name: str) -> None:
     norm = final_norm(model.backbone)
     hidden = model.backbone(IDS)
     normalized = (hidden - norm.bias) / norm.scale
+    # The epsilon of a norm, 1e-5 to 1e-6, beside the small mean squares of tiny models.
     torch.testing.assert_close(normalized.square().mean(-1), torch.ones(1, 48), atol=1e-3, rtol=0)
     if norm.centered:
         output = model.fast_weights.slow(hidden).output
+        # A difference of squares: (x + c)² loses some digits of x, and the norm has an epsilon.
         torch.testing.assert_close(output, hidden, atol=1e-4, rtol=1e-3)
     else:  # one of 16 directions is missing
         logits = causal(IDS).logits
@@ -109,6 +111,7 @@ def test_hidden_units_beyond_twice_the_width_have_no_effect_at_first() -> None:
     other = with_layer(model, hidden_size=40)
     hidden = model.backbone(IDS)
     output = other.fast_weights.slow(hidden).output
+    # As in the test of all architectures: a difference of squares.
     torch.testing.assert_close(output, hidden, atol=1e-4, rtol=1e-3)
     with pytest.raises(ConfigError, match="hidden_size is 31 and output_size 16; to start from"):
         with_layer(model, hidden_size=31)

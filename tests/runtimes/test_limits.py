@@ -232,8 +232,9 @@ def test_clipping_keeps_the_norm_and_spares_other_rows(anchored_bundle: Path, ru
     assert session.learned().norms[0] == pytest.approx(30, rel=1e-5)
     for name, array in session.state.items():
         right = usual.state[name][1]
+        # Calls end at other tokens while clipping, so float32 sums have another order.
         np.testing.assert_allclose(array[1], right, rtol=1e-5, atol=1e-5, err_msg=name)
-    # All that was learned becomes smaller by the same factor.
+    # All that was learned becomes smaller by the same factor, which is itself rounded to float32.
     (factor,) = np.array([30.0]) / usual.learned().norms[0]
     np.testing.assert_allclose(
         session.state["fast.down.kernel"][0],
